@@ -1,0 +1,87 @@
+"""Rules that need to know the model or the batch: what each axis must divide."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.models.facts import ModelFacts
+from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.solve import divisors
+
+__all__ = ["model_problems", "tensor_parallel_sizes"]
+
+
+def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
+    """Every tp_size that divides heads, kv heads and MLP width; None when the model does not say them.
+
+    The vocabulary is not in it: torch shards it unevenly and the logits stay exact.
+    """
+    known = [n for n in (facts.num_heads, facts.num_kv_heads, facts.intermediate_size) if n]
+    if not known:
+        return None
+    return [d for d in divisors(min(known)) if all(n % d == 0 for n in known)]
+
+
+def model_problems(
+    facts: ModelFacts, sizes: Mapping[str, Any], seq_len: int | None = None, paths: Paths = Paths()
+) -> list[Problem]:
+    """What in the sizes does not fit the model or the sequence length [tokens]."""
+    problems = []
+    tp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "cp_size", "ep_size"))
+    legal = tensor_parallel_sizes(facts)
+    if legal is not None and tp not in legal:
+        odd = [
+            f"{count} {title}"
+            for count, title in (
+                (facts.num_heads, "attention heads"),
+                (facts.num_kv_heads, "key/value heads"),
+                (facts.intermediate_size, "MLP columns"),
+            )
+            if count and count % tp
+        ]
+        problems.append(
+            Problem(
+                f"tp_size={tp} does not divide the model's {' and '.join(odd)}",
+                paths.set("parallelism.tp_size", tp),
+                f"tp_size: {', '.join(map(str, legal))}",
+                paths.set("parallelism.tp_size", max(d for d in legal if d <= tp)),
+            )
+        )
+    if cp > 1 and seq_len is not None and seq_len % (2 * cp):
+        nearest = max(2 * cp, round(seq_len / (2 * cp)) * 2 * cp)
+        problems.append(
+            Problem(
+                f"cp_size={cp} splits a sequence into {2 * cp} equal chunks, and {seq_len} tokens do not split so",
+                f"{paths.set('parallelism.cp_size', cp)} data.seq_len={seq_len}",
+                f"a multiple of {2 * cp} tokens",
+                f"data.seq_len={nearest}",
+            )
+        )
+    if ep > 1:
+        problems += _expert_problems(facts, ep, paths)
+    return problems
+
+
+def _expert_problems(facts: ModelFacts, ep: int, paths: Paths) -> list[Problem]:
+    asked = paths.set("parallelism.ep_size", ep)
+    if facts.num_experts is None:
+        return [
+            Problem(
+                f"ep_size={ep}, but the model ({facts.model_type or 'dense'}) has no experts",
+                asked,
+                "ep_size=1, or a mixture-of-experts model",
+                paths.set("parallelism.ep_size", 1),
+            )
+        ]
+    if facts.num_experts % ep == 0:
+        return []
+    legal = divisors(facts.num_experts)
+    return [
+        Problem(
+            f"ep_size={ep} does not divide the model's {facts.num_experts} experts",
+            asked,
+            f"ep_size: {', '.join(map(str, legal))}",
+            paths.set("parallelism.ep_size", max(d for d in legal if d <= ep)),
+        )
+    ]

@@ -1,0 +1,71 @@
+"""Names that appear in more than one layer: axes, strategies, dtypes, schedules. Standard library only."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = ["ACTIVATION_CHECKPOINTING_MODES", "DType", "MeshAxisName", "SCHEDULES", "Schedule", "nearest"]
+
+import difflib
+from dataclasses import dataclass
+from typing import Iterable
+
+
+class MeshAxisName(str, Enum):
+    """The axes of a device mesh; each member equals its plain string (``MeshAxisName.TP == "tp"``)."""
+
+    PP = "pp"
+    DP = "dp"
+    DP_REPLICATE = "dp_replicate"
+    DP_SHARD = "dp_shard"
+    DP_SHARD_CP = "dp_shard_cp"
+    DP_CP = "dp_cp"
+    CP = "cp"
+    TP = "tp"
+    EP = "ep"
+    EP_SHARD = "ep_shard"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class DType(Enum):
+    """Floating point types by the name that torch gives them (torch.float32 is ``float32``)."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+#: What ``activation_checkpointing`` accepts: off, every block recomputed, or matmuls and attention saved.
+ACTIVATION_CHECKPOINTING_MODES: tuple[bool | str, ...] = (False, True, "selective")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A pipeline schedule: torch's class name and how many stages a rank holds.
+
+    multi: a rank holds several stages. v_shaped: exactly two, the r-th from the front and from the back.
+    """
+
+    torch_name: str
+    multi: bool = False
+    v_shaped: bool = False
+
+
+#: Option name of the group ``pipeline`` -> schedule. torch's own class names are accepted as well.
+#: Source: torch/distributed/pipelining/schedules.py, get_schedule_class.
+SCHEDULES: dict[str, Schedule] = {
+    "gpipe": Schedule("GPipe"),
+    "1f1b": Schedule("1F1B"),
+    "interleaved_1f1b": Schedule("Interleaved1F1B", multi=True),
+    "looped_bfs": Schedule("LoopedBFS", multi=True),
+    "interleaved_zero_bubble": Schedule("InterleavedZeroBubble", multi=True),
+    "zbv_zero_bubble": Schedule("ZBVZeroBubble", multi=True, v_shaped=True),
+    "dualpipe_v": Schedule("DualPipeV", multi=True, v_shaped=True),
+}
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Known words, those most like ``word`` first; empty when none is alike."""
+    return difflib.get_close_matches(str(word), [str(k) for k in known], n=3, cutoff=cutoff)

@@ -1,0 +1,257 @@
+"""The optimizer over wrapped parameters, from a plain config node."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Mapping
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import nearest
+from nemo_dist_conf.topology import Paths
+
+__all__ = ["OPTIMIZERS", "build_optimizer"]
+
+log = logging.getLogger(__name__)
+
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A setting: what fits, in words and as a predicate, and a value to suggest."""
+
+    allowed: str
+    fits: Callable[[Any], bool]
+    example: str
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _flag_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _betas(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
+
+
+_LR = _Option("a number, at least 0", lambda v: _number(v) and v >= 0, "0.001")
+_FRACTION = _Option("0 to below 1", lambda v: _number(v) and 0 <= v < 1, "0.9")
+_NOT_NEGATIVE = _Option("a number, at least 0", lambda v: _number(v) and v >= 0, "0.0")
+_EPS = _Option("a number above 0", lambda v: _number(v) and v > 0, "1e-8")
+_BETAS = _Option("two numbers, each 0 to below 1", _betas, "[0.9,0.95]")
+_BOOL = _Option("true, false", lambda v: isinstance(v, bool), "false")
+_SWITCH = _Option("true, false; null: torch decides", _flag_or_null, "null")
+_DECAY_1D = _Option("true: norms and biases decay too; false: they do not", lambda v: isinstance(v, bool), "false")
+
+_COMMON = {
+    "lr": _LR,
+    "weight_decay": _NOT_NEGATIVE,
+    "decay_1d": _DECAY_1D,
+    "foreach": _SWITCH,
+    "fused": _SWITCH,
+    "maximize": _BOOL,
+}
+_ADAM = {**_COMMON, "betas": _BETAS, "eps": _EPS, "amsgrad": _BOOL}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    build: Callable[..., torch.optim.Optimizer]
+    options: Mapping[str, _Option]
+
+
+#: What ``optimizer.name`` accepts. Every option but lr may be left out: torch's default holds then.
+OPTIMIZERS: Mapping[str, _Kind] = {
+    "adamw": _Kind(torch.optim.AdamW, _ADAM),
+    "adam": _Kind(torch.optim.Adam, _ADAM),
+    "sgd": _Kind(
+        torch.optim.SGD,
+        {**_COMMON, "momentum": _FRACTION, "dampening": _NOT_NEGATIVE, "nesterov": _BOOL},
+    ),
+}
+
+
+def build_optimizer(
+    node: Any, named_parameters: NamedParameters, *, paths: Paths = Paths()
+) -> torch.optim.Optimizer | None:
+    """The optimizer that a config node describes, over the trainable parameters of a wrapped model.
+
+    node: ``{name: adamw|adam|sgd, lr, ...}`` with torch's argument names, and ``decay_1d``: whether parameters of
+    one dimension (norms, biases) take part in weight decay; default false. Or a node with ``_target_``, which gets
+    the list of parameters as its first argument. Or a callable, which gets the same list. None: no optimizer.
+    named_parameters: pairs of the model after wrapping; DTensors and plain tensors may be mixed.
+    Raises ConfigError with every wrong setting at once.
+    """
+    if node is None:
+        return None
+    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if not trainable:
+        raise _nothing_to_train(paths)
+    if callable(node):
+        return _from_factory(node, trainable)
+    values = _plain(node, paths)
+    if "_target_" in values:
+        from hydra.utils import instantiate
+
+        built = instantiate(values, [parameter for _, parameter in trainable], _convert_="all")
+        return built if isinstance(built, torch.optim.Optimizer) else _from_factory(built, trainable)
+    kind = _check(values, paths)
+    options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    _settle_fast_paths(options, trainable, paths)
+    groups = _groups(trainable, options.get("weight_decay"), values.get("decay_1d", False))
+    return kind.build(groups, **options)
+
+
+def _plain(node: Any, paths: Paths) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if isinstance(values, Mapping):
+        return dict(values)
+    raise ConfigError(
+        Problem(
+            f"optimizer: expected a group of settings, got {values!r}",
+            paths.set("optimizer", values),
+            "optimizer=adamw, optimizer=sgd, or a node with name or _target_",
+            "optimizer=adamw",
+        )
+    )
+
+
+def _from_factory(factory: Any, trainable: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    built = factory([parameter for _, parameter in trainable]) if callable(factory) else factory
+    if isinstance(built, torch.optim.Optimizer):
+        return built
+    raise ConfigError(
+        Problem(
+            f"optimizer: {type(built).__name__} is not a torch.optim.Optimizer",
+            f"a factory or _target_ that returns {type(built).__name__}",
+            "a callable that takes the list of parameters and returns a torch.optim.Optimizer",
+            "optimizer=adamw",
+        )
+    )
+
+
+def _nothing_to_train(paths: Paths) -> ConfigError:
+    return ConfigError(
+        Problem(
+            "optimizer: the model has no parameter that requires a gradient",
+            "an optimizer over 0 parameters",
+            "a model with at least one trainable parameter, or no optimizer",
+            paths.set("optimizer", None),
+        )
+    )
+
+
+def _text(value: Any) -> str:
+    """As typed on the command line."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_text, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _check(values: Mapping[str, Any], paths: Paths) -> _Kind:
+    name = values.get("name")
+    kind = OPTIMIZERS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        best = nearest(str(name).lower(), OPTIMIZERS) or ["adamw"]
+        raise ConfigError(
+            Problem(
+                f"optimizer.name={_text(name)} is not an optimizer",
+                paths.set("optimizer.name", name),
+                f"{', '.join(OPTIMIZERS)}; any other: a node with _target_",
+                paths.set("optimizer.name", best[0]),
+            )
+        )
+    problems: list[Problem] = []
+    for key, value in values.items():
+        if key == "name":
+            continue
+        option = kind.options.get(key)
+        asked = paths.set(f"optimizer.{key}", _text(value))
+        if option is None:
+            problems.append(_unknown(str(key), value, str(name), kind, asked, paths))
+        elif not option.fits(value):
+            what = f"optimizer.{key}={_text(value)} does not fit"
+            problems.append(Problem(what, asked, option.allowed, paths.set(f"optimizer.{key}", option.example)))
+    if "lr" not in values:
+        what = "optimizer.lr is missing"
+        problems.append(Problem(what, f"optimizer.name={name}", _LR.allowed, "+" + paths.set("optimizer.lr", _LR.example)))
+    nesterov_alone = values.get("nesterov") is True and (not values.get("momentum") or values.get("dampening"))
+    if not problems and nesterov_alone:
+        problems.append(
+            Problem(
+                "optimizer.nesterov=true needs a momentum and no dampening",
+                paths.set("optimizer.nesterov", True),
+                "true with optimizer.momentum above 0 and optimizer.dampening=0; false",
+                paths.set("optimizer.nesterov", False),
+            )
+        )
+    ConfigError.raise_if(problems)
+    return kind
+
+
+def _unknown(key: str, value: Any, name: str, kind: _Kind, asked: str, paths: Paths) -> Problem:
+    others = [other for other, its in OPTIMIZERS.items() if key in its.options]
+    alike = nearest(key, kind.options)
+    type_ = f"~{paths.key(f'optimizer.{key}')}"
+    if alike:
+        type_ = paths.set(f"optimizer.{alike[0]}", _text(value))
+    elif others:
+        type_ = paths.choose("optimizer", others[0])
+    hint = f" ({', '.join(others)} has it)" if others else ""
+    return Problem(f"optimizer.{key}: {name} has no such setting{hint}", asked, ", ".join(kind.options), type_)
+
+
+def _settle_fast_paths(options: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]], paths: Paths) -> None:
+    """torch's foreach and fused updates refuse lists that mix DTensors with plain tensors: settle for the loop there.
+
+    Seen with torch 2.13: "got mixed torch.Tensor and DTensor"; DTensors on several meshes are fine.
+    """
+    sharded = sum(isinstance(parameter, DTensor) for _, parameter in trainable)
+    if not 0 < sharded < len(trainable):
+        return
+    asked = [key for key in ("foreach", "fused") if options.get(key)]
+    if asked:
+        raise ConfigError(
+            *(
+                Problem(
+                    f"optimizer.{key}=true cannot update plain and distributed parameters together "
+                    f"({sharded} of {len(trainable)} are distributed)",
+                    paths.set(f"optimizer.{key}", True),
+                    "null, false",
+                    paths.set(f"optimizer.{key}", None),
+                )
+                for key in asked
+            )
+        )
+    options["foreach"] = False
+    log.debug("%d of %d parameters are DTensors: the optimizer updates one by one", sharded, len(trainable))
+
+
+def _groups(
+    trainable: list[tuple[str, torch.nn.Parameter]], weight_decay: float | None, decay_1d: bool
+) -> list[dict[str, Any]]:
+    """One group, or two where weight decay spares the one-dimensional parameters.
+
+    weight_decay None: torch's own default, which may be above 0, so the groups are made then too.
+    A DTensor's dimensions are those of the full tensor, so groups do not depend on the layout.
+    """
+    if decay_1d or weight_decay == 0:
+        return [{"params": [parameter for _, parameter in trainable]}]
+    decayed = [parameter for _, parameter in trainable if parameter.dim() > 1]
+    spared = [parameter for _, parameter in trainable if parameter.dim() <= 1]
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,56 @@
+"""A config field with its help text, and the help texts of a whole schema class as rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, Iterator, NamedTuple
+
+__all__ = ["Documented", "documented", "option"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field whose help text a user can read from the command line.
+
+    default: an immutable value, or a class or function that makes a fresh one (nested nodes, lists).
+    """
+    metadata = {"help": help}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Documented(NamedTuple):
+    """One line of help: the dotted name, its default as it is typed, and what it does."""
+
+    name: str
+    default: str
+    help: str
+
+
+def documented(schema: type, prefix: str = "") -> Iterator[Documented]:
+    """The fields of a schema class in order, nested nodes flattened to dotted names."""
+    for item in dataclasses.fields(schema):
+        name = f"{prefix}{item.name}"
+        text = item.metadata.get("help", "")
+        if item.default_factory is not dataclasses.MISSING:
+            value = item.default_factory()
+            if dataclasses.is_dataclass(value):
+                yield Documented(name, "", text)
+                yield from documented(type(value), f"{name}.")
+                continue
+        else:
+            value = item.default
+        yield Documented(name, _typed(value), text)
+
+
+def _typed(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, list):
+        return "[" + ",".join(_typed(v) for v in value) + "]"
+    return str(value)

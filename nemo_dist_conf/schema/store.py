@@ -1,0 +1,129 @@
+"""Puts the config groups into Hydra's ConfigStore, without touching what an app calls its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+
+__all__ = ["NAMESPACE", "PROVIDER", "register", "typed_node"]
+
+PROVIDER = "nemo_dist_conf"
+NAMESPACE = "nemo_dist"
+BASE = "nemo_dist_conf"
+HOOKS = "/nemo_dist/hooks@_global_"
+
+
+def typed_node(schema: type, target: str, hooks: bool = False, **changed: Any) -> Any:
+    """A store node: the schema's fields, and ``_target_`` for hydra.utils.instantiate.
+
+    hooks: selecting the node switches on the check before a job starts. changed: other defaults, by field.
+    """
+    fields: list[Any] = [("_target_", str, dataclasses.field(default=target))]
+    if hooks:
+        fields.append(("defaults", list[Any], dataclasses.field(default_factory=lambda: [HOOKS, "_self_"])))
+    node = dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,))
+    return node(**changed)
+
+
+def register(
+    groups: Mapping[str, Mapping[str, Any]], search_path: ConfigSearchPath, plain_base: Mapping[str, Any]
+) -> None:
+    """Store every entry under ``nemo_dist/``, and under the short name where the app has no such group.
+
+    groups: group -> option -> node. plain_base: what the base config holds besides its defaults list.
+    Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
+    """
+    store = ConfigStore.instance()
+    _put(store, NAMESPACE, "hooks", _hooks_node())
+    defaults: list[Any] = []
+    for group, options in groups.items():
+        owned = _owned_by_app(store, search_path, group)
+        first = next(iter(options))
+        defaults.append({f"/{NAMESPACE}/{group}@{group}": first} if owned else {group: first})
+        for name, node in options.items():
+            _put(store, f"{NAMESPACE}/{group}", name, node)
+            if not owned:
+                _put(store, group, name, node)
+        if owned:
+            _remove_ours(store, group)
+    spaced = [{f"/{NAMESPACE}/{group}@{group}": next(iter(options))} for group, options in groups.items()]
+    _put(store, NAMESPACE, BASE, {"defaults": [*spaced, "_self_"], **plain_base})
+    if not _owned_by_app(store, search_path, BASE):
+        _put(store, None, BASE, {"defaults": [*defaults, "_self_"], **plain_base})
+
+
+def _hooks_node() -> dict[str, Any]:
+    callback = {"_target_": "nemo_dist_conf.hooks.DistributedCallback"}
+    return {"hydra": {"callbacks": {"nemo_dist_conf": callback}}}
+
+
+def _put(store: ConfigStore, group: str | None, name: str, node: Any) -> None:
+    if not _foreign_entry(store, group, name):
+        store.store(name=name, node=node, group=group, provider=PROVIDER)
+
+
+def _level(store: ConfigStore, group: str | None) -> Any:
+    level: Any = store.repo
+    for part in (group or "").split("/"):
+        if part:
+            level = level.get(part) if isinstance(level, dict) else None
+    return level
+
+
+def _foreign_entry(store: ConfigStore, group: str | None, name: str) -> bool:
+    level = _level(store, group)
+    entry = level.get(f"{name}.yaml") if isinstance(level, dict) else None
+    return entry is not None and entry.provider != PROVIDER
+
+
+def _remove_ours(store: ConfigStore, group: str) -> None:
+    level = _level(store, group)
+    for name in [n for n, e in (level or {}).items() if getattr(e, "provider", None) == PROVIDER]:
+        del level[name]
+    if level == {}:
+        del store.repo[group]
+
+
+def _owned_by_app(store: ConfigStore, search_path: ConfigSearchPath, group: str) -> bool:
+    """Whether the app has this group (or root config) in its ConfigStore or in a folder of its search path."""
+    level = _level(store, group)
+    if isinstance(level, dict) and any(getattr(e, "provider", None) != PROVIDER for e in level.values()):
+        return True
+    if _foreign_entry(store, None, group):
+        return True
+    return any((folder / group).is_dir() or (folder / f"{group}.yaml").is_file() for folder in _folders(search_path))
+
+
+def _folders(search_path: ConfigSearchPath) -> Iterable[Path]:
+    """Folders that Hydra will look in. ``--config-dir`` is appended later, so it is read from argv."""
+    for element in search_path.get_path():
+        path = element.path or ""
+        if element.provider in ("hydra", "schema", PROVIDER):
+            continue
+        if path.startswith("pkg://"):
+            yield from _package_folders(path.removeprefix("pkg://"))
+        elif "://" not in path:
+            yield Path(path)
+        elif path.startswith("file://"):
+            yield Path(path.removeprefix("file://"))
+    words = sys.argv[1:]
+    for index, word in enumerate(words):
+        if word.startswith("--config-dir="):
+            yield Path(word.partition("=")[2])
+        elif word in ("--config-dir", "-cd") and index + 1 < len(words):
+            yield Path(words[index + 1])
+
+
+def _package_folders(package: str) -> Iterable[Path]:
+    try:
+        spec = importlib.util.find_spec(package.replace("/", "."))
+    except (ImportError, ValueError):
+        return
+    if spec is not None:
+        yield from (Path(location) for location in spec.submodule_search_locations or ())

@@ -1,0 +1,115 @@
+"""strategy=ddp: the whole model on every rank, gradients averaged by DistributedDataParallel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.names import DType
+from nemo_dist_conf.schema.option import option
+from nemo_dist_conf.strategies.common import autocast_problems
+from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
+from nemo_dist_conf.topology import AxisRules, Paths
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["DDPConf", "DDPConfig", "DDPManager", "STRATEGY"]
+
+
+@dataclass
+class DDPConf:
+    """Options of torch.nn.parallel.DistributedDataParallel, and what is applied before it."""
+
+    activation_checkpointing: Union[bool, str] = option(
+        False, "true: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
+    )
+    broadcast_buffers: bool = option(False, "send rank 0's buffers to all ranks before every forward")
+    find_unused_parameters: bool = option(False, "search each forward for parameters that get no gradient")
+    static_graph: bool = option(False, "promise that the same parameters are used in every step")
+    bucket_cap_mb: Optional[float] = option(None, "MiB of gradients reduced at once; null: torch's 25")
+    gradient_as_bucket_view: bool = option(False, "let gradients live in the buckets: saves one copy of them")
+    autocast_dtype: Optional[DType] = option(None, "run forward under torch.autocast in this dtype; null: no autocast")
+
+
+@dataclass
+class DDPConfig(DDPConf):
+    """Typed options of ``strategy=ddp``; dtypes may be given by name.
+
+    DDP has data parallelism only: dp_size is the world size.
+    """
+
+    activation_checkpointing: bool = False
+    autocast_dtype: Optional[torch.dtype] = None
+
+    def __post_init__(self) -> None:
+        from nemo_dist_conf.runtime.lower import lower_config
+
+        lower_config(self, "ddp")
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Fields by name."""
+        return shallow_dict(self)
+
+
+class DDPManager:
+    """Wraps a model with DistributedDataParallel as its config says.
+
+    device_mesh: a mesh with an axis ``dp``, or None for the default process group.
+    """
+
+    def __init__(self, config: DDPConfig, device_mesh: DeviceMesh | None = None) -> None:
+        self.config = config
+        self.device_mesh = device_mesh
+
+    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The wrapped model; with an optimizer, the pair. Parameters stay the same objects.
+
+        Meta parameters must be materialised first (``instantiate`` does): DDP copies rank 0's values at once.
+        """
+        from nemo_dist_conf.runtime.order import parallelize_ddp
+
+        wrapped = parallelize_ddp(model, self.config, self.device_mesh)
+        return wrapped if optimizer is None else (wrapped, optimizer)
+
+
+def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+    problems = autocast_problems(conf, paths)
+    bucket = conf["bucket_cap_mb"]
+    if bucket is not None and bucket <= 0:
+        problems.append(
+            Problem(
+                f"strategy.bucket_cap_mb={bucket:g} is not a size",
+                paths.set("strategy.bucket_cap_mb", f"{bucket:g}"),
+                "MiB above 0, or null for torch's 25",
+                paths.set("strategy.bucket_cap_mb", None),
+            )
+        )
+    return problems
+
+
+_WHOLE = "keeps the whole model on every rank"
+
+STRATEGY = Strategy(
+    name="ddp",
+    schema=DDPConf,
+    config=DDPConfig,
+    axes=AxisRules(
+        strategy="ddp",
+        allowed=frozenset({"dp"}),
+        mesh=("dp",),
+        why_not={
+            "tp": _WHOLE,
+            "pp": _WHOLE,
+            "ep": _WHOLE,
+            "cp": "gives every rank whole sequences",
+            "dp_replicate": "is one group of replicas already",
+        },
+    ),
+    rules=_rules,
+    manager="nemo_dist_conf.strategies.ddp:DDPManager",
+    executes=frozenset({"dp"}),
+)

@@ -1,0 +1,191 @@
+"""strategy=fsdp2: parameters sharded block by block with torch's fully_shard, with HSDP, TP, SP, PP, CP and EP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.names import DType
+from nemo_dist_conf.schema.option import option
+from nemo_dist_conf.schema.policies import MixedPrecisionConf, OffloadConf
+from nemo_dist_conf.strategies.common import autocast_problems, off_but_changed
+from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
+from nemo_dist_conf.topology import AxisRules, Paths
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+__all__ = ["FSDP2Conf", "FSDP2Config", "FSDP2Manager", "STRATEGY"]
+
+
+@dataclass
+class FSDP2Conf:
+    """Options of fully_shard and of what is applied before it."""
+
+    sequence_parallel: bool = option(
+        False, "with tensor parallelism: also split norms and the residual stream over the sequence"
+    )
+    # Optional[Dict] = None cannot be set from the command line (OmegaConf 2.3), so Any.
+    tp_plan: Any = option(None, "tensor-parallel style by module name, {'layers.*.q':colwise}; null: the model's own")
+    patch_is_packed_sequence: bool = option(
+        False, "tell transformers that no batch is packed: saves a device sync per attention layer"
+    )
+    mp_policy: Optional[MixedPrecisionConf] = option(MixedPrecisionConf, "dtypes of compute and reduction; null: off")
+    offload_policy: Optional[OffloadConf] = option(OffloadConf, "parameters in host memory; null: off")
+    autocast_dtype: Optional[DType] = option(None, "run forward under torch.autocast in this dtype; null: no autocast")
+    activation_checkpointing: Union[bool, str] = option(
+        False, "true: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
+    )
+    defer_fsdp_grad_sync: bool = option(True, "with gradient accumulation: reduce gradients in the last microbatch only")
+    reshard_after_forward: Optional[bool] = option(
+        None, "free gathered parameters after forward; null: all but the last block's; inside a pipeline none"
+    )
+    enable_async_tensor_parallel: bool = option(
+        False, "overlap tensor-parallel communication with matmuls (GPU; needs sequence_parallel and enable_compile)"
+    )
+    enable_compile: bool = option(False, "torch.compile every block")
+    enable_fsdp2_prefetch: bool = option(False, "gather the next blocks' parameters ahead, as the two depths say")
+    fsdp2_backward_prefetch_depth: int = option(2, "blocks gathered ahead in backward")
+    fsdp2_forward_prefetch_depth: int = option(1, "blocks gathered ahead in forward")
+
+
+def _default_mp_policy() -> MixedPrecisionPolicy:
+    from nemo_dist_conf.runtime.lower import lower_mp_policy
+
+    return lower_mp_policy(MixedPrecisionConf())
+
+
+@dataclass
+class FSDP2Config(FSDP2Conf):
+    """Typed options of ``strategy=fsdp2``; dtypes and policies may also be given by name or as mappings.
+
+    Sizes of axes are in ParallelismSizes. mp_policy None: no mixed precision.
+    """
+
+    tp_plan: Optional[dict] = None
+    mp_policy: Optional[MixedPrecisionPolicy] = option(_default_mp_policy, "")
+    offload_policy: Optional[CPUOffloadPolicy] = None
+    autocast_dtype: Optional[torch.dtype] = None
+    activation_checkpointing: Union[bool, str] = False
+
+    def __post_init__(self) -> None:
+        from nemo_dist_conf.runtime.lower import lower_config
+
+        lower_config(self, "fsdp2")
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Fields by name; policies stay objects."""
+        return shallow_dict(self)
+
+
+class FSDP2Manager:
+    """Applies tensor parallelism, activation checkpointing, compile and fully_shard as its config says.
+
+    device_mesh: axes pp, dp_replicate, dp_shard, cp, tp (or any 1-D mesh to shard over).
+    moe_mesh: axes ep_shard, ep, where experts are split.
+    """
+
+    def __init__(self, config: FSDP2Config, device_mesh: DeviceMesh, moe_mesh: DeviceMesh | None = None) -> None:
+        self.config = config
+        self.device_mesh = device_mesh
+        self.moe_mesh = moe_mesh
+
+    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The model, sharded in place; with an optimizer, the pair, the optimizer holding the sharded parameters.
+
+        A model on the meta device stays there; ``instantiate`` materialises it afterwards, shard by shard.
+        A materialised model is first made equal to rank 0's, as DDP does.
+        """
+        from nemo_dist_conf.runtime.order import parallelize_fsdp2
+
+        return parallelize_fsdp2(model, self.config, self.device_mesh, self.moe_mesh, optimizer)
+
+
+def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+    problems = autocast_problems(conf, paths)
+    problems += off_but_changed(conf["offload_policy"], OffloadConf(), "strategy.offload_policy", paths)
+    problems += _prefetch_problems(conf, paths)
+    if conf["enable_async_tensor_parallel"]:
+        problems += _async_tp_problems(conf, sizes, paths)
+    return problems
+
+
+def _prefetch_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
+    problems = []
+    for name, default in (("fsdp2_backward_prefetch_depth", 2), ("fsdp2_forward_prefetch_depth", 1)):
+        key, depth = f"strategy.{name}", conf[name]
+        if depth < 0:
+            problems.append(
+                Problem(
+                    f"{name}={depth} is not a number of blocks",
+                    paths.set(key, depth),
+                    "0 (none ahead) or more",
+                    paths.set(key, default),
+                )
+            )
+        elif depth != default and not conf["enable_fsdp2_prefetch"]:
+            switch = paths.set("strategy.enable_fsdp2_prefetch", True)
+            problems.append(
+                Problem(
+                    f"{name} was changed, but explicit prefetch is off",
+                    paths.set(key, depth),
+                    f"with {switch}",
+                    f"{switch} {paths.set(key, depth)}",
+                )
+            )
+    return problems
+
+
+def _async_tp_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+    needs = [
+        ("sequence_parallel", conf["sequence_parallel"], "it overlaps the gathers of sequence parallelism"),
+        ("enable_compile", conf["enable_compile"], "inductor does the overlapping"),
+    ]
+    missing = [(name, why) for name, on, why in needs if not on]
+    asked = paths.set("strategy.enable_async_tensor_parallel", True)
+    problems = []
+    if missing:
+        names = " and ".join(f"{name}=true ({why})" for name, why in missing)
+        also = " ".join(paths.set(f"strategy.{name}", True) for name, _ in missing)
+        problems.append(
+            Problem(
+                f"enable_async_tensor_parallel needs {' and '.join(name for name, _ in missing)}",
+                asked,
+                names,
+                f"{asked} {also}",
+            )
+        )
+    if (sizes.get("tp_size") or 1) == 1:
+        problems.append(
+            Problem(
+                "enable_async_tensor_parallel without tensor parallelism would do nothing",
+                asked,
+                "tp_size of 2 or more",
+                paths.set("strategy.enable_async_tensor_parallel", False),
+            )
+        )
+    return problems
+
+
+STRATEGY = Strategy(
+    name="fsdp2",
+    schema=FSDP2Conf,
+    config=FSDP2Config,
+    axes=AxisRules(
+        strategy="fsdp2",
+        allowed=frozenset({"dp", "dp_replicate", "tp", "pp", "cp", "ep"}),
+        mesh=("pp", "dp_replicate", "dp_shard", "cp", "tp"),
+        flattened=(
+            ("dp", ("dp_replicate", "dp_shard")),
+            ("dp_shard_cp", ("dp_shard", "cp")),
+            ("dp_cp", ("dp_replicate", "dp_shard", "cp")),
+        ),
+    ),
+    rules=_rules,
+    manager="nemo_dist_conf.strategies.fsdp2:FSDP2Manager",
+    executes=frozenset({"dp", "dp_replicate", "tp"}),
+)

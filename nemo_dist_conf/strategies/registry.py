@@ -1,0 +1,41 @@
+"""All strategies, by name and alias. A new one is a file in this package and a line here."""
+
+from __future__ import annotations
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import nearest
+from nemo_dist_conf.strategies import ddp, fsdp2, megatron_fsdp
+from nemo_dist_conf.strategies.spec import Strategy
+from nemo_dist_conf.topology import Paths
+
+__all__ = ["STRATEGIES", "find_strategy", "strategy_names", "strategy_of_target"]
+
+STRATEGIES: tuple[Strategy, ...] = (fsdp2.STRATEGY, megatron_fsdp.STRATEGY, ddp.STRATEGY)
+
+
+def strategy_names() -> list[str]:
+    """Every name that selects a strategy, aliases included."""
+    return [name for strategy in STRATEGIES for name in strategy.names]
+
+
+def find_strategy(name: str, paths: Paths = Paths()) -> Strategy:
+    """The strategy of this name or alias. Raises ConfigError, the nearest name first."""
+    for strategy in STRATEGIES:
+        if name in strategy.names:
+            return strategy
+    known = strategy_names()
+    likely = nearest(name, known)
+    ordered = likely + [k for k in known if k not in likely]
+    raise ConfigError(
+        Problem(
+            f"there is no strategy {name!r}",
+            paths.choose("strategy", name),
+            ", ".join(ordered),
+            paths.choose("strategy", (likely or ["fsdp2"])[0]),
+        )
+    )
+
+
+def strategy_of_target(target: str) -> Strategy | None:
+    """The strategy whose composed nodes carry this ``_target_``; None for any other."""
+    return next((strategy for strategy in STRATEGIES if strategy.target == target), None)

@@ -1,0 +1,53 @@
+"""What a strategy is to the rest of the package: one row, torch-free."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields
+from typing import Any, Callable, Mapping
+
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES
+from nemo_dist_conf.topology import AxisRules, Paths
+
+__all__ = ["Strategy", "shallow_dict"]
+
+#: (the strategy node as plain values, the sizes, spelling of keys) -> what cannot work
+Rules = Callable[[Mapping[str, Any], Mapping[str, Any], Paths], list[Problem]]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One strategy: its schema and typed classes, its axes, its rules, and where its manager is.
+
+    manager: ``module:Class``, imported when the strategy is executed, never while composing.
+    executes: axes whose execution exists; the others compose and are planned, but are refused before a start.
+    """
+
+    name: str
+    schema: type
+    config: type
+    axes: AxisRules
+    rules: Rules
+    manager: str
+    aliases: tuple[str, ...] = ()
+    activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
+    executes: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def target(self) -> str:
+        """Class path of the typed config, which identifies a composed node of this strategy."""
+        return f"nemo_dist_conf.config.{self.config.__name__}"
+
+    def load_manager(self) -> type:
+        module, _, name = self.manager.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def shallow_dict(config: Any) -> dict[str, Any]:
+    """Fields of a typed config by name, values as they are (policies stay objects)."""
+    return {item.name: getattr(config, item.name) for item in fields(config)}

@@ -1,0 +1,192 @@
+"""Sizes + world size + a strategy's axes -> the shape of the mesh, or every reason why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Mapping
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import MeshAxisName as A
+from nemo_dist_conf.topology.axes import AXES, AxisRules
+from nemo_dist_conf.topology.paths import Paths
+
+__all__ = ["LAUNCH", "MeshSpec", "divisors", "size_problems", "solve"]
+
+
+#: How ranks are started by hand, when the program's own name is not known.
+LAUNCH = "torchrun --nproc-per-node {n} app.py {asked}"
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """A solved mesh: root axes with their sizes, flattened names, and the MoE mesh over the same ranks.
+
+    The product of ``shape`` is ``world_size``. ``moe_axes`` is empty where ep_size is 1.
+    """
+
+    world_size: int
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    flattened: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    moe_axes: tuple[str, ...] = ()
+    moe_shape: tuple[int, ...] = ()
+
+    def size(self, axis: str) -> int:
+        """Ranks along a root, flattened or MoE axis; 1 for an axis that this mesh lacks."""
+        sizes = dict(zip(self.axes, self.shape)) | dict(zip(self.moe_axes, self.moe_shape))
+        if axis in sizes:
+            return sizes[axis]
+        return prod(sizes[a] for a in dict(self.flattened).get(axis, ()))
+
+    def describe(self) -> str:
+        """``pp 2 x dp_shard 4 x tp 2``: axes above 1, or the data axis alone."""
+        parts = [f"{axis} {size}" for axis, size in zip(self.axes, self.shape) if size > 1]
+        parts += [f"{axis} {size}" for axis, size in zip(self.moe_axes, self.moe_shape) if axis == A.EP and size > 1]
+        return " x ".join(parts) or "1 rank"
+
+
+def divisors(number: int) -> list[int]:
+    """Positive divisors in ascending order."""
+    low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted(set(low) | {number // d for d in low})
+
+
+def size_problems(
+    sizes: Mapping[str, Any], world_size: int, rules: AxisRules, paths: Paths = Paths(), launch: str = LAUNCH
+) -> list[Problem]:
+    """What is wrong with the sizes alone: not whole and positive, or an axis that the strategy lacks."""
+    problems = []
+    for axis in AXES:
+        value, key = sizes.get(axis.size_field), f"parallelism.{axis.size_field}"
+        if value is None and axis.default is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            optional = " or null" if axis.default is None else ""
+            default = "null" if axis.default is None else axis.default
+            problems.append(
+                Problem(
+                    f"{key}={value} is not a number of ranks",
+                    paths.set(key, value),
+                    f"a whole number, 1 or more{optional}",
+                    paths.set(key, default),
+                )
+            )
+        elif axis.name not in rules.allowed and value > 1:
+            why = rules.why_not.get(axis.name, f"it has no {axis.title}")
+            asked = f"{paths.choose('strategy', rules.strategy)} {paths.set(key, value)}"
+            instead = f"{paths.choose('strategy', rules.instead)} {paths.set(key, value)}"
+            if rules.instead == rules.strategy:
+                instead = paths.set(key, axis.default)
+            elif world_size == 1:
+                # HSDP needs two ranks or more in each replica.
+                ranks = 2 * value if axis.name == "dp_replicate" else value
+                instead = launch.format(n=ranks, asked=instead)
+            problems.append(
+                Problem(
+                    f"strategy={rules.strategy}: {axis.size_field}={value} is not possible",
+                    asked,
+                    f"{axis.size_field}=1 ({rules.strategy} {why})",
+                    instead,
+                )
+            )
+    return problems
+
+
+def solve(
+    sizes: Mapping[str, Any], world_size: int, rules: AxisRules, paths: Paths = Paths(), launch: str = LAUNCH
+) -> MeshSpec:
+    """Mesh shape for these sizes, without touching torch.
+
+    The product of the root axes equals world_size exactly. dp_size None: world_size / (pp x cp x tp).
+    launch: the command that starts {n} ranks with the words {asked}, for the refusals.
+    Raises ConfigError with all problems: a size that is not a positive whole number, an axis that the
+    strategy lacks, or no product that equals world_size.
+    """
+    problems = size_problems(sizes, world_size, rules, paths, launch)
+    ConfigError.raise_if(problems)
+    tp, pp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "pp_size", "cp_size", "ep_size"))
+    dp_asked, replicate = sizes.get("dp_size"), sizes.get("dp_replicate_size") or 1
+    model_ranks = pp * cp * tp
+    if model_ranks > world_size or world_size % model_ranks:
+        problems.append(_product_problem(sizes, world_size, model_ranks, paths, launch))
+        ConfigError.raise_if(problems)
+    dp = world_size // model_ranks
+    if dp_asked is not None and dp_asked != dp:
+        problems.append(
+            Problem(
+                f"{_factors(sizes)} = {dp_asked * model_ranks} ranks, but there are {world_size}",
+                paths.set("parallelism.dp_size", dp_asked),
+                f"dp_size={dp} or null (world size {world_size} / (pp {pp} x cp {cp} x tp {tp}))",
+                launch.format(n=dp_asked * model_ranks, asked=_typed(sizes, paths))
+                if world_size == 1
+                else paths.set("parallelism.dp_size", None),
+            )
+        )
+        dp = dp_asked  # further findings should speak of what was asked
+    if replicate > 1 and (dp % replicate or replicate >= dp):
+        legal = [d for d in divisors(dp) if d < dp]
+        problems.append(
+            Problem(
+                f"dp_replicate_size={replicate} does not divide dp_size={dp} into groups of two ranks or more",
+                paths.set("parallelism.dp_replicate_size", replicate),
+                f"dp_replicate_size: {', '.join(map(str, legal)) or 1}",
+                paths.set("parallelism.dp_replicate_size", legal[-1] if legal else 1),
+            )
+        )
+    stage_ranks = dp * cp * tp
+    if ep > 1 and stage_ranks % ep:
+        problems.append(
+            Problem(
+                f"ep_size={ep} does not divide the {stage_ranks} ranks of a pipeline stage (dp {dp} x cp {cp} x tp {tp})",
+                paths.set("parallelism.ep_size", ep),
+                f"ep_size: {', '.join(map(str, divisors(stage_ranks)))}",
+                paths.set("parallelism.ep_size", max(d for d in divisors(stage_ranks) if d <= ep)),
+            )
+        )
+    ConfigError.raise_if(problems)
+    known = {A.PP: pp, A.DP: dp, A.DP_REPLICATE: replicate, A.DP_SHARD: dp // replicate, A.CP: cp, A.TP: tp}
+    shape = tuple(known[A(axis)] for axis in rules.mesh)
+    if prod(shape) != world_size:
+        raise AssertionError(f"{dict(zip(rules.mesh, shape))} does not cover {world_size} ranks")
+    moe_axes: tuple[str, ...] = ()
+    moe_shape: tuple[int, ...] = ()
+    if ep > 1:
+        moe_axes, moe_shape = (A.EP_SHARD.value, A.EP.value), (stage_ranks // ep, ep)
+        if pp > 1:
+            moe_axes, moe_shape = (A.PP.value, *moe_axes), (pp, *moe_shape)
+    return MeshSpec(world_size, rules.mesh, shape, rules.flattened, moe_axes, moe_shape)
+
+
+def _factors(sizes: Mapping[str, Any]) -> str:
+    named = [(axis.name, sizes.get(axis.size_field)) for axis in AXES if axis.name in ("pp", "dp", "cp", "tp")]
+    return " x ".join(f"{name} {size}" for name, size in sorted(named, key=lambda n: "pp dp cp tp".index(n[0])) if size)
+
+
+def _typed(sizes: Mapping[str, Any], paths: Paths) -> str:
+    """The sizes that differ from their defaults, as they are typed."""
+    given = [(axis, sizes.get(axis.size_field)) for axis in AXES]
+    return " ".join(paths.set(f"parallelism.{a.size_field}", size) for a, size in given if size not in (None, a.default))
+
+
+def _product_problem(
+    sizes: Mapping[str, Any], world_size: int, model_ranks: int, paths: Paths, launch: str
+) -> Problem:
+    asked_sizes = {f: sizes[f] for f in ("pp_size", "cp_size", "tp_size") if (sizes.get(f) or 1) > 1}
+    asked = " ".join(paths.set(f"parallelism.{name}", size) for name, size in asked_sizes.items())
+    needed = model_ranks * (sizes.get("dp_size") or 1)
+    what = f"pp x cp x tp = {model_ranks} does not divide the world size {world_size}"
+    if world_size == 1:
+        start = launch.format(n=needed, asked=_typed(sizes, paths))
+        return Problem(what, asked, f"{model_ranks} ranks or a multiple of it", start)
+    # Shrink the innermost axis that can be shrunk: it is the one a user varies most.
+    for name in reversed(asked_sizes):
+        rest = model_ranks // asked_sizes[name]
+        legal = [d for d in divisors(world_size) if world_size % (rest * d) == 0]
+        if legal:
+            best = max((d for d in legal if d <= asked_sizes[name]), default=1)
+            allowed = f"{name}: {', '.join(map(str, legal))} with {world_size} ranks"
+            return Problem(what, asked, allowed, paths.set(f"parallelism.{name}", best))
+    legal = divisors(world_size)
+    reset = " ".join(paths.set(f"parallelism.{name}", 1) for name in asked_sizes)
+    return Problem(what, asked, f"pp x cp x tp: {', '.join(map(str, legal))}", reset)
