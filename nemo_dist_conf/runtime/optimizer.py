@@ -188,7 +188,9 @@ def _check(values: Mapping[str, Any], paths: Paths) -> _Kind:
             problems.append(Problem(what, asked, option.allowed, paths.set(f"optimizer.{key}", option.example)))
     if "lr" not in values:
         what = "optimizer.lr is missing"
-        problems.append(Problem(what, f"optimizer.name={name}", _LR.allowed, "+" + paths.set("optimizer.lr", _LR.example)))
+        problems.append(
+            Problem(what, f"optimizer.name={name}", _LR.allowed, "+" + paths.set("optimizer.lr", _LR.example))
+        )
     nesterov_alone = values.get("nesterov") is True and (not values.get("momentum") or values.get("dampening"))
     if not problems and nesterov_alone:
         problems.append(

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["METRICS_FILE", "TENSORBOARD_FOLDER", "MetricsWriter"]
+__all__ = ["METRICS_FILE", "TENSORBOARD_FOLDER", "MetricsWriter", "require_tensorboard"]
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -105,17 +105,24 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _summary_writer(folder: Path, first_step: int) -> Any:
+def require_tensorboard() -> None:
+    """Raise ConfigError where TensorBoard is not installed. For every rank to call, before anything starts."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             Problem(
-                what="train.tensorboard=true needs the package tensorboard, which is not installed",
-                asked="train.tensorboard=true",
-                allowed="true once it is installed (pip install tensorboard); false",
-                type="train.tensorboard=false",
+                "train.tensorboard=true needs the package tensorboard, which is not installed",
+                "train.tensorboard=true",
+                "true once it is installed (pip install tensorboard); false",
+                "train.tensorboard=false",
             )
         ) from error
+
+
+def _summary_writer(folder: Path, first_step: int) -> Any:
+    require_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     # purge_step hides what an earlier attempt wrote from this step on
     return SummaryWriter(log_dir=str(folder), purge_step=first_step if first_step > 1 else None)

@@ -1,0 +1,82 @@
+"""The hook: a composed tree becomes a DistributedSetup, the wrapped model and its optimizer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable, Iterable
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from nemo_dist_conf.compose import Checked, check
+from nemo_dist_conf.runtime.agree import agree_on_config
+from nemo_dist_conf.runtime.build import Built, build_model
+from nemo_dist_conf.runtime.load import load_weights
+from nemo_dist_conf.runtime.materialise import materialise
+from nemo_dist_conf.runtime.optimizer import build_optimizer
+from nemo_dist_conf.runtime.order import parallelize_ddp, parallelize_fsdp2
+from nemo_dist_conf.runtime.setup import DistributedSetup, setup_from_checked
+
+__all__ = ["instantiate"]
+
+log = logging.getLogger(__name__)
+
+
+def instantiate(
+    cfg: Any,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    *,
+    blocks: str | Iterable[str] | None = None,
+) -> tuple[DistributedSetup, Any, Any]:
+    """(setup, wrapped model, optimizer) for a composed config.
+
+    The config is checked, the process group started or joined, the meshes built, and the model built, wrapped as
+    the strategy says and filled: with weights drawn from (``cfg.seed``, name), the same under every layout, or with
+    those of ``cfg.model.name_or_path``.
+
+    model: a module (its weights are kept; FSDP2 and DDP take rank 0's), a factory of one, or None for ``cfg.model``.
+    Without either, the model and the optimizer returned are None.
+    optimizer: called with the wrapped parameters; None: built from ``cfg.optimizer``, or None where that is absent.
+    blocks: path of the model's blocks, where they are not found by themselves (``runtime.blocks.find_blocks``).
+    Raises ConfigError for whatever cannot work, before anything is started where that can be told.
+    """
+    checked = check(cfg)
+    setup = setup_from_checked(checked, _value(cfg, "device", "auto"))
+    agree_on_config(cfg)
+    for note in checked.notes:
+        if setup.mesh_context.is_main:
+            log.warning(note)
+    node = _value(cfg, "model", None)
+    if model is None and node is None:
+        return setup, None, None
+    seed = int(_value(cfg, "seed", 0))
+    built = build_model(node, model, seed, setup.mesh_context.device)
+    wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks)
+    settings = _value(cfg, "optimizer", None)
+    if optimizer is not None:
+        return setup, wrapped, optimizer(wrapped.parameters())
+    return setup, wrapped, None if settings is None else build_optimizer(settings, wrapped.named_parameters())
+
+
+def _value(cfg: Any, key: str, default: Any) -> Any:
+    value = cfg.get(key, default) if hasattr(cfg, "get") else default
+    return default if value is None else value
+
+
+def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, blocks: Any) -> Any:
+    device = setup.mesh_context.device
+    config = setup.strategy_config
+    offload = getattr(config, "offload_policy", None) is not None
+
+    def fill(model: nn.Module) -> None:
+        if built.template is not None:
+            materialise(model, built.template, seed, device, torch.device("cpu") if offload else None)
+        if built.weights is not None:
+            load_weights(model, built.weights, built.ties)
+
+    if checked.strategy.name == "ddp":
+        return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
+    mesh = setup.mesh_context
+    return parallelize_fsdp2(built.model, config, mesh.device_mesh, mesh.moe_mesh, blocks=blocks, fill=fill)

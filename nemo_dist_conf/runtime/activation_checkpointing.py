@@ -1,0 +1,60 @@
+"""Activation checkpointing per block: full, or selective, which keeps the results that are dear to recompute."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from nemo_dist_conf.runtime.blocks import Blocks
+
+__all__ = ["apply_activation_checkpointing"]
+
+log = logging.getLogger(__name__)
+
+
+def apply_activation_checkpointing(blocks: Blocks, mode: bool | str) -> None:
+    """Let every block's forward drop its activations and run again in backward.
+
+    mode True: everything inside a block is recomputed. "selective": results of matmuls, attention and
+    collectives are kept, the cheap rest is recomputed. False: nothing happens.
+    The forward of each module is replaced in place, so names of modules and parameters stay as they are.
+    Source: torch.utils.checkpoint (non-reentrant), create_selective_checkpoint_contexts.
+    """
+    if mode is False:
+        return
+    contexts: dict[str, Any] = {}
+    if mode == "selective":
+        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks.values():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+    log.info("activation checkpointing (%s): %d blocks", "full" if mode is True else mode, len(blocks))
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _kept_ops() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def _kept_ops() -> frozenset[Any]:
+    """Operators whose results are kept. A build may lack some of them; attention on CPU has one of its own."""
+    aten = torch.ops.aten
+    kept = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+    for name in (
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_attention_math",
+    ):
+        packet = getattr(aten, name, None)
+        if packet is not None:
+            kept.add(packet.default)
+    for name in ("reduce_scatter_tensor", "all_to_all_single"):
+        packet = getattr(torch.ops._c10d_functional, name, None)
+        if packet is not None:
+            kept.add(packet.default)
+    return frozenset(kept)

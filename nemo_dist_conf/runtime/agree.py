@@ -1,0 +1,49 @@
+"""All ranks must run the same config: compared before the model's first collective, which would hang otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_dist_conf.errors import ConfigError, Problem
+
+__all__ = ["agree_on_config"]
+
+
+def agree_on_config(cfg: Any) -> None:
+    """Compare the config over all ranks; raise ConfigError on every rank, naming the keys that differ.
+
+    Interpolations are compared as they are written, so a rank variable such as ${oc.env:LOCAL_RANK} may differ.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1 or not isinstance(cfg, DictConfig):
+        return
+    flat = dict(_flatten(OmegaConf.to_container(cfg, resolve=False)))
+    digest = hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, flat)
+    keys = sorted({key for tree in everyone for key in tree})
+    differing = [key for key in keys if len({str(tree.get(key)) for tree in everyone}) > 1]
+    lines = []
+    for key in differing[:5]:
+        values = ", ".join(f"rank {rank}: {tree.get(key)}" for rank, tree in list(enumerate(everyone))[:4])
+        lines.append(f"{key} ({values})")
+    what = f"ranks were started with different configs: {'; '.join(lines)}"
+    asked = " ".join(f"{key}={everyone[dist.get_rank()].get(key)}" for key in differing[:5])
+    same = " ".join(f"{key}={everyone[0].get(key)}" for key in differing[:5])
+    raise ConfigError(Problem(what, asked, "one command line for all ranks", same))
+
+
+def _flatten(tree: Any, path: str = "") -> Any:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, str(tree)

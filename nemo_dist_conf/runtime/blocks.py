@@ -1,0 +1,88 @@
+"""Where a model's blocks are: the repeated layers that are sharded, recomputed and compiled one by one."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from typing import Iterable
+
+from torch import nn
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import nearest
+
+__all__ = ["Blocks", "find_blocks"]
+
+log = logging.getLogger(__name__)
+
+#: Blocks by their name in the model, in the order of forward.
+Blocks = dict[str, nn.Module]
+
+
+def find_blocks(model: nn.Module, declared: str | Iterable[str] | None = None) -> Blocks:
+    """The model's blocks by name, outermost only, in module order.
+
+    Looked for in this order: ``declared`` (a path or several, ``*`` allowed; a list of modules stands for its
+    members), the attribute ``distributed_blocks`` of the model, the class names in ``_no_split_modules`` (the
+    declaration of transformers' models), and else the repeated layers: members of a ModuleList or Sequential
+    that holds two modules or more of one class. Empty where a model has no repetition.
+    Raises ConfigError where a declared path matches nothing.
+    """
+    paths = declared if declared is not None else getattr(model, "distributed_blocks", None)
+    if paths is not None:
+        found = _declared(model, [paths] if isinstance(paths, str) else list(paths))
+    else:
+        found = _by_class(model, getattr(model, "_no_split_modules", None)) or _repeated(model)
+    outermost: Blocks = {}
+    for name, module in found.items():
+        if not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost[name] = module
+    log.debug("%d blocks: %s", len(outermost), ", ".join(list(outermost)[:3]))
+    return outermost
+
+
+def _declared(model: nn.Module, paths: list[str]) -> Blocks:
+    modules = dict(model.named_modules())
+    found: Blocks = {}
+    for path in paths:
+        names = [name for name in modules if name and fnmatch.fnmatchcase(name, path)]
+        if not names:
+            likely = nearest(path, [name for name in modules if name]) or _containers(model)
+            raise ConfigError(
+                Problem(
+                    f"blocks: no module of {type(model).__name__} is named {path}",
+                    f"blocks={path}",
+                    ", ".join(likely) or "names from model.named_modules()",
+                    f"blocks={likely[0] if likely else 'null'}",
+                )
+            )
+        for name in names:
+            module = modules[name]
+            members = dict(module.named_children()) if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else None
+            found.update({f"{name}.{key}": m for key, m in members.items()} if members else {name: module})
+    return found
+
+
+def _by_class(model: nn.Module, class_names: Iterable[str] | None) -> Blocks:
+    wanted = set(class_names or ())
+    return {name: module for name, module in model.named_modules() if name and type(module).__name__ in wanted}
+
+
+def _containers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if name and _is_repetition(module)]
+
+
+def _is_repetition(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    members = [m for m in module.children() if next(m.parameters(), None) is not None]
+    # Plain Linear layers one after the other are the inside of a block, not blocks.
+    return len(members) > 1 and len({type(m) for m in members}) == 1 and next(members[0].children(), None) is not None
+
+
+def _repeated(model: nn.Module) -> Blocks:
+    found: Blocks = {}
+    for name, module in model.named_modules():
+        if _is_repetition(module):
+            found.update({f"{name}.{key}" if name else key: child for key, child in module.named_children()})
+    return found

@@ -1,0 +1,159 @@
+"""The model that a config or a caller names, on the meta device where it can be filled from there."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from nemo_dist_conf.errors import ConfigError, DataError, Problem
+from nemo_dist_conf.runtime.load import check_weights
+from nemo_dist_conf.runtime.materialise import can_materialise, template_of, tied_names
+
+__all__ = ["Built", "build_model"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model before it is parallelised.
+
+    template: its copy on meta when it was built there, else None. weights: folder to fill it from.
+    blocks: path of its blocks as the config declared it.
+    """
+
+    model: nn.Module
+    template: nn.Module | None = None
+    weights: Path | None = None
+    ties: list[list[str]] = field(default_factory=list)
+    blocks: Any = None
+
+
+def build_model(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device) -> Built:
+    """From a module or a factory the caller gave, else from the config node ``model``.
+
+    node: ``_target_`` with arguments (the user's own class), or ``config`` (fields of a transformers config, with
+    model_type) and ``name_or_path`` (a local checkpoint folder whose config and weights are taken).
+    A factory's module is built on meta, so that no rank holds all of it, unless one of its modules cannot
+    initialise itself; then it is built on the CPU, with the same random numbers on every rank.
+    Raises ConfigError or DataError for what cannot be built.
+    """
+    blocks = node.get("blocks") if isinstance(node, (Mapping, DictConfig)) else None
+    blocks = OmegaConf.to_container(blocks) if OmegaConf.is_config(blocks) else blocks
+    if isinstance(given, nn.Module):
+        return Built(_on_device(given, device), blocks=blocks, ties=tied_names(given))
+    if given is not None:
+        return _from_factory(given, seed, device, blocks)
+    if not isinstance(node, (Mapping, DictConfig)):
+        raise _not_a_model(node)
+    if "_target_" in node:
+        from hydra.utils import instantiate
+
+        return _from_factory(lambda: instantiate(node), seed, device, None)
+    if node.get("name_or_path") or node.get("config"):
+        return _from_transformers(node, seed, device, blocks)
+    raise _not_a_model(node)
+
+
+def _not_a_model(node: Any) -> ConfigError:
+    return ConfigError(
+        Problem(
+            "the config does not say which model to build",
+            f"model={node if not OmegaConf.is_config(node) else OmegaConf.to_container(node)}",
+            "model._target_ (your class), model.config.model_type (transformers), or model.name_or_path (a folder)",
+            "model=llama_tiny, or nemo_dist_conf.instantiate(cfg, model=my_module)",
+        )
+    )
+
+
+def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    return model.to(device)
+
+
+def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, blocks: Any) -> Built:
+    try:
+        with torch.device("meta"):
+            model = factory()
+    except (NotImplementedError, RuntimeError) as error:  # it computes with values while it is built
+        log.info("built on the CPU instead of on meta: %s", str(error).splitlines()[0])
+        model = None
+    if model is not None and not isinstance(model, nn.Module):
+        what = f"the model's factory returned {type(model).__name__}, not a torch.nn.Module"
+        raise ConfigError(Problem(what, "model", "a class or function that returns a module", "model._target_=..."))
+    if model is not None and all(t.is_meta for t in (*model.parameters(), *model.buffers())) and can_materialise(model):
+        return Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = factory()
+    return Built(model.to(device), ties=tied_names(model), blocks=blocks)
+
+
+def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) -> Built:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            Problem(
+                "a transformers model was asked for, and transformers is not installed",
+                "model.config.model_type" if not node.get("name_or_path") else "model.name_or_path",
+                "the extra hf",
+                "pip install 'nemo_dist_conf[hf]'",
+            )
+        ) from None
+    folder = Path(str(node.get("name_or_path"))).expanduser() if node.get("name_or_path") else None
+    config = _transformers_config(transformers, node, folder)
+
+    def factory() -> nn.Module:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    try:
+        built = _from_factory(factory, seed, device, blocks)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        known = "a causal language model of transformers (llama, qwen3, mistral, ...)"
+        what = f"model_type {config.model_type} is not a causal language model that can be built: {_first(error)}"
+        asked = f"model.name_or_path={folder}" if folder else f"model.config.model_type={config.model_type}"
+        raise (DataError if folder else ConfigError)(Problem(what, asked, known, "model=llama_tiny")) from None
+    if folder is None:
+        return built
+    check_weights(built.template or built.model, folder, built.ties)
+    return Built(built.model, built.template, folder, built.ties, blocks)
+
+
+def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> Any:
+    raw = node.get("config")
+    fields = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else dict(raw or {})
+    try:
+        if folder is not None:
+            if not (folder / "config.json").is_file():
+                what = f"{folder} is not a checkpoint folder: it has no config.json"
+                raise DataError(
+                    Problem(what, f"model.name_or_path={folder}", "a local folder of save_pretrained", "model=llama_tiny")
+                )
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **fields)
+        model_type = fields.pop("model_type", None)
+        if model_type is None:
+            asked, known = "model.config without model_type", "llama, qwen3, mistral, ..."
+            raise ConfigError(Problem("no model_type", asked, known, "model.config.model_type=llama"))
+        return transformers.AutoConfig.for_model(model_type, **fields)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers raises many types for a bad field; the text is the user's
+        asked = f"model.name_or_path={folder}" if folder else "model.config"
+        what = f"transformers does not accept this config: {_first(error)}"
+        raise (DataError if folder else ConfigError)(
+            Problem(what, asked, "fields and values of that model's config class", "model=llama_tiny")
+        ) from None
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

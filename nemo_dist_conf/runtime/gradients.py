@@ -1,0 +1,82 @@
+"""Gradient accumulation without needless reduction, and one global gradient norm for every layout."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["accumulate", "clip_grad_norm_"]
+
+
+@contextlib.contextmanager
+def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
+    """Around the forward and backward of one microbatch; ``last`` is True for the step's last one.
+
+    DDP and FSDP2 reduce gradients in the last microbatch only. With defer_fsdp_grad_sync=False FSDP2 reduces in
+    each of them, which keeps gradients sharded in between. Any other module is left alone.
+    """
+    if isinstance(model, DistributedDataParallel):
+        with contextlib.nullcontext() if last else model.no_sync():
+            yield
+        return
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(last)
+        if getattr(model, "_defer_grad_sync", True):
+            model.set_requires_gradient_sync(last)
+    yield
+
+
+def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
+    """Scale all gradients so that their global 2-norm is at most ``max_norm``; returns the norm before that.
+
+    The norm counts each element of the model once, however its parameters are sharded or replicated, also when
+    they live on different meshes (torch.nn.utils.clip_grad_norm_ refuses those).
+    max_norm None or 0: only measured. Returns a scalar tensor, equal on all ranks.
+    """
+    parameters = model.parameters() if isinstance(model, nn.Module) else model
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            sharded = tuple(not placement.is_replicate() for placement in gradient.placements)
+            groups.setdefault((gradient.device_mesh, sharded), []).append(gradient.to_local())
+        else:
+            groups.setdefault(None, []).append(gradient)
+    squares = []
+    for key, tensors in groups.items():
+        square = _square_sum(tensors)
+        if key is not None:
+            mesh, sharded = key
+            for index, is_sharded in enumerate(sharded):
+                if is_sharded and mesh.size(index) > 1:
+                    square = _all_reduce(square, mesh, index)
+        squares.append(square)
+    if not squares:
+        return torch.tensor(0.0)
+    total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    if max_norm:
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        for tensors in groups.values():
+            torch._foreach_mul_(tensors, scale.to(tensors[0].device))
+    return total
+
+
+def _square_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
+    norms = torch._foreach_norm([t for t in tensors if t.numel()], 2.0, dtype=torch.float32)
+    if not norms:
+        return torch.zeros((), device=tensors[0].device)
+    return torch.stack(list(norms)).square().sum()
+
+
+def _all_reduce(value: torch.Tensor, mesh: Any, index: int) -> torch.Tensor:
+    # Offloaded gradients are on the CPU while the group may be NCCL's.
+    moved = value.to(mesh.device_type)
+    dist.all_reduce(moved, group=mesh.get_group(index))
+    return moved

@@ -1,0 +1,168 @@
+"""Names and mappings become torch's objects: dtypes, precision and offload policies, typed configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import Any, Mapping
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, DType, nearest
+from nemo_dist_conf.schema import MixedPrecisionConf, OffloadConf
+
+__all__ = ["lower_config", "lower_dtype", "lower_mapping", "lower_mp_policy", "lower_offload_policy", "plain_mapping"]
+
+
+def lower_dtype(value: Any, path: str = "dtype") -> torch.dtype | None:
+    """torch.dtype for a dtype, a DType, or a name such as ``bfloat16`` or ``torch.bfloat16``; None stays None.
+
+    Raises ConfigError for anything else, at ``path``.
+    """
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    name = value.value if isinstance(value, DType) else str(value).removeprefix("torch.")
+    if name not in DType.__members__:
+        likely = nearest(name, DType.__members__) or ["bfloat16"]
+        allowed = ", ".join(DType.__members__)
+        raise ConfigError(Problem(f"{path}: {value!r} is not a dtype", f"{path}={value}", allowed, f"{path}={likely[0]}"))
+    return getattr(torch, name)
+
+
+def lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
+    """A node's fields typed as its schema, from a mapping or a schema object; None where it is off.
+
+    Raises ConfigError for unknown keys and wrong types.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Mapping) or dataclasses.is_dataclass(value) or isinstance(value, DictConfig):
+        typed = OmegaConf.structured(schema)
+        given = value if isinstance(value, (Mapping, DictConfig)) else dataclasses.asdict(value)  # type: ignore[call-overload]
+        for key in given:
+            if key == "_target_":
+                continue
+            _set(typed, str(key), given[key], path)
+        fields = OmegaConf.to_container(typed)
+        if not isinstance(fields, dict):
+            raise AssertionError(f"{schema} is not a mapping")
+        values = {str(name): item for name, item in fields.items()}
+        return values if values.pop("enabled", True) else None
+    raise ConfigError(
+        Problem(
+            f"{path} is {value!r}, not a policy",
+            f"{path}={value}",
+            "null, or the keys " + ", ".join(item.name for item in dataclasses.fields(schema)),
+            f"{path}=null",
+        )
+    )
+
+
+def _set(typed: DictConfig, key: str, value: Any, path: str) -> None:
+    if isinstance(value, torch.dtype):
+        value = str(value).removeprefix("torch.")
+    if key not in typed:
+        likely = nearest(key, map(str, typed)) or [str(next(iter(typed)))]
+        known = ", ".join(map(str, typed))
+        what = f"{path}.{key} is not an option; did you mean {likely[0]}?"
+        raise ConfigError(Problem(what, f"{path}.{key}={value}", known, f"{path}.{likely[0]}={value}"))
+    try:
+        typed[key] = value
+    except OmegaConfBaseException as error:
+        what = f"{path}.{key}: {str(error).splitlines()[0]}"
+        default = getattr(typed[key], "name", typed[key])
+        raise ConfigError(
+            Problem(what, f"{path}.{key}={value}", "a value of its type", f"{path}.{key}={default}")
+        ) from None
+
+
+def lower_mp_policy(value: Any, path: str = "strategy.mp_policy") -> MixedPrecisionPolicy | None:
+    """MixedPrecisionPolicy for one, a schema node or a mapping of dtype names; None where it is off."""
+    if isinstance(value, MixedPrecisionPolicy):
+        return value
+    fields = lower_mapping(value, MixedPrecisionConf, path)
+    if fields is None:
+        return None
+    dtypes = {name: lower_dtype(fields[name], f"{path}.{name}") for name in fields if name.endswith("_dtype")}
+    return MixedPrecisionPolicy(**dtypes, cast_forward_inputs=fields["cast_forward_inputs"])
+
+
+def lower_offload_policy(value: Any, path: str = "strategy.offload_policy") -> CPUOffloadPolicy | None:
+    """CPUOffloadPolicy for one, a schema node or a mapping; None where it is off."""
+    if isinstance(value, CPUOffloadPolicy):
+        return value
+    if isinstance(value, Mapping) and "enabled" not in value:
+        value = {**value, "enabled": True}  # a mapping in Python says what it wants; the switch is for the command line
+    fields = lower_mapping(value, OffloadConf, path)
+    return None if fields is None else CPUOffloadPolicy(**fields)
+
+
+#: Fields whose torch type the schema spells differently.
+_LOWERED = {
+    "mp_policy": lower_mp_policy,
+    "offload_policy": lower_offload_policy,
+    "autocast_dtype": lower_dtype,
+    "dtype": lower_dtype,
+    "lm_head_precision": lower_dtype,
+}
+
+
+def lower_config(config: Any, section: str) -> None:
+    """Convert a typed config's fields in place, from names, mappings or composed nodes.
+
+    The schema class that it inherits from says each field's type. Raises ConfigError with all problems.
+    """
+    schema = type(config).__mro__[1]
+    typed = OmegaConf.structured(schema)
+    where = "strategy" if section in ("fsdp2", "ddp", "megatron_fsdp") else section
+    problems: list[Problem] = []
+    for item in dataclasses.fields(config):
+        path, value = f"{where}.{item.name}", getattr(config, item.name)
+        try:
+            if item.name == "activation_checkpointing":
+                _check_mode(value, path)
+            elif item.name in _LOWERED:
+                setattr(config, item.name, _LOWERED[item.name](value, path))
+            elif item.name == "tp_plan":
+                setattr(config, item.name, plain_mapping(value, path))
+            elif item.name != "loss_fn":
+                _set(typed, item.name, value, where)
+                setattr(config, item.name, _plain(typed[item.name]))
+        except ConfigError as error:
+            problems += error.problems
+    ConfigError.raise_if(problems)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (DictConfig, ListConfig)):
+        return OmegaConf.to_container(value, resolve=True)
+    return value.value if isinstance(value, Enum) else value
+
+
+def _check_mode(value: Any, path: str) -> None:
+    if any(value is mode or (isinstance(mode, str) and value == mode) for mode in ACTIVATION_CHECKPOINTING_MODES):
+        return
+    allowed = ", ".join(str(mode).lower() for mode in ACTIVATION_CHECKPOINTING_MODES)
+    raise ConfigError(Problem(f"{path}={value!r} is not a mode", f"{path}={value}", allowed, f"{path}=true"))
+
+
+def plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
+    """A plain dict for a mapping or a composed node; None stays None. Raises ConfigError for anything else."""
+    if value is None:
+        return None
+    if isinstance(value, DictConfig):
+        value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    raise ConfigError(
+        Problem(
+            f"{path} is {value!r}, not a mapping from module names to styles",
+            f"{path}={value}",
+            "{module.name:style,...}, or null for the model's own plan",
+            f"{path}=null",
+        )
+    )

@@ -1,0 +1,188 @@
+"""The one order in which a model is parallelised; each technique has a module of its own.
+
+tensor/sequence parallel -> activation checkpointing -> compile -> autocast -> shard or replicate -> fill.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import MeshAxisName as A
+from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
+from nemo_dist_conf.runtime.blocks import find_blocks
+from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
+from nemo_dist_conf.runtime.fsdp_units import shard_blocks
+from nemo_dist_conf.runtime.mesh import fsdp_mesh
+from nemo_dist_conf.strategies.ddp import DDPConfig
+from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
+
+__all__ = ["parallelize_ddp", "parallelize_fsdp2"]
+
+log = logging.getLogger(__name__)
+
+#: torch 2.13 renamed the option; the old name warns there, the new one is unknown to torch 2.11.
+_BUFFERS_OPTION = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+#: Materialises a model that was built on the meta device.
+Fill = Callable[[nn.Module], None]
+
+
+def parallelize_fsdp2(
+    model: nn.Module,
+    config: FSDP2Config,
+    device_mesh: DeviceMesh,
+    moe_mesh: DeviceMesh | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    blocks: str | Iterable[str] | None = None,
+    fill: Fill | None = None,
+) -> Any:
+    """The model with every technique of ``strategy=fsdp2`` applied in place; with an optimizer, the pair.
+
+    blocks: path of the blocks, where neither the model's declaration nor its repeated layers are meant.
+    fill: called last on a model built on meta. Raises ConfigError for what the model or the build cannot do.
+    """
+    _refuse_wrapped(model)
+    names = device_mesh.mesh_dim_names or ()
+    sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
+    device = torch.device(device_mesh.device_type)
+    _sync_from_rank0(model)
+    parameters = dict(model.named_parameters()) if optimizer is not None else {}
+    units = find_blocks(model, blocks)
+    if sizes.get(A.TP, 1) > 1:
+        from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
+
+        tp_mesh = device_mesh[A.TP.value]
+        apply_tensor_parallel(model, tp_mesh, plan=config.tp_plan, sequence_parallel=config.sequence_parallel)
+        if config.enable_async_tensor_parallel:
+            enable_async_tensor_parallel(device, tp_mesh.get_group().group_name)
+    if config.patch_is_packed_sequence:
+        _patch_is_packed_sequence(model)
+    apply_activation_checkpointing(units, config.activation_checkpointing)
+    if config.enable_compile:
+        compile_blocks(units)
+    if config.autocast_dtype is not None:
+        _autocast(model, device, config.autocast_dtype)
+    shard_blocks(model, units, fsdp_mesh(device_mesh), config)
+    model._defer_grad_sync = config.defer_fsdp_grad_sync
+    if fill is not None:
+        fill(model)
+    if optimizer is None:
+        return model
+    _rebind(optimizer, parameters, model)
+    return model, optimizer
+
+
+def parallelize_ddp(
+    model: nn.Module,
+    config: DDPConfig,
+    device_mesh: DeviceMesh | None = None,
+    *,
+    blocks: str | Iterable[str] | None = None,
+    fill: Fill | None = None,
+) -> DistributedDataParallel:
+    """The model wrapped with DistributedDataParallel as the config says.
+
+    fill: called before wrapping on a model built on meta, because DDP sends rank 0's values at once.
+    Raises ConfigError where a model on meta comes without it.
+    """
+    _refuse_wrapped(model)
+    if not dist.is_initialized():
+        from nemo_dist_conf.runtime.process_group import initialize_distributed
+
+        initialize_distributed()
+    units = find_blocks(model, blocks)
+    apply_activation_checkpointing(units, config.activation_checkpointing)
+    if fill is not None:
+        fill(model)
+    parameter = next(model.parameters(), torch.empty(0))
+    if parameter.is_meta:
+        what = "the model is on the meta device, and DDP needs its values"
+        raise ConfigError(
+            Problem(what, "DDPManager.parallelize(model)", "a materialised model", "nemo_dist_conf.instantiate(cfg)")
+        )
+    if config.autocast_dtype is not None:
+        _autocast(model, parameter.device, config.autocast_dtype)
+    return DistributedDataParallel(
+        model,
+        device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,
+        process_group=device_mesh.get_group(A.DP.value) if device_mesh is not None else None,
+        **{_BUFFERS_OPTION: config.broadcast_buffers},
+        find_unused_parameters=config.find_unused_parameters,
+        static_graph=config.static_graph,
+        bucket_cap_mb=config.bucket_cap_mb,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+    )
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, (DistributedDataParallel, FSDPModule)):
+        kind = type(model).__name__
+        raise ConfigError(
+            Problem(f"the model is wrapped already ({kind})", f"parallelize({kind})", "the model itself", "model.module")
+        )
+
+
+def _sync_from_rank0(model: nn.Module) -> None:
+    """Make a materialised model equal to rank 0's, as DDP does: shards of different models would train nonsense."""
+    if dist.get_world_size() == 1:
+        return
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not tensor.is_meta:
+                dist.broadcast(tensor.detach(), src=0)
+
+
+def _autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the model's forward under torch.autocast; the loss outside of it stays in full precision."""
+    model.forward = torch.autocast(device.type, dtype=dtype)(model.forward)
+    log.info("autocast: %s", str(dtype).removeprefix("torch."))
+
+
+def _never_packed(position_ids: Any, batch_size: Any) -> bool:
+    return False
+
+
+def _patch_is_packed_sequence(model: nn.Module) -> None:
+    """Answer transformers' question whether a batch is packed with a plain False, for the whole process.
+
+    The original compares tensors, which waits for the device in every attention layer.
+    Source: transformers/modeling_flash_attention_utils.py, _is_packed_sequence.
+    """
+    key = "strategy.patch_is_packed_sequence"
+    if not hasattr(model, "config") or not type(model).__module__.startswith("transformers"):
+        what = f"{type(model).__name__} is not a model of transformers, so there is nothing to patch"
+        raise ConfigError(Problem(what, f"{key}=true", "false for this model", f"{key}=false"))
+    from transformers import modeling_flash_attention_utils as flash
+
+    flash._is_packed_sequence = _never_packed
+
+
+def _rebind(optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], model: nn.Module) -> None:
+    """Let an optimizer that was built before wrapping hold the sharded parameters."""
+    if optimizer.state:
+        what = "the optimizer has taken steps on the unsharded parameters"
+        raise ConfigError(
+            Problem(what, "parallelize(model, optimizer)", "an optimizer without state", "parallelize(model) first")
+        )
+    after = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in before.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [after[names[id(p)]] if id(p) in names else p for p in group["params"]]
+
+

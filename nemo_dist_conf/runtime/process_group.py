@@ -1,0 +1,124 @@
+"""Start or join the process group: NCCL on GPUs, gloo on CPU, one process without a launcher."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import logging
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.topology.world import Launched, launch_command, launched
+
+__all__ = ["DistInfo", "choose_device", "initialize_distributed", "shutdown_distributed"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DistInfo:
+    """This process among the ranks. device: where its model and batches live."""
+
+    backend: str
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(device: str | torch.device = "auto", local_rank: int = 0) -> torch.device:
+    """The device of this rank: ``auto`` takes the GPU of its local rank where there is one, else the CPU.
+
+    Raises ConfigError where CUDA is asked for and this process has no GPU of its own.
+    """
+    kind = torch.device(device).type if str(device) != "auto" else None
+    if kind not in (None, "cpu", "cuda"):
+        raise ConfigError(Problem(f"device={device} is not supported", f"device={device}", "auto, cpu, cuda", "device=auto"))
+    if kind == "cpu" or (kind is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= count:
+        what = f"rank with local rank {local_rank} has no GPU of its own ({count} visible)"
+        instead = f"torchrun --nproc-per-node {count} ..." if count else "device=cpu"
+        raise ConfigError(Problem(what, f"device={device}", "one GPU per rank of a node, or device=cpu", instead))
+    return torch.device("cuda", local_rank)
+
+
+def initialize_distributed(
+    backend: str | None = None, timeout_minutes: float = 10.0, device: str | torch.device = "auto"
+) -> DistInfo:
+    """Join the process group that the launcher prepared, or make one of a single process.
+
+    backend None: ``nccl`` (with gloo for host tensors) on CUDA, ``gloo`` on CPU. A group that already
+    exists is joined as it is. Ranks come from torchrun's variables, from Slurm's when those are missing.
+    timeout_minutes: how long a collective may wait for the slowest rank.
+    Raises ConfigError where the variables are incomplete or the device is missing.
+    """
+    place = launched()
+    if dist.is_initialized():
+        found = choose_device(device, place.local_rank)
+        return DistInfo(dist.get_backend(), dist.get_rank(), dist.get_world_size(), found)
+    found = choose_device(device, place.local_rank)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    chosen = backend or ("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
+    dist.init_process_group(
+        chosen,
+        store=_store(place),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+    atexit.register(shutdown_distributed)
+    log.debug("process group: %s, rank %d of %d, from %s", chosen, place.rank, place.world_size, place.source)
+    return DistInfo(chosen, place.rank, place.world_size, found)
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group, if there is one. Safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _store(place: Launched) -> dist.Store:
+    if place.world_size == 1:
+        return dist.HashStore()  # no port, so any number of single processes can run side by side
+    host, port = _master(place)
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
+    store = dist.TCPStore(host, port, place.world_size, is_master=not agent and place.rank == 0)
+    # A restarted group finds the keys of the one before it in the agent's store, so each attempt has its own.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt{attempt}", store)
+
+
+def _master(place: Launched) -> tuple[str, int]:
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if place.source == "Slurm":
+        host = host or _first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", ""))
+        # Two jobs on one node differ in their ids, so mostly in their ports.
+        port = port or str(15000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 15000)
+    if not host or not port:
+        missing = "MASTER_ADDR" if not host else "MASTER_PORT"
+        raise ConfigError(
+            Problem(
+                f"{place.world_size} ranks, but {missing} is not set, so they cannot meet",
+                f"WORLD_SIZE={place.world_size}",
+                "started by torchrun, or with MASTER_ADDR and MASTER_PORT set",
+                launch_command().format(n=place.world_size, asked="").strip(),
+            )
+        )
+    return host, int(port)
+
+
+def _first_host(nodes: str) -> str:
+    """First host of a Slurm node list such as ``node[003-005,9],other``."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    return "".join(part or "" for part in match.groups()) if match else "127.0.0.1"
