@@ -18,10 +18,10 @@ from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy, strat
 from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.strategies.megatron_fsdp import not_executed
 from nemo_dist_conf.topology import MeshSpec, Paths, pipeline_problems, solve
-from nemo_dist_conf.topology.axes import AXES
+from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.world import launch_command, launched
 
-__all__ = ["Checked", "check", "find_roots", "is_root"]
+__all__ = ["Checked", "SECTIONS", "check", "find_roots", "is_root", "section_of", "typed_words"]
 
 #: The sibling nodes of ``strategy``, with their schema classes.
 SECTIONS: dict[str, type] = {"parallelism": ParallelismConf, "pipeline": PipelineConf, "moe": MoEConf}
@@ -83,7 +83,7 @@ def check(
     """
     root = _single_root(cfg)
     paths = Paths(_prefix(root))
-    problems = _misspelt_sections(cfg, root, paths)
+    problems = _misspelt_sections(root, paths)
     strategy = strategy_of_target(str(root.strategy._target_))
     if strategy is None:
         raise AssertionError(f"{root.strategy._target_} was found as a strategy node")
@@ -94,22 +94,30 @@ def check(
     if world_size is None:
         world_size = launched().world_size
     facts = facts or _facts(cfg, root) or ModelFacts()
-    mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
-    problems += mode_problems
-    problems += strategy.rules(values, sizes, paths)
-    problems += _section_problems(pipeline, moe, sizes, facts, paths)
     mesh = None
     try:
         mesh = solve(sizes, world_size, strategy.axes, paths, launch_command())
     except ConfigError as error:
         problems += error.problems
-    problems += model_problems(facts, sizes, seq_len, paths)
-    problems += _execution_problems(strategy, sizes, paths)
+    # A size that was refused already must not be refused again by each rule that it meets.
+    usable = {axis.size_field: _usable(sizes[axis.size_field], axis, strategy) for axis in AXES}
+    mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
+    problems += mode_problems
+    problems += strategy.rules(values, usable, paths)
+    problems += _section_problems(pipeline, moe, sizes, usable, facts, paths)
+    problems += model_problems(facts, usable, world_size, seq_len, paths)
+    problems += _execution_problems(strategy, usable, paths)
     ConfigError.raise_if(problems)
     if mesh is None:
         raise AssertionError("no mesh, but no problem either")
     notes = _notes(values, sizes)
     return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, paths, facts, notes)
+
+
+def _usable(size: Any, axis: Axis, strategy: Strategy) -> Any:
+    if size is None or not isinstance(size, int) or size < 1 or axis.name not in strategy.axes.allowed:
+        return axis.default
+    return size
 
 
 def _prefix(node: DictConfig) -> str:
@@ -182,7 +190,7 @@ def _merge(typed: DictConfig, node: DictConfig, schema: type, name: str, paths: 
         if key in _BOOKKEEPING and "." not in name:
             continue
         if key not in known:
-            problems.append(_stray(f"{name}.{key}", node._get_node(key), known, paths))
+            problems.append(_stray(f"{name}.{key}", _raw(node, key), known, paths))
             continue
         try:
             value = node[key]
@@ -192,14 +200,32 @@ def _merge(typed: DictConfig, node: DictConfig, schema: type, name: str, paths: 
             else:
                 typed[key] = value
         except OmegaConfBaseException as error:
+            refusal = _resolvers_refusal(error)
+            if refusal is not None:  # it says more than OmegaConf's wrapping
+                problems += [problem for problem in refusal.problems if problem not in problems]
+                continue
             problems.append(
                 Problem(
                     f"{paths.key(f'{name}.{key}')}: {str(error).splitlines()[0]}",
-                    paths.set(f"{name}.{key}", node._get_node(key)),
+                    paths.set(f"{name}.{key}", _raw(node, key)),
                     known[key].metadata.get("help", "a value of its type"),
                     paths.set(f"{name}.{key}", _default_text(known[key])),
                 )
             )
+
+
+def _resolvers_refusal(error: BaseException | None) -> ConfigError | None:
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _raw(node: DictConfig, key: str) -> Any:
+    """What was written at a key, not resolved; a nested node as its inline text."""
+    value = node._get_node(key)
+    if OmegaConf.is_config(value):
+        return _shown(OmegaConf.to_container(value))
+    return value._value() if value is not None else None  # type: ignore[union-attr]
 
 
 def _nested_schema(item: dataclasses.Field[Any]) -> type | None:
@@ -231,14 +257,14 @@ def _stray(path: str, value: Any, known: Mapping[str, Any], paths: Paths) -> Pro
     asked = f"+{paths.set(path, value)}"
     section = path.split(".", 1)[0]
     owners = [s.name for s in STRATEGIES if key in {item.name for item in dataclasses.fields(s.schema)}]
-    sections = [name for name, schema in SECTIONS.items() if key in {item.name for item in dataclasses.fields(schema)}]
+    other = section_of(key)
     likely = nearest(key, known)
     if section == "strategy" and owners:
         what = f"{paths.key(path)} is not an option of this strategy; {' and '.join(owners)} has it"
         instead = f"{paths.choose('strategy', owners[0])} {paths.set(path, value)}"
-    elif sections and sections != [section]:
-        what = f"{paths.key(path)} is not an option; {sections[0]} has it"
-        instead = paths.set(f"{sections[0]}.{key}", value)
+    elif other and other != section:
+        what = f"{paths.key(path)} is not an option; {other} has it"
+        instead = paths.set(f"{other}.{key}", value)
     elif likely:
         what = f"{paths.key(path)} is not an option; did you mean {likely[0]}?"
         instead = paths.set(f"{path.rsplit('.', 1)[0]}.{likely[0]}", value)
@@ -249,7 +275,7 @@ def _stray(path: str, value: Any, known: Mapping[str, Any], paths: Paths) -> Pro
     return Problem(what, asked, ", ".join(ordered), instead)
 
 
-def _misspelt_sections(cfg: Any, root: DictConfig, paths: Paths) -> list[Problem]:
+def _misspelt_sections(root: DictConfig, paths: Paths) -> list[Problem]:
     """Siblings of ours that look like one of our sections but are not, so that their values would be ignored."""
     names = ["strategy", *SECTIONS, "activation_checkpointing"]
     problems = []
@@ -257,15 +283,30 @@ def _misspelt_sections(cfg: Any, root: DictConfig, paths: Paths) -> list[Problem
         likely = nearest(key, names, cutoff=0.8)
         if key in names or not likely or likely[0] in _closer(root, key, likely[0]):
             continue
+        words = typed_words(root, key)
         problems.append(
             Problem(
                 f"{paths.key(key)} is not a section of nemo_dist_conf; did you mean {likely[0]}?",
-                f"+{paths.key(key)}",
+                " ".join(f"+{paths.key(word)}" for word in words),
                 ", ".join(names),
-                paths.key(likely[0]),
+                " ".join(paths.key(word.replace(key, likely[0], 1)) for word in words),
             )
         )
     return problems
+
+
+def typed_words(node: DictConfig, key: str) -> list[str]:
+    """The overrides that would set a key, one for each value below it."""
+    value = node._get_node(key)
+    if isinstance(value, DictConfig) and not value._is_none() and len(value):
+        return [f"{key}.{word}" for inner in value for word in typed_words(value, str(inner))]
+    return [Paths().set(key, _raw(node, key))]
+
+
+def section_of(option: str) -> str | None:
+    """The section that has an option of this name, if exactly one has."""
+    owners = [name for name, schema in SECTIONS.items() if option in {item.name for item in dataclasses.fields(schema)}]
+    return owners[0] if len(owners) == 1 else None
 
 
 def _closer(root: DictConfig, key: str, likely: str) -> list[str]:
@@ -319,16 +360,21 @@ def _activation_checkpointing(
 
 
 def _section_problems(
-    pipeline: Mapping[str, Any], moe: Mapping[str, Any], sizes: Mapping[str, Any], facts: ModelFacts, paths: Paths
+    pipeline: Mapping[str, Any],
+    moe: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    usable: Mapping[str, Any],
+    facts: ModelFacts,
+    paths: Paths,
 ) -> list[Problem]:
     problems = []
-    if (sizes["pp_size"] or 1) > 1:
-        problems += pipeline_problems(pipeline, sizes["pp_size"], facts.num_layers, paths)
-    else:
+    if usable["pp_size"] > 1:
+        problems += pipeline_problems(pipeline, usable["pp_size"], facts.num_layers, paths)
+    elif sizes["pp_size"] == 1:
         problems += _changed_while_off("pipeline", pipeline, PipelineConf, "pp_size", paths)
-    if (sizes["ep_size"] or 1) > 1:
+    if sizes["ep_size"] > 1:
         problems += off_but_changed(moe["mp_policy"], MixedPrecisionConf(enabled=False), "moe.mp_policy", paths)
-    else:
+    elif sizes["ep_size"] == 1:
         problems += _changed_while_off("moe", moe, MoEConf, "ep_size", paths)
     return problems
 

@@ -8,6 +8,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 
 from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.schema import MoEConf, ParallelismConf, PipelineConf
+from nemo_dist_conf.resolvers import register_resolvers
 from nemo_dist_conf.schema.store import register, typed_node
 from nemo_dist_conf.strategies import STRATEGIES
 
@@ -33,4 +34,5 @@ def config_groups() -> dict[str, dict[str, Any]]:
 
 def register_groups(search_path: ConfigSearchPath) -> None:
     """Register everything with Hydra; called by the plugin for every app."""
+    register_resolvers()
     register(config_groups(), search_path, {"activation_checkpointing": False})

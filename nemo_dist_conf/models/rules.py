@@ -24,9 +24,13 @@ def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
 
 
 def model_problems(
-    facts: ModelFacts, sizes: Mapping[str, Any], seq_len: int | None = None, paths: Paths = Paths()
+    facts: ModelFacts,
+    sizes: Mapping[str, Any],
+    world_size: int,
+    seq_len: int | None = None,
+    paths: Paths = Paths(),
 ) -> list[Problem]:
-    """What in the sizes does not fit the model or the sequence length [tokens]."""
+    """What in the sizes does not fit the model or the sequence length [tokens]; suggestions fit the world size too."""
     problems = []
     tp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "cp_size", "ep_size"))
     legal = tensor_parallel_sizes(facts)
@@ -45,7 +49,7 @@ def model_problems(
                 f"tp_size={tp} does not divide the model's {' and '.join(odd)}",
                 paths.set("parallelism.tp_size", tp),
                 f"tp_size: {', '.join(map(str, legal))}",
-                paths.set("parallelism.tp_size", max(d for d in legal if d <= tp)),
+                paths.set("parallelism.tp_size", max(d for d in legal if d <= tp and world_size % d == 0)),
             )
         )
     if cp > 1 and seq_len is not None and seq_len % (2 * cp):

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nemo_dist_conf.runtime.blocks import Blocks
@@ -16,7 +17,7 @@ __all__ = ["apply_activation_checkpointing"]
 log = logging.getLogger(__name__)
 
 
-def apply_activation_checkpointing(blocks: Blocks, mode: bool | str) -> None:
+def apply_activation_checkpointing(model: nn.Module, blocks: Blocks, mode: bool | str) -> None:
     """Let every block's forward drop its activations and run again in backward.
 
     mode True: everything inside a block is recomputed. "selective": results of matmuls, attention and
@@ -26,6 +27,9 @@ def apply_activation_checkpointing(blocks: Blocks, mode: bool | str) -> None:
     """
     if mode is False:
         return
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        # A key/value cache of transformers would be filled a second time by the recomputation.
+        model.config.use_cache = False
     contexts: dict[str, Any] = {}
     if mode == "selective":
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)

@@ -114,6 +114,9 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
     def factory() -> nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # for generation only: in training it would keep keys and values of every layer
+
     try:
         built = _from_factory(factory, seed, device, blocks)
     except ValueError as error:

@@ -71,7 +71,7 @@ def parallelize_fsdp2(
             enable_async_tensor_parallel(device, tp_mesh.get_group().group_name)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
-    apply_activation_checkpointing(units, config.activation_checkpointing)
+    apply_activation_checkpointing(model, units, config.activation_checkpointing)
     if config.enable_compile:
         compile_blocks(units)
     if config.autocast_dtype is not None:
@@ -105,7 +105,7 @@ def parallelize_ddp(
 
         initialize_distributed()
     units = find_blocks(model, blocks)
-    apply_activation_checkpointing(units, config.activation_checkpointing)
+    apply_activation_checkpointing(model, units, config.activation_checkpointing)
     if fill is not None:
         fill(model)
     parameter = next(model.parameters(), torch.empty(0))

@@ -34,7 +34,7 @@ class AxisRules:
     """The axes of one strategy.
 
     strategy: its name. allowed: axes whose size may be above 1. why_not: the reason for each other axis.
-    instead: the strategy that has the axes this one lacks. mesh: names of the root mesh's axes, outermost first.
+    instead: the strategy to type where an axis is lacking, for the axes in ``instead_for``. mesh: names of the root mesh's axes, outermost first.
     flattened: further names for several root axes together.
     """
 
@@ -44,3 +44,4 @@ class AxisRules:
     flattened: tuple[tuple[str, tuple[str, ...]], ...] = ()
     why_not: Mapping[str, str] = field(default_factory=dict)
     instead: str = "fsdp2"
+    instead_for: frozenset[str] = frozenset({"dp_replicate", "tp"})

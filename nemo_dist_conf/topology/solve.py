@@ -76,7 +76,7 @@ def size_problems(
             why = rules.why_not.get(axis.name, f"it has no {axis.title}")
             asked = f"{paths.choose('strategy', rules.strategy)} {paths.set(key, value)}"
             instead = f"{paths.choose('strategy', rules.instead)} {paths.set(key, value)}"
-            if rules.instead == rules.strategy:
+            if axis.name not in rules.instead_for:
                 instead = paths.set(key, axis.default)
             elif world_size == 1:
                 # HSDP needs two ranks or more in each replica.

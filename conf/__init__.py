@@ -1,0 +1,1 @@
+"""The recipe's configs; installed as nemo_dist_conf.conf."""

@@ -1,0 +1,28 @@
+"""Whether this machine has a GPU that torch can use, told without importing torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["cuda_present"]
+
+
+def cuda_present() -> bool:
+    """True where CUDA can be expected to work: torch's own answer once it is imported, signs of it before.
+
+    The signs: a driver's device file, a visible device, and a torch that is not a CPU build.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "cuda"):
+        return bool(torch.cuda.is_available())
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
+        return False
+    if not any(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*")):
+        return False
+    try:
+        return not importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False

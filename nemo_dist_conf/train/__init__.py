@@ -1,0 +1,1 @@
+"""The recipe: ``python -m nemo_dist_conf.train`` trains a causal language model on text."""

@@ -1,0 +1,36 @@
+"""``python -m nemo_dist_conf.train [overrides]``; torch is imported only after the config has passed its checks."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig, open_dict
+
+from nemo_dist_conf.errors import NemoDistConfError
+from nemo_dist_conf.topology.world import launched
+from nemo_dist_conf.train.checks import check_recipe, config_folder, typed_model_config
+
+__all__ = ["main"]
+
+
+@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Train as the config says; the last loss is the job's value for sweepers."""
+    try:
+        check_recipe(cfg)
+        if cfg.model.get("name_or_path"):
+            overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
+            with open_dict(cfg.model):
+                cfg.model.config = typed_model_config(cfg.model.get("config"), overrides)
+        from nemo_dist_conf.train.loop import run
+
+        return run(cfg)
+    except NemoDistConfError as error:
+        if launched().rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What the recipe refuses before it starts: its own keys and sizes, on top of the package's rules. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+from omegaconf import DictConfig, OmegaConf
+
+import nemo_dist_conf
+from nemo_dist_conf.compose import SECTIONS, Checked, check, section_of, typed_words
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.hooks import DistributedCallback
+from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
+from nemo_dist_conf.names import nearest
+
+__all__ = ["RecipeCallback", "batch_problems", "check_recipe", "config_folder", "legal_batch_sizes", "typed_model_config"]
+
+
+class RecipeCallback(DistributedCallback):
+    """The package's callback, with the recipe's rules."""
+
+    def check(self, config: DictConfig) -> None:
+        check_recipe(config)
+
+
+def config_folder() -> Path:
+    """The recipe's YAML: inside the package when installed, beside it in a checkout."""
+    package = Path(nemo_dist_conf.__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def typed_model_config(config: Any, overrides: Iterable[str]) -> dict[str, Any]:
+    """``model.config`` as it holds beside a checkpoint folder: only the fields that the user typed.
+
+    The rest of the preset describes another model; the folder's own config stands in its place.
+    """
+    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    fields = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config or {})
+    return {key: value for key, value in fields.items() if f"model.config.{key}" in keys}  # type: ignore[union-attr]
+
+
+def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
+    """The checked recipe config (with or without its ``hydra`` node), or ConfigError with every problem."""
+    checked = None
+    problems = list(_stray_keys(config))
+    facts = None
+    model = config.get("model")
+    if isinstance(model, DictConfig) and "_target_" not in model:
+        overrides = OmegaConf.select(config, "hydra.overrides.task") or []
+        if model.get("name_or_path"):
+            facts = facts_from_folder(model.name_or_path)
+            fields = typed_model_config(model.get("config"), overrides)
+        else:
+            fields = typed_model_config(model.get("config"), [f"model.config.{key}=" for key in model.get("config") or {}])
+        facts = facts or facts_from_config(fields)
+    try:
+        checked = check(config, world_size, facts=facts, seq_len=OmegaConf.select(config, "data.seq_len"))
+        data_size = checked.mesh.size("dp")
+        problems += batch_problems(config.train.global_batch_size, config.train.micro_batch_size, data_size)
+    except ConfigError as error:
+        problems += error.problems
+    ConfigError.raise_if(problems)
+    if checked is None:
+        raise AssertionError("not checked, but no problem either")
+    return checked
+
+
+def _stray_keys(config: DictConfig) -> Iterable[Problem]:
+    """Keys that ``+`` added where nothing reads them."""
+    own = OmegaConf.load(config_folder() / "train.yaml")
+    groups = ["strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "model", "data", "optimizer"]
+    known: dict[str, list[str]] = {"": [*groups, *(str(key) for key in own if key not in ("defaults", "hydra"))]}
+    known["train"] = [str(key) for key in own.train]
+    if "_target_" not in (config.get("data") or {}):
+        known["data"] = [str(key) for key in OmegaConf.load(config_folder() / "data" / "text.yaml")]
+    for section, names in known.items():
+        node = config if not section else config.get(section)
+        if not isinstance(node, Mapping) and not isinstance(node, DictConfig):
+            yield Problem(
+                f"{section} is {node!r}, not a group of options", f"{section}={node}", ", ".join(names), f"~{section}"
+            )
+            continue
+        for key in map(str, node):
+            if key in names or (not section and key == "hydra"):
+                continue
+            if not section and nearest(key, ("strategy", *SECTIONS), cutoff=0.8):
+                continue  # told by the package's own check
+            path = f"{section}.{key}" if section else key
+            likely = nearest(key, names)
+            words = typed_words(node, key)
+            known_elsewhere = [(word, section_of(word.partition("=")[0].rpartition(".")[2])) for word in words]
+            if all(owner for _, owner in known_elsewhere):
+                instead = " ".join(f"{owner}.{word.rpartition('.')[2]}" for word, owner in known_elsewhere)
+                what = f"{path} is not an option of the recipe; {known_elsewhere[0][1]} has what it holds"
+                yield Problem(what, " ".join(f"+{word}" for word in words), ", ".join(names), instead)
+                continue
+            what = f"{path} is not an option of the recipe" + (f"; did you mean {likely[0]}?" if likely else "")
+            ordered = likely + [name for name in names if name not in likely]
+            best = f"{section}.{likely[0]}" if section and likely else likely[0] if likely else ""
+            plain = "" if OmegaConf.is_config(node._get_node(key)) else f"={words[0].partition('=')[2]}"
+            yield Problem(what, f"+{path}{plain}", ", ".join(ordered), f"{best}{plain}" if likely else f"~{path}")
+
+
+def legal_batch_sizes(global_batch_size: int, unit: int) -> list[int]:
+    """The multiples of ``unit`` next to the size that was asked for, below and above."""
+    below = global_batch_size // unit * unit
+    return [size for size in (below, below + unit) if size > 0 and size != global_batch_size]
+
+
+def batch_problems(global_batch_size: Any, micro_batch_size: Any, data_size: int) -> list[Problem]:
+    """What is wrong with the batch sizes [rows] for ``data_size`` data ranks."""
+    problems = []
+    for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
+        if value is None and name == "micro_batch_size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            key = f"train.{name}"
+            what = f"{key}={value} is not a number of rows"
+            problems.append(Problem(what, f"{key}={value}", "a whole number, 1 or more", f"{key}={data_size}"))
+    if problems:
+        return problems
+    unit = data_size * (micro_batch_size or 1)
+    if global_batch_size % unit == 0:
+        return []
+    rows = "" if micro_batch_size is None else f" x micro_batch_size={micro_batch_size}"
+    legal = legal_batch_sizes(global_batch_size, unit)
+    asked = f"train.global_batch_size={global_batch_size}"
+    if micro_batch_size is not None:
+        asked += f" train.micro_batch_size={micro_batch_size}"
+    return [
+        Problem(
+            f"global_batch_size={global_batch_size} does not divide into {data_size} data ranks{rows}",
+            asked,
+            f"multiples of {unit}: {', '.join(map(str, legal))}",
+            f"train.global_batch_size={legal[-1]}",
+        )
+    ]

@@ -1,0 +1,159 @@
+"""Command lines of the recipe, good and bad, and how one of them is composed and checked in this process."""
+
+from __future__ import annotations
+
+import shlex
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.train.checks import check_recipe, config_folder
+
+#: (world size, overrides as typed); the outcome of each is in golden/command_lines.txt.
+COMMAND_LINES: tuple[tuple[int, str], ...] = (
+    # What works.
+    (1, ""),
+    (1, "strategy=ddp"),
+    (4, "strategy=ddp"),
+    (4, "strategy=ddp parallelism.dp_size=4"),
+    (4, "strategy=fsdp2"),
+    (4, "parallelism.tp_size=2"),
+    (4, "parallelism.tp_size=4 strategy.sequence_parallel=true"),
+    (4, "parallelism.dp_replicate_size=2"),
+    (8, "parallelism.dp_size=4 parallelism.dp_replicate_size=2 parallelism.tp_size=2"),
+    (4, "parallelism.dp_replicate_size=1"),
+    (1, "strategy.mp_policy=null"),
+    (1, "strategy.mp_policy.param_dtype=float16"),
+    (1, "strategy.offload_policy.enabled=true strategy.offload_policy.pin_memory=false"),
+    (1, "strategy.offload_policy=null"),
+    (1, "activation_checkpointing=selective"),
+    (1, "strategy.activation_checkpointing=true"),
+    (1, "activation_checkpointing=true strategy.activation_checkpointing=true"),
+    (1, "strategy.enable_fsdp2_prefetch=true strategy.fsdp2_backward_prefetch_depth=0"),
+    (2, "'strategy.tp_plan={model.layers.*.mlp.up_proj:colwise,model.layers.*.mlp.down_proj:rowwise}'"
+        " parallelism.tp_size=2"),
+    (2, "strategy.sequence_parallel=true strategy.enable_async_tensor_parallel=true strategy.enable_compile=true"
+        " parallelism.tp_size=2"),
+    (1, "strategy=ddp strategy.bucket_cap_mb=1.5 strategy.autocast_dtype=bfloat16"),
+    (1, "model=qwen3_tiny data.seq_len=64"),
+    (1, "model.config.num_hidden_layers=2"),
+    (2, "train.global_batch_size=8 train.micro_batch_size=2"),
+    (1, "parallelism.dp_size='1'"),
+    # Words that Hydra's own typing refuses.
+    (1, "strategy=fsdp3"),
+    (1, "strategy.reshard_after_forward=maybe"),
+    (1, "strategy.bucket_cap_mb=25"),
+    (1, "strategy=ddp strategy.bucket_cap_mb=big"),
+    (1, "strategy.mp_policy.param_dtype=bf16"),
+    (1, "strategy.mp_policy=bfloat16"),
+    (1, "strategy.autocast_dtype=int8"),
+    (1, "parallelism.tp_size=2.5"),
+    (1, "parallelism.tp_size=two"),
+    (1, "parallelism.tp_size=true"),
+    (1, "parallelism.tp_size=null"),
+    (1, "parallelism.sp_size=2"),
+    (1, "pipeline=2f2b"),
+    (1, "pipeline.round_virtual_stages_to_pp_multiple=sideways"),
+    (1, "pipeline.dtype=double"),
+    (1, "moe.lm_head_precision=fp8"),
+    (1, "distributed.tp_size=2"),
+    # Strategies and axes.
+    (1, "strategy=ddp parallelism.tp_size=2"),
+    (2, "strategy=ddp parallelism.tp_size=2"),
+    (2, "strategy=ddp parallelism.pp_size=2"),
+    (2, "strategy=ddp parallelism.cp_size=2"),
+    (2, "strategy=ddp parallelism.ep_size=2"),
+    (4, "strategy=ddp parallelism.dp_replicate_size=2"),
+    (4, "strategy=ddp parallelism.dp_size=2"),
+    (8, "strategy=ddp parallelism.tp_size=2 parallelism.pp_size=2"),
+    (1, "strategy=megatron_fsdp"),
+    (2, "strategy=megatron-fsdp parallelism.pp_size=2"),
+    (2, "strategy=mfsdp parallelism.ep_size=2"),
+    (4, "strategy=mfsdp parallelism.dp_replicate_size=2"),
+    (1, "strategy=mfsdp strategy.zero_dp_strategy=4"),
+    (1, "strategy=mfsdp 'strategy.megatron_fsdp_unit_modules=[LlamaDecoderLayer]'"),
+    (1, "strategy=mfsdp activation_checkpointing=selective"),
+    (1, "strategy=mfsdp +strategy.sequence_parallel=true"),
+    # Sizes and the world.
+    (1, "parallelism.tp_size=2"),
+    (1, "parallelism.dp_size=4"),
+    (6, "parallelism.tp_size=4"),
+    (8, "parallelism.dp_size=3"),
+    (8, "parallelism.dp_size=4"),
+    (4, "parallelism.dp_replicate_size=3"),
+    (4, "parallelism.dp_replicate_size=4"),
+    (1, "parallelism.tp_size=0"),
+    (1, "parallelism.tp_size=-2 parallelism.cp_size=0"),
+    (1, "parallelism.dp_size=0"),
+    (2, "parallelism.pp_size=2 pipeline.pp_batch_size=4"),
+    (4, "parallelism.cp_size=2"),
+    (4, "parallelism.ep_size=2"),
+    (6, "parallelism.ep_size=4"),
+    # Sections that would do nothing.
+    (1, "pipeline=gpipe"),
+    (1, "pipeline.pp_microbatch_size=4"),
+    (1, "moe.reshard_after_forward=true moe.mp_policy.enabled=true"),
+    (2, "parallelism.pp_size=2 pipeline=interleaved_1f1b pipeline.layers_per_stage=2 pipeline.pp_batch_size=4"),
+    (2, "parallelism.pp_size=2 pipeline.pp_schedule=zero_bubble pipeline.pp_batch_size=4"),
+    (2, "parallelism.pp_size=2 pipeline.pp_schedule=1f1bb pipeline.pp_batch_size=4"),
+    (2, "parallelism.pp_size=2 pipeline.pp_batch_size=5 pipeline.pp_microbatch_size=2"),
+    (4, "parallelism.pp_size=4 pipeline.pp_batch_size=2"),
+    # Options of a strategy.
+    (1, "activation_checkpointing=some"),
+    (1, "strategy.activation_checkpointing=full"),
+    (1, "activation_checkpointing=selective strategy.activation_checkpointing=true"),
+    (2, "strategy.enable_async_tensor_parallel=true parallelism.tp_size=2"),
+    (1, "strategy.enable_async_tensor_parallel=true"),
+    (1, "strategy.fsdp2_forward_prefetch_depth=-1"),
+    (1, "strategy.fsdp2_backward_prefetch_depth=4"),
+    (1, "strategy.offload_policy.pin_memory=false"),
+    (1, "strategy.autocast_dtype=float32"),
+    (1, "strategy=ddp strategy.bucket_cap_mb=0"),
+    (1, "strategy=ddp strategy.bucket_cap_mb=-25"),
+    # Keys that + slipped in.
+    (1, "+strategy.reshard_after_foward=true"),
+    (1, "strategy=ddp +strategy.reshard_after_forward=true"),
+    (1, "+strategy.tp_size=2"),
+    (1, "+strategy.mp_policy.grad_dtype=float32"),
+    (1, "+parallelism.tensor_parallel=2"),
+    (1, "+paralelism.tp_size=2"),
+    (1, "+distributed.tp_size=2"),
+    (1, "+train.stepz=3"),
+    (1, "++pipeline.schedule=gpipe"),
+    # The model and the batch.
+    (3, "parallelism.tp_size=3"),
+    (8, "parallelism.tp_size=8"),
+    (2, "parallelism.tp_size=2 model.config.num_key_value_heads=1"),
+    (4, "train.global_batch_size=6"),
+    (2, "train.global_batch_size=12 train.micro_batch_size=4"),
+    (1, "train.global_batch_size=0"),
+    (1, "train.dtype=float16"),
+    (1, "train.dtype=bf16"),
+    # Sections gone.
+    (1, "strategy=null"),
+    (1, "parallelism=null"),
+    (1, "~parallelism"),
+    # Many at once.
+    (6, "strategy=ddp parallelism.tp_size=4 pipeline=gpipe strategy.bucket_cap_mb=0 activation_checkpointing=some"),
+)
+
+
+def outcome(world_size: int, line: str) -> tuple[str, ConfigError | None]:
+    """(text that a user sees, our error or None) for a command line of the recipe on ``world_size`` ranks."""
+    if not GlobalHydra.instance().is_initialized():
+        initialize_config_dir(str(config_folder()), version_base="1.3")
+    try:
+        cfg = compose("train", overrides=shlex.split(line), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        checked = check_recipe(cfg, world_size)
+        return f"runs: {checked.strategy.name}, {checked.mesh.describe()}", None
+    except ConfigError as error:
+        return str(error), error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        cause = error.__cause__
+        return "Hydra: " + str(error).split("\n")[0] + (f" / {str(cause).splitlines()[0]}" if cause else ""), None

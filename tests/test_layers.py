@@ -1,0 +1,70 @@
+"""Imports go down the table of layers only, and composing stays torch-free; style as setup.cfg says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LINT, "--config", "setup.cfg", "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_imports_go_down_the_layers_only() -> None:
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "module, line, contract",
+    [
+        ("topology/solve.py", "from nemo_dist_conf.strategies import STRATEGIES", "Layers of nemo_dist_conf"),
+        ("compose.py", "import nemo_dist_conf.runtime", "Layers of nemo_dist_conf"),
+        ("stray.py", "", "Layers of nemo_dist_conf"),
+        ("schema/moe.py", "def later():\n    import torch", "Names, schemas and topology"),
+    ],
+    ids=["upwards", "runtime", "without a place", "torch"],
+)
+def test_a_breach_is_found(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    """The contracts above are not empty: a copy with one wrong import (or a module without a place) breaks them."""
+    for part in ("nemo_dist_conf", "hydra_plugins"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.cfg", tmp_path)
+    with (tmp_path / "nemo_dist_conf" / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    done = lint(tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    broken = [text for text in done.stdout.splitlines() if " BROKEN" in text]
+    assert any(text.startswith(contract) for text in broken), done.stdout
+
+
+def test_composing_loads_neither_torch_nor_the_runtime() -> None:
+    """What setup.cfg lets the strategies import, they import inside functions."""
+    script = """
+import importlib, pkgutil, sys
+import nemo_dist_conf
+for layer in ("errors", "names", "schema", "topology", "models", "strategies", "compose", "groups", "hooks"):
+    module = importlib.import_module("nemo_dist_conf." + layer)
+    for found in pkgutil.walk_packages(getattr(module, "__path__", []), module.__name__ + "."):
+        importlib.import_module(found.name)
+import hydra_plugins.nemo_dist_conf.search_path
+heavy = ("torch", "transformers", "megatron_fsdp", "nemo_dist_conf.runtime", "nemo_dist_conf.train")
+print(*[name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_flake8_has_nothing_to_say() -> None:
+    command = [sys.executable, "-m", "flake8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
