@@ -2,37 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Callable
 
 from hydra.core.config_search_path import ConfigSearchPath
+from omegaconf import OmegaConf
 
-from nemo_dist_conf.names import SCHEDULES
-from nemo_dist_conf.schema import MoEConf, ParallelismConf, PipelineConf
-from nemo_dist_conf.resolvers import register_resolvers
-from nemo_dist_conf.schema.store import register, typed_node
-from nemo_dist_conf.strategies import STRATEGIES
+from nemo_dist_conf.names import SCHEDULES, STRATEGY_NAMES
+from nemo_dist_conf.store import register, typed_node
 
 __all__ = ["config_groups", "register_groups"]
 
 
-def config_groups() -> dict[str, dict[str, Any]]:
-    """Group -> option -> store node; the first option of each group is its default."""
+def config_groups() -> dict[str, dict[str, Callable[[], Any]]]:
+    """Group -> option -> maker of its store node; the first option of each group is its default.
+
+    Names only: the schemas are imported when a node is made.
+    """
+    names = [name for strategy, aliases in STRATEGY_NAMES.items() for name in (strategy, *aliases)]
+    schedules = sorted(SCHEDULES, key=lambda name: name != "1f1b")
     return {
-        "strategy": {
-            name: typed_node(strategy.schema, strategy.target, hooks=True)
-            for strategy in STRATEGIES
-            for name in strategy.names
-        },
-        "parallelism": {"default": typed_node(ParallelismConf, "nemo_dist_conf.mesh.ParallelismSizes")},
-        "pipeline": {
-            name: typed_node(PipelineConf, "nemo_dist_conf.pipelining.PipelineConfig", pp_schedule=name)
-            for name in sorted(SCHEDULES, key=lambda name: name != "1f1b")
-        },
-        "moe": {"default": typed_node(MoEConf, "nemo_dist_conf.config.MoEParallelizerConfig")},
+        "strategy": {name: functools.partial(_strategy, name) for name in names},
+        "parallelism": {"default": _parallelism},
+        "pipeline": {name: functools.partial(_pipeline, name) for name in schedules},
+        "moe": {"default": _moe},
     }
 
 
 def register_groups(search_path: ConfigSearchPath) -> None:
-    """Register everything with Hydra; called by the plugin for every app."""
-    register_resolvers()
+    """Register everything with Hydra; called by the plugin for every app, so it must cost next to nothing."""
+    _register_resolvers()
     register(config_groups(), search_path, {"activation_checkpointing": False})
+
+
+def _strategy(name: str) -> Any:
+    from nemo_dist_conf.strategies import find_strategy
+
+    strategy = find_strategy(name)
+    return typed_node(strategy.schema, strategy.target, hooks=True)
+
+
+def _parallelism() -> Any:
+    from nemo_dist_conf.schema import ParallelismConf
+
+    return typed_node(ParallelismConf, "nemo_dist_conf.mesh.ParallelismSizes")
+
+
+def _pipeline(name: str) -> Any:
+    from nemo_dist_conf.schema import PipelineConf
+
+    return typed_node(PipelineConf, "nemo_dist_conf.pipelining.PipelineConfig", pp_schedule=name)
+
+
+def _moe() -> Any:
+    from nemo_dist_conf.schema import MoEConf
+
+    return typed_node(MoEConf, "nemo_dist_conf.config.MoEParallelizerConfig")
+
+
+def _register_resolvers() -> None:
+    """``${nemo_dist.compute_dtype:...}`` and ``${nemo_dist.autocast_dtype:...}``, for the recipe's YAML."""
+
+    def compute_dtype(dtype: Any, device: str) -> str:
+        from nemo_dist_conf import resolvers
+
+        return resolvers.compute_dtype(dtype, device)
+
+    def autocast_dtype(dtype: Any, device: str) -> str | None:
+        from nemo_dist_conf import resolvers
+
+        return resolvers.autocast_dtype(dtype, device)
+
+    for function in (compute_dtype, autocast_dtype):
+        OmegaConf.register_new_resolver(f"nemo_dist.{function.__name__}", function, replace=True)

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["ACTIVATION_CHECKPOINTING_MODES", "DType", "MeshAxisName", "SCHEDULES", "Schedule", "nearest"]
-
-import difflib
 from dataclasses import dataclass
 from typing import Iterable
+
+__all__ = [
+    "ACTIVATION_CHECKPOINTING_MODES",
+    "DType",
+    "MeshAxisName",
+    "SCHEDULES",
+    "STRATEGY_NAMES",
+    "Schedule",
+    "nearest",
+]
+
+#: Strategy -> its aliases; the module nemo_dist_conf.strategies.<name> holds the rest. The default comes first.
+STRATEGY_NAMES: dict[str, tuple[str, ...]] = {
+    "fsdp2": (),
+    "megatron_fsdp": ("megatron-fsdp", "mfsdp"),
+    "ddp": (),
+}
 
 
 class MeshAxisName(str, Enum):
@@ -68,4 +82,6 @@ SCHEDULES: dict[str, Schedule] = {
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """Known words, those most like ``word`` first; empty when none is alike."""
+    import difflib  # only for a refusal; every Hydra app of the environment imports this module
+
     return difflib.get_close_matches(str(word), [str(k) for k in known], n=3, cutoff=cutoff)

@@ -1,16 +1,14 @@
-"""OmegaConf resolvers for the recipe's YAML; registered with the config groups."""
+"""What the resolvers of the recipe's YAML answer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.device import cuda_present
 
-__all__ = ["autocast_dtype", "compute_dtype", "register_resolvers"]
+__all__ = ["autocast_dtype", "compute_dtype"]
 
 _DTYPES = ("auto", "float32", "bfloat16")
 
@@ -32,9 +30,3 @@ def autocast_dtype(dtype: Any, device: str) -> str | None:
     """The same for torch.autocast, where float32 means none."""
     name = compute_dtype(dtype, device)
     return None if name == "float32" else name
-
-
-def register_resolvers() -> None:
-    """Make ``${nemo_dist.compute_dtype:...}`` and ``${nemo_dist.autocast_dtype:...}`` known; safe to repeat."""
-    OmegaConf.register_new_resolver("nemo_dist.compute_dtype", compute_dtype, replace=True)
-    OmegaConf.register_new_resolver("nemo_dist.autocast_dtype", autocast_dtype, replace=True)

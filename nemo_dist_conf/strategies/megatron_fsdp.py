@@ -112,7 +112,6 @@ _SHARDS = "shards over one data-parallel group"
 
 STRATEGY = Strategy(
     name="megatron_fsdp",
-    aliases=("megatron-fsdp", "mfsdp"),
     schema=MegatronFSDPConf,
     config=MegatronFSDPConfig,
     axes=AxisRules(

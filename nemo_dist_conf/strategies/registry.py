@@ -1,16 +1,19 @@
-"""All strategies, by name and alias. A new one is a file in this package and a line here."""
+"""All strategies, by name and alias. A new one is a file in this package and a line in names.STRATEGY_NAMES."""
 
 from __future__ import annotations
 
+import importlib
+
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
-from nemo_dist_conf.strategies import ddp, fsdp2, megatron_fsdp
+from nemo_dist_conf.names import STRATEGY_NAMES, nearest
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology import Paths
 
 __all__ = ["STRATEGIES", "find_strategy", "strategy_names", "strategy_of_target"]
 
-STRATEGIES: tuple[Strategy, ...] = (fsdp2.STRATEGY, megatron_fsdp.STRATEGY, ddp.STRATEGY)
+STRATEGIES: tuple[Strategy, ...] = tuple(
+    importlib.import_module(f"nemo_dist_conf.strategies.{name}").STRATEGY for name in STRATEGY_NAMES
+)
 
 
 def strategy_names() -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Callable, Mapping
 
 from nemo_dist_conf.errors import Problem
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES
+from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, STRATEGY_NAMES
 from nemo_dist_conf.topology import AxisRules, Paths
 
 __all__ = ["Strategy", "shallow_dict"]
@@ -30,13 +30,13 @@ class Strategy:
     axes: AxisRules
     rules: Rules
     manager: str
-    aliases: tuple[str, ...] = ()
     activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
     executes: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
+        """The name and its aliases."""
+        return (self.name, *STRATEGY_NAMES[self.name])
 
     @property
     def target(self) -> str:

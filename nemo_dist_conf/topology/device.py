@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -22,6 +21,8 @@ def cuda_present() -> bool:
         return False
     if not any(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*")):
         return False
+    import importlib.metadata
+
     try:
         return not importlib.metadata.version("torch").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:

@@ -150,6 +150,15 @@ def shown_strategy(environment: Environment, folder: Path) -> str:
     return done.stdout.strip()
 
 
+def check_recipe(environment: Environment, folder: Path) -> None:
+    """The recipe shows its config outside the checkout, so it finds conf/ wherever the install put it."""
+    folder.mkdir()
+    done = run(environment.python, "-m", "nemo_dist_conf.train", "--cfg", "job", cwd=folder)
+    for group in ("strategy", "parallelism", "model", "data", "optimizer", "train"):
+        assert f"\n{group}:\n" in f"\n{done.stdout}", done.stdout + done.stderr
+    assert list(folder.iterdir()) == []
+
+
 def members(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
@@ -221,12 +230,7 @@ def test_installed_package_is_found_works_anywhere_and_goes_without_a_trace(
 
     assert "broadcast_buffers: false" in shown_strategy(environment, tmp_path / "app")
 
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    recipe = run(environment.python, "-m", "nemo_dist_conf.train", "--cfg", "job", cwd=outside)
-    for group in ("strategy", "parallelism", "model", "data", "optimizer", "train"):
-        assert f"\n{group}:\n" in f"\n{recipe.stdout}", recipe.stdout + recipe.stderr
-    assert list(outside.iterdir()) == []
+    check_recipe(environment, tmp_path / "outside")
 
     environment.pip("uninstall", "-q", "-y", "nemo_dist_conf")
     after = environment.files()
@@ -274,3 +278,4 @@ def test_hydra_1_4_finds_the_plugin_once(
     listing = "from hydra.core.plugins import Plugins; print(*Plugins.instance().discover())"
     found = run(environment.python, "-c", listing, cwd=tmp_path).stdout
     assert found.count("NemoDistConfSearchPath") == 1
+    check_recipe(environment, tmp_path / "outside")

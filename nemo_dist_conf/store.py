@@ -6,12 +6,13 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Callable, Iterable, Mapping
 
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["NAMESPACE", "PROVIDER", "register", "typed_node"]
+__all__ = ["LazyNode", "NAMESPACE", "PROVIDER", "register", "typed_node"]
 
 PROVIDER = "nemo_dist_conf"
 NAMESPACE = "nemo_dist"
@@ -31,41 +32,76 @@ def typed_node(schema: type, target: str, hooks: bool = False, **changed: Any) -
     return node(**changed)
 
 
+class LazyNode(ConfigNode):
+    """A ConfigStore entry whose node is made when Hydra first asks for it.
+
+    Every Hydra app of the environment registers our groups, few use them: making twenty typed nodes took as long
+    as the rest of a plain app.
+    """
+
+    def __init__(self, name: str, group: str | None, make: Callable[[], Any]) -> None:
+        self.name, self.group, self.package, self.provider = f"{name}.yaml", group, None, PROVIDER
+        self._make = make
+
+    @property
+    def node(self) -> Any:
+        made = self.__dict__.get("_node")
+        if made is None:
+            made = self._make()
+            self.__dict__["_node"] = made if isinstance(made, DictConfig) else OmegaConf.structured(made)
+        return self.__dict__["_node"]
+
+    @node.setter
+    def node(self, value: Any) -> None:  # ConfigStore.load puts a copy here
+        self.__dict__["_node"] = value
+
+
 def register(
-    groups: Mapping[str, Mapping[str, Any]], search_path: ConfigSearchPath, plain_base: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, Callable[[], Any]]],
+    search_path: ConfigSearchPath,
+    plain_base: Mapping[str, Any],
 ) -> None:
     """Store every entry under ``nemo_dist/``, and under the short name where the app has no such group.
 
-    groups: group -> option -> node. plain_base: what the base config holds besides its defaults list.
+    groups: group -> option -> maker of its node; the first option is the default of the base config, which brings
+    all groups in with one line. plain_base: what the base config holds besides its defaults list.
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = ConfigStore.instance()
-    _put(store, NAMESPACE, "hooks", _hooks_node())
-    defaults: list[Any] = []
+    _put(store, NAMESPACE, "hooks", _hooks_node)
+    short: list[Any] = []
+    spaced: list[Any] = []
     for group, options in groups.items():
-        owned = _owned_by_app(store, search_path, group)
         first = next(iter(options))
-        defaults.append({f"/{NAMESPACE}/{group}@{group}": first} if owned else {group: first})
-        for name, node in options.items():
-            _put(store, f"{NAMESPACE}/{group}", name, node)
-            if not owned:
-                _put(store, group, name, node)
+        spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
+        owned = _owned_by_app(store, search_path, group)
+        short.append(spaced[-1] if owned else {group: first})
         if owned:
             _remove_ours(store, group)
-    spaced = [{f"/{NAMESPACE}/{group}@{group}": next(iter(options))} for group, options in groups.items()]
-    _put(store, NAMESPACE, BASE, {"defaults": [*spaced, "_self_"], **plain_base})
+        for name, make in options.items():
+            _put(store, f"{NAMESPACE}/{group}", name, make)
+            if not owned:
+                _put(store, group, name, make)
+    _put(store, NAMESPACE, BASE, lambda: _base_node(spaced, plain_base))
     if not _owned_by_app(store, search_path, BASE):
-        _put(store, None, BASE, {"defaults": [*defaults, "_self_"], **plain_base})
+        _put(store, None, BASE, lambda: _base_node(short, plain_base))
 
 
-def _hooks_node() -> dict[str, Any]:
+def _base_node(defaults: list[Any], plain: Mapping[str, Any]) -> DictConfig:
+    return OmegaConf.create({"defaults": [*defaults, "_self_"], **plain})
+
+
+def _hooks_node() -> DictConfig:
     callback = {"_target_": "nemo_dist_conf.hooks.DistributedCallback"}
-    return {"hydra": {"callbacks": {"nemo_dist_conf": callback}}}
+    return OmegaConf.create({"hydra": {"callbacks": {"nemo_dist_conf": callback}}})
 
 
-def _put(store: ConfigStore, group: str | None, name: str, node: Any) -> None:
+def _put(store: ConfigStore, group: str | None, name: str, make: Callable[[], Any]) -> None:
+    level = store.repo
+    for part in (group or "").split("/"):
+        level = level.setdefault(part, {}) if part else level
     if not _foreign_entry(store, group, name):
-        store.store(name=name, node=node, group=group, provider=PROVIDER)
+        level[f"{name}.yaml"] = LazyNode(name, group, make)
 
 
 def _level(store: ConfigStore, group: str | None) -> Any:
