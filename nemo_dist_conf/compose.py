@@ -340,8 +340,9 @@ def _activation_checkpointing(
     """One answer from the two places that can hold it."""
     outer = root.get("activation_checkpointing", False)
     inner = values["activation_checkpointing"]
+    outer_key, inner_key = "activation_checkpointing", "strategy.activation_checkpointing"
     problems = []
-    for key, mode in (("activation_checkpointing", outer), ("strategy.activation_checkpointing", inner)):
+    for key, mode in ((outer_key, outer), (inner_key, inner)):
         known = any(mode is m or (isinstance(m, str) and mode == m) for m in ACTIVATION_CHECKPOINTING_MODES)
         if not known or not (mode in strategy.activation_checkpointing):
             what = f"{key}={mode} is not a mode" + (f" of strategy={strategy.name}" if known else "")
@@ -351,9 +352,9 @@ def _activation_checkpointing(
         problems.append(
             Problem(
                 "activation checkpointing has two different answers",
-                f"{paths.set('activation_checkpointing', outer)} {paths.set('strategy.activation_checkpointing', inner)}",
+                f"{paths.set(outer_key, outer)} {paths.set(inner_key, inner)}",
                 "one of them, or both the same",
-                f"{paths.set('activation_checkpointing', outer)} {paths.set('strategy.activation_checkpointing', outer)}",
+                f"{paths.set(outer_key, outer)} {paths.set(inner_key, outer)}",
             )
         )
     return (outer if outer is not False else inner), problems
@@ -382,11 +383,11 @@ def _section_problems(
 def _changed_while_off(
     section: str, values: Mapping[str, Any], schema: type, size: str, paths: Paths
 ) -> list[Problem]:
-    defaults = _plain(OmegaConf.structured(schema))
-    changed = [key for key, value in values.items() if value != defaults[key]]
+    defaults = _leaves(_plain(OmegaConf.structured(schema)))
+    changed = {key: value for key, value in _leaves(dict(values)).items() if value != defaults.get(key)}
     if not changed:
         return []
-    shown = [paths.set(f"{section}.{key}", _shown(values[key])) for key in changed]
+    shown = [paths.set(f"{section}.{key}", _shown(value)) for key, value in changed.items()]
     return [
         Problem(
             f"{section} settings were changed, but {size} is 1, so they would do nothing",
@@ -395,6 +396,13 @@ def _changed_while_off(
             _default_choice(section, paths),
         )
     ]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found
 
 
 def _shown(value: Any) -> Any:

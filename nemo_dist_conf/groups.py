@@ -6,10 +6,9 @@ import functools
 from typing import Any, Callable
 
 from hydra.core.config_search_path import ConfigSearchPath
-from omegaconf import OmegaConf
 
 from nemo_dist_conf.names import SCHEDULES, STRATEGY_NAMES
-from nemo_dist_conf.store import register, typed_node
+from nemo_dist_conf.store import register, register_resolver, typed_node
 
 __all__ = ["config_groups", "register_groups"]
 
@@ -61,7 +60,7 @@ def _moe() -> Any:
 
 
 def _register_resolvers() -> None:
-    """``${nemo_dist.compute_dtype:...}`` and ``${nemo_dist.autocast_dtype:...}``, for the recipe's YAML."""
+    """``${nemo_dist.compute_dtype:...}``, ``.autocast_dtype`` and ``.explain``, for the recipe's YAML."""
 
     def compute_dtype(dtype: Any, device: str) -> str:
         from nemo_dist_conf import resolvers
@@ -73,5 +72,10 @@ def _register_resolvers() -> None:
 
         return resolvers.autocast_dtype(dtype, device)
 
-    for function in (compute_dtype, autocast_dtype):
-        OmegaConf.register_new_resolver(f"nemo_dist.{function.__name__}", function, replace=True)
+    def explain(strategy_target: str) -> str:
+        from nemo_dist_conf import resolvers
+
+        return resolvers.explain_target(strategy_target)
+
+    for function in (compute_dtype, autocast_dtype, explain):
+        register_resolver(f"nemo_dist.{function.__name__}", function)

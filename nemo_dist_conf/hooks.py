@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from nemo_dist_conf.compose import check, find_roots
 from nemo_dist_conf.errors import NemoDistConfError
+from nemo_dist_conf.store import register_resolver
 from nemo_dist_conf.topology.world import Launched, launched
 
 __all__ = ["DistributedCallback", "agree_on_run"]
@@ -61,7 +62,7 @@ def agree_on_run(config: DictConfig, place: Launched) -> None:
         store = TCPStore(host, port, is_master=False, wait_for_workers=False)
         mine = datetime.datetime.now().isoformat()
         agreed = datetime.datetime.fromisoformat(store.compare_set("nemo_dist_conf/now", "", mine).decode())
-        OmegaConf.register_new_resolver("now", lambda pattern: agreed.strftime(pattern), use_cache=True, replace=True)
+        register_resolver("now", lambda pattern: agreed.strftime(pattern), use_cache=True)
         OmegaConf.clear_cache(config)
     if place.rank == 0:
         return

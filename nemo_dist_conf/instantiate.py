@@ -6,7 +6,6 @@ import logging
 from typing import Any, Callable, Iterable
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from nemo_dist_conf.compose import Checked, check

@@ -8,7 +8,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.device import cuda_present
 
-__all__ = ["autocast_dtype", "compute_dtype"]
+__all__ = ["autocast_dtype", "compute_dtype", "explain_target"]
 
 _DTYPES = ("auto", "float32", "bfloat16")
 
@@ -30,3 +30,13 @@ def autocast_dtype(dtype: Any, device: str) -> str | None:
     """The same for torch.autocast, where float32 means none."""
     name = compute_dtype(dtype, device)
     return None if name == "float32" else name
+
+
+def explain_target(target: str) -> str:
+    """Help texts of the composed strategy and of the other sections, for an app's ``--help``."""
+    from nemo_dist_conf.compose import SECTIONS
+    from nemo_dist_conf.explain import explain
+    from nemo_dist_conf.strategies import strategy_of_target
+
+    strategy = strategy_of_target(target)
+    return explain(*([f"strategy={strategy.name}"] if strategy else []), *SECTIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
@@ -12,7 +13,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["LazyNode", "NAMESPACE", "PROVIDER", "register", "typed_node"]
+__all__ = ["BASE", "HOOKS", "LazyNode", "NAMESPACE", "PROVIDER", "register", "register_resolver", "typed_node"]
 
 PROVIDER = "nemo_dist_conf"
 NAMESPACE = "nemo_dist"
@@ -163,3 +164,10 @@ def _package_folders(package: str) -> Iterable[Path]:
         return
     if spec is not None:
         yield from (Path(location) for location in spec.submodule_search_locations or ())
+
+
+def register_resolver(name: str, function: Callable[..., Any], **options: Any) -> None:
+    """Register or replace a resolver; OmegaConf 2.4 gives the old name of 2.3's legacy function to the new one."""
+    renamed = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+    register = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
+    register(name, function, replace=True, **options)

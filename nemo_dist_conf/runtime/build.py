@@ -139,9 +139,8 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
         if folder is not None:
             if not (folder / "config.json").is_file():
                 what = f"{folder} is not a checkpoint folder: it has no config.json"
-                raise DataError(
-                    Problem(what, f"model.name_or_path={folder}", "a local folder of save_pretrained", "model=llama_tiny")
-                )
+                asked, allowed = f"model.name_or_path={folder}", "a local folder of save_pretrained"
+                raise DataError(Problem(what, asked, allowed, "model=llama_tiny"))
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **fields)
         model_type = fields.pop("model_type", None)
         if model_type is None:

@@ -78,7 +78,8 @@ def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> None
     if not (missing or extra or wrong):
         return
     parts = []
-    for title, names in (("missing in the folder", missing), ("unknown to the model", extra), ("of other shape", wrong)):
+    kinds = (("missing in the folder", missing), ("unknown to the model", extra), ("of other shape", wrong))
+    for title, names in kinds:
         if names:
             parts.append(f"{len(names)} {title} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
     raise DataError(

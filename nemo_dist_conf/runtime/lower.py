@@ -28,8 +28,8 @@ def lower_dtype(value: Any, path: str = "dtype") -> torch.dtype | None:
     name = value.value if isinstance(value, DType) else str(value).removeprefix("torch.")
     if name not in DType.__members__:
         likely = nearest(name, DType.__members__) or ["bfloat16"]
-        allowed = ", ".join(DType.__members__)
-        raise ConfigError(Problem(f"{path}: {value!r} is not a dtype", f"{path}={value}", allowed, f"{path}={likely[0]}"))
+        what, allowed = f"{path}: {value!r} is not a dtype", ", ".join(DType.__members__)
+        raise ConfigError(Problem(what, f"{path}={value}", allowed, f"{path}={likely[0]}"))
     return getattr(torch, name)
 
 
@@ -42,7 +42,7 @@ def lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
         return None
     if isinstance(value, Mapping) or dataclasses.is_dataclass(value) or isinstance(value, DictConfig):
         typed = OmegaConf.structured(schema)
-        given = value if isinstance(value, (Mapping, DictConfig)) else dataclasses.asdict(value)  # type: ignore[call-overload]
+        given = value if isinstance(value, (Mapping, DictConfig)) else dataclasses.asdict(value)
         for key in given:
             if key == "_target_":
                 continue

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["can_materialise", "materialise", "template_of", "tied_names"]
+__all__ = ["can_materialise", "materialise", "retie", "template_of", "tied_names"]
 
 log = logging.getLogger(__name__)
 

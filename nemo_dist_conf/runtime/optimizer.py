@@ -64,8 +64,11 @@ _ADAM = {**_COMMON, "betas": _BETAS, "eps": _EPS, "amsgrad": _BOOL}
 
 @dataclass(frozen=True)
 class _Kind:
+    """An optimizer of torch, the settings it takes, and whether torch can fuse its update of DTensors."""
+
     build: Callable[..., torch.optim.Optimizer]
     options: Mapping[str, _Option]
+    fuses_dtensors: bool = True
 
 
 #: What ``optimizer.name`` accepts. Every option but lr may be left out: torch's default holds then.
@@ -75,6 +78,7 @@ OPTIMIZERS: Mapping[str, _Kind] = {
     "sgd": _Kind(
         torch.optim.SGD,
         {**_COMMON, "momentum": _FRACTION, "dampening": _NOT_NEGATIVE, "nesterov": _BOOL},
+        fuses_dtensors=False,
     ),
 }
 
@@ -101,13 +105,14 @@ def build_optimizer(
     if "_target_" in values:
         from hydra.utils import instantiate
 
-        built = instantiate(values, [parameter for _, parameter in trainable], _convert_="all")
-        return built if isinstance(built, torch.optim.Optimizer) else _from_factory(built, trainable)
+        if values.get("_partial_"):
+            return _from_factory(instantiate(values, _convert_="all"), trainable)
+        return _an_optimizer(instantiate(values, [parameter for _, parameter in trainable], _convert_="all"))
     kind = _check(values, paths)
     options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    _settle_fast_paths(options, trainable, paths)
+    _settle_fast_paths(kind, options, trainable, paths)
     groups = _groups(trainable, options.get("weight_decay"), values.get("decay_1d", False))
     return kind.build(groups, **options)
 
@@ -129,7 +134,10 @@ def _plain(node: Any, paths: Paths) -> dict[str, Any]:
 
 
 def _from_factory(factory: Any, trainable: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-    built = factory([parameter for _, parameter in trainable]) if callable(factory) else factory
+    return _an_optimizer(factory([parameter for _, parameter in trainable]))
+
+
+def _an_optimizer(built: Any) -> torch.optim.Optimizer:
     if isinstance(built, torch.optim.Optimizer):
         return built
     raise ConfigError(
@@ -170,7 +178,7 @@ def _check(values: Mapping[str, Any], paths: Paths) -> _Kind:
         raise ConfigError(
             Problem(
                 f"optimizer.name={_text(name)} is not an optimizer",
-                paths.set("optimizer.name", name),
+                paths.set("optimizer.name", _text(name)),
                 f"{', '.join(OPTIMIZERS)}; any other: a node with _target_",
                 paths.set("optimizer.name", best[0]),
             )
@@ -217,30 +225,36 @@ def _unknown(key: str, value: Any, name: str, kind: _Kind, asked: str, paths: Pa
     return Problem(f"optimizer.{key}: {name} has no such setting{hint}", asked, ", ".join(kind.options), type_)
 
 
-def _settle_fast_paths(options: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]], paths: Paths) -> None:
-    """torch's foreach and fused updates refuse lists that mix DTensors with plain tensors: settle for the loop there.
+def _settle_fast_paths(
+    kind: _Kind, options: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]], paths: Paths
+) -> None:
+    """Use the plain loop, or refuse a faster update that was asked for, where torch has none for these parameters.
 
-    Seen with torch 2.13: "got mixed torch.Tensor and DTensor"; DTensors on several meshes are fine.
+    Seen with torch 2.13: foreach and fused refuse lists that mix DTensors with plain tensors ("got mixed
+    torch.Tensor and DTensor"), and fused SGD has no sharding strategy; DTensors on several meshes are fine.
     """
     sharded = sum(isinstance(parameter, DTensor) for _, parameter in trainable)
-    if not 0 < sharded < len(trainable):
+    if not sharded:
         return
-    asked = [key for key in ("foreach", "fused") if options.get(key)]
-    if asked:
-        raise ConfigError(
-            *(
-                Problem(
-                    f"optimizer.{key}=true cannot update plain and distributed parameters together "
-                    f"({sharded} of {len(trainable)} are distributed)",
-                    paths.set(f"optimizer.{key}", True),
-                    "null, false",
-                    paths.set(f"optimizer.{key}", None),
-                )
-                for key in asked
-            )
+    reasons: dict[str, str] = {}
+    if sharded < len(trainable):
+        counts = f"{sharded} of {len(trainable)} are distributed"
+        reasons = dict.fromkeys(("foreach", "fused"), f"plain and distributed parameters together ({counts})")
+    elif not kind.fuses_dtensors:
+        reasons = {"fused": "distributed parameters with this optimizer"}
+    ConfigError.raise_if(
+        Problem(
+            f"optimizer.{key}=true cannot update {reason}",
+            paths.set(f"optimizer.{key}", True),
+            "null, false",
+            paths.set(f"optimizer.{key}", None),
         )
-    options["foreach"] = False
-    log.debug("%d of %d parameters are DTensors: the optimizer updates one by one", sharded, len(trainable))
+        for key, reason in reasons.items()
+        if options.get(key)
+    )
+    if "foreach" in reasons:
+        options["foreach"] = False
+        log.debug("%d of %d parameters are DTensors: the optimizer updates one by one", sharded, len(trainable))
 
 
 def _groups(
@@ -255,5 +269,5 @@ def _groups(
         return [{"params": [parameter for _, parameter in trainable]}]
     decayed = [parameter for _, parameter in trainable if parameter.dim() > 1]
     spared = [parameter for _, parameter in trainable if parameter.dim() <= 1]
-    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

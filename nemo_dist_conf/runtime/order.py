@@ -25,7 +25,7 @@ from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.strategies.ddp import DDPConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
 
-__all__ = ["parallelize_ddp", "parallelize_fsdp2"]
+__all__ = ["Fill", "parallelize_ddp", "parallelize_fsdp2"]
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +133,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
     if isinstance(model, (DistributedDataParallel, FSDPModule)):
         kind = type(model).__name__
-        raise ConfigError(
-            Problem(f"the model is wrapped already ({kind})", f"parallelize({kind})", "the model itself", "model.module")
-        )
+        what = f"the model is wrapped already ({kind})"
+        raise ConfigError(Problem(what, f"parallelize({kind})", "the model itself", "model.module"))
 
 
 def _sync_from_rank0(model: nn.Module) -> None:
@@ -184,5 +183,3 @@ def _rebind(optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], m
     names = {id(parameter): name for name, parameter in before.items()}
     for group in optimizer.param_groups:
         group["params"] = [after[names[id(p)]] if id(p) in names else p for p in group["params"]]
-
-

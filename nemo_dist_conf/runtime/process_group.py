@@ -41,7 +41,8 @@ def choose_device(device: str | torch.device = "auto", local_rank: int = 0) -> t
     """
     kind = torch.device(device).type if str(device) != "auto" else None
     if kind not in (None, "cpu", "cuda"):
-        raise ConfigError(Problem(f"device={device} is not supported", f"device={device}", "auto, cpu, cuda", "device=auto"))
+        asked = f"device={device}"
+        raise ConfigError(Problem(f"{asked} is not supported", asked, "auto, cpu, cuda", "device=auto"))
     if kind == "cpu" or (kind is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -53,9 +53,8 @@ def _resolve_strategy_config(
     if not isinstance(strategy, str) or name not in _STRATEGY_MAP:
         likely = nearest(name, _STRATEGY_MAP) or ["fsdp2"]
         known = likely + [n for n in _STRATEGY_MAP if n not in likely]
-        raise ConfigError(
-            Problem(f"there is no strategy {strategy!r}", f"strategy={strategy}", ", ".join(known), f"strategy={likely[0]}")
-        )
+        what = f"there is no strategy {strategy!r}"
+        raise ConfigError(Problem(what, f"strategy={strategy}", ", ".join(known), f"strategy={likely[0]}"))
     fields = [item.name for item in dataclasses.fields(_STRATEGY_MAP[name])]
     unknown = [key for key in strategy_kwargs if key not in fields]
     if unknown:

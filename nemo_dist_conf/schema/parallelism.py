@@ -16,7 +16,7 @@ class ParallelismConf:
 
     dp_size: Optional[int] = option(None, "data-parallel ranks; null: world size / (pp x cp x tp)")
     dp_replicate_size: Optional[int] = option(
-        None, "HSDP: how many replicas the data-parallel ranks form (fsdp2 only); null or 1: parameters sharded over all"
+        None, "HSDP: replicas that the data-parallel ranks form (fsdp2 only); null or 1: parameters sharded over all"
     )
     tp_size: int = option(1, "tensor-parallel ranks: each matrix is split over them")
     pp_size: int = option(1, "pipeline stages: the layers are split over them")

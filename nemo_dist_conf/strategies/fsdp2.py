@@ -40,7 +40,9 @@ class FSDP2Conf:
     activation_checkpointing: Union[bool, str] = option(
         False, "true: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
     )
-    defer_fsdp_grad_sync: bool = option(True, "with gradient accumulation: reduce gradients in the last microbatch only")
+    defer_fsdp_grad_sync: bool = option(
+        True, "with gradient accumulation: reduce gradients in the last microbatch only"
+    )
     reshard_after_forward: Optional[bool] = option(
         None, "free gathered parameters after forward; null: all but the last block's; inside a pipeline none"
     )

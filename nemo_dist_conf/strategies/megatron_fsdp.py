@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["MegatronFSDPConf", "MegatronFSDPConfig", "MegatronFSDPManager", "STRATEGY"]
+__all__ = ["MegatronFSDPConf", "MegatronFSDPConfig", "MegatronFSDPManager", "STRATEGY", "not_executed"]
 
 
 def _llama_blocks() -> List[str]:
@@ -42,7 +42,9 @@ class MegatronFSDPConf:
     keep_fp8_transpose_cache: bool = option(False, "keep the transposed fp8 weights between forward and backward")
     nccl_ub: bool = option(False, "register communication buffers with NCCL")
     fsdp_double_buffer: bool = option(False, "two persistent buffers instead of allocating one per unit")
-    activation_checkpointing: Union[bool, str] = option(False, "true: recompute every block in backward; false: keep all")
+    activation_checkpointing: Union[bool, str] = option(
+        False, "true: recompute every block in backward; false: keep all"
+    )
 
 
 @dataclass

@@ -10,7 +10,7 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, STRATEGY_NAMES
 from nemo_dist_conf.topology import AxisRules, Paths
 
-__all__ = ["Strategy", "shallow_dict"]
+__all__ = ["Rules", "Strategy", "shallow_dict"]
 
 #: (the strategy node as plain values, the sizes, spelling of keys) -> what cannot work
 Rules = Callable[[Mapping[str, Any], Mapping[str, Any], Paths], list[Problem]]

@@ -34,8 +34,8 @@ class AxisRules:
     """The axes of one strategy.
 
     strategy: its name. allowed: axes whose size may be above 1. why_not: the reason for each other axis.
-    instead: the strategy to type where an axis is lacking, for the axes in ``instead_for``. mesh: names of the root mesh's axes, outermost first.
-    flattened: further names for several root axes together.
+    instead: the strategy to type where an axis is lacking, for the axes in ``instead_for``.
+    mesh: names of the root mesh's axes, outermost first. flattened: further names for several of them together.
     """
 
     strategy: str

@@ -138,7 +138,8 @@ def solve(
     if ep > 1 and stage_ranks % ep:
         problems.append(
             Problem(
-                f"ep_size={ep} does not divide the {stage_ranks} ranks of a pipeline stage (dp {dp} x cp {cp} x tp {tp})",
+                f"ep_size={ep} does not divide the {stage_ranks} ranks of a pipeline stage "
+                f"(dp {dp} x cp {cp} x tp {tp})",
                 paths.set("parallelism.ep_size", ep),
                 f"ep_size: {', '.join(map(str, divisors(stage_ranks)))}",
                 paths.set("parallelism.ep_size", max(d for d in divisors(stage_ranks) if d <= ep)),
@@ -166,7 +167,8 @@ def _factors(sizes: Mapping[str, Any]) -> str:
 def _typed(sizes: Mapping[str, Any], paths: Paths) -> str:
     """The sizes that differ from their defaults, as they are typed."""
     given = [(axis, sizes.get(axis.size_field)) for axis in AXES]
-    return " ".join(paths.set(f"parallelism.{a.size_field}", size) for a, size in given if size not in (None, a.default))
+    changed = [(axis.size_field, size) for axis, size in given if size not in (None, axis.default)]
+    return " ".join(paths.set(f"parallelism.{name}", size) for name, size in changed)
 
 
 def _product_problem(

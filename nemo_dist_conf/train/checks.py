@@ -14,7 +14,14 @@ from nemo_dist_conf.hooks import DistributedCallback
 from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
 
-__all__ = ["RecipeCallback", "batch_problems", "check_recipe", "config_folder", "legal_batch_sizes", "typed_model_config"]
+__all__ = [
+    "RecipeCallback",
+    "batch_problems",
+    "check_recipe",
+    "config_folder",
+    "legal_batch_sizes",
+    "typed_model_config",
+]
 
 
 class RecipeCallback(DistributedCallback):
@@ -53,7 +60,9 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
             facts = facts_from_folder(model.name_or_path)
             fields = typed_model_config(model.get("config"), overrides)
         else:
-            fields = typed_model_config(model.get("config"), [f"model.config.{key}=" for key in model.get("config") or {}])
+            fields = typed_model_config(
+                model.get("config"), [f"model.config.{key}=" for key in model.get("config") or {}]
+            )
         facts = facts or facts_from_config(fields)
     try:
         checked = check(config, world_size, facts=facts, seq_len=OmegaConf.select(config, "data.seq_len"))

@@ -36,8 +36,8 @@ def duration(seconds: float) -> str:
 class Console:
     """Progress that suits where it goes: a live bar on a terminal, now and then a line in a file or a pipe.
 
-    In a file there is a line for the first step, for the last, and in between every ``log_every`` steps. Use it
-    as a context manager: leaving it, also by an exception, gives the terminal back.
+    A file gets about ten lines over a run, the first and the last step among them, and one at least every 30
+    seconds. Use it as a context manager: leaving it, also by an exception, gives the terminal back.
     """
 
     def __init__(
@@ -45,27 +45,23 @@ class Console:
         steps: int,
         *,
         enabled: bool = True,
-        log_every: int | None = None,
         first_step: int = 1,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """steps: number of the last step. first_step: the first that this run makes, above 1 when it resumes.
 
-        enabled: false on all ranks but the main one: nothing is printed. log_every None: about ten lines a run,
-        and one at least every 30 seconds. stream None: standard output.
+        enabled: false on all ranks but the main one: nothing is printed. stream None: standard output.
         """
         self._steps = steps
         self._enabled = enabled
-        self._log_every = log_every
         self._first_step = first_step
         self._stream = sys.stdout if stream is None else stream
         self._clock = clock
-        self._line_every = log_every or max(1, round((steps - first_step + 1) / _LINES_PER_RUN))
+        self._line_every = max(1, round((steps - first_step + 1) / _LINES_PER_RUN))
         self._last_line_at = -float("inf")
         self._tokens = 0  # since the first step of this run, which is left out: it allocates and compiles
         self._seconds = 0.0
-        self._shown_step = -1
         self._bar: Any = None
         self._task: Any = None
 
@@ -137,7 +133,7 @@ class Console:
     def _is_due(self, step: int) -> bool:
         if step in (self._first_step, self._steps) or step % self._line_every == 0:
             return True
-        return self._log_every is None and self._clock() - self._last_line_at >= _QUIET_S
+        return self._clock() - self._last_line_at >= _QUIET_S
 
     def _write(self, text: str) -> None:
         print(text, file=self._stream, flush=True)

@@ -29,7 +29,6 @@ __all__ = [
     "DataSource",
     "TextData",
     "build_data",
-    "check_batch_sizes",
     "check_vocabulary",
     "load_corpus",
     "mix_seed",
@@ -51,7 +50,6 @@ _STANDARD_LIBRARY_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test"
 
 _PATH_ALLOWED = "a text file, a folder of text files, or a glob; null: the sources of Python's standard library"
 _TOKENIZER_ALLOWED = "a local tokenizer folder, or a tokenizer.json file; null: bytes"
-_KEYS = ("path", "tokenizer", "seq_len", "max_mb")
 
 
 class DataSource(Protocol):
@@ -187,18 +185,22 @@ class _Reader:
             with open(path, "rb") as file:
                 raw = file.read(int(room) + 1) if room != float("inf") else file.read()
         except OSError as error:
-            return self._skip("unreadable", f"cannot be read ({error.strerror or type(error).__name__})")
+            self._skip("unreadable", f"cannot be read ({error.strerror or type(error).__name__})")
+            return None
         cut = len(raw) > room
         raw = raw[: int(room)] if cut else raw
         if b"\0" in raw:
-            return self._skip("binary", "is binary: it holds zero bytes")
+            self._skip("binary", "is binary: it holds zero bytes")
+            return None
         try:  # a cut may fall inside a character: then its first bytes are dropped
             text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=not cut)
         except UnicodeDecodeError as error:
-            return self._skip("not UTF-8", f"is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start})")
+            self._skip("not UTF-8", f"is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start})")
+            return None
         text = text.removeprefix("\ufeff")
         if not text:
-            return self._skip("empty", "is empty")
+            self._skip("empty", "is empty")
+            return None
         self.cut |= cut
         self.read_files += 1
         self.read_bytes += len(raw)
@@ -507,11 +509,6 @@ def _check_node(values: Mapping[Any, Any]) -> None:
         asked = f"data.{key}={_typed(values.get(key))}"
         problems.append(Problem(f"data.{key}: {what}", asked, allowed, type_))
 
-    for key in values:
-        if key not in _KEYS:
-            alike = nearest(key, _KEYS)
-            type_ = f"data.{alike[0]}={_typed(values[key])}" if alike else f"~data.{key}"
-            wrong(key, "no such setting", ", ".join(_KEYS), type_)
     for key, allowed in (("path", _PATH_ALLOWED), ("tokenizer", _TOKENIZER_ALLOWED)):
         if not isinstance(values.get(key), (str, Path, type(None))):
             wrong(key, f"expected a path, got {values[key]!r}", allowed, f"data.{key}=null")
@@ -565,58 +562,3 @@ def check_vocabulary(corpus: Corpus, vocabulary: int, *, checkpoint: str | None 
         raise _problem(what, asked, f"a model with at least {need} ids", f"model.config.vocab_size={need}")
     allowed = f"a tokenizer with at most {vocabulary:,} ids"
     raise _problem(what, asked, allowed, f"data.tokenizer={_typed(checkpoint)}")
-
-
-def check_batch_sizes(global_batch_size: Any, micro_batch_size: Any, data_size: int) -> int:
-    """Rows of a microbatch on a rank, after checking that the global batch splits evenly.
-
-    data_size: number of data ranks. micro_batch_size None: all local rows at once.
-    Raises ConfigError with the legal values.
-    """
-    problems: list[Problem] = []
-    if not _is_positive_int(global_batch_size):
-        what = "train.global_batch_size: expected a whole number of sequences, at least 1"
-        asked = f"train.global_batch_size={_typed(global_batch_size)}"
-        example = f"train.global_batch_size={8 * data_size}"
-        problems.append(Problem(what, asked, f"multiples of {data_size}", example))
-    if micro_batch_size is not None and not _is_positive_int(micro_batch_size):
-        what = "train.micro_batch_size: expected a whole number of sequences, at least 1"
-        asked = f"train.micro_batch_size={_typed(micro_batch_size)}"
-        allowed = "1, 2, 3, ...; null: all rows of a rank at once"
-        problems.append(Problem(what, asked, allowed, "train.micro_batch_size=null"))
-    ConfigError.raise_if(problems)
-    ranks = f"{data_size} data rank{'s' if data_size > 1 else ''}"
-    if global_batch_size % data_size:
-        near = _nearest_multiples(global_batch_size, data_size)
-        raise ConfigError(
-            Problem(
-                what=f"train.global_batch_size={global_batch_size} does not split evenly over {ranks}",
-                asked=f"train.global_batch_size={global_batch_size}",
-                allowed=f"multiples of {data_size}: {', '.join(map(str, near))}, ...",
-                type=f"train.global_batch_size={near[-1]}",
-            )
-        )
-    rows = global_batch_size // data_size
-    if micro_batch_size is None:
-        return rows
-    if rows % micro_batch_size:
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-        near = _nearest_multiples(global_batch_size, data_size * micro_batch_size)
-        fitting = max((n for n in divisors if n <= micro_batch_size), default=1)
-        raise ConfigError(
-            Problem(
-                what=f"train.micro_batch_size={micro_batch_size} does not divide the {rows} rows of a rank "
-                f"(train.global_batch_size={global_batch_size} over {ranks})",
-                asked=f"train.global_batch_size={global_batch_size} train.micro_batch_size={micro_batch_size}",
-                allowed=f"train.micro_batch_size={'|'.join(map(str, divisors))}, "
-                f"or train.global_batch_size={'|'.join(map(str, near))}",
-                type=f"train.micro_batch_size={fitting}",
-            )
-        )
-    return micro_batch_size
-
-
-def _nearest_multiples(value: int, unit: int) -> list[int]:
-    """The multiples of unit just below (where there is one) and just above the value."""
-    below = value // unit * unit
-    return [n for n in (below, below + unit) if n > 0]

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.topology import Paths
 
 __all__ = ["FINAL_FRACTION", "LEARNING_RATE_SCHEDULES", "LearningRate"]
 
@@ -32,20 +33,22 @@ class LearningRate:
         """
         problems: list[Problem] = []
         if schedule not in LEARNING_RATE_SCHEDULES:
-            best = nearest(str(schedule), LEARNING_RATE_SCHEDULES) or ["constant"]
+            best = nearest(schedule or "", LEARNING_RATE_SCHEDULES) or ["constant"]
+            asked = Paths().set("train.schedule", schedule)
             problems.append(
                 Problem(
-                    f"train.schedule={schedule} is not a schedule",
-                    f"train.schedule={schedule}",
+                    f"{asked} is not a schedule",
+                    asked,
                     ", ".join(LEARNING_RATE_SCHEDULES),
                     f"train.schedule={best[0]}",
                 )
             )
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
+            asked = Paths().set("train.warmup_steps", warmup_steps)
             problems.append(
                 Problem(
-                    f"train.warmup_steps={warmup_steps} does not fit",
-                    f"train.warmup_steps={warmup_steps}",
+                    f"{asked} does not fit",
+                    asked,
                     "0, 1, 2, ...; longer than the run: the rate rises to its end",
                     f"train.warmup_steps={steps // 10}",
                 )

@@ -10,9 +10,9 @@ import logging
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,15 +24,16 @@ from torch.optim import Optimizer
 from nemo_dist_conf.errors import ConfigError, DataError, Problem, TrainingError
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.names import nearest
-from nemo_dist_conf.runtime.process_group import shutdown_distributed
+from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
 from nemo_dist_conf.strategies import STRATEGIES
+from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.world import launched
+from nemo_dist_conf.train.checks import batch_problems
 from nemo_dist_conf.train.console import Console, duration, peak_memory_bytes
 from nemo_dist_conf.train.data import (
     DataSource,
     TextData,
     build_data,
-    check_batch_sizes,
     check_vocabulary,
     mix_seed,
     split_microbatches,
@@ -125,7 +126,9 @@ def train_step(
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The user's module below wrappers that replace it (DDP, Megatron-FSDP); FSDP2 wraps in place."""
     while type(model).__module__.startswith(("torch.nn.parallel", "megatron_fsdp")):
-        model = model.module
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
     return model
 
 
@@ -171,48 +174,39 @@ class _Settings:
     global_batch_size: int
     micro_batch_size: int | None
     max_grad_norm: float | None
-    log_every: int | None
+    log_every: int
     tensorboard: bool
     warmup_steps: int
     schedule: str
 
 
-_KEYS = (*_Settings.__dataclass_fields__, "dtype")
-
-
-def _settings(node: Mapping[str, Any]) -> _Settings:
-    """Raises ConfigError with every wrong setting at once."""
+def _settings(node: Any) -> _Settings:
+    """The checked settings. Raises ConfigError with every wrong one at once."""
     problems: list[Problem] = []
 
     def wrong(key: str, allowed: str, example: str) -> None:
-        value = {None: "null"}.get(node.get(key), node.get(key))
-        what = f"train.{key}={value} does not fit"
-        problems.append(Problem(what, f"train.{key}={value}", allowed, f"train.{key}={example}"))
+        asked = Paths().set(f"train.{key}", node.get(key))
+        problems.append(Problem(f"{asked} does not fit", asked, allowed, f"train.{key}={example}"))
 
     def whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
-    for key in map(str, node):
-        if key not in _KEYS:
-            best = nearest(key, _KEYS)
-            instead = f"train.{best[0]}={node[key]}" if best else f"~train.{key}"
-            problems.append(
-                Problem(f"train.{key}: no such setting", f"train.{key}={node[key]}", ", ".join(_KEYS), instead)
-            )
     if not whole(node.get("steps")):
         wrong("steps", "1, 2, 3, ...", "200")
     norm = node.get("max_grad_norm")
     if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm >= 0):
         wrong("max_grad_norm", "a number above 0; 0 or null: gradients are measured, not clipped", "1.0")
-    if node.get("log_every") is not None and not whole(node["log_every"]):
-        wrong("log_every", "1, 2, 3, ...; null: about ten lines", "null")
+    if not whole(node.get("log_every")):
+        wrong("log_every", "1, 2, 3, ...", "1")
     if not isinstance(node.get("tensorboard"), bool):
         wrong("tensorboard", "true, false", "false")
+    # How it splits over the ranks is checked again once there are any.
+    problems += batch_problems(node.get("global_batch_size"), None, 1)
     ConfigError.raise_if(problems)
-    check_batch_sizes(node.get("global_batch_size"), None, 1)  # how it splits is checked once the ranks are known
     if node["tensorboard"]:
         require_tensorboard()
-    return _Settings(**{key: node.get(key) for key in _Settings.__dataclass_fields__})
+    values: dict[str, Any] = {key: node.get(key) for key in _Settings.__dataclass_fields__}
+    return _Settings(**values)
 
 
 def _output_folder() -> Path:
@@ -233,22 +227,21 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
     Raises ConfigError or DataError where something cannot work, TrainingError on every rank where the loss or the
     gradient norm stops being finite; what was written until then stays.
     """
-    from omegaconf import OmegaConf
-
     began = time.perf_counter()
     joined = dist.is_available() and dist.is_initialized()
     try:
-        settings = _settings(OmegaConf.to_container(cfg.train, resolve=True))
+        settings = _settings(cfg.train)
         learning_rate = LearningRate(settings.schedule, steps=settings.steps, warmup_steps=settings.warmup_steps)
-        # Before the model: a wrong path is told within a second.
-        data = build_data(cfg.data, global_batch_size=settings.global_batch_size, seed=cfg.seed)
+        data = _same_data(cfg, settings)  # before the model: a wrong path is told within a second
         setup, model, optimizer = instantiate(cfg)
         if optimizer is None:
             what = "training needs an optimizer"
             raise ConfigError(Problem(what, "optimizer=null", "optimizer=adamw, optimizer=sgd", "optimizer=adamw"))
         context = setup.mesh_context
-        rows = check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, context.data_size)
-        _check_data(cfg, data, model, context)
+        size, micro = settings.global_batch_size, settings.micro_batch_size
+        ConfigError.raise_if(batch_problems(size, micro, context.data_size))
+        rows = micro or size // context.data_size
+        _check_model_knows(cfg, data, model, context)
         folder = _output_folder() if output_dir is None else Path(output_dir)
         return _train(cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, began)
     finally:
@@ -256,25 +249,46 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
             shutdown_distributed()
 
 
-def _check_data(cfg: Any, data: DataSource, model: nn.Module, context: Any) -> None:
-    """That ranks read the same text, and that the model knows its ids."""
+def _same_data(cfg: Any, settings: _Settings) -> DataSource:
+    """The data, once all ranks have it and it is the same; where one rank fails, all of them raise its error."""
+    data: DataSource | None = None
+    error: ConfigError | None = None
+    try:
+        data = build_data(cfg.data, global_batch_size=settings.global_batch_size, seed=cfg.seed)
+    except ConfigError as problem:
+        error = problem
+    mark = (data.corpus.fingerprint, data.corpus.tokens.numel()) if isinstance(data, TextData) else (0, 0)
+    found: list[tuple[ConfigError | None, tuple[int, int]]] = [(error, mark)]
+    if launched().world_size > 1:
+        found = found * initialize_distributed(device=cfg.get("device", "auto")).world_size
+        dist.all_gather_object(found, (error, mark))
+    failed = [rank for rank, (problem, _) in enumerate(found) if problem is not None]
+    if failed:
+        first = found[failed[0]][0]
+        assert first is not None
+        if len(failed) == len(found):
+            raise first
+        where = f"rank {failed[0]}" if len(failed) == 1 else f"{len(failed)} ranks, of them rank {failed[0]}"
+        raise type(first)(*(replace(problem, what=f"on {where}: {problem.what}") for problem in first.problems))
+    others = [rank for rank, (_, mark) in enumerate(found) if mark != found[0][1]]
+    if others:
+        raise DataError(
+            Problem(
+                f"data.path: rank {others[0]} reads another text than rank 0 "
+                f"({found[others[0]][1][1]:,} and {found[0][1][1]:,} tokens)",
+                Paths().set("data.path", cfg.data.get("path")),
+                "a path that holds the same files on every machine; null needs the same Python on all",
+                "data.path=/a/folder/that/all/machines/share",
+            )
+        )
+    assert data is not None
+    return data
+
+
+def _check_model_knows(cfg: Any, data: DataSource, model: nn.Module, context: Any) -> None:
+    """That the model has an embedding for every id of the text."""
     if not isinstance(data, TextData):
         return
-    if context.world_size > 1:
-        found: list[Any] = [None] * context.world_size
-        dist.all_gather_object(found, (data.corpus.fingerprint, data.corpus.tokens.numel()))
-        others = [rank for rank, mark in enumerate(found) if mark != found[0]]
-        if others:
-            path = cfg.data.get("path")
-            raise DataError(
-                Problem(
-                    f"data.path: rank {others[0]} reads another text than rank 0 "
-                    f"({found[others[0]][1]:,} and {found[0][1]:,} tokens)",
-                    f"data.path={'null' if path is None else path}",
-                    "a path that holds the same files on every machine; null needs the same Python on all",
-                    "data.path=/a/folder/that/all/machines/share",
-                )
-            )
     vocabulary = _vocabulary(model)
     if vocabulary is not None:
         checkpoint = cfg.model.get("name_or_path") if "model" in cfg else None
@@ -285,7 +299,7 @@ def _check_data(cfg: Any, data: DataSource, model: nn.Module, context: Any) -> N
 
 def _vocabulary(model: nn.Module) -> int | None:
     """Ids of a transformers model; None for a module that does not say."""
-    config = getattr(_unwrapped(model), "config", None)
+    config: Any = getattr(_unwrapped(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     size = getattr(config, "vocab_size", None)
@@ -308,7 +322,7 @@ def _train(
     """Steps ``start`` (counted from 0) to the last; rows: of a microbatch on this rank."""
     context = setup.mesh_context
     is_main = context.is_main
-    console = Console(settings.steps, enabled=is_main, log_every=settings.log_every, first_step=start + 1)
+    console = Console(settings.steps, enabled=is_main, first_step=start + 1)
     console.header(_header(data, setup, model, folder))
     model.train()
     first: StepResult | None = None
@@ -338,7 +352,8 @@ def _train(
                 "tokens": tokens,
                 "seconds": seconds,
             }
-            writer.write(**numbers, lr=lr, tokens_per_second=tokens / seconds)
+            if (step + 1) % settings.log_every == 0 or step in (start, settings.steps - 1):
+                writer.write(**numbers, lr=lr, tokens_per_second=tokens / seconds)
             console.step(**numbers)
     peak = _largest(peak_memory_bytes(context.device), context)
     assert first is not None and result is not None

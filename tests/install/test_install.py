@@ -266,9 +266,7 @@ def newer_hydra(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("install", [install_from_wheel, install_editable_by_default, install_editable])
-def test_hydra_1_4_finds_the_plugin_once(
-    install, newer_hydra: list[Path], wheel: Path, tmp_path: Path
-) -> None:
+def test_hydra_1_4_finds_the_plugin_once(install, newer_hydra: list[Path], wheel: Path, tmp_path: Path) -> None:
     """By its entry point alone (a default editable install), and not twice where the namespace shows it too."""
     older = ("hydra", "omegaconf")
     environment = new_environment(tmp_path / "venv", borrowed_packages(tmp_path / "borrowed", without=older))

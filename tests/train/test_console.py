@@ -59,10 +59,6 @@ def test_slow_steps_are_shown_at_least_every_half_minute() -> None:
     assert shown_steps(show(50, seconds=40.0)) == list(range(1, 51))
 
 
-def test_log_every_decides_where_given() -> None:
-    assert shown_steps(show(10, log_every=4, seconds=60.0)) == [1, 4, 8, 10]
-
-
 def test_a_resumed_run_starts_where_it_resumes() -> None:
     shown = shown_steps(show(100, first_step=91, seconds=1e-6))
     assert shown == list(range(91, 101))

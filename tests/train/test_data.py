@@ -21,7 +21,6 @@ from nemo_dist_conf.train.data import (
     Corpus,
     TextData,
     build_data,
-    check_batch_sizes,
     check_vocabulary,
     load_corpus,
     mix_seed,
@@ -434,8 +433,6 @@ def test_a_config_node_becomes_text_data() -> None:
         ({"max_mb": float("nan")}, "data.max_mb=nan", "data.max_mb=null"),
         ({"path": 12}, "data.path=12", "data.path=null"),
         ({"tokenizer": True}, "data.tokenizer=true", "data.tokenizer=null"),
-        ({"seqlen": 4}, "data.seqlen=4", "data.seq_len=4"),
-        ({"shuffle": True}, "data.shuffle=true", "~data.shuffle"),
     ],
 )
 def test_a_wrong_setting_is_refused(changes: dict[str, Any], asked: str, type_: str) -> None:
@@ -446,7 +443,7 @@ def test_a_wrong_setting_is_refused(changes: dict[str, Any], asked: str, type_: 
 
 def test_all_wrong_settings_are_told_at_once() -> None:
     with pytest.raises(DataError) as error:
-        build(seq_len=0, max_mb=-1, shuffle=True)
+        build(seq_len=0, max_mb=-1, path=3)
     refused(error)
     assert len(error.value.problems) == 3
 
@@ -481,43 +478,3 @@ def test_a_target_without_batch_is_refused() -> None:
     with pytest.raises(DataError) as error:
         build_data(node, global_batch_size=8, seed=5)
     refused(error, what="dict has no method batch", asked="data._target_=builtins.dict", type_="data=text")
-
-
-# ---------------------------------------------------------------------------------------------- batch sizes
-
-
-@pytest.mark.parametrize("size, micro, ranks, rows", [(16, None, 4, 4), (16, 2, 4, 2), (16, 4, 4, 4), (1, 1, 1, 1)])
-def test_a_batch_that_splits_evenly_is_accepted(size: int, micro: int | None, ranks: int, rows: int) -> None:
-    assert check_batch_sizes(size, micro, ranks) == rows
-
-
-@pytest.mark.parametrize(
-    "size, micro, ranks, asked, type_",
-    [
-        (10, None, 4, "train.global_batch_size=10", "train.global_batch_size=12"),
-        (2, None, 4, "train.global_batch_size=2", "train.global_batch_size=4"),
-        (16, 3, 4, "train.micro_batch_size=3", "train.micro_batch_size=2"),
-        (16, 8, 4, "train.micro_batch_size=8", "train.micro_batch_size=4"),
-        (0, None, 4, "train.global_batch_size=0", "train.global_batch_size=32"),
-        (None, None, 1, "train.global_batch_size=null", "train.global_batch_size=8"),
-        (8.0, None, 1, "train.global_batch_size=8.0", "train.global_batch_size=8"),
-        (True, None, 1, "train.global_batch_size=true", "train.global_batch_size=8"),
-        (8, 0, 1, "train.micro_batch_size=0", "train.micro_batch_size=null"),
-    ],
-)
-def test_a_batch_that_does_not_split_is_refused_with_legal_values(
-    size: Any, micro: Any, ranks: int, asked: str, type_: str
-) -> None:
-    with pytest.raises(ConfigError) as error:
-        check_batch_sizes(size, micro, ranks)
-    refused(error, asked=asked, type_=type_)
-    settings = {"train.global_batch_size": size, "train.micro_batch_size": micro}
-    key, value = error.value.type.split("=")
-    settings[key] = None if value == "null" else int(value)
-    check_batch_sizes(settings["train.global_batch_size"], settings["train.micro_batch_size"], ranks)  # the remedy works
-
-
-def test_both_batch_sizes_wrong_are_told_at_once() -> None:
-    with pytest.raises(ConfigError) as error:
-        check_batch_sizes(-1, -1, 2)
-    assert len(error.value.problems) == 2

@@ -81,10 +81,10 @@ def test_a_rate_that_is_a_tensor_is_changed_in_place() -> None:
     [
         ("cosin", 0, "train.schedule=cosin", "train.schedule=cosine"),
         ("step", 0, "train.schedule=step", "train.schedule=constant"),
-        (None, 0, "train.schedule=None", "train.schedule=constant"),
+        (None, 0, "train.schedule=null", "train.schedule=constant"),
         ("cosine", -1, "train.warmup_steps=-1", "train.warmup_steps=10"),
         ("cosine", 2.5, "train.warmup_steps=2.5", "train.warmup_steps=10"),
-        ("cosine", True, "train.warmup_steps=True", "train.warmup_steps=10"),
+        ("cosine", True, "train.warmup_steps=true", "train.warmup_steps=10"),
     ],
 )
 def test_wrong_settings_are_refused(schedule: Any, warmup: Any, asked: str, type_: str) -> None:

@@ -1,0 +1,63 @@
+"""Help texts of every option, for any app: ``python -m nemo_dist_conf.explain strategy=ddp parallelism``."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from typing import Sequence
+
+from nemo_dist_conf.compose import SECTIONS
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import nearest
+from nemo_dist_conf.schema import documented
+from nemo_dist_conf.strategies import STRATEGIES, find_strategy
+
+__all__ = ["explain", "main"]
+
+
+def explain(*words: str) -> str:
+    """The options of the sections or strategies named (``strategy=ddp``, ``moe``), of all without a name.
+
+    Raises ConfigError for an unknown name.
+    """
+    chosen = words or (*(f"strategy={strategy.name}" for strategy in STRATEGIES), *SECTIONS)
+    return "\n\n".join(_section(word) for word in chosen)
+
+
+def _section(word: str) -> str:
+    section, _, option = word.partition("=")
+    if section == "strategy":
+        strategy = find_strategy(option or "fsdp2")
+        schema, title = strategy.schema, f"strategy={' | '.join(strategy.names)}"
+    elif section in SECTIONS:
+        schema, title = SECTIONS[section], section
+    else:
+        known = ["strategy", *SECTIONS]
+        likely = nearest(section, known) or known[:1]
+        raise ConfigError(Problem(f"there is no section {section!r}", word, ", ".join(known), likely[0]))
+    rows = list(documented(schema, f"{section}."))
+    width = max(len(row.name) + len(row.default) + 1 for row in rows)
+    lines = [f"== {title} ==", *_wrap(next(iter((schema.__doc__ or "").splitlines()), ""), "")]
+    for row in rows:
+        shown = f"{row.name}={row.default}" if row.default else row.name
+        lines += _wrap(row.help, f"  {shown:<{min(width, 58)}}  ")
+    return "\n".join(lines)
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    later = " " * min(len(indent), 62)
+    return textwrap.wrap(text, width=132, initial_indent=indent, subsequent_indent=later) or [indent]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print what the words on the command line name; 1 with the way out for an unknown one."""
+    try:
+        print(explain(*(sys.argv[1:] if words is None else words)))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Where torch comes in: typed configs, meshes, and one module per technique."""

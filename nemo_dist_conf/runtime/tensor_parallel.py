@@ -1,0 +1,351 @@
+"""Tensor and sequence parallelism: a model's layers sharded in place over one mesh axis, by style names.
+
+Between modules activations are plain tensors, equal on every rank, but for two cases: what a ``colwise`` layer gives
+is the rank's own part, and under sequence parallelism the residual stream is a DTensor split over the sequence. It
+stays a DTensor because that knows its full length, so that lengths which the ranks do not divide are exact.
+Tensors are [batch, seq, hidden].
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Iterable, Mapping
+
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ParallelStyle,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.models.facts import facts_from_config
+from nemo_dist_conf.models.plans import FAMILIES, SEQUENCE_STYLES, STYLES, complete_plan, match_pattern, unalias
+from nemo_dist_conf.models.rules import model_problems
+from nemo_dist_conf.names import nearest
+from nemo_dist_conf.runtime.tensor_parallel_styles import SEQUENCE_DIM, STYLE_OBJECTS, plain_outputs
+from nemo_dist_conf.topology.solve import divisors
+
+__all__ = ["apply_tensor_parallel"]
+
+log = logging.getLogger(__name__)
+
+Plan = Mapping[str, Any]
+
+
+def apply_tensor_parallel(
+    model: nn.Module, tp_mesh: DeviceMesh, *, plan: Plan | None = None, sequence_parallel: bool = False
+) -> dict[str, ParallelStyle]:
+    """Style of each module that was sharded, by name; the model is changed in place.
+
+    Parameters become DTensors on tp_mesh (1-D), each rank keeping its part of the values it has, which must be the
+    same on all ranks; on the meta device nothing is read. Outputs of the model are plain tensors, equal on every rank.
+    Tied parameters stay tied. Call it before activation checkpointing, compile and fully_shard.
+    plan: pattern -> style name (models/plans.py) or torch ParallelStyle, relative to ``model``. None: the model's
+    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its transformers family.
+    sequence_parallel: norms and the residual stream are split over the sequence, of any length.
+    Raises ConfigError, with every problem found, where there is no plan, an entry matches no module or names no
+    style, a layer or the heads do not split into this many ranks, or tied parameters would be sharded apart.
+    """
+    given = plan is not None
+    entries = _checked_plan(model, plan) if plan is not None else _own_plan(model, sequence_parallel)
+    named, problems = _resolve(model, entries, strict=given or not _is_transformers(model))
+    if given and sequence_parallel and not any(_splits_sequence(style) for style in named.values()):
+        problems.append(_no_sequence_style(entries))
+    problems = problems or _misfits(model, named, tp_mesh.size())
+    ConfigError.raise_if(problems)
+    ties = _ties(model)
+    ConfigError.raise_if(_tie_problems(model, entries, named, ties))
+    styles = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in named.items()}
+    # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
+    # values, so none is sent.
+    inwards = dict(sorted(styles.items(), key=lambda entry: -entry[0].count(".")))
+    parallelize_module(model, tp_mesh, inwards, src_data_rank=None)
+    for first, *others in ties:
+        for name in others:
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._parameters[key] = model.get_parameter(first)
+    model.register_forward_hook(plain_outputs)
+    _warn_of_unstyled(model, named)
+    kind = "tensor and sequence" if any(_splits_sequence(style) for style in named.values()) else "tensor"
+    log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_mesh.size(), len(styles), type(model).__name__)
+    return styles
+
+
+# From a plan's patterns to the model's modules.
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "base_model_tp_plan")
+
+
+def _own_plan(model: nn.Module, sequence_parallel: bool) -> Plan:
+    """The plan that a model comes with; ConfigError with the way out where it has none."""
+    if not _is_transformers(model):
+        for name in ("tp_plan", "_tp_plan"):
+            declared = getattr(model, name, None)
+            if declared:
+                plan = _checked_plan(model, declared, f"{type(model).__name__}.{name}")
+                if sequence_parallel and not any(_splits_sequence(style) for style in plan.values()):
+                    raise ConfigError(_no_sequence_style(plan))
+                return plan
+        raise ConfigError(_no_plan(model))
+    config: Any = model.config
+    inner = getattr(model, "base_model", model)
+    prefix = "" if inner is model else str(model.base_model_prefix)
+    base, head = config.base_model_tp_plan, getattr(type(model), "_tp_plan", None)
+    found = complete_plan(config.model_type, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
+    if found is not None:
+        return found
+    if sequence_parallel and base:
+        what = f"no sequence-parallel plan is known for the model family {config.model_type}"
+        off = "strategy.sequence_parallel=false"
+        families = ", ".join(FAMILIES)
+        raise ConfigError(
+            Problem(what, "strategy.sequence_parallel=true", f"families {families}; others with a tp_plan", off)
+        )
+    raise ConfigError(_no_plan(model))
+
+
+def _checked_plan(model: nn.Module, plan: Any, where: str = "strategy.tp_plan") -> Plan:
+    if isinstance(plan, Mapping) and plan:
+        return {str(pattern): style for pattern, style in plan.items()}
+    what = f"{where} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
+    own = f"{where}=null" if _is_transformers(model) else _example(model)
+    raise ConfigError(Problem(what, f"{where}={plan}", "a mapping from module names (* allowed) to styles", own))
+
+
+def _resolve(model: nn.Module, plan: Plan, strict: bool) -> tuple[dict[str, Any], list[Problem]]:
+    """Style (name or object) by the full name of each module meant, and what is wrong with the entries.
+
+    An entry that names a module overrules one with ``*``. strict: an entry must match; a family's plan need not.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    named: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    problems = []
+    for pattern, style in sorted(plan.items(), key=lambda entry: "*" not in entry[0]):
+        if isinstance(style, str) and unalias(style) in STYLES:
+            style = unalias(style)
+        elif not isinstance(style, ParallelStyle):
+            problems.append(_unknown_style(plan, pattern, style))
+            continue
+        matched = [name for name in modules if match_pattern(pattern, name)]
+        if strict and not matched:
+            problems.append(_no_match(plan, pattern, modules))
+        for name in matched:
+            if "*" in pattern and name in source:
+                what = f"two entries of tp_plan mean the module {name}"
+                asked = f"{source[name]} and {pattern}"
+                problems.append(Problem(what, asked, f"one of them, or the full name {name}", _set({**plan, name: style})))
+                break
+            named[name], source[name] = style, pattern
+            if _kind(style) is not None and not isinstance(modules[name], _kind(style)):
+                problems.append(_wrong_kind(plan, name, style, modules[name]))
+                break
+    if not named and not problems:
+        problems.append(_no_plan(model))
+    return {name: named[name] for name in modules if name in named}, problems
+
+
+def _kind(style: Any) -> Any:
+    """Module classes that a style name is for; None: any."""
+    if not isinstance(style, str) or not ("colwise" in style or "rowwise" in style):
+        return None
+    if style.startswith("embedding"):
+        return nn.Embedding
+    return nn.Linear if style.startswith("rowwise") else (nn.Linear, nn.Embedding)
+
+
+def _splits_sequence(style: Any) -> bool:
+    if isinstance(style, str):
+        return style in SEQUENCE_STYLES
+    if isinstance(style, (SequenceParallel,)):
+        return True
+    layouts = [p for name, value in vars(style).items() if "layouts" in name for p in _flat(value)]
+    return Shard(SEQUENCE_DIM) in layouts
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[Problem]:
+    """Heads and widths that tp_size does not divide; torch would fail at the first step, without naming the cause.
+
+    Only where ranks keep their parts to themselves: what is gathered or summed may be split unevenly.
+    """
+    leaves = {name.rpartition(".")[2] for name, style in named.items() if style == "colwise"}
+    config = getattr(model, "config", None)
+    if leaves & {"q_proj", "k_proj", "v_proj"} and hasattr(config, "to_dict"):
+        problems = model_problems(facts_from_config(config.to_dict()), {"tp_size": tp_size}, dist.get_world_size())
+        if problems:
+            return problems
+    widths: dict[str, int] = {}
+    for name, style in named.items():
+        module: Any = model.get_submodule(name)
+        if style == "colwise":
+            widths[name] = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
+        elif style in ("rowwise", "rowwise_scatter_output"):
+            widths[name] = module.in_features
+    odd = [f"{name} ({width})" for name, width in widths.items() if width % tp_size]
+    if not odd:
+        return []
+    legal = [d for d in divisors(min(widths.values())) if all(width % d == 0 for width in widths.values())]
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+    what = f"tp_size={tp_size} does not divide the width of {', '.join(odd[:3])}{more}"
+    sizes = ", ".join(map(str, legal))
+    fits = max(d for d in legal if d <= tp_size and dist.get_world_size() % d == 0)
+    return [Problem(what, f"parallelism.tp_size={tp_size}", f"tp_size: {sizes}", f"parallelism.tp_size={fits}")]
+
+
+def _ties(model: nn.Module) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie_problems(model: nn.Module, plan: Plan, named: Mapping[str, Any], ties: list[list[str]]) -> list[Problem]:
+    """Ties between modules whose styles lay the shared parameter out differently."""
+    problems = []
+    for group in ties:
+        owners = [name.rpartition(".")[0] for name in group]
+        styles = {owner: named.get(owner) for owner in owners}
+        if len({_layout(model.get_submodule(owner), style) for owner, style in styles.items()}) == 1:
+            continue
+        what = f"{' and '.join(group)} are one parameter, and the plan lays it out in different ways"
+        asked = ", ".join(f"{owner}: {_words(style) if style else 'no style'}" for owner, style in styles.items())
+        embeddings = {owner for owner in owners if isinstance(model.get_submodule(owner), nn.Embedding)}
+        fix = {o: "embedding_rowwise" if o in embeddings else "colwise_gather_output" for o in owners}
+        allowed = ", ".join(f"{owner}: {style}" for owner, style in fix.items())
+        problems.append(Problem(what, asked, allowed, _set({**plan, **fix})))
+    return problems
+
+
+def _layout(module: nn.Module, style: Any) -> str:
+    """Which dimension of a weight [out, in] or [vocabulary, hidden] a style splits."""
+    if style is None:
+        return "plain"
+    kind = style if isinstance(style, str) else type(style).__name__.lower()
+    if "colwise" not in kind and "rowwise" not in kind:
+        return "replicated"
+    return "first" if isinstance(module, nn.Linear) == ("colwise" in kind) else "second"
+
+
+# What to say.
+
+
+def _words(style: Any) -> str:
+    return style if isinstance(style, str) else f"{type(style).__name__}()"
+
+
+def _set(plan: Mapping[str, Any]) -> str:
+    """The plan as one word of a command line, quoted for a shell."""
+    entries = ",".join(f"{pattern}:{_words(style)}" for pattern, style in plan.items())
+    return f"'strategy.tp_plan={{{entries}}}'"
+
+
+def _pattern_of(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _example(model: nn.Module) -> str:
+    """A plan that works for the first layers in a row, as a command-line word; the way without one if there are none."""
+    groups: dict[str, list[tuple[str, nn.Linear]]] = {}
+    for name, module in model.named_modules():
+        if name and isinstance(module, nn.Linear):
+            groups.setdefault(name.rpartition(".")[0], []).append((name, module))
+    for layers in groups.values():
+        *before, (last, narrow) = layers
+        if before and all(wide.out_features == narrow.in_features for _, wide in before):
+            plan = {_pattern_of(name): "colwise" for name, _ in before}
+            return _set({**plan, _pattern_of(last): "rowwise"})
+    for layers in groups.values():
+        return _set({_pattern_of(layers[0][0]): "colwise_gather_output"})
+    return "parallelism.tp_size=1"
+
+
+def _no_plan(model: nn.Module) -> Problem:
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    return Problem(
+        f"no tensor-parallel plan is known for {type(model).__name__}",
+        "parallelism.tp_size above 1 with strategy.tp_plan=null",
+        f"a tp_plan, a model that declares one, parallelism.tp_size=1, or a family of {', '.join(FAMILIES)}"
+        + (f" (this one is {family})" if family else ""),
+        _example(model),
+    )
+
+
+def _no_sequence_style(plan: Plan) -> Problem:
+    return Problem(
+        "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence",
+        f"strategy.sequence_parallel=true {_set(plan)}",
+        f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
+        "strategy.sequence_parallel=false",
+    )
+
+
+def _unknown_style(plan: Plan, pattern: str, style: Any) -> Problem:
+    near = nearest(str(style), STYLES)
+    rest = [name for name in STYLES if name not in near]
+    fix = near[0] if near else "colwise_gather_output"
+    return Problem(
+        f"tp_plan: {style!r} is not the name of a style",
+        f"{pattern}: {style}",
+        ", ".join((*near, *rest)) + "; in Python also a torch ParallelStyle",
+        _set({**plan, pattern: fix}),
+    )
+
+
+def _no_match(plan: Plan, pattern: str, names: Iterable[str]) -> Problem:
+    patterns = list(dict.fromkeys(map(_pattern_of, names)))
+    near = nearest(pattern, patterns) or nearest(pattern.rpartition(".")[2], [p.rpartition(".")[2] for p in patterns])
+    return Problem(
+        f"tp_plan: no module is named {pattern}",
+        f"{pattern}: {_words(plan[pattern])}",
+        ", ".join(near) or ", ".join(patterns[:6]) + ", ... (model.named_modules())",
+        _set({near[0] if key == pattern and near else key: style for key, style in plan.items()}),
+    )
+
+
+def _wrong_kind(plan: Plan, name: str, style: str, module: nn.Module) -> Problem:
+    kinds = _kind(style)
+    allowed = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    fit = "embedding_rowwise" if isinstance(module, nn.Embedding) else "replicated"
+    return Problem(
+        f"tp_plan: the style {style} is for {allowed}, and {name} is {type(module).__name__}",
+        f"{name}: {style}",
+        f"{name}: {fit}, or no entry",
+        _set({**plan, name: fit}),
+    )
+
+
+def _warn_of_unstyled(model: nn.Module, named: Mapping[str, Any]) -> None:
+    """A norm beside colwise layers whose size is not that of their input runs on the split features, most likely.
+
+    Its gradients then differ between ranks, and nothing would sum them.
+    """
+    inputs: dict[str, set[int]] = {}
+    for name, style in named.items():
+        module = model.get_submodule(name)
+        if style == "colwise" and isinstance(module, nn.Linear):
+            inputs.setdefault(name.rpartition(".")[0], set()).add(module.in_features)
+    suspects = [
+        _pattern_of(name)
+        for name, module in model.named_modules()
+        if name not in named and (sizes := inputs.get(name.rpartition(".")[0]))
+        if any(p.shape[-1:].numel() not in sizes for p in module.parameters(recurse=False))
+    ]
+    if suspects:
+        log.warning(
+            "tp_plan has no style for %s, beside colwise layers: if it runs on their split output, its gradients are "
+            "not summed; give it replicated_with_grad_allreduce then, and replicated if it does not",
+            ", ".join(dict.fromkeys(suspects)),
+        )

@@ -1,0 +1,94 @@
+"""Composing, help, completion and refusing never import torch: proven in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+TORCH_FREE_MODULES = [
+    "nemo_dist_conf",
+    "hydra_plugins.nemo_dist_conf.search_path",
+    "nemo_dist_conf.compose",
+    "nemo_dist_conf.explain",
+    "nemo_dist_conf.groups",
+    "nemo_dist_conf.hooks",
+    "nemo_dist_conf.models.facts",
+    "nemo_dist_conf.models.plans",
+    "nemo_dist_conf.models.rules",
+    "nemo_dist_conf.resolvers",
+    "nemo_dist_conf.schema",
+    "nemo_dist_conf.store",
+    "nemo_dist_conf.strategies",
+    "nemo_dist_conf.topology",
+    "nemo_dist_conf.topology.device",
+    "nemo_dist_conf.topology.world",
+    "nemo_dist_conf.train",
+    "nemo_dist_conf.train.__main__",
+    "nemo_dist_conf.train.checks",
+]
+
+
+@pytest.mark.parametrize("module", TORCH_FREE_MODULES)
+def test_importing_it_does_not_import_torch(module):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def _recipe(*words: str, env: dict[str, str] | None = None, cwd: Path) -> subprocess.CompletedProcess:
+    """Run the recipe with an import of torch turned into an error."""
+    (cwd / "torch").mkdir(exist_ok=True)
+    (cwd / "torch" / "__init__.py").write_text("raise AssertionError('torch was imported')")
+    path = os.pathsep.join([str(cwd), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-m", "nemo_dist_conf.train", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--cfg", "job", "strategy=ddp"], "find_unused_parameters: false"),
+        (["--cfg", "job", "--resolve"], "param_dtype: float32"),
+        (["--help"], "strategy: ddp, fsdp2, megatron-fsdp, megatron_fsdp, mfsdp"),
+        (["--help"], "strategy.reshard_after_forward"),
+        (["--info", "defaults"], "nemo_dist_conf"),
+    ],
+)
+def test_showing_a_config_does_not_import_torch(words, shown, tmp_path):
+    run = _recipe(*words, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert shown in run.stdout
+
+
+def test_tab_completion_lists_our_options_without_torch(tmp_path):
+    line = "train.py strategy="
+    env = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    run = _recipe("-sc", "query=bash", env=env, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert {"strategy=ddp", "strategy=fsdp2", "strategy=mfsdp"} <= set(run.stdout.split())
+
+
+def test_a_refusal_comes_before_torch_is_imported_and_before_a_folder_is_made(tmp_path):
+    run = _recipe("strategy=ddp", "parallelism.tp_size=2", cwd=tmp_path)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr == (
+        "strategy=ddp: tp_size=2 is not possible\n"
+        "  asked    strategy=ddp parallelism.tp_size=2\n"
+        "  allowed  tp_size=1 (ddp keeps the whole model on every rank)\n"
+        "  type     torchrun --nproc-per-node 2 -m nemo_dist_conf.train strategy=fsdp2 parallelism.tp_size=2\n"
+    )
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_guard_itself_notices_torch(tmp_path):
+    run = _recipe("train.steps=1", "train.warmup_steps=0", cwd=tmp_path)
+    assert run.returncode != 0 and "torch was imported" in run.stderr
