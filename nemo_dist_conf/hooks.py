@@ -71,4 +71,5 @@ def agree_on_run(config: DictConfig, place: Launched) -> None:
         handlers = OmegaConf.select(config, "hydra.job_logging.handlers")
         if handlers is not None and "file" in handlers:
             config.hydra.job_logging.root.handlers = ["file"]
-            handlers.file.filename = f"{config.hydra.runtime.output_dir}/{config.hydra.job.name}.rank{place.rank}.log"
+            # The folder is known only once the job runs, so it stays an interpolation here.
+            handlers.file.filename = f"${{hydra.runtime.output_dir}}/${{hydra.job.name}}.rank{place.rank}.log"

@@ -57,7 +57,7 @@ REFUSED = [
 def test_what_it_says_to_type_works(world_size, line):
     """Put the words of each ``type`` line in the place of those asked, as a user would, until nothing is refused."""
     words = shlex.split(line)
-    for _ in range(6):
+    for _ in range(10):
         text, error = outcome(world_size, shlex.join(words))
         if error is None:
             break

@@ -7,6 +7,7 @@ one part of it (``model.layers.*.self_attn.q_proj``). The names are those of tra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Mapping
 
 __all__ = [
@@ -41,8 +42,6 @@ STYLES: dict[str, str] = {
 STYLE_ALIASES: dict[str, str] = {
     "colwise_rep": "colwise_gather_output",
     "rowwise_rep": "rowwise_split_input",
-    "local_colwise": "colwise",
-    "local_rowwise": "rowwise",
 }
 
 #: Styles that split activations over the sequence; a plan with none of them is not sequence-parallel.
@@ -137,8 +136,6 @@ def complete_plan(
 
 def match_pattern(pattern: str, name: str) -> bool:
     """Whether a module's name is meant by a pattern; ``*`` within one part between dots, as in torch's plans."""
-    from fnmatch import fnmatchcase
-
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 

@@ -9,7 +9,7 @@ Tensors are [batch, seq, hidden].
 from __future__ import annotations
 
 import logging
-from typing import Any, Iterable, Mapping
+from typing import Any, Mapping
 
 
 import torch.distributed as dist
@@ -51,15 +51,13 @@ def apply_tensor_parallel(
     Raises ConfigError, with every problem found, where there is no plan, an entry matches no module or names no
     style, a layer or the heads do not split into this many ranks, or tied parameters would be sharded apart.
     """
-    given = plan is not None
-    entries = _checked_plan(model, plan) if plan is not None else _own_plan(model, sequence_parallel)
-    named, problems = _resolve(model, entries, strict=given or not _is_transformers(model))
-    if given and sequence_parallel and not any(_splits_sequence(style) for style in named.values()):
+    tp_size, ties = tp_mesh.size(), _ties(model)
+    own = plan is None and _is_transformers(model)
+    entries = _checked_plan(model, plan) if plan is not None else _own_plan(model, sequence_parallel, tp_size)
+    named, problems = _resolve(model, entries, tp_size, own)
+    if sequence_parallel and not any(map(_splits_sequence, named.values())):
         problems.append(_no_sequence_style(entries))
-    problems = problems or _misfits(model, named, tp_mesh.size())
-    ConfigError.raise_if(problems)
-    ties = _ties(model)
-    ConfigError.raise_if(_tie_problems(model, entries, named, ties))
+    ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
     styles = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in named.items()}
     # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
     # values, so none is sent.
@@ -71,8 +69,8 @@ def apply_tensor_parallel(
             model.get_submodule(owner)._parameters[key] = model.get_parameter(first)
     model.register_forward_hook(plain_outputs)
     _warn_of_unstyled(model, named)
-    kind = "tensor and sequence" if any(_splits_sequence(style) for style in named.values()) else "tensor"
-    log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_mesh.size(), len(styles), type(model).__name__)
+    kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
+    log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_size, len(styles), type(model).__name__)
     return styles
 
 
@@ -83,32 +81,38 @@ def _is_transformers(model: nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "base_model_tp_plan")
 
 
-def _own_plan(model: nn.Module, sequence_parallel: bool) -> Plan:
+def _own_plan(model: nn.Module, sequence_parallel: bool, tp_size: int) -> Plan:
     """The plan that a model comes with; ConfigError with the way out where it has none."""
     if not _is_transformers(model):
         for name in ("tp_plan", "_tp_plan"):
             declared = getattr(model, name, None)
             if declared:
-                plan = _checked_plan(model, declared, f"{type(model).__name__}.{name}")
-                if sequence_parallel and not any(_splits_sequence(style) for style in plan.values()):
-                    raise ConfigError(_no_sequence_style(plan))
-                return plan
-        raise ConfigError(_no_plan(model))
+                return _checked_plan(model, declared, f"{type(model).__name__}.{name}")
+        raise ConfigError(_no_plan(model, tp_size))
     config: Any = model.config
     inner = getattr(model, "base_model", model)
     prefix = "" if inner is model else str(model.base_model_prefix)
     base, head = config.base_model_tp_plan, getattr(type(model), "_tp_plan", None)
     found = complete_plan(config.model_type, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
-    if found is not None:
-        return found
-    if sequence_parallel and base:
+    if found is None and sequence_parallel and base:
         what = f"no sequence-parallel plan is known for the model family {config.model_type}"
+        allowed = f"the families {', '.join(FAMILIES)}; a tp_plan of your own"
         off = "strategy.sequence_parallel=false"
-        families = ", ".join(FAMILIES)
-        raise ConfigError(
-            Problem(what, "strategy.sequence_parallel=true", f"families {families}; others with a tp_plan", off)
-        )
-    raise ConfigError(_no_plan(model))
+        raise ConfigError(Problem(what, "strategy.sequence_parallel=true", allowed, off))
+    if found is None:
+        raise ConfigError(_no_plan(model, tp_size))
+    unknown = sorted({style for style in found.values() if unalias(style) not in STYLES})
+    if unknown:
+        what = f"the tp_plan of {config.model_type} asks for what is not supported: {', '.join(unknown)}"
+        asked, allowed = f"parallelism.tp_size={tp_size}", f"tp_size=1, or the families {', '.join(FAMILIES)}"
+        raise ConfigError(Problem(what, asked, allowed, "parallelism.tp_size=1"))
+    if config.model_type not in FAMILIES:
+        # transformers leaves the embedding out; tied to a head in the plan, it has to be laid out alike.
+        names = [name.rpartition(".")[0] for group in _ties(model) for name in group]
+        if any(match_pattern(pattern, name) for pattern in found for name in names):
+            tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
+            found = {**tied, **found}
+    return found
 
 
 def _checked_plan(model: nn.Module, plan: Any, where: str = "strategy.tp_plan") -> Plan:
@@ -119,52 +123,78 @@ def _checked_plan(model: nn.Module, plan: Any, where: str = "strategy.tp_plan") 
     raise ConfigError(Problem(what, f"{where}={plan}", "a mapping from module names (* allowed) to styles", own))
 
 
-def _resolve(model: nn.Module, plan: Plan, strict: bool) -> tuple[dict[str, Any], list[Problem]]:
+def _resolve(model: nn.Module, plan: Plan, tp_size: int, own: bool) -> tuple[dict[str, Any], list[Problem]]:
     """Style (name or object) by the full name of each module meant, and what is wrong with the entries.
 
-    An entry that names a module overrules one with ``*``. strict: an entry must match; a family's plan need not.
+    An entry that names one module overrules a pattern. own: a family's plan, some of whose entries mean nothing here.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    patterns = [pattern for pattern in plan if _is_pattern(pattern)]
     named: dict[str, Any] = {}
-    source: dict[str, str] = {}
-    problems = []
-    for pattern, style in sorted(plan.items(), key=lambda entry: "*" not in entry[0]):
+    wrong: list[tuple[str, str, str]] = []
+    fixed = dict(plan)
+    for pattern in (*patterns, *(pattern for pattern in plan if pattern not in patterns)):
+        style = plan[pattern]
         if isinstance(style, str) and unalias(style) in STYLES:
             style = unalias(style)
         elif not isinstance(style, ParallelStyle):
-            problems.append(_unknown_style(plan, pattern, style))
-            continue
+            near = nearest(str(style), STYLES)
+            known = (*near, *(name for name in STYLES if name not in near))
+            allowed = f"{', '.join(known)}; in Python also a torch ParallelStyle"
+            wrong.append((f"tp_plan: {style!r} is not the name of a style", f"{pattern}: {style}", allowed))
+            fixed[pattern] = style = near[0] if near else "replicated"
         matched = [name for name in modules if match_pattern(pattern, name)]
-        if strict and not matched:
-            problems.append(_no_match(plan, pattern, modules))
-        for name in matched:
-            if "*" in pattern and name in source:
-                what = f"two entries of tp_plan mean the module {name}"
-                asked = f"{source[name]} and {pattern}"
-                problems.append(Problem(what, asked, f"one of them, or the full name {name}", _set({**plan, name: style})))
-                break
-            named[name], source[name] = style, pattern
-            if _kind(style) is not None and not isinstance(modules[name], _kind(style)):
-                problems.append(_wrong_kind(plan, name, style, modules[name]))
-                break
+        if not matched and not own:
+            fit = [_pattern_of(name) for name, module in modules.items() if _takes(style, module)]
+            free = [name for name in dict.fromkeys(fit) if name not in fixed]
+            near = nearest(pattern, free)
+            allowed = ", ".join(near) or ", ".join((*free[:5], "... (model.named_modules())"))
+            wrong.append((f"tp_plan: no module is named {pattern}", f"{pattern}: {_words(style)}", allowed))
+            fixed.pop(pattern)
+            fixed |= {near[0]: style} if near else {}
+        twice = [name for name in matched if name in named and pattern in patterns]
+        if twice:
+            others = [other for other in patterns if other != pattern and match_pattern(other, twice[0])]
+            what = f"two entries of tp_plan mean the module {twice[0]}"
+            wrong.append((what, f"{', '.join(others)} and {pattern}", f"one of them, or {twice[0]} by its full name"))
+            fixed.pop(pattern, None)
+        named |= {name: style for name in matched if name not in twice}
+    for name, style in named.items():
+        if not _takes(style, modules[name]):
+            kinds = " or ".join(kind.__name__ for kind in _kinds(style))
+            what = f"tp_plan: the style {style} is for {kinds}, and {name} is {type(modules[name]).__name__}"
+            wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
+            fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
+    by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
+    way_out = _set(fixed) if fixed else _example(model)
+    problems = [Problem(what, asked, allowed, way_out) for what, (asked, allowed) in by_kind.items()]
     if not named and not problems:
-        problems.append(_no_plan(model))
+        problems = [_no_plan(model, tp_size)]
     return {name: named[name] for name in modules if name in named}, problems
 
 
-def _kind(style: Any) -> Any:
-    """Module classes that a style name is for; None: any."""
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def _kinds(style: Any) -> tuple[type[nn.Module], ...]:
+    """Module classes that a style name is for; empty: any."""
     if not isinstance(style, str) or not ("colwise" in style or "rowwise" in style):
-        return None
+        return ()
     if style.startswith("embedding"):
-        return nn.Embedding
-    return nn.Linear if style.startswith("rowwise") else (nn.Linear, nn.Embedding)
+        return (nn.Embedding,)
+    return (nn.Linear,) if style.startswith("rowwise") else (nn.Linear, nn.Embedding)
+
+
+def _takes(style: Any, module: nn.Module) -> bool:
+    kinds = _kinds(style)
+    return not kinds or isinstance(module, kinds)
 
 
 def _splits_sequence(style: Any) -> bool:
     if isinstance(style, str):
         return style in SEQUENCE_STYLES
-    if isinstance(style, (SequenceParallel,)):
+    if isinstance(style, SequenceParallel):
         return True
     layouts = [p for name, value in vars(style).items() if "layouts" in name for p in _flat(value)]
     return Shard(SEQUENCE_DIM) in layouts
@@ -182,7 +212,7 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
     Only where ranks keep their parts to themselves: what is gathered or summed may be split unevenly.
     """
     leaves = {name.rpartition(".")[2] for name, style in named.items() if style == "colwise"}
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if leaves & {"q_proj", "k_proj", "v_proj"} and hasattr(config, "to_dict"):
         problems = model_problems(facts_from_config(config.to_dict()), {"tp_size": tp_size}, dist.get_world_size())
         if problems:
@@ -257,7 +287,7 @@ def _pattern_of(name: str) -> str:
 
 
 def _example(model: nn.Module) -> str:
-    """A plan that works for the first layers in a row, as a command-line word; the way without one if there are none."""
+    """A plan for the model's first linear layers in a row, as a command-line word; without any, the way without."""
     groups: dict[str, list[tuple[str, nn.Linear]]] = {}
     for name, module in model.named_modules():
         if name and isinstance(module, nn.Linear):
@@ -268,17 +298,18 @@ def _example(model: nn.Module) -> str:
             plan = {_pattern_of(name): "colwise" for name, _ in before}
             return _set({**plan, _pattern_of(last): "rowwise"})
     for layers in groups.values():
-        return _set({_pattern_of(layers[0][0]): "colwise_gather_output"})
+        name = layers[0][0]
+        tied = {other.rpartition(".")[0] for group in _ties(model) if f"{name}.weight" in group for other in group}
+        return _set({name: "colwise_gather_output"} | {other: "embedding_rowwise" for other in tied - {name}})
     return "parallelism.tp_size=1"
 
 
-def _no_plan(model: nn.Module) -> Problem:
+def _no_plan(model: nn.Module, tp_size: int) -> Problem:
     family = getattr(getattr(model, "config", None), "model_type", None)
     return Problem(
-        f"no tensor-parallel plan is known for {type(model).__name__}",
-        "parallelism.tp_size above 1 with strategy.tp_plan=null",
-        f"a tp_plan, a model that declares one, parallelism.tp_size=1, or a family of {', '.join(FAMILIES)}"
-        + (f" (this one is {family})" if family else ""),
+        f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
+        f"parallelism.tp_size={tp_size} strategy.tp_plan=null",
+        f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {', '.join(FAMILIES)}",
         _example(model),
     )
 
@@ -289,41 +320,6 @@ def _no_sequence_style(plan: Plan) -> Problem:
         f"strategy.sequence_parallel=true {_set(plan)}",
         f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
         "strategy.sequence_parallel=false",
-    )
-
-
-def _unknown_style(plan: Plan, pattern: str, style: Any) -> Problem:
-    near = nearest(str(style), STYLES)
-    rest = [name for name in STYLES if name not in near]
-    fix = near[0] if near else "colwise_gather_output"
-    return Problem(
-        f"tp_plan: {style!r} is not the name of a style",
-        f"{pattern}: {style}",
-        ", ".join((*near, *rest)) + "; in Python also a torch ParallelStyle",
-        _set({**plan, pattern: fix}),
-    )
-
-
-def _no_match(plan: Plan, pattern: str, names: Iterable[str]) -> Problem:
-    patterns = list(dict.fromkeys(map(_pattern_of, names)))
-    near = nearest(pattern, patterns) or nearest(pattern.rpartition(".")[2], [p.rpartition(".")[2] for p in patterns])
-    return Problem(
-        f"tp_plan: no module is named {pattern}",
-        f"{pattern}: {_words(plan[pattern])}",
-        ", ".join(near) or ", ".join(patterns[:6]) + ", ... (model.named_modules())",
-        _set({near[0] if key == pattern and near else key: style for key, style in plan.items()}),
-    )
-
-
-def _wrong_kind(plan: Plan, name: str, style: str, module: nn.Module) -> Problem:
-    kinds = _kind(style)
-    allowed = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    fit = "embedding_rowwise" if isinstance(module, nn.Embedding) else "replicated"
-    return Problem(
-        f"tp_plan: the style {style} is for {allowed}, and {name} is {type(module).__name__}",
-        f"{name}: {style}",
-        f"{name}: {fit}, or no entry",
-        _set({**plan, name: fit}),
     )
 
 

@@ -7,7 +7,7 @@ Tensors are [batch, seq, hidden].
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from typing import Any, Callable
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ class _Replicated(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         mine = [(owner, key) for owner in module.modules() for key in owner._parameters if _is_plain(owner, key)]
         for owner, key in mine:
-            whole = owner._parameters[key]
+            whole: Any = owner._parameters[key]
             replica = DTensor.from_local(whole.detach(), device_mesh, [Replicate()], run_check=False)
             owner._parameters[key] = nn.Parameter(replica, requires_grad=whole.requires_grad)
 
@@ -88,8 +88,8 @@ class _Replicated(ParallelStyle):
                 kept.append((owner, key, parameter))
                 # Through redistribute, whose backward sums partial gradients before they reach parameter.grad:
                 # a norm over gradients that are still partial would be wrong.
-                whole = parameter.redistribute(placements=[Replicate()])
-                owner._parameters[key] = whole.to_local(grad_placements=[self.gradient])
+                replica = parameter.redistribute(placements=[Replicate()])
+                owner._parameters[key] = replica.to_local(grad_placements=[self.gradient])
             module.__dict__["_tp_kept"] = kept
             return args, kwargs
 
@@ -148,17 +148,33 @@ def _map_first(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Ten
     return args, {**kwargs, key: fn(kwargs[key])}
 
 
+class _OwnTensor(torch.autograd.Function):
+    """The same memory as a tensor that is no view.
+
+    Layers give views of their DTensors. fully_shard warns of a view as the model's output, because changing it in
+    place would drop its hook on backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
 def plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
-    """Forward hook of the whole model: outputs leave it as full, plain tensors (a new container where one changed)."""
+    """Forward hook of the whole model: what leaves it is full, plain tensors (a new container where one changed)."""
     if isinstance(output, DTensor):
         output = output.full_tensor()
     if isinstance(output, torch.Tensor):
-        return output
-    if isinstance(output, Mapping):
+        return _OwnTensor.apply(output) if output._is_view() and output.requires_grad else output
+    if isinstance(output, dict):
         for key, value in list(output.items()):
             plain = plain_outputs(module, args, value)
             if plain is not value:
-                output[key] = plain  # type: ignore[index]  # in place: transformers' outputs have attributes too
+                output[key] = plain  # in place: transformers' outputs have attributes too
         return output
     if isinstance(output, (tuple, list)):
         parts = [plain_outputs(module, args, value) for value in output]

@@ -112,7 +112,7 @@ class Console:
             self._bar = _progress_bar(self._stream)
         if self._bar is not None:
             self._task = self._bar.add_task(
-                "training", total=self._steps, completed=self._first_step - 1, numbers="", left="-:--"
+                "step", total=self._steps, completed=self._first_step - 1, numbers="", left="-:--"
             )
             self._bar.start()
         return self
@@ -149,7 +149,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _progress_bar(stream: TextIO) -> Any:
-    """rich's bar, or None where rich is not installed: plain lines do the same then."""
+    """rich's bar, which fits 80 columns, or None where rich is not installed: plain lines do the same then."""
     try:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -157,7 +157,7 @@ def _progress_bar(stream: TextIO) -> Any:
         return None
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[numbers]}"),
         TextColumn("{task.fields[left]} left"),

@@ -242,8 +242,9 @@ class Corpus:
         words.append(f"{'the first ' if self.cut else ''}{self.text_bytes / 1e6:.1f} MB")
         unit = "bytes" if self.tokenizer is None else f"tokens of {self.tokenizer}"
         words.append(f"{self.tokens.numel():,} {unit}")
-        if self.skipped:
-            words.append(f"files left out: {_counts(self.skipped)}")
+        odd = {kind: count for kind, count in self.skipped.items() if kind != "empty"}
+        if odd:
+            words.append(f"files left out: {_counts(odd)}")
         return ", ".join(words)
 
 

@@ -342,7 +342,7 @@ def _train(
                 model, optimizer, microbatches, context, global_tokens=tokens, max_grad_norm=settings.max_grad_norm
             )
             if not result.updated:
-                raise _not_finite(result, last, step, lr, settings, folder)
+                raise _not_finite(cfg, result, last, step, optimizer, folder)
             first = first or result
             seconds = time.perf_counter() - step_began
             numbers: dict[str, Any] = {
@@ -379,16 +379,18 @@ def _largest(value: int, context: Any) -> int:
 
 
 def _not_finite(
-    result: StepResult, last: StepResult | None, step: int, lr: float, settings: _Settings, folder: Path
+    cfg: Any, result: StepResult, last: StepResult | None, step: int, optimizer: Optimizer, folder: Path
 ) -> TrainingError:
     wrong = "loss" if not math.isfinite(result.loss) else "gradient norm"
     before = f"step {step}: loss {last.loss:.4g}, grad norm {last.grad_norm:.4g}" if last else "none"
-    tries = [f"optimizer.lr={lr / 10:.1g}"]
-    if not settings.max_grad_norm:
+    group = optimizer.param_groups[0]
+    tries = [f"optimizer.lr={float(group.get('initial_lr', group.get('lr', 0.01))) / 10:.1g}"]
+    if not cfg.train.max_grad_norm:
         tries.append("train.max_grad_norm=1.0")
-    if not settings.warmup_steps:
-        tries.append(f"train.warmup_steps={max(1, settings.steps // 10)}")
-    tries.append("train.dtype=float32")
+    if not cfg.train.warmup_steps:
+        tries.append(f"train.warmup_steps={max(1, cfg.train.steps // 10)}")
+    if str(cfg.train.get("dtype")) not in ("float32", "None"):
+        tries.append("train.dtype=float32")
     return TrainingError(
         f"step {step + 1}: the {wrong} is not finite (loss {result.loss}, grad norm {result.grad_norm}); "
         f"training stopped before this update\n"
