@@ -62,12 +62,11 @@ def is_root(node: Any) -> bool:
 
 
 def find_roots(cfg: Any) -> Iterator[DictConfig]:
-    """Every mapping of the tree that holds our groups: the tree itself, or a package such as ``dist``."""
+    """Every mapping of the tree that holds our groups: the tree itself, and packages such as ``dist``."""
     if not isinstance(cfg, DictConfig) or cfg._is_none() or cfg._is_missing() or cfg._is_interpolation():
         return
     if is_root(cfg):
         yield cfg
-        return
     for key in cfg:
         yield from find_roots(cfg._get_node(key))
 
@@ -128,6 +127,8 @@ def _prefix(node: DictConfig) -> str:
 def _single_root(cfg: Any) -> DictConfig:
     if isinstance(cfg, Mapping) and not isinstance(cfg, DictConfig):
         cfg = OmegaConf.create(dict(cfg))
+    if is_root(cfg):
+        return cfg
     roots = list(find_roots(cfg))
     if len(roots) == 1:
         return roots[0]

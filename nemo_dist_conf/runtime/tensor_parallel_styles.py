@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
@@ -149,7 +150,7 @@ def _map_first(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Ten
 
 
 class _OwnTensor(torch.autograd.Function):
-    """The same memory as a tensor that is no view.
+    """The same memory as a torch.Tensor that is no view and that no collective is still writing.
 
     Layers give views of their DTensors. fully_shard warns of a view as the model's output, because changing it in
     place would drop its hook on backward.
@@ -157,7 +158,7 @@ class _OwnTensor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.detach()
+        return (x.wait() if isinstance(x, AsyncCollectiveTensor) else x).detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
@@ -169,7 +170,7 @@ def plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     if isinstance(output, DTensor):
         output = output.full_tensor()
     if isinstance(output, torch.Tensor):
-        return _OwnTensor.apply(output) if output._is_view() and output.requires_grad else output
+        return _OwnTensor.apply(output) if output._is_view() or type(output) is AsyncCollectiveTensor else output
     if isinstance(output, dict):
         for key, value in list(output.items()):
             plain = plain_outputs(module, args, value)

@@ -162,4 +162,5 @@ def _progress_bar(stream: TextIO) -> Any:
         TextColumn("{task.fields[numbers]}"),
         TextColumn("{task.fields[left]} left"),
         console=RichConsole(file=stream),
+        refresh_per_second=2,
     )

@@ -1,0 +1,85 @@
+"""The callback that comes with a strategy: it ends a wrong run with the message alone, and lets ranks agree."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+APP = """
+    import hydra
+
+    @hydra.main(version_base="1.3", config_path=None, config_name="{base}")
+    def main(cfg):
+        print("the task ran")
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.fixture
+def app(tmp_path):
+    def run(*words, base="nemo_dist_conf"):
+        (tmp_path / "app.py").write_text(textwrap.dedent(APP.format(base=base)))
+        return subprocess.run([sys.executable, "app.py", *words], cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+def test_a_good_config_runs(app):
+    done = app("strategy=ddp")
+    assert (done.returncode, done.stdout) == (0, "the task ran\n"), done.stderr
+
+
+def test_a_wrong_one_ends_with_the_message_and_leaves_no_folder(app, tmp_path):
+    done = app("strategy=ddp", "parallelism.tp_size=2")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("strategy=ddp: tp_size=2 is not possible\n") and "Traceback" not in done.stderr
+    assert "torchrun --nproc-per-node 2 app.py strategy=fsdp2 parallelism.tp_size=2" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_it_is_there_under_the_namespaced_names_too(app):
+    done = app("+nemo_dist@dist=nemo_dist_conf", "nemo_dist/strategy@dist.strategy=ddp", "dist.parallelism.tp_size=2")
+    assert done.returncode == 1 and "dist.parallelism.tp_size=2" in done.stderr
+
+
+def test_in_a_sweep_the_job_that_cannot_work_is_refused_before_it_starts(app):
+    done = app("-m", "strategy=fsdp2,ddp", "parallelism.dp_replicate_size=1,2")
+    assert done.returncode == 1
+    assert done.stdout.count("the task ran") == 1
+    assert "dp_replicate_size=2" in done.stderr
+
+
+def test_ranks_of_torchrun_share_one_folder_and_one_console(tmp_path):
+    (tmp_path / "app.py").write_text(
+        textwrap.dedent(
+            """
+            import logging, os, time
+            import hydra
+
+            @hydra.main(version_base="1.3", config_path=None, config_name="nemo_dist_conf")
+            def main(cfg):
+                from hydra.core.hydra_config import HydraConfig
+                logging.getLogger("app").info("rank %s", os.environ["RANK"])
+                with open("folders.txt", "a") as file:
+                    file.write(HydraConfig.get().runtime.output_dir + "\\n")
+
+            if __name__ == "__main__":
+                time.sleep(1.1 * int(os.environ["RANK"]))  # ranks never compose in the same second
+                main()
+            """
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "app.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    folders = (tmp_path / "folders.txt").read_text().split()
+    assert len(folders) == 2 and len(set(folders)) == 1
+    shown = done.stdout + done.stderr
+    assert "rank 0" in shown and "rank 1" not in shown
+    (folder,) = set(folders)
+    logs = {path.name: path.read_text() for path in (tmp_path / folder).glob("*.log")}
+    assert set(logs) == {"app.log", "app.rank1.log"}
+    assert "rank 0" in logs["app.log"] and "rank 1" in logs["app.rank1.log"]
