@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nemo_dist_conf.compose import Checked, check
-from nemo_dist_conf.runtime.agree import agree_on_config
+from nemo_dist_conf.runtime.agree import agree_on_config, together
 from nemo_dist_conf.runtime.build import Built, build_model
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import materialise
@@ -51,7 +51,7 @@ def instantiate(
     if model is None and node is None:
         return setup, None, None
     seed = int(_value(cfg, "seed", 0))
-    built = build_model(node, model, seed, setup.mesh_context.device)
+    built, _ = together(lambda: build_model(node, model, seed, setup.mesh_context.device))
     wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:

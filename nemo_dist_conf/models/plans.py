@@ -12,8 +12,8 @@ from typing import Mapping
 
 __all__ = [
     "DECODER",
-    "Family",
     "FAMILIES",
+    "Family",
     "SEQUENCE_STYLES",
     "STYLES",
     "STYLE_ALIASES",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from dataclasses import replace
+from typing import Any, Callable, TypeVar
 
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["agree_on_config"]
+__all__ = ["agree_on_config", "together"]
+
+T = TypeVar("T")
 
 
 def agree_on_config(cfg: Any) -> None:
@@ -39,6 +42,31 @@ def agree_on_config(cfg: Any) -> None:
     asked = " ".join(f"{key}={everyone[dist.get_rank()].get(key)}" for key in differing[:5])
     same = " ".join(f"{key}={everyone[0].get(key)}" for key in differing[:5])
     raise ConfigError(Problem(what, asked, "one command line for all ranks", same))
+
+
+def together(make: Callable[[], T], mark: Callable[[T], Any] = lambda made: None) -> tuple[T, list[Any]]:
+    """(what make() gives on this rank, mark of it on every rank); where it fails on some, all raise the first error.
+
+    A rank that stops alone would leave the others waiting in their next collective. Without a group: make() alone.
+    """
+    made: T | None = None
+    error: ConfigError | None = None
+    try:
+        made = make()
+    except ConfigError as problem:
+        error = problem
+    found: list[Any] = [(error, None if error else mark(made))]  # type: ignore[arg-type]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        mine, found = found[0], [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    failed = [rank for rank, (problem, _) in enumerate(found) if problem is not None]
+    if failed:
+        first = found[failed[0]][0]
+        if len(failed) == len(found):
+            raise first
+        where = f"rank {failed[0]}" if len(failed) == 1 else f"{len(failed)} ranks, of them rank {failed[0]}"
+        raise type(first)(*(replace(problem, what=f"on {where}: {problem.what}") for problem in first.problems))
+    return made, [mark for _, mark in found]  # type: ignore[return-value]
 
 
 def _flatten(tree: Any, path: str = "") -> Any:

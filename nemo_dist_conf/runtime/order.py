@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
 from typing import Any, Callable, Iterable
 
 import torch
@@ -68,8 +67,6 @@ def parallelize_fsdp2(
 
         tp_mesh = device_mesh[A.TP.value]
         apply_tensor_parallel(model, tp_mesh, plan=config.tp_plan, sequence_parallel=config.sequence_parallel)
-        # The gathered logits are a view of a DTensor's local tensor; the warning is about in-place ops on them.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         if config.enable_async_tensor_parallel:
             enable_async_tensor_parallel(device, tp_mesh.get_group().group_name)
     if config.patch_is_packed_sequence:

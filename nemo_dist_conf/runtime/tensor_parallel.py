@@ -34,11 +34,11 @@ __all__ = ["apply_tensor_parallel"]
 
 log = logging.getLogger(__name__)
 
-Plan = Mapping[str, Any]
+_Plan = Mapping[str, Any]
 
 
 def apply_tensor_parallel(
-    model: nn.Module, tp_mesh: DeviceMesh, *, plan: Plan | None = None, sequence_parallel: bool = False
+    model: nn.Module, tp_mesh: DeviceMesh, *, plan: _Plan | None = None, sequence_parallel: bool = False
 ) -> dict[str, ParallelStyle]:
     """Style of each module that was sharded, by name; the model is changed in place.
 
@@ -81,7 +81,7 @@ def _is_transformers(model: nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "base_model_tp_plan")
 
 
-def _own_plan(model: nn.Module, sequence_parallel: bool, tp_size: int) -> Plan:
+def _own_plan(model: nn.Module, sequence_parallel: bool, tp_size: int) -> _Plan:
     """The plan that a model comes with; ConfigError with the way out where it has none."""
     if not _is_transformers(model):
         for name in ("tp_plan", "_tp_plan"):
@@ -115,7 +115,7 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, tp_size: int) -> Plan:
     return found
 
 
-def _checked_plan(model: nn.Module, plan: Any, where: str = "strategy.tp_plan") -> Plan:
+def _checked_plan(model: nn.Module, plan: Any, where: str = "strategy.tp_plan") -> _Plan:
     if isinstance(plan, Mapping) and plan:
         return {str(pattern): style for pattern, style in plan.items()}
     what = f"{where} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
@@ -123,7 +123,7 @@ def _checked_plan(model: nn.Module, plan: Any, where: str = "strategy.tp_plan") 
     raise ConfigError(Problem(what, f"{where}={plan}", "a mapping from module names (* allowed) to styles", own))
 
 
-def _resolve(model: nn.Module, plan: Plan, tp_size: int, own: bool) -> tuple[dict[str, Any], list[Problem]]:
+def _resolve(model: nn.Module, plan: _Plan, tp_size: int, own: bool) -> tuple[dict[str, Any], list[Problem]]:
     """Style (name or object) by the full name of each module meant, and what is wrong with the entries.
 
     An entry that names one module overrules a pattern. own: a family's plan, some of whose entries mean nothing here.
@@ -242,7 +242,7 @@ def _ties(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _tie_problems(model: nn.Module, plan: Plan, named: Mapping[str, Any], ties: list[list[str]]) -> list[Problem]:
+def _tie_problems(model: nn.Module, plan: _Plan, named: Mapping[str, Any], ties: list[list[str]]) -> list[Problem]:
     """Ties between modules whose styles lay the shared parameter out differently."""
     problems = []
     for group in ties:
@@ -314,7 +314,7 @@ def _no_plan(model: nn.Module, tp_size: int) -> Problem:
     )
 
 
-def _no_sequence_style(plan: Plan) -> Problem:
+def _no_sequence_style(plan: _Plan) -> Problem:
     return Problem(
         "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence",
         f"strategy.sequence_parallel=true {_set(plan)}",

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["METRICS_FILE", "TENSORBOARD_FOLDER", "MetricsWriter", "require_tensorboard"]
+__all__ = ["METRICS_FILE", "MetricsWriter", "TENSORBOARD_FOLDER", "require_tensorboard"]
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

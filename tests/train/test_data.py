@@ -16,16 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, DataError
-from nemo_dist_conf.train.data import (
-    BYTE_VOCABULARY,
-    Corpus,
-    TextData,
-    build_data,
-    check_vocabulary,
-    load_corpus,
-    mix_seed,
-    split_microbatches,
-)
+from nemo_dist_conf.train.corpus import BYTE_VOCABULARY, Corpus, check_vocabulary, load_corpus
+from nemo_dist_conf.train.data import TextData, build_data, mix_seed, split_microbatches
 
 TEXT = "".join(f"line {n} of a text that is long enough for a few windows\n" for n in range(200))
 
@@ -126,7 +118,8 @@ def test_microbatches_are_the_rows_in_order() -> None:
 
 PROBE = """
 import sys, zlib
-from nemo_dist_conf.train.data import TextData, load_corpus
+from nemo_dist_conf.train.corpus import load_corpus
+from nemo_dist_conf.train.data import TextData
 source = TextData(load_corpus(sys.argv[1]), seq_len=16, global_batch_size=8, seed=3)
 batches = b"".join(t.numpy().tobytes() for step in range(40) for t in source.batch(step))
 print(source.corpus.fingerprint, zlib.crc32(batches))

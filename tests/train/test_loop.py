@@ -13,7 +13,8 @@ from torch import nn
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.mesh import MeshContext
-from nemo_dist_conf.train.loop import _settings, token_loss_sum, train_step
+from nemo_dist_conf.train.loop import _settings
+from nemo_dist_conf.train.step import token_loss_sum, train_step
 
 CONTEXT = MeshContext()  # no meshes: one rank
 IDS = torch.arange(64).view(8, 8) % 11

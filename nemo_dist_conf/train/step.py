@@ -1,0 +1,142 @@
+"""One training step: one code path for every layout.
+
+Shapes: B rows (sequences) of a microbatch, S tokens of a sequence, V ids of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
+
+__all__ = [
+    "ForwardBackward",
+    "IGNORED",
+    "Microbatches",
+    "StepResult",
+    "forward_backward",
+    "token_loss_sum",
+    "train_step",
+    "unwrapped",
+]
+
+#: Label of a position that does not count towards the loss.
+IGNORED = -100
+
+Microbatches = Sequence[tuple[Tensor, Tensor]]
+
+#: Runs forward and backward of all microbatches, the loss scaled by a factor, and returns the local sum of token
+#: losses, unscaled. A pipeline schedule takes the place of ``forward_backward``.
+ForwardBackward = Callable[[nn.Module, Microbatches, float], Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of one step, the same on every rank.
+
+    loss: mean over the counted tokens of the global batch. grad_norm: of all gradients, before clipping.
+    updated: whether the optimizer made its step; false where a number is not finite.
+    """
+
+    loss: float
+    grad_norm: float
+    updated: bool
+
+
+def token_loss_sum(model: nn.Module, input_ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    """Sum of the cross entropies of all counted tokens, in float32 whatever the model computes in."""
+    logits_BSV = _logits(model, input_ids_BS)
+    return F.cross_entropy(
+        logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def forward_backward(model: nn.Module, microbatches: Microbatches, scale: float) -> Tensor:
+    """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum."""
+    total: Tensor | None = None
+    for number, (input_ids, labels) in enumerate(microbatches, 1):
+        with accumulate(model, last=number == len(microbatches)):
+            loss_sum = token_loss_sum(model, input_ids, labels)
+            (loss_sum * scale).backward()
+        # Added in float64: microbatches must not change the logged number.
+        total = loss_sum.detach().double() if total is None else total + loss_sum.detach()
+    assert total is not None
+    return total
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    microbatches: Microbatches,
+    context: Any,
+    *,
+    global_tokens: int,
+    max_grad_norm: float | None,
+    run_microbatches: ForwardBackward = forward_backward,
+) -> StepResult:
+    """One optimizer step on this rank's part of the global batch.
+
+    DDP and FSDP average gradients over the data ranks; scaling the loss sum by data_size / global_tokens turns that
+    into the gradient of the mean over the global batch, however unevenly tokens are spread over ranks.
+    Nothing is updated where the global loss or gradient norm is not finite: all ranks see the same two numbers, so
+    all of them decide alike.
+    """
+    loss_sum = run_microbatches(model, microbatches, context.data_size / global_tokens)
+    loss = context.sum_over_data(loss_sum) / global_tokens
+    norm = clip_grad_norm_(model, max_grad_norm)
+    loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step
+    updated = math.isfinite(loss_value) and math.isfinite(norm_value)
+    if updated:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_value, norm_value, updated)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's module below wrappers that replace it (DDP, Megatron-FSDP); FSDP2 wraps in place."""
+    while type(model).__module__.startswith(("torch.nn.parallel", "megatron_fsdp")):
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
+def _arguments(module: nn.Module, input_ids_BS: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """transformers models take keywords; the user's own module takes the ids however it names them."""
+    names = inspect.signature(module.forward).parameters
+    if "input_ids" not in names and not hasattr(getattr(module, "config", None), "model_type"):
+        return (input_ids_BS,), {}
+    keywords: dict[str, Any] = {"input_ids": input_ids_BS}
+    if "use_cache" in names:  # a cache of keys and values is for generating text
+        keywords["use_cache"] = False
+    return (), keywords
+
+
+def _logits(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
+    args, kwargs = _arguments(unwrapped(model), input_ids_BS)
+    output = model(*args, **kwargs)
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, DTensor):
+        logits = logits.full_tensor()
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != input_ids_BS.shape:
+        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        want = f"[{input_ids_BS.size(0)}, {input_ids_BS.size(1)}, vocabulary]"
+        raise ConfigError(
+            Problem(
+                f"model: forward returned {got}, which is not a score for every next token",
+                f"model={type(unwrapped(model)).__name__}",
+                f"a tensor of shape {want}, or an output with such .logits",
+                "model=llama_tiny",
+            )
+        )
+    return logits
