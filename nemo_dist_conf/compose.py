@@ -226,7 +226,7 @@ def _raw(node: DictConfig, key: str) -> Any:
     value = node._get_node(key)
     if OmegaConf.is_config(value):
         return _shown(OmegaConf.to_container(value))
-    return value._value() if value is not None else None  # type: ignore[union-attr]
+    return value._value() if value is not None else None
 
 
 def _nested_schema(item: dataclasses.Field[Any]) -> type | None:

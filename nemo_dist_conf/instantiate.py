@@ -66,7 +66,7 @@ def _value(cfg: Any, key: str, default: Any) -> Any:
 
 def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, blocks: Any) -> Any:
     device = setup.mesh_context.device
-    config = setup.strategy_config
+    config: Any = setup.strategy_config
     offload = getattr(config, "offload_policy", None) is not None
 
     def fill(model: nn.Module) -> None:
@@ -77,5 +77,5 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
 
     if checked.strategy.name == "ddp":
         return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
-    mesh = setup.mesh_context
+    mesh: Any = setup.mesh_context
     return parallelize_fsdp2(built.model, config, mesh.device_mesh, mesh.moe_mesh, blocks=blocks, fill=fill)

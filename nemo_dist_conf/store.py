@@ -170,4 +170,4 @@ def register_resolver(name: str, function: Callable[..., Any], **options: Any) -
     """Register or replace a resolver; OmegaConf 2.4 gives the old name of 2.3's legacy function to the new one."""
     renamed = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
     register = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
-    register(name, function, replace=True, **options)
+    register(name, function, replace=True, **options)  # type: ignore[call-arg]

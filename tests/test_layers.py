@@ -64,6 +64,12 @@ print(*[name for name in heavy if name in sys.modules])
     assert done.stdout.split() == []
 
 
+def test_mypy_has_nothing_to_say(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_flake8_has_nothing_to_say() -> None:
     command = [sys.executable, "-m", "flake8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

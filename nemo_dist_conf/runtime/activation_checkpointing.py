@@ -27,9 +27,9 @@ def apply_activation_checkpointing(model: nn.Module, blocks: Blocks, mode: bool 
     """
     if mode is False:
         return
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        # A key/value cache of transformers would be filled a second time by the recomputation.
-        model.config.use_cache = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # a key/value cache of transformers would be filled again by the recomputation
     contexts: dict[str, Any] = {}
     if mode == "selective":
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)

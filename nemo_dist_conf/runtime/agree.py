@@ -14,7 +14,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["agree_on_config", "together"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def agree_on_config(cfg: Any) -> None:
@@ -44,12 +44,12 @@ def agree_on_config(cfg: Any) -> None:
     raise ConfigError(Problem(what, asked, "one command line for all ranks", same))
 
 
-def together(make: Callable[[], T], mark: Callable[[T], Any] = lambda made: None) -> tuple[T, list[Any]]:
+def together(make: Callable[[], _T], mark: Callable[[_T], Any] = lambda made: None) -> tuple[_T, list[Any]]:
     """(what make() gives on this rank, mark of it on every rank); where it fails on some, all raise the first error.
 
     A rank that stops alone would leave the others waiting in their next collective. Without a group: make() alone.
     """
-    made: T | None = None
+    made: _T | None = None
     error: ConfigError | None = None
     try:
         made = make()

@@ -134,7 +134,7 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
 
 def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> Any:
     raw = node.get("config")
-    fields = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else dict(raw or {})
+    fields: Any = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else dict(raw or {})
     try:
         if folder is not None:
             if not (folder / "config.json").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ def compile_blocks(blocks: Blocks) -> None:
     log.info("compile (%s): %d blocks", BACKEND, len(blocks))
 
 
-def enable_async_tensor_parallel(device: torch.device, tp_group_name: str) -> None:
+def enable_async_tensor_parallel(device: torch.device, tp_group_name: Any) -> None:
     """Let inductor split the matmuls around tensor-parallel gathers and scatters and overlap them.
 
     Raises ConfigError where this build or device has no symmetric memory.

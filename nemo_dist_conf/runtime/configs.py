@@ -55,8 +55,8 @@ class MoEParallelizerConfig(MoEConf):
     mp_policy None: as the strategy's. lm_head_precision: a dtype or its name.
     """
 
-    lm_head_precision: Optional[Union[str, torch.dtype]] = None
-    mp_policy: Optional[MixedPrecisionPolicy] = None
+    lm_head_precision: Optional[Union[str, torch.dtype]] = None  # type: ignore[assignment]
+    mp_policy: Optional[MixedPrecisionPolicy] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         lower_config(self, "moe")
@@ -73,10 +73,10 @@ class PipelineConfig(PipelineConf):
     loss_fn: a callable, or its class path. round_virtual_stages_to_pp_multiple: "up", "down" or None.
     """
 
-    round_virtual_stages_to_pp_multiple: Optional[str] = None
+    round_virtual_stages_to_pp_multiple: Optional[str] = None  # type: ignore[assignment]
     module_fqns_per_model_part: Optional[List[List[str]]] = None
-    dtype: Optional[torch.dtype] = None
-    loss_fn: Optional[Callable[..., Any]] = None
+    dtype: Optional[torch.dtype] = None  # type: ignore[assignment]
+    loss_fn: Optional[Callable[..., Any]] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         lower_config(self, "pipeline")

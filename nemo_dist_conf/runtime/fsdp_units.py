@@ -65,7 +65,7 @@ def _chain_prefetch(units: list[nn.Module], forward_depth: int, backward_depth: 
     for index, unit in enumerate(units):
         if not isinstance(unit, FSDPModule):
             raise AssertionError("prefetch is set after fully_shard")
-        ahead = [u for u in units[index + 1 : index + 1 + forward_depth] if isinstance(u, FSDPModule)]
-        before = [u for u in reversed(units[max(0, index - backward_depth) : index]) if isinstance(u, FSDPModule)]
+        ahead: list[Any] = units[index + 1 : index + 1 + forward_depth]
+        before: list[Any] = units[max(0, index - backward_depth) : index][::-1]
         unit.set_modules_to_forward_prefetch(ahead)
         unit.set_modules_to_backward_prefetch(before)

@@ -40,9 +40,11 @@ def lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
     """
     if value is None:
         return None
-    if isinstance(value, Mapping) or dataclasses.is_dataclass(value) or isinstance(value, DictConfig):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, (Mapping, DictConfig)):
         typed = OmegaConf.structured(schema)
-        given = value if isinstance(value, (Mapping, DictConfig)) else dataclasses.asdict(value)
+        given: Any = value
         for key in given:
             if key == "_target_":
                 continue

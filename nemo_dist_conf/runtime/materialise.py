@@ -97,7 +97,8 @@ def _fill(
     followers: set[str],
 ) -> None:
     full = copy.deepcopy(module)  # children stay on meta, where initialising them does nothing
-    for tensors in (full._parameters, full._buffers):
+    owned: tuple[dict[str, Any], dict[str, Any]] = (full._parameters, full._buffers)
+    for tensors in owned:
         for key, tensor in tensors.items():
             if tensor is None:
                 continue

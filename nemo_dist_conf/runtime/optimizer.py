@@ -18,7 +18,7 @@ __all__ = ["OPTIMIZERS", "build_optimizer"]
 
 log = logging.getLogger(__name__)
 
-NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+_NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ OPTIMIZERS: Mapping[str, _Kind] = {
 
 
 def build_optimizer(
-    node: Any, named_parameters: NamedParameters, *, paths: Paths = Paths()
+    node: Any, named_parameters: _NamedParameters, *, paths: Paths = Paths()
 ) -> torch.optim.Optimizer | None:
     """The optimizer that a config node describes, over the trainable parameters of a wrapped model.
 

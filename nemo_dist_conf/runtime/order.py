@@ -77,7 +77,7 @@ def parallelize_fsdp2(
     if config.autocast_dtype is not None:
         _autocast(model, device, config.autocast_dtype)
     shard_blocks(model, units, fsdp_mesh(device_mesh), config)
-    model._defer_grad_sync = config.defer_fsdp_grad_sync
+    model._defer_grad_sync = config.defer_fsdp_grad_sync  # type: ignore[assignment]  # read by gradients.accumulate
     if fill is not None:
         fill(model)
     if optimizer is None:
@@ -120,7 +120,7 @@ def parallelize_ddp(
         model,
         device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,
         process_group=device_mesh.get_group(A.DP.value) if device_mesh is not None else None,
-        **{_BUFFERS_OPTION: config.broadcast_buffers},
+        **{_BUFFERS_OPTION: config.broadcast_buffers},  # type: ignore[arg-type]
         find_unused_parameters=config.find_unused_parameters,
         static_graph=config.static_graph,
         bucket_cap_mb=config.bucket_cap_mb,

@@ -43,7 +43,7 @@ def _resolve_strategy_config(
 
     Raises ConfigError for an unknown name or option, and for options beside an object.
     """
-    if isinstance(strategy, tuple(set(_STRATEGY_MAP.values()))):
+    if isinstance(strategy, (FSDP2Config, MegatronFSDPConfig, DDPConfig)):
         if strategy_kwargs:
             given = ", ".join(strategy_kwargs)
             what = "options were given beside a strategy config object"
@@ -108,7 +108,7 @@ class DistributedSetup:
         sizes: Any,
         pipeline: Any,
         moe: Any,
-        mode: ActivationCheckpointingMode,
+        mode: Any,
         world_size: int | None,
         device: str | torch.device = "auto",
     ) -> DistributedSetup:

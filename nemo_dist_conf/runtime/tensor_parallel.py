@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from typing import Any, Mapping
 
-
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +26,7 @@ from nemo_dist_conf.models.facts import facts_from_config
 from nemo_dist_conf.models.plans import FAMILIES, SEQUENCE_STYLES, STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.models.rules import model_problems
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.runtime.materialise import retie, tied_names
 from nemo_dist_conf.runtime.tensor_parallel_styles import SEQUENCE_DIM, STYLE_OBJECTS, plain_outputs
 from nemo_dist_conf.topology.solve import divisors
 
@@ -51,7 +51,7 @@ def apply_tensor_parallel(
     Raises ConfigError, with every problem found, where there is no plan, an entry matches no module or names no
     style, a layer or the heads do not split into this many ranks, or tied parameters would be sharded apart.
     """
-    tp_size, ties = tp_mesh.size(), _ties(model)
+    tp_size, ties = tp_mesh.size(), tied_names(model)
     own = plan is None and _is_transformers(model)
     entries = _checked_plan(model, plan) if plan is not None else _own_plan(model, sequence_parallel, tp_size)
     named, problems = _resolve(model, entries, tp_size, own)
@@ -63,10 +63,7 @@ def apply_tensor_parallel(
     # values, so none is sent.
     inwards = dict(sorted(styles.items(), key=lambda entry: -entry[0].count(".")))
     parallelize_module(model, tp_mesh, inwards, src_data_rank=None)
-    for first, *others in ties:
-        for name in others:
-            owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._parameters[key] = model.get_parameter(first)
+    retie(model, ties)
     model.register_forward_hook(plain_outputs)
     _warn_of_unstyled(model, named)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
@@ -108,7 +105,7 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, tp_size: int) -> _Plan:
         raise ConfigError(Problem(what, asked, allowed, "parallelism.tp_size=1"))
     if config.model_type not in FAMILIES:
         # transformers leaves the embedding out; tied to a head in the plan, it has to be laid out alike.
-        names = [name.rpartition(".")[0] for group in _ties(model) for name in group]
+        names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
         if any(match_pattern(pattern, name) for pattern in found for name in names):
             tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
             found = {**tied, **found}
@@ -235,13 +232,6 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
     return [Problem(what, f"parallelism.tp_size={tp_size}", f"tp_size: {sizes}", f"parallelism.tp_size={fits}")]
 
 
-def _ties(model: nn.Module) -> list[list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
 def _tie_problems(model: nn.Module, plan: _Plan, named: Mapping[str, Any], ties: list[list[str]]) -> list[Problem]:
     """Ties between modules whose styles lay the shared parameter out differently."""
     problems = []
@@ -299,7 +289,7 @@ def _example(model: nn.Module) -> str:
             return _set({**plan, _pattern_of(last): "rowwise"})
     for layers in groups.values():
         name = layers[0][0]
-        tied = {other.rpartition(".")[0] for group in _ties(model) if f"{name}.weight" in group for other in group}
+        tied = {other.rpartition(".")[0] for group in tied_names(model) if f"{name}.weight" in group for other in group}
         return _set({name: "colwise_gather_output"} | {other: "embedding_rowwise" for other in tied - {name}})
     return "parallelism.tp_size=1"
 

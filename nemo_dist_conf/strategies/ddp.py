@@ -43,7 +43,7 @@ class DDPConfig(DDPConf):
     """
 
     activation_checkpointing: bool = False
-    autocast_dtype: Optional[torch.dtype] = None
+    autocast_dtype: Optional[torch.dtype] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         from nemo_dist_conf.runtime.lower import lower_config

@@ -55,7 +55,7 @@ class FSDP2Conf:
     fsdp2_forward_prefetch_depth: int = option(1, "blocks gathered ahead in forward")
 
 
-def _default_mp_policy() -> MixedPrecisionPolicy:
+def _default_mp_policy() -> MixedPrecisionPolicy | None:
     from nemo_dist_conf.runtime.lower import lower_mp_policy
 
     return lower_mp_policy(MixedPrecisionConf())
@@ -69,9 +69,9 @@ class FSDP2Config(FSDP2Conf):
     """
 
     tp_plan: Optional[dict] = None
-    mp_policy: Optional[MixedPrecisionPolicy] = option(_default_mp_policy, "")
-    offload_policy: Optional[CPUOffloadPolicy] = None
-    autocast_dtype: Optional[torch.dtype] = None
+    mp_policy: Optional[MixedPrecisionPolicy] = option(_default_mp_policy, "")  # type: ignore[assignment]
+    offload_policy: Optional[CPUOffloadPolicy] = None  # type: ignore[assignment]
+    autocast_dtype: Optional[torch.dtype] = None  # type: ignore[assignment]
     activation_checkpointing: Union[bool, str] = False
 
     def __post_init__(self) -> None:

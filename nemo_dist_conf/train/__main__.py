@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import NemoDistConfError
@@ -20,7 +21,7 @@ def main(cfg: DictConfig) -> float:
     try:
         check_recipe(cfg)
         if cfg.model.get("name_or_path"):
-            overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
+            overrides = HydraConfig.get().overrides.task
             with open_dict(cfg.model):
                 cfg.model.config = typed_model_config(cfg.model.get("config"), overrides)
         from nemo_dist_conf.train.loop import run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -44,8 +44,8 @@ def typed_model_config(config: Any, overrides: Iterable[str]) -> dict[str, Any]:
     The rest of the preset describes another model; the folder's own config stands in its place.
     """
     keys = {word.lstrip("+").partition("=")[0] for word in overrides}
-    fields = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config or {})
-    return {key: value for key, value in fields.items() if f"model.config.{key}" in keys}  # type: ignore[union-attr]
+    fields: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config or {})
+    return {str(key): value for key, value in fields.items() if f"model.config.{key}" in keys}
 
 
 def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
@@ -86,7 +86,7 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
         known["data"] = [str(key) for key in OmegaConf.load(config_folder() / "data" / "text.yaml")]
     for section, names in known.items():
         node = config if not section else config.get(section)
-        if not isinstance(node, Mapping) and not isinstance(node, DictConfig):
+        if not isinstance(node, DictConfig):
             yield Problem(
                 f"{section} is {node!r}, not a group of options", f"{section}={node}", ", ".join(names), f"~{section}"
             )
