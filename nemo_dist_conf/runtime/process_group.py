@@ -39,7 +39,7 @@ def choose_device(device: str | torch.device = "auto", local_rank: int = 0) -> t
 
     Raises ConfigError where CUDA is asked for and this process has no GPU of its own.
     """
-    kind = torch.device(device).type if str(device) != "auto" else None
+    kind = None if str(device) == "auto" else str(device).partition(":")[0]
     if kind not in (None, "cpu", "cuda"):
         asked = f"device={device}"
         raise ConfigError(Problem(f"{asked} is not supported", asked, "auto, cpu, cuda", "device=auto"))
