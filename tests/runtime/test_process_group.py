@@ -42,10 +42,8 @@ def clean_environment() -> dict[str, str]:
 
 def run_all(environments: list[dict[str, str]], *command: str) -> list[str]:
     command = command or (sys.executable, "-c", SCRIPT)
-    started = [
-        subprocess.Popen(command, env=clean_environment() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for env in environments
-    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [subprocess.Popen(command, env=clean_environment() | env, **pipes) for env in environments]
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0] * len(started), outputs
     return [out.strip() for out, _ in outputs]
