@@ -57,7 +57,7 @@ def is_root(node: Any) -> bool:
     strategy = node._get_node("strategy")
     if not isinstance(strategy, DictConfig) or strategy._is_none() or strategy._is_interpolation():
         return False
-    target = strategy._get_node("_target_")
+    target = strategy._get_node("_target_") if "_target_" in strategy else None
     return target is not None and strategy_of_target(str(target._value())) is not None
 
 

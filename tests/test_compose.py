@@ -52,6 +52,12 @@ def test_groups_below_a_package_are_found_and_named_where_they_stand():
     assert caught.value.asked == "strategy@dist.strategy=ddp dist.parallelism.tp_size=2"
 
 
+def test_an_apps_own_strategy_beside_ours_is_no_root():
+    cfg = OmegaConf.create({"strategy": {"name": "greedy"}, "dist": composed("strategy=ddp")})
+    OmegaConf.set_struct(cfg, True)
+    assert check(cfg, 2).strategy.name == "ddp"
+
+
 def test_two_strategies_in_one_tree_need_a_choice():
     cfg = OmegaConf.create({"student": composed("strategy=ddp"), "teacher": composed()})
     with pytest.raises(ConfigError) as caught:
