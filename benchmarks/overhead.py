@@ -9,7 +9,8 @@ wrap    seconds from plain values (ours: the composed config) to the wrapped mod
 first   the same for the first model of a fresh process, with whatever is imported only then.
 step    seconds of forward, backward, clipping and optimizer step. Both models live in the same processes and take
         turns step by step, so a busy machine slows both. Median of the ratios of neighbouring steps.
-memory  peak resident MB of the fullest rank, each side in processes of its own. Least of the repeats.
+memory  peak resident MB of the fullest rank after some steps, each side in processes of its own (both have composed
+        the config). Least of the repeats.
 
 Both sides start from the same weights and see the same batches; the run fails if a loss differs.
 """
@@ -164,14 +165,17 @@ STEP: dict[str, Callable[..., float]] = {"hand": step_hand, "ours": step_ours}
 
 
 def wrapper(side: str, strategy: str, size: str) -> Callable[[], tuple[Any, torch.optim.Optimizer]]:
-    if side == "hand":
-        hand = wrap_hand_ddp if strategy == "ddp" else wrap_hand_fsdp2
-        return lambda: hand(size)
-    cfg = compose_ours(strategy, size)
-    return lambda: wrap_ours(cfg)
+    cfg = compose_ours(strategy, size)  # on both sides: a Hydra app is a Hydra app, however it wraps its model
+    if side == "ours":
+        return lambda: wrap_ours(cfg)
+    hand = wrap_hand_ddp if strategy == "ddp" else wrap_hand_fsdp2
+    return lambda: hand(size)
 
 
 # --------------------------------------------------------------------------------------- in a rank
+
+
+_GROUPS: list[Any] = []
 
 
 @contextlib.contextmanager
@@ -184,6 +188,9 @@ def joined(rank: int, folder: str) -> Iterator[None]:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
+    # Held to the end: a DDP model that is freed after its group would end the group itself, under the GIL, and can
+    # deadlock with gloo's thread (torch 2.13).
+    _GROUPS.append(dist.group.WORLD)
     try:
         yield
     finally:
@@ -406,6 +413,7 @@ def main() -> None:
     if options.quick:
         options.size, options.wraps, options.rounds, options.steps, options.repeats = ["0.04M"], 2, 1, 3, 1
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling modules in every rank would count as ours
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import nn
@@ -34,8 +34,22 @@ def apply_activation_checkpointing(model: nn.Module, blocks: Blocks, mode: bool 
     if mode == "selective":
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks.values():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+        block.forward = _Checkpointed(block.forward, contexts)
     log.info("activation checkpointing (%s): %d blocks", "full" if mode is True else mode, len(blocks))
+
+
+class _Checkpointed:
+    """A block's forward under torch.utils.checkpoint.
+
+    Not a functools.partial: torch.compile passes over one without a word (torch 2.13). Not a closure: copying the
+    model would leave the copy with the original's forward.
+    """
+
+    def __init__(self, forward: Callable[..., Any], options: dict[str, Any]) -> None:
+        self.forward, self.options = forward, options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -55,7 +55,8 @@ def _offload(policy: CPUOffloadPolicy | None, mesh: DeviceMesh) -> OffloadPolicy
     if policy is None:
         return OffloadPolicy()
     if mesh.device_type == "cpu" and policy.pin_memory and not torch.cuda.is_available():
-        log.warning("strategy.offload_policy.pin_memory: without a GPU there is nothing to pin memory for; not pinned")
+        if mesh.get_rank() == 0:
+            log.warning("strategy.offload_policy.pin_memory: there is no GPU to pin memory for, so it is not pinned")
         return CPUOffloadPolicy(pin_memory=False)
     return policy
 
@@ -68,4 +69,5 @@ def _chain_prefetch(units: list[nn.Module], forward_depth: int, backward_depth: 
         ahead: list[Any] = units[index + 1 : index + 1 + forward_depth]
         before: list[Any] = units[max(0, index - backward_depth) : index][::-1]
         unit.set_modules_to_forward_prefetch(ahead)
-        unit.set_modules_to_backward_prefetch(before)
+        # Without any, torch gathers one ahead by itself; a unit that names itself, gathered already, gets none.
+        unit.set_modules_to_backward_prefetch(before or [unit])

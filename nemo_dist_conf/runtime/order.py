@@ -116,7 +116,7 @@ def parallelize_ddp(
         )
     if config.autocast_dtype is not None:
         _autocast(model, parameter.device, config.autocast_dtype)
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,
         process_group=device_mesh.get_group(A.DP.value) if device_mesh is not None else None,
@@ -126,6 +126,11 @@ def parallelize_ddp(
         bucket_cap_mb=config.bucket_cap_mb,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
     )
+    # A model that is freed after its process group was left must not be the one to end the group: DDP's reducer
+    # would join gloo's thread while holding the GIL that this thread waits for (seen with torch 2.13). Attributes
+    # are freed in the order they were set, so this reference outlives the reducer's.
+    wrapped._group_outlives_reducer = wrapped.process_group  # type: ignore[assignment]
+    return wrapped
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
