@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping
 
@@ -160,9 +161,15 @@ def _single_root(cfg: Any) -> DictConfig:
 
 def _section(root: DictConfig, name: str, schema: type, paths: Paths, problems: list[Problem]) -> dict[str, Any]:
     """The node's values by field, typed as its schema; problems are appended, defaults stand in for what is wrong."""
-    typed = OmegaConf.structured(schema)
     node = root.get(name) if name in root else None
-    if node is None and name in root:
+    if node is None and name not in root:
+        return _defaults(schema)
+    if isinstance(node, DictConfig):
+        values = _already_typed(node, schema)
+        if values is not None:
+            return values
+    typed = OmegaConf.structured(schema)
+    if node is None:
         problems.append(
             Problem(
                 f"{paths.key(name)} is null",
@@ -183,6 +190,43 @@ def _section(root: DictConfig, name: str, schema: type, paths: Paths, problems: 
     elif node is not None:
         _merge(typed, node, schema, name, paths, problems)
     return _plain(typed)
+
+
+@functools.cache
+def _flat_defaults(schema: type) -> dict[str, Any]:
+    return _leaves(_defaults(schema))
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    return _plain(OmegaConf.structured(schema))
+
+
+def _already_typed(node: DictConfig, schema: type) -> dict[str, Any] | None:
+    """The values of a node that Hydra composed from our schema and that holds no stray key; None for any other.
+
+    Such a node needs no second typing, which takes ten times as long.
+    """
+    kind = OmegaConf.get_type(node)
+    if not (isinstance(kind, type) and issubclass(kind, schema)):
+        return None
+    try:
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException:
+        return None
+    if not isinstance(values, dict):
+        return None
+    plain = {str(key): value for key, value in values.items() if key not in _BOOKKEEPING}
+    known = {item.name: _nested_schema(item) for item in dataclasses.fields(schema)}
+    for key, value in plain.items():
+        inner = known.get(key)
+        if key not in known or (inner and value is not None and set(value) != _names(inner)):
+            return None
+    return plain if set(plain) == set(known) else None
+
+
+@functools.cache
+def _names(schema: type) -> frozenset[str]:
+    return frozenset(item.name for item in dataclasses.fields(schema))
 
 
 def _merge(typed: DictConfig, node: DictConfig, schema: type, name: str, paths: Paths, problems: list[Problem]) -> None:
@@ -384,7 +428,7 @@ def _section_problems(
 def _changed_while_off(
     section: str, values: Mapping[str, Any], schema: type, size: str, paths: Paths
 ) -> list[Problem]:
-    defaults = _leaves(_plain(OmegaConf.structured(schema)))
+    defaults = _flat_defaults(schema)
     changed = {key: value for key, value in _leaves(dict(values)).items() if value != defaults.get(key)}
     if not changed:
         return []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nemo_dist_conf.compose import Checked, check
-from nemo_dist_conf.runtime.agree import agree_on_config, together
+from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
 from nemo_dist_conf.runtime.build import Built, build_model
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import materialise
@@ -43,15 +43,20 @@ def instantiate(
     """
     checked = check(cfg)
     setup = setup_from_checked(checked, _value(cfg, "device", "auto"))
-    agree_on_config(cfg)
     for note in checked.notes:
         if setup.mesh_context.is_main:
             log.warning(note)
     node = _value(cfg, "model", None)
-    if model is None and node is None:
-        return setup, None, None
     seed = int(_value(cfg, "seed", 0))
-    built, _ = together(lambda: build_model(node, model, seed, setup.mesh_context.device))
+
+    def build() -> Built | None:
+        nothing = model is None and node is None
+        return None if nothing else build_model(node, model, seed, setup.mesh_context.device)
+
+    built, marks = together(build, lambda _: config_mark(cfg))
+    agree_on_config(cfg, marks)
+    if built is None:
+        return setup, None, None
     wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:

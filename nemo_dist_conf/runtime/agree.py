@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from typing import Any, Callable, TypeVar
 
+import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["agree_on_config", "together"]
+__all__ = ["agree_on_config", "config_mark", "together"]
 
 _T = TypeVar("_T")
 
 
-def agree_on_config(cfg: Any) -> None:
-    """Compare the config over all ranks; raise ConfigError on every rank, naming the keys that differ.
+def agree_on_config(cfg: Any, marks: list[Any]) -> None:
+    """Raise ConfigError on every rank, naming the keys that differ, unless all ranks have the same config.
 
-    Interpolations are compared as they are written, so a rank variable such as ${oc.env:LOCAL_RANK} may differ.
+    marks: ``config_mark`` of every rank, exchanged with whatever the ranks exchange first (``together``).
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1 or not isinstance(cfg, DictConfig):
+    if len(set(marks)) == 1:
         return
-    flat = dict(_flatten(OmegaConf.to_container(cfg, resolve=False)))
-    digest = hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    if len(set(digests)) == 1:
-        return
+    flat = dict(_flatten(OmegaConf.to_container(cfg, resolve=False))) if isinstance(cfg, DictConfig) else {}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, flat)
     keys = sorted({key for tree in everyone for key in tree})
@@ -44,6 +39,13 @@ def agree_on_config(cfg: Any) -> None:
     raise ConfigError(Problem(what, asked, "one command line for all ranks", same))
 
 
+def config_mark(cfg: Any) -> str:
+    """A checksum of the config, interpolations as they are written: ${oc.env:LOCAL_RANK} may differ by rank."""
+    if not isinstance(cfg, DictConfig):
+        return ""
+    return hashlib.sha256(repr(OmegaConf.to_container(cfg, resolve=False)).encode()).hexdigest()
+
+
 def together(make: Callable[[], _T], mark: Callable[[_T], Any] = lambda made: None) -> tuple[_T, list[Any]]:
     """(what make() gives on this rank, mark of it on every rank); where it fails on some, all raise the first error.
 
@@ -55,18 +57,29 @@ def together(make: Callable[[], _T], mark: Callable[[_T], Any] = lambda made: No
         made = make()
     except ConfigError as problem:
         error = problem
-    found: list[Any] = [(error, None if error else mark(made))]  # type: ignore[arg-type]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        mine, found = found[0], [None] * dist.get_world_size()
+    mine = (error, None if error else mark(made))  # type: ignore[arg-type]
+    found = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1 and not _all_alike(mine):
+        found = [mine] * dist.get_world_size()
         dist.all_gather_object(found, mine)
     failed = [rank for rank, (problem, _) in enumerate(found) if problem is not None]
     if failed:
-        first = found[failed[0]][0]
+        first: Any = found[failed[0]][0]
         if len(failed) == len(found):
             raise first
         where = f"rank {failed[0]}" if len(failed) == 1 else f"{len(failed)} ranks, of them rank {failed[0]}"
         raise type(first)(*(replace(problem, what=f"on {where}: {problem.what}") for problem in first.problems))
     return made, [mark for _, mark in found]  # type: ignore[return-value]
+
+
+def _all_alike(mine: tuple[ConfigError | None, Any]) -> bool:
+    """Whether every rank succeeded with the same mark: one small collective, where objects would take several."""
+    digest = hashlib.sha256(repr(mine[1]).encode()).digest()[:15]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    word = torch.tensor([mine[0] is None, *digest], dtype=torch.uint8, device=device)
+    words = [torch.empty_like(word) for _ in range(dist.get_world_size())]
+    dist.all_gather(words, word)
+    return all(bool(other[0]) and torch.equal(other, words[0]) for other in words)
 
 
 def _flatten(tree: Any, path: str = "") -> Any:

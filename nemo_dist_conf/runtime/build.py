@@ -13,7 +13,7 @@ from torch import nn
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.load import check_weights
-from nemo_dist_conf.runtime.materialise import can_materialise, template_of, tied_names
+from nemo_dist_conf.runtime.materialise import Template, can_materialise, template_of, tied_names
 
 __all__ = ["Built", "build_model"]
 
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 class Built:
     """A model before it is parallelised.
 
-    template: its copy on meta when it was built there, else None. weights: folder to fill it from.
+    template: what it takes to fill it when it was built on meta, else None. weights: folder to fill it from.
     blocks: path of its blocks as the config declared it.
     """
 
     model: nn.Module
-    template: nn.Module | None = None
+    template: Template | None = None
     weights: Path | None = None
     ties: list[list[str]] = field(default_factory=list)
     blocks: Any = None
@@ -82,8 +82,8 @@ def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, b
     try:
         with torch.device("meta"):
             model = factory()
-    except (NotImplementedError, RuntimeError) as error:  # it computes with values while it is built
-        log.info("built on the CPU instead of on meta: %s", str(error).splitlines()[0])
+    except Exception as error:  # mostly it computes with values while it is built; any other error comes again below
+        log.info("built on the CPU instead of on meta: %s", _first(error))
         model = None
     if model is not None and not isinstance(model, nn.Module):
         what = f"the model's factory returned {type(model).__name__}, not a torch.nn.Module"
@@ -128,7 +128,7 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
         raise (DataError if folder else ConfigError)(Problem(what, asked, known, "model=llama_tiny")) from None
     if folder is None:
         return built
-    check_weights(built.template or built.model, folder, built.ties)
+    check_weights(built.model, folder, built.ties)
     return Built(built.model, built.template, folder, built.ties, blocks)
 
 

@@ -119,7 +119,7 @@ def lower_config(config: Any, section: str) -> None:
     The schema class that it inherits from says each field's type. Raises ConfigError with all problems.
     """
     schema = type(config).__mro__[1]
-    typed = OmegaConf.structured(schema)
+    typed: DictConfig | None = None
     where = "strategy" if section in ("fsdp2", "ddp", "megatron_fsdp") else section
     problems: list[Problem] = []
     for item in dataclasses.fields(config):
@@ -131,12 +131,18 @@ def lower_config(config: Any, section: str) -> None:
                 setattr(config, item.name, _LOWERED[item.name](value, path))
             elif item.name == "tp_plan":
                 setattr(config, item.name, plain_mapping(value, path))
-            elif item.name != "loss_fn":
+            elif item.name != "loss_fn" and not _is_plain(value, item.default):
+                typed = OmegaConf.structured(schema) if typed is None else typed
                 _set(typed, item.name, value, where)
                 setattr(config, item.name, _plain(typed[item.name]))
         except ConfigError as error:
             problems += error.problems
     ConfigError.raise_if(problems)
+
+
+def _is_plain(value: Any, default: Any) -> bool:
+    """Whether a value is of its field's type already, so that OmegaConf need not be asked."""
+    return value is default or (type(value) is type(default) and isinstance(value, (bool, int, float, str)))
 
 
 def _plain(value: Any) -> Any:

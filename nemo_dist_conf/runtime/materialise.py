@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
 import torch
@@ -13,14 +14,36 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["can_materialise", "materialise", "retie", "template_of", "tied_names"]
+__all__ = ["Template", "can_materialise", "materialise", "retie", "template_of", "tied_names"]
 
 log = logging.getLogger(__name__)
 
 
-def template_of(model: nn.Module) -> nn.Module:
-    """A copy of a model on meta, from before it is parallelised: it knows the full shapes and the initialisers."""
-    return copy.deepcopy(model)
+@dataclass(frozen=True)
+class Template:
+    """What a model on meta was before it was parallelised: full shapes and initialisers, module by module.
+
+    owners: copies of the modules that own tensors, by name. ties: names that are one parameter.
+    """
+
+    model: nn.Module
+    owners: dict[str, nn.Module]
+    ties: list[list[str]]
+
+
+def template_of(model: nn.Module) -> Template:
+    """The template of a model on meta. Call it before any wrapping."""
+    return Template(model, {name: _copy(module) for name, module in _owners(model)}, tied_names(model))
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A module with tensor slots of its own; without children the rest can be shared, which is much cheaper."""
+    if module._modules:
+        return copy.deepcopy(module)
+    copied = copy.copy(module)
+    copied.__dict__["_parameters"] = dict(module._parameters)
+    copied.__dict__["_buffers"] = dict(module._buffers)
+    return copied
 
 
 def can_materialise(model: nn.Module) -> bool:
@@ -39,7 +62,7 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 
 
 def materialise(
-    model: nn.Module, template: nn.Module, seed: int, device: torch.device, store: torch.device | None = None
+    model: nn.Module, template: Template, seed: int, device: torch.device, store: torch.device | None = None
 ) -> None:
     """Give a parallelised model on meta its storage and its initial weights, the same for every layout.
 
@@ -47,13 +70,13 @@ def materialise(
     at a time, and every rank keeps its own shard; no rank ever holds the whole model.
     store: where parameters live (the CPU under offload); None: on ``device``.
     """
-    ties = tied_names(template)
     model.to_empty(device=store or device)
     targets = dict(model.named_modules())
-    followers = {name for group in ties for name in group[1:]}
-    for name, module in _owners(template):
-        _fill(targets[name], name, module, template, seed, device, followers)
-    retie(model, ties)
+    followers = {name for group in template.ties for name in group[1:]}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        for name, module in template.owners.items():
+            _fill(targets[name], name, module, template.model, seed, device, followers)
+    retie(model, template.ties)
     log.debug("materialised on %s, seed %d", store or device, seed)
 
 
@@ -96,8 +119,8 @@ def _fill(
     device: torch.device,
     followers: set[str],
 ) -> None:
-    full = copy.deepcopy(module)  # children stay on meta, where initialising them does nothing
-    owned: tuple[dict[str, Any], dict[str, Any]] = (full._parameters, full._buffers)
+    owned: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+    shapes = [dict(tensors) for tensors in owned]
     for tensors in owned:
         for key, tensor in tensors.items():
             if tensor is None:
@@ -105,19 +128,23 @@ def _fill(
             empty = torch.empty_like(tensor, device=device)
             if empty.is_floating_point():
                 empty.fill_(torch.nan)  # so that what the initialiser forgets is seen
-            tensors[key] = nn.Parameter(empty, tensor.requires_grad) if tensors is full._parameters else empty
-    initialise = _initialiser(model, full)
+            is_parameter = tensors is module._parameters
+            tensors[key] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    initialise = _initialiser(model, module)
     if initialise is None:
         raise AssertionError(f"{name} cannot initialise itself; can_materialise was not asked")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(_seed(seed, name))
-        initialise()
-        for tensors, targets in ((full._parameters, target._parameters), (full._buffers, target._buffers)):
-            for key, value in tensors.items():
-                # A tied parameter has the values drawn for its first name, whether or not it is still tied here.
-                if value is not None and f"{name}.{key}" not in followers:
-                    _check_set(value, name, key, module)
-                    _copy_shard(targets[key], value)
+    # Not torch.manual_seed: on a CPU it queues a seed and a stack trace for each kind of device that may come later.
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
+    generator.manual_seed(_seed(seed, name))
+    initialise()
+    for tensors, targets in ((module._parameters, target._parameters), (module._buffers, target._buffers)):
+        for key, value in tensors.items():
+            # A tied parameter has the values drawn for its first name, whether or not it is still tied here.
+            if value is not None and f"{name}.{key}" not in followers:
+                _check_set(value, name, key, module)
+                _copy_shard(targets[key], value)
+    for tensors, before in zip(owned, shapes):
+        tensors.update(before)  # back to meta: at most one module is ever whole
 
 
 def _seed(seed: int, name: str) -> int:

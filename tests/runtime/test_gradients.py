@@ -1,0 +1,180 @@
+"""One gradient norm for every layout: torch's on plain parameters, the whole model's where they are sharded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
+from tests.dist.layouts import full_tensor
+from tests.dist.pool import run_ranks
+
+
+def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> nn.Parameter:
+    found = nn.Parameter(torch.zeros(*shape, dtype=dtype))
+    found.grad = (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    return found
+
+
+def parameters(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[nn.Parameter]:
+    shapes = ((3, 5), (7,), (), (2, 3, 4))
+    return [parameter(*shape, seed=seed, dtype=dtype, scale=scale) for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
+def test_plain_parameters_are_clipped_as_by_torch(max_norm: float, dtype: torch.dtype) -> None:
+    ours, theirs = parameters(dtype), parameters(dtype)
+    norm = clip_grad_norm_(ours, max_norm)
+    expected = nn.utils.clip_grad_norm_(theirs, max_norm)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-6}.get(dtype, 1e-2)
+    assert float(norm) == pytest.approx(float(expected), rel=tolerance)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.grad.dtype == dtype  # type: ignore[union-attr]
+        torch.testing.assert_close(mine.grad, other.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_the_norm_of_low_precision_gradients_is_computed_in_float32() -> None:
+    """In float16 the square of 300 overflows, and 4096 small ones do not add up."""
+    large = [parameter(4, dtype=torch.float16, scale=3e4)]
+    expected = large[0].grad.double().norm()  # type: ignore[union-attr]
+    assert float(clip_grad_norm_(large, None)) == pytest.approx(float(expected), rel=1e-3)
+    many = [parameter(1, seed=seed, dtype=torch.bfloat16) for seed in range(512)]
+    expected = torch.cat([p.grad.double() for p in many]).norm()  # type: ignore[union-attr]
+    assert float(clip_grad_norm_(many, None)) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0, 0.0])
+def test_without_a_limit_the_norm_is_only_measured(max_norm: Any) -> None:
+    ours, same = parameters(), parameters()
+    assert float(clip_grad_norm_(ours, max_norm)) == pytest.approx(float(nn.utils.get_total_norm([p.grad for p in same])))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, same, strict=True))  # type: ignore[arg-type]
+
+
+def test_a_model_a_list_and_a_generator_are_accepted() -> None:
+    model = nn.Linear(3, 2)
+    model(torch.ones(2, 3)).sum().backward()
+    norms = [float(clip_grad_norm_(kind, None)) for kind in (model, list(model.parameters()), model.parameters())]
+    assert norms[0] == norms[1] == norms[2] > 0
+
+
+def test_parameters_without_gradient_count_nothing() -> None:
+    some = parameters()
+    expected = float(clip_grad_norm_(some, None))
+    some.insert(1, nn.Parameter(torch.ones(9)))
+    assert float(clip_grad_norm_(some, 0.5)) == pytest.approx(expected)
+    assert some[1].grad is None
+    assert float(clip_grad_norm_([nn.Parameter(torch.ones(3))], 1.0)) == 0.0
+    assert float(clip_grad_norm_(nn.Identity(), 1.0)) == 0.0
+    assert float(clip_grad_norm_([parameter(0), parameter(0, 4)], 1.0)) == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(bad: float) -> None:
+    ours = parameters()
+    ours[1].grad[3] = bad  # type: ignore[index]
+    assert not math.isfinite(float(clip_grad_norm_(ours, 1.0)))
+
+
+# ------------------------------------------------------------------------------------------ on ranks
+
+
+def sharded_parameters() -> tuple[list[nn.Parameter], Tensor]:
+    """One parameter on each of several meshes and placements, and all their gradients in one tensor."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    line = init_device_mesh("cpu", (4,), mesh_dim_names=("c",))
+    layouts: list[tuple[Any, Any]] = [
+        (both, [Shard(0), Shard(1)]),
+        (both, [Replicate(), Shard(0)]),
+        (both, [Shard(1), Replicate()]),
+        (both["a"], [Shard(0)]),
+        (both["b"], [Replicate()]),
+        (line, [Shard(0)]),  # 5 rows over 4 ranks
+        (line, [Replicate()]),
+        (None, None),
+    ]
+    found, whole = [], []
+    for seed, (mesh, placements) in enumerate(layouts):
+        gradient = parameter(5, 6, seed=seed).grad
+        assert gradient is not None
+        whole.append(gradient.flatten())
+        if mesh is not None:
+            gradient = distribute_tensor(gradient, mesh, placements)
+        each = nn.Parameter(torch.zeros_like(gradient))
+        each.grad = gradient
+        found.append(each)
+    return found, torch.cat(whole)
+
+
+def clip_sharded(max_norm: float | None) -> tuple[float, float, float]:
+    """(norm, norm of the whole gradients, norm after clipping)"""
+    found, whole = sharded_parameters()
+    norm = clip_grad_norm_(found, max_norm)
+    assert not isinstance(norm, DTensor) and norm.dim() == 0
+    after = torch.cat([full_tensor(each.grad).flatten() for each in found])  # type: ignore[arg-type]
+    scale = min(1.0, (max_norm or math.inf) / float(norm))
+    torch.testing.assert_close(after, whole * scale, rtol=1e-5, atol=1e-7)
+    return float(norm), float(whole.norm()), float(after.norm())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("max_norm", [None, 1.5, 1e6])
+def test_each_element_counts_once_on_mixed_meshes_and_placements(max_norm: float | None) -> None:
+    found = run_ranks(4, clip_sharded, max_norm)
+    norm, whole, after = found[0]
+    assert norm == pytest.approx(whole, rel=1e-6)
+    assert after == pytest.approx(min(whole, max_norm or math.inf), rel=1e-5)
+    assert len({rank[0] for rank in found}) == 1  # the same number on all ranks, to the last bit
+
+
+class Gate(nn.Module):
+    """So narrow that most ranks hold nothing of it."""
+
+    def __init__(self, unused: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 1)
+        if unused:
+            self.spare = nn.Linear(6, 8)
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        return self.fc(x_BH)
+
+
+def clip_narrow(unused: bool) -> tuple[float, float, int]:
+    torch.manual_seed(3)
+    plain = Gate(unused)
+    sharded = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    x_BH = torch.randn(4, 6)
+    for model in (plain, sharded):
+        model(x_BH).sum().backward()
+    held = sum(p.to_local().numel() for p in sharded.parameters() if p.grad is not None)
+    norm = clip_grad_norm_(sharded, 0.5)
+    for mine, other in zip(sharded.parameters(), plain.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(full_tensor(mine.grad), other.grad * (0.5 / float(norm)))
+    return float(norm), float(nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])), held
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("unused", [False, True])
+def test_ranks_that_hold_nothing_take_part(unused: bool) -> None:
+    found = run_ranks(2, clip_narrow, unused)
+    assert [held for _, _, held in found] == [7, 0]
+    assert all(norm == pytest.approx(expected, rel=1e-6) for norm, expected, _ in found)
+
+
+def test_accumulate_leaves_any_other_module_alone() -> None:
+    model = nn.Linear(2, 2)
+    for last in (False, True):
+        with accumulate(model, last=last):
+            model(torch.ones(1, 2)).sum().backward()
+    assert torch.equal(model.bias.grad, torch.full((2,), 2.0))  # type: ignore[arg-type]
