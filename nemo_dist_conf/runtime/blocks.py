@@ -33,8 +33,9 @@ def find_blocks(model: nn.Module, declared: str | Iterable[str] | None = None) -
         found = _declared(model, [paths] if isinstance(paths, str) else list(paths))
     else:
         found = _by_class(model, getattr(model, "_no_split_modules", None)) or _repeated(model)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     outermost: Blocks = {}
-    for name, module in found.items():
+    for name, module in sorted(found.items(), key=lambda block: order[block[0]]):
         if not any(name.startswith(f"{outer}.") for outer in outermost):
             outermost[name] = module
     log.debug("%d blocks: %s", len(outermost), ", ".join(list(outermost)[:3]))
@@ -84,5 +85,6 @@ def _repeated(model: nn.Module) -> Blocks:
     found: Blocks = {}
     for name, module in model.named_modules():
         if _is_repetition(module):
-            found.update({f"{name}.{key}" if name else key: child for key, child in module.named_children()})
+            members = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
+            found.update({path: child for path, child in members.items() if next(child.parameters(), None) is not None})
     return found

@@ -69,9 +69,11 @@ def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float |
 
 
 def _square_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
-    norms = torch._foreach_norm([t for t in tensors if t.numel()], 2.0, dtype=torch.float32)
-    if not norms:
-        return torch.zeros((), device=tensors[0].device)
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    filled = [t for t in tensors if t.numel()]
+    if not filled:  # this rank has nothing of these parameters, and torch refuses an empty list
+        return torch.zeros((), dtype=dtype, device=tensors[0].device)
+    norms = torch._foreach_norm(filled, 2.0, dtype=dtype)
     return torch.stack(list(norms)).square().sum()
 
 

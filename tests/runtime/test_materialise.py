@@ -1,0 +1,313 @@
+"""Initial weights: a function of the seed and the parameter's name, the same for any layout, complete or refused."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.runtime.materialise import can_materialise, materialise, template_of, tied_names
+from tests.dist.layouts import MODELS, Net, composed, full_state, plain_model
+from tests.dist.pool import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def on_meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return kind(*args, **kwargs)
+
+
+def filled(kind: Any, *args: Any, seed: int = 0, **kwargs: Any) -> nn.Module:
+    """A model built on meta and materialised without any sharding."""
+    model = on_meta(kind, *args, **kwargs)
+    materialise(model, template_of(model), seed, CPU)
+    return model
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers, also those that are not saved."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: value.detach() for name, value in named}
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+
+class Forgetful(nn.Module):
+    """Its initialiser leaves one of its own tensors alone."""
+
+    def __init__(self, forgets: str) -> None:
+        super().__init__()
+        self.forgets = forgets
+        self.weight = nn.Parameter(torch.empty(3, 3))
+        self.bias = nn.Parameter(torch.empty(3))
+        self.register_buffer("scale", torch.empty(3))
+        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name in ("weight", "bias", "scale", "steps", "mask"):
+            if name != self.forgets:
+                nn.init.ones_(getattr(self, name))
+
+
+class NoInitialiser(nn.Module):
+    """Owns a parameter, and says nowhere how it starts but in its constructor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.full((4,), 7.0))
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        return self.fc(x_BH) * self.gain
+
+
+# ------------------------------------------------------------------------- a function of seed and name
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
+    one, same, other = (tensors(filled(Net, seed=seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one if "norm" not in name)
+
+
+def test_a_weight_depends_on_its_name_and_on_nothing_around_it() -> None:
+    shallow, deep = tensors(filled(Net, depth=2)), tensors(filled(Net, depth=4))
+    assert all(torch.equal(shallow[name], deep[name]) for name in shallow)
+    # Not one pattern repeated: each layer has its own.
+    assert not torch.equal(deep["blocks.0.up.weight"], deep["blocks.1.up.weight"])
+
+
+def test_the_global_random_state_is_neither_read_nor_moved() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one = tensors(filled(Net))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert all(torch.equal(value, one[name]) for name, value in tensors(filled(Net)).items())
+
+
+@pytest.mark.parametrize("kind", ["module", "llama", "tied"])
+def test_weights_are_distributed_as_the_model_itself_draws_them(kind: str) -> None:
+    torch.manual_seed(0)
+    expected, found = tensors(plain_model(kind)), tensors(filled(plain_model, kind))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        want = expected[name]
+        assert value.dtype == want.dtype and value.shape == want.shape
+        if float(want.float().std()) == 0 or "inv_freq" in name or "original" in name:
+            assert torch.equal(value, want), name  # ones, zeros, frequencies
+        else:
+            assert float(value.std()) == pytest.approx(float(want.std()), rel=0.25), name
+            assert abs(float(value.mean())) < 5 * float(want.std()) / want.numel() ** 0.5, name
+            assert not torch.equal(value, want)
+
+
+def test_running_statistics_start_as_they_do_in_torch() -> None:
+    found = tensors(filled(nn.BatchNorm1d, 3))
+    expected = tensors(nn.BatchNorm1d(3))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --------------------------------------------------------------------------------- whatever the layout
+
+LAYOUTS = [
+    (1, ("strategy=ddp",)),
+    (1, ()),
+    (2, ("strategy=ddp",)),
+    (2, ()),
+    (2, ("strategy.offload_policy.enabled=true",)),
+    (2, ("parallelism.tp_size=2",)),
+    (4, ()),
+    (4, ("parallelism.dp_replicate_size=2",)),
+    (4, ("parallelism.tp_size=2", "strategy.sequence_parallel=true")),
+]
+
+
+def weights(words: tuple[str, ...], kind: str, seed: int) -> dict[str, Tensor]:
+    return full_state(instantiate(composed(*words, model=MODELS[kind], seed=seed))[1])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks, words", LAYOUTS, ids=[f"{ranks} {' '.join(words)}" for ranks, words in LAYOUTS])
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_every_layout_starts_from_the_same_weights(ranks: int, words: tuple[str, ...], kind: str) -> None:
+    """Bit by bit those that a single process materialises, on every rank."""
+    expected = filled(plain_model, kind, seed=3).state_dict()
+    for found in run_ranks(ranks, weights, words, kind, 3):
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def uneven_shards() -> bool:
+    """Five rows over four ranks, and a bias of one element."""
+    model = on_meta(nn.Linear, 3, 5)
+    narrow = on_meta(nn.Linear, 3, 1)
+    same = True
+    for each, like in ((model, filled(nn.Linear, 3, 5)), (narrow, filled(nn.Linear, 3, 1))):
+        template = template_of(each)
+        fully_shard(each, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        materialise(each, template, 0, CPU)
+        same &= all(torch.equal(value, tensors(like)[name]) for name, value in full_state(each).items())
+    return same
+
+
+@pytest.mark.dist
+def test_shards_may_be_uneven_or_empty() -> None:
+    assert run_ranks(4, uneven_shards) == [True] * 4
+
+
+def buffers_of_ranks(*words: str) -> dict[str, Tensor]:
+    model = instantiate(composed(*words, model=MODELS["llama"]))[1]
+    return {name.removeprefix("module."): buffer for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words", [("strategy=ddp",), (), ("parallelism.tp_size=2",)], ids=["ddp", "fsdp2", "tp"])
+def test_buffers_that_are_not_saved_are_filled_too(words: tuple[str, ...]) -> None:
+    """The frequencies of rotary embeddings are in no state_dict, and on meta they have no values."""
+    expected = dict(plain_model("llama").named_buffers())
+    assert expected
+    for found in run_ranks(2, buffers_of_ranks, *words):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --------------------------------------------------------------------------------------------- ties
+
+
+def test_ties_are_found_by_name() -> None:
+    assert tied_names(on_meta(Tied)) == [["embed.weight", "head.weight"]]
+    assert tied_names(on_meta(Net)) == []
+
+
+def test_tied_parameters_stay_one_and_have_the_first_ones_values() -> None:
+    model = filled(Tied)
+    assert isinstance(model, Tied) and model.head.weight is model.embed.weight
+    assert len(list(model.parameters())) == 3
+    # An Embedding is drawn with a standard deviation of 1, a Linear between -1/2 and 1/2 at this width.
+    assert float(model.embed.weight.detach().abs().max()) > 0.5
+
+
+def ties_under(words: tuple[str, ...]) -> tuple[bool, int]:
+    model = instantiate(composed(*words, model=MODELS["tied"]))[1]
+    inner = getattr(model, "module", model)
+    return inner.lm_head.weight is inner.model.embed_tokens.weight, len(list(model.parameters()))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words", [("strategy=ddp",), (), ("parallelism.tp_size=2",)], ids=["ddp", "fsdp2", "tp"])
+def test_wrapped_models_keep_their_ties(words: tuple[str, ...]) -> None:
+    count = len(list(plain_model("tied").parameters()))
+    assert run_ranks(2, ties_under, words) == [(True, count)] * 2
+
+
+# ------------------------------------------------------------------------------------ what is forgotten
+
+
+@pytest.mark.parametrize("forgets", ["weight", "bias", "scale"])
+def test_a_tensor_that_nothing_sets_is_named(forgets: str) -> None:
+    """Left alone it would hold whatever the memory held."""
+    model = on_meta(nn.Sequential, nn.Linear(2, 2, device="meta"), on_meta(Forgetful, forgets))
+    with pytest.raises(ConfigError) as error:
+        materialise(model, template_of(model), 0, CPU)
+    assert error.value.what == f"Forgetful does not set its {forgets} (1.{forgets}) when it is initialised"
+    assert "instantiate(cfg, model=built_module)" in error.value.type
+
+
+@pytest.mark.parametrize("forgets", ["steps", "mask"])
+def test_a_whole_number_or_a_mask_that_nothing_sets_is_named_too(forgets: str) -> None:
+    """There is no NaN among them to tell."""
+    model = on_meta(Forgetful, forgets)
+    with pytest.raises(ConfigError) as error:
+        materialise(model, template_of(model), 0, CPU)
+    assert forgets in error.value.what
+
+
+def test_what_is_set_is_accepted() -> None:
+    assert all(bool((value == 1).all()) for value in tensors(filled(Forgetful, "nothing")).values())
+
+
+def test_a_module_without_initialiser_cannot_be_materialised() -> None:
+    assert not can_materialise(on_meta(NoInitialiser))
+    assert can_materialise(on_meta(Net)) and can_materialise(on_meta(plain_model, "llama"))
+    assert can_materialise(on_meta(nn.MultiheadAttention, 4, 2))  # spelt _reset_parameters
+    assert can_materialise(nn.Identity())
+
+
+def constructed(*words: str) -> tuple[dict[str, Tensor], list[str]]:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("nemo_dist_conf").addHandler(handler)
+    try:
+        return full_state(instantiate(composed(*words), NoInitialiser)[1]), messages
+    finally:
+        logging.getLogger("nemo_dist_conf").removeHandler(handler)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words", [("strategy=ddp",), ()], ids=["ddp", "fsdp2"])
+def test_it_is_built_on_the_cpu_instead_alike_on_every_rank(words: tuple[str, ...]) -> None:
+    found = run_ranks(2, constructed, *words)
+    first, second = (state for state, _ in found)
+    assert torch.equal(first["gain"], torch.full((4,), 7.0))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(first["fc.weight"].unique()) == 16
+    [alone] = run_ranks(1, constructed, *words)
+    assert all(torch.equal(first[name], alone[0][name]) for name in first)
+
+
+class Masked(nn.Module):
+    """As many small language models are written: buffers from the constructor, weights from _init_weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.tril(torch.ones(4, 4)).bool(), persistent=False)
+        self.register_buffer("bias", torch.tril(torch.full((4, 4), 2.0)))
+        self.register_buffer("positions", torch.arange(4))
+        self.apply(self._init_weights)
+        nn.init.normal_(self.out.weight, std=1e-4)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.5)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        return self.out(self.fc(x_BH)) @ self.bias
+
+
+def masked(*words: str) -> dict[str, Tensor]:
+    wrapped = instantiate(composed(*words), Masked)[1]
+    return {name.removeprefix("module."): buffer for name, buffer in wrapped.named_buffers()} | full_state(wrapped)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words", [("strategy=ddp",), ()], ids=["ddp", "fsdp2"])
+def test_buffers_of_a_constructor_keep_their_values(words: tuple[str, ...]) -> None:
+    expected = Masked()
+    for found in run_ranks(2, masked, *words):
+        assert all(torch.equal(found[name], buffer) for name, buffer in expected.named_buffers())
+        assert float(found["fc.weight"].std()) == pytest.approx(0.5, rel=0.6)
+        assert float(found["out.weight"].std()) == pytest.approx(1e-4, rel=0.6)
+        assert not found["fc.bias"].any()
