@@ -8,7 +8,7 @@ from typing import Any, Callable
 from hydra.core.config_search_path import ConfigSearchPath
 
 from nemo_dist_conf.names import SCHEDULES, STRATEGY_NAMES
-from nemo_dist_conf.store import register, register_resolver, typed_node
+from nemo_dist_conf.store import NODE_CLASSES, register, register_resolver, typed_node
 
 __all__ = ["config_groups", "register_groups"]
 
@@ -34,29 +34,40 @@ def register_groups(search_path: ConfigSearchPath) -> None:
     register(config_groups(), search_path, {"activation_checkpointing": False})
 
 
+def __getattr__(name: str) -> Any:
+    """A node class by name: pickle asks for it in a process where Hydra has not asked for the node yet."""
+    if name.endswith("Conf"):
+        for options in config_groups().values():
+            for make in options.values():
+                make()
+        if name in NODE_CLASSES:
+            return NODE_CLASSES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _strategy(name: str) -> Any:
     from nemo_dist_conf.strategies import find_strategy
 
     strategy = find_strategy(name)
-    return typed_node(strategy.schema, strategy.target, hooks=True)
+    return typed_node(strategy.schema, strategy.target, __name__, hooks=True)
 
 
 def _parallelism() -> Any:
     from nemo_dist_conf.schema import ParallelismConf
 
-    return typed_node(ParallelismConf, "nemo_dist_conf.mesh.ParallelismSizes")
+    return typed_node(ParallelismConf, "nemo_dist_conf.mesh.ParallelismSizes", __name__)
 
 
 def _pipeline(name: str) -> Any:
     from nemo_dist_conf.schema import PipelineConf
 
-    return typed_node(PipelineConf, "nemo_dist_conf.pipelining.PipelineConfig", pp_schedule=name)
+    return typed_node(PipelineConf, "nemo_dist_conf.pipelining.PipelineConfig", __name__, pp_schedule=name)
 
 
 def _moe() -> Any:
     from nemo_dist_conf.schema import MoEConf
 
-    return typed_node(MoEConf, "nemo_dist_conf.config.MoEParallelizerConfig")
+    return typed_node(MoEConf, "nemo_dist_conf.config.MoEParallelizerConfig", __name__)
 
 
 def _register_resolvers() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import types
 from typing import Any, Callable, Iterable
 
 import torch
@@ -15,6 +17,7 @@ from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import materialise
 from nemo_dist_conf.runtime.optimizer import build_optimizer
 from nemo_dist_conf.runtime.order import parallelize_ddp, parallelize_fsdp2
+from nemo_dist_conf.runtime.process_group import initialize_distributed
 from nemo_dist_conf.runtime.setup import DistributedSetup, setup_from_checked
 
 __all__ = ["instantiate"]
@@ -42,19 +45,21 @@ def instantiate(
     Raises ConfigError for whatever cannot work, before anything is started where that can be told.
     """
     checked = check(cfg)
-    setup = setup_from_checked(checked, _value(cfg, "device", "auto"))
-    for note in checked.notes:
-        if setup.mesh_context.is_main:
-            log.warning(note)
+    device = _value(cfg, "device", "auto")
+    info = initialize_distributed(device=device)
     node = _value(cfg, "model", None)
     seed = int(_value(cfg, "seed", 0))
 
     def build() -> Built | None:
         nothing = model is None and node is None
-        return None if nothing else build_model(node, model, seed, setup.mesh_context.device)
+        return None if nothing else build_model(node, model, seed, info.device)
 
     built, marks = together(build, lambda _: config_mark(cfg))
-    agree_on_config(cfg, marks)
+    agree_on_config(cfg, marks)  # before the meshes: different ones would be made in different order, and hang
+    setup = setup_from_checked(checked, device)
+    for note in checked.notes:
+        if info.is_main:
+            log.warning(note)
     if built is None:
         return setup, None, None
     wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks)
@@ -84,3 +89,13 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
         return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
     mesh: Any = setup.mesh_context
     return parallelize_fsdp2(built.model, config, mesh.device_mesh, mesh.moe_mesh, blocks=blocks, fill=fill)
+
+
+class _CallableModule(types.ModuleType):
+    """``import nemo_dist_conf.instantiate`` puts this module where the package's function of that name was."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[DistributedSetup, Any, Any]:
+        return instantiate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -13,7 +13,17 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["BASE", "HOOKS", "LazyNode", "NAMESPACE", "PROVIDER", "register", "register_resolver", "typed_node"]
+__all__ = [
+    "BASE",
+    "HOOKS",
+    "LazyNode",
+    "NAMESPACE",
+    "NODE_CLASSES",
+    "PROVIDER",
+    "register",
+    "register_resolver",
+    "typed_node",
+]
 
 PROVIDER = "nemo_dist_conf"
 NAMESPACE = "nemo_dist"
@@ -21,7 +31,7 @@ BASE = "nemo_dist_conf"
 HOOKS = "/nemo_dist/hooks@_global_"
 
 
-def typed_node(schema: type, target: str, hooks: bool = False, **changed: Any) -> Any:
+def typed_node(schema: type, target: str, home: str, hooks: bool = False, **changed: Any) -> Any:
     """A store node: the schema's fields, and ``_target_`` for hydra.utils.instantiate.
 
     hooks: selecting the node switches on the check before a job starts. changed: other defaults, by field.
@@ -29,8 +39,19 @@ def typed_node(schema: type, target: str, hooks: bool = False, **changed: Any) -
     fields: list[Any] = [("_target_", str, dataclasses.field(default=target))]
     if hooks:
         fields.append(("defaults", list[Any], dataclasses.field(default_factory=lambda: [HOOKS, "_self_"])))
-    node = dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,))
-    return node(**changed)
+    return _node_class(schema, tuple(fields), home)(**changed)
+
+
+#: Classes of the nodes made so far, by name.
+NODE_CLASSES: dict[str, type] = {}
+
+
+def _node_class(schema: type, fields: tuple[Any, ...], home: str) -> type:
+    """The schema with those fields: one class for each, which pickle finds by name in the module ``home``."""
+    name = schema.__name__
+    if name not in NODE_CLASSES:
+        NODE_CLASSES[name] = dataclasses.make_dataclass(name, fields, bases=(schema,), namespace={"__module__": home})
+    return NODE_CLASSES[name]
 
 
 class LazyNode(ConfigNode):
@@ -43,6 +64,9 @@ class LazyNode(ConfigNode):
     def __init__(self, name: str, group: str | None, make: Callable[[], Any]) -> None:
         self.name, self.group, self.package, self.provider = f"{name}.yaml", group, None, PROVIDER
         self._make = make
+
+    def __deepcopy__(self, memo: Any) -> LazyNode:
+        return self  # ConfigStore.load copies the entry and its node itself; --help copies the whole store
 
     @property
     def node(self) -> Any:

@@ -24,7 +24,8 @@ def agree_on_config(cfg: Any, marks: list[Any]) -> None:
     """
     if len(set(marks)) == 1:
         return
-    flat = dict(_flatten(OmegaConf.to_container(cfg, resolve=False))) if isinstance(cfg, DictConfig) else {}
+    tree = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True) if isinstance(cfg, DictConfig) else {}
+    flat = dict(_flatten(tree))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, flat)
     keys = sorted({key for tree in everyone for key in tree})
@@ -87,4 +88,8 @@ def _flatten(tree: Any, path: str = "") -> Any:
         for key, value in tree.items():
             yield from _flatten(value, f"{path}.{key}" if path else str(key))
     else:
-        yield path, str(tree)
+        yield path, {None: "null", True: "true", False: "false"}.get(tree, tree) if _is_word(tree) else str(tree)
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool)

@@ -13,7 +13,7 @@ from torch import nn
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.load import check_weights
-from nemo_dist_conf.runtime.materialise import Template, can_materialise, template_of, tied_names
+from nemo_dist_conf.runtime.materialise import Template, Writes, can_materialise, template_of, tied_names
 
 __all__ = ["Built", "build_model"]
 
@@ -40,14 +40,14 @@ def build_model(node: Any, given: nn.Module | Callable[[], nn.Module] | None, se
 
     node: ``_target_`` with arguments (the user's own class), or ``config`` (fields of a transformers config, with
     model_type) and ``name_or_path`` (a local checkpoint folder whose config and weights are taken).
-    A factory's module is built on meta, so that no rank holds all of it, unless one of its modules cannot
-    initialise itself; then it is built on the CPU, with the same random numbers on every rank.
+    A factory's module is built on meta, so that no rank holds all of it, unless its modules' own initialisers do not
+    give what its constructor gives; then it is built on the CPU, with the same random numbers on every rank.
     Raises ConfigError or DataError for what cannot be built.
     """
     blocks = node.get("blocks") if isinstance(node, (Mapping, DictConfig)) else None
     blocks = OmegaConf.to_container(blocks) if OmegaConf.is_config(blocks) else blocks
     if isinstance(given, nn.Module):
-        return Built(_on_device(given, device), blocks=blocks, ties=tied_names(given))
+        return _from_module(given, device, blocks)
     if given is not None:
         return _from_factory(given, seed, device, blocks)
     if not isinstance(node, (Mapping, DictConfig)):
@@ -72,15 +72,27 @@ def _not_a_model(node: Any) -> ConfigError:
     )
 
 
-def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return model
-    return model.to(device)
+def _from_module(model: nn.Module, device: torch.device, blocks: Any) -> Built:
+    tensors = [*model.parameters(), *model.buffers()]
+    if not any(tensor.is_meta for tensor in tensors):
+        return Built(model.to(device), ties=tied_names(model), blocks=blocks)
+    if all(tensor.is_meta for tensor in tensors) and can_materialise(model):
+        return Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
+    what = f"the given {type(model).__name__} is on the meta device, and a module of it cannot initialise itself"
+    raise ConfigError(
+        Problem(
+            what,
+            "instantiate(cfg, model=module_on_meta)",
+            "a module with values, its class or a function that builds it, or reset_parameters in each module",
+            f"instantiate(cfg, model={type(model).__name__})",
+        )
+    )
 
 
 def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, blocks: Any) -> Built:
+    construction = Writes()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), construction:
             model = factory()
     except Exception as error:  # mostly it computes with values while it is built; any other error comes again below
         log.info("built on the CPU instead of on meta: %s", _first(error))
@@ -88,7 +100,8 @@ def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, b
     if model is not None and not isinstance(model, nn.Module):
         what = f"the model's factory returned {type(model).__name__}, not a torch.nn.Module"
         raise ConfigError(Problem(what, "model", "a class or function that returns a module", "model._target_=..."))
-    if model is not None and all(t.is_meta for t in (*model.parameters(), *model.buffers())) and can_materialise(model):
+    on_meta = model is not None and all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    if model is not None and on_meta and can_materialise(model, construction):
         return Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

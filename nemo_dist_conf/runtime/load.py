@@ -58,8 +58,8 @@ def _check_index(folder: Path, present: set[str]) -> None:
     if not index.is_file():
         return
     try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        named = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
         named = {"a readable index"}
     missing = sorted(named - present)
     if missing:

@@ -11,10 +11,11 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["Template", "can_materialise", "materialise", "retie", "template_of", "tied_names"]
+__all__ = ["Template", "Writes", "can_materialise", "materialise", "retie", "template_of", "tied_names"]
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,49 @@ def _copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def can_materialise(model: nn.Module) -> bool:
-    """Whether every module that owns tensors knows how to initialise them (reset_parameters, transformers)."""
-    if _initialiser(model, nn.Module()) is not None:
-        return True
-    return all(_initialiser(model, module) is not None for _, module in _owners(model))
+class Writes(TorchDispatchMode):
+    """Counts, while it is entered, how often each tensor's storage is written to; meta tensors count like others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
+            key = args[0].untyped_storage()._cdata
+            self._counts[key] = self._counts.get(key, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, tensor: torch.Tensor) -> int:
+        return self._counts.get(tensor.untyped_storage()._cdata, 0)
+
+
+def can_materialise(model: nn.Module, construction: Writes | None = None) -> bool:
+    """Whether a model on meta can be filled module by module with the values that its constructor would give.
+
+    Each module that owns tensors must have an initialiser that sets all of them. A constructor of the user's own may
+    do more than its modules' initialisers (a smaller scale for one layer, a mask): where ``construction`` counted
+    more writes than those make, or a buffer was computed, the model has to be built with values.
+    """
+    for _, module in _owners(model):
+        copied = _copy(module)
+        initialise = _initialiser(model, copied)
+        if initialise is None:
+            return False
+        with torch.device("meta"), Writes() as writes, torch.no_grad():
+            initialise()
+        for tensors, before in ((copied._parameters, module._parameters), (copied._buffers, module._buffers)):
+            for key, tensor in before.items():
+                if tensor is None or tensors[key] is not tensor:
+                    continue
+                exact = construction is None or _is_transformers(model) or construction.of(tensor) == writes.of(tensor)
+                if not exact or not writes.of(tensor):
+                    return False
+    return True
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
@@ -99,10 +138,9 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _initialiser(model: nn.Module, module: nn.Module) -> Callable[[], Any] | None:
-    """What initialises one module: the model's own ``_init_weights`` as transformers has it, or reset_parameters."""
-    own = getattr(model, "_init_weights", None)
-    if callable(own):
-        return lambda: own(module)
+    """What initialises one module: ``_init_weights`` of a transformers model, else the module's reset_parameters."""
+    if _is_transformers(model):
+        return lambda: model._init_weights(module)  # type: ignore[operator]
     for name in ("reset_parameters", "_reset_parameters"):
         reset = getattr(module, name, None)
         if callable(reset):
@@ -125,9 +163,7 @@ def _fill(
         for key, tensor in tensors.items():
             if tensor is None:
                 continue
-            empty = torch.empty_like(tensor, device=device)
-            if empty.is_floating_point():
-                empty.fill_(torch.nan)  # so that what the initialiser forgets is seen
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             is_parameter = tensors is module._parameters
             tensors[key] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     initialise = _initialiser(model, module)
@@ -136,12 +172,16 @@ def _fill(
     # Not torch.manual_seed: on a CPU it queues a seed and a stack trace for each kind of device that may come later.
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
     generator.manual_seed(_seed(seed, name))
-    initialise()
-    for tensors, targets in ((module._parameters, target._parameters), (module._buffers, target._buffers)):
+    given: list[dict[str, Any]] = [dict(tensors) for tensors in owned]
+    with Writes() as writes:
+        initialise()
+    slots: tuple[dict[str, Any], dict[str, Any]] = (target._parameters, target._buffers)
+    for tensors, before, targets in zip(owned, given, slots):
         for key, value in tensors.items():
+            if value is not None and value is before[key] and not writes.of(value):
+                raise _unset(name, key, module)
             # A tied parameter has the values drawn for its first name, whether or not it is still tied here.
             if value is not None and f"{name}.{key}" not in followers:
-                _check_set(value, name, key, module)
                 _copy_shard(targets[key], value)
     for tensors, before in zip(owned, shapes):
         tensors.update(before)  # back to meta: at most one module is ever whole
@@ -151,17 +191,16 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
-def _check_set(value: torch.Tensor, name: str, key: str, module: nn.Module) -> None:
-    if value.is_floating_point() and bool(value.isnan().any()):
-        what = f"{type(module).__name__} does not set its {key} ({name}.{key}) when it is initialised"
-        raise ConfigError(
-            Problem(
-                what,
-                "a model built on the meta device",
-                "reset_parameters that sets every parameter and buffer of the module",
-                "nemo_dist_conf.instantiate(cfg, model=built_module)",
-            )
+def _unset(name: str, key: str, module: nn.Module) -> ConfigError:
+    what = f"{type(module).__name__} does not set its {key} ({name}.{key}) when it is initialised"
+    return ConfigError(
+        Problem(
+            what,
+            "a model built on the meta device",
+            "reset_parameters that sets every parameter and buffer of the module",
+            "nemo_dist_conf.instantiate(cfg, model=built_module)",
         )
+    )
 
 
 def _copy_shard(target: torch.Tensor | None, full: torch.Tensor) -> None:

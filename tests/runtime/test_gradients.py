@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
-from tests.dist.layouts import full_tensor
+from tests.dist.layouts import Operators, full_tensor
 from tests.dist.pool import run_ranks
 
 
@@ -171,6 +172,22 @@ def test_ranks_that_hold_nothing_take_part(unused: bool) -> None:
     found = run_ranks(2, clip_narrow, unused)
     assert [held for _, _, held in found] == [7, 0]
     assert all(norm == pytest.approx(expected, rel=1e-6) for norm, expected, _ in found)
+
+
+def reductions_in_ddp() -> list[int]:
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    found = []
+    for last in (False, False, True):
+        with Operators() as operators, accumulate(model, last=last):
+            model(torch.ones(2, 3)).sum().backward()
+        found.append(operators.count("allreduce"))
+    return found
+
+
+@pytest.mark.dist
+def test_ddp_reduces_in_the_last_microbatch_only() -> None:
+    """FSDP2's reductions are counted in tests/dist/test_fields.py."""
+    assert run_ranks(2, reductions_in_ddp) == [[0, 0, 1]] * 2
 
 
 def test_accumulate_leaves_any_other_module_alone() -> None:
