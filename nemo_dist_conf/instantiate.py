@@ -98,4 +98,4 @@ class _CallableModule(types.ModuleType):
         return instantiate(*args, **kwargs)
 
 
-sys.modules[__name__].__class__ = _CallableModule
+setattr(sys.modules[__name__], "__class__", _CallableModule)
