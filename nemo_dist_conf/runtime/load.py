@@ -39,7 +39,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 "model.save_pretrained(folder), then " + f"{_KEY}=folder",
             )
         )
-    _check_index(folder, {path.name for path in files})
+    listed = _check_index(folder, {path.name for path in files})
+    files = [path for path in files if listed is None or path.name in listed]
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
@@ -53,10 +54,11 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_index(folder: Path, present: set[str]) -> None:
+def _check_index(folder: Path, present: set[str]) -> set[str] | None:
+    """Names of the files that the folder's index lists, all of them present; None where it has no index."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return
+        return None
     try:
         named = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -65,6 +67,18 @@ def _check_index(folder: Path, present: set[str]) -> None:
     if missing:
         what = f"{folder} lacks {', '.join(missing[:3])}, which its index names"
         raise DataError(Problem(what, f"{_KEY}={folder}", "a complete checkpoint folder", "copy the folder again"))
+    return named
+
+
+class _ListedFiles(dcp.HuggingFaceStorageReader):
+    """Reads only the files that the index lists: torch's reader takes every *.safetensors, the last one winning."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        present = sorted(folder.glob("*.safetensors"))
+        listed = _check_index(folder, {path.name for path in present})
+        files = [str(path) for path in present if listed is None or path.name in listed]
+        self.fs.ls = lambda path: files  # type: ignore[method-assign]
 
 
 def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> None:
@@ -100,5 +114,5 @@ def load_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> None:
     optional = {name for group in ties for name in group[1:]}
     state: dict[str, Any] = {name: value for name, value in model.state_dict().items() if name not in optional}
     with torch.no_grad():
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        dcp.load(state, storage_reader=_ListedFiles(folder))
     log.info("weights read from %s", folder)
