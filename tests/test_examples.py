@@ -14,7 +14,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(app: Path, *words: str, ranks: int = 1, cwd: Path, env: dict[str, str] | None = None, code: int = 0):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(app), *words]
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=180

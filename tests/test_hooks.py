@@ -72,7 +72,7 @@ def test_ranks_of_torchrun_share_one_folder_and_one_console(tmp_path):
             """
         )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "app.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "app.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     folders = (tmp_path / "folders.txt").read_text().split()

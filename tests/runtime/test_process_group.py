@@ -66,7 +66,8 @@ def test_slurms_variables_are_enough():
 
 def test_torchrun_starts_ranks_that_meet(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "script.py")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "script.py")]
     assert sorted(run_all([{}], *command)[0].splitlines()) == ["gloo 0 2 True 3", "gloo 1 2 False 3"]
 
 

@@ -23,7 +23,7 @@ TINY = [
 
 
 def train(folder: Path, *words: str, ranks: int = 1, tiny: bool = True) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "nemo_dist_conf.train", *(TINY if tiny else []), *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
 
