@@ -14,13 +14,14 @@ from nemo_dist_conf.runtime.process_group import choose_device
 
 SCRIPT = textwrap.dedent(
     """
-    import torch, torch.distributed as dist
+    import os, torch, torch.distributed as dist
     from nemo_dist_conf import initialize_distributed, shutdown_distributed
     info = initialize_distributed(device="cpu")
     assert initialize_distributed(device="cpu") == info  # joined, not started again
     total = torch.tensor([float(info.rank + 1)])
     dist.all_reduce(total)
-    print(info.backend, info.rank, info.world_size, info.is_main, int(total), flush=True)
+    line = f"{info.backend} {info.rank} {info.world_size} {info.is_main} {int(total)}\\n"
+    os.write(1, line.encode())  # in one piece: ranks share the pipe
     shutdown_distributed()
     shutdown_distributed()
     assert not dist.is_initialized()
