@@ -20,7 +20,7 @@ from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.strategies.megatron_fsdp import not_executed
 from nemo_dist_conf.topology import MeshSpec, Paths, pipeline_problems, solve
 from nemo_dist_conf.topology.axes import AXES, Axis
-from nemo_dist_conf.topology.world import launch_command, launched
+from nemo_dist_conf.topology.world import launch_command, planned_world_size
 
 __all__ = ["Checked", "SECTIONS", "check", "find_roots", "is_root", "section_of", "typed_words"]
 
@@ -78,7 +78,7 @@ def check(
     """The checked config, or ConfigError with every problem found.
 
     cfg: a composed tree with our groups at its root or below a package, or that package's node.
-    world_size None: from torchrun's or Slurm's variables, else 1.
+    world_size None: of the ranks that a launcher is about to start, from torchrun's or Slurm's variables, else 1.
     facts, seq_len [tokens]: of the model and the data; None: read from cfg.model where it says them, else unknown.
     """
     root = _single_root(cfg)
@@ -92,7 +92,7 @@ def check(
     ConfigError.raise_if(problems)  # the rules below need well-typed values
     sizes, pipeline, moe = sections["parallelism"], sections["pipeline"], sections["moe"]
     if world_size is None:
-        world_size = launched().world_size
+        world_size = planned_world_size()
     facts = facts or _facts(cfg, root) or ModelFacts()
     mesh = None
     try:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, Callable
 
 from hydra.core.config_search_path import ConfigSearchPath
 
 from nemo_dist_conf.names import SCHEDULES, STRATEGY_NAMES
-from nemo_dist_conf.store import NODE_CLASSES, register, register_resolver, typed_node
+from nemo_dist_conf.store import (
+    NODE_CLASSES,
+    always_call_hooks,
+    register,
+    register_launcher,
+    register_resolver,
+    typed_node,
+)
 
 __all__ = ["config_groups", "register_groups"]
+
+#: Variables by which launchers say how many ranks there are; apps without them need not know more.
+_RANK_COUNTS = {"WORLD_SIZE", "SLURM_NTASKS", "SUBMITIT_LOCAL_NTASKS"}
 
 
 def config_groups() -> dict[str, dict[str, Callable[[], Any]]]:
@@ -32,14 +43,19 @@ def register_groups(search_path: ConfigSearchPath) -> None:
     """Register everything with Hydra; called by the plugin for every app, so it must cost next to nothing."""
     _register_resolvers()
     register(config_groups(), search_path, {"activation_checkpointing": False})
+    register_launcher(_torchrun)
+    if _RANK_COUNTS & os.environ.keys():
+        from nemo_dist_conf.topology.world import several_ranks
+
+        if several_ranks():
+            always_call_hooks()
 
 
 def __getattr__(name: str) -> Any:
     """A node class by name: pickle asks for it in a process where Hydra has not asked for the node yet."""
     if name.endswith("Conf"):
-        for options in config_groups().values():
-            for make in options.values():
-                make()
+        for make in [make for options in config_groups().values() for make in options.values()] + [_torchrun]:
+            make()
         if name in NODE_CLASSES:
             return NODE_CLASSES[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -68,6 +84,12 @@ def _moe() -> Any:
     from nemo_dist_conf.schema import MoEConf
 
     return typed_node(MoEConf, "nemo_dist_conf.config.MoEParallelizerConfig", __name__)
+
+
+def _torchrun() -> Any:
+    from nemo_dist_conf.schema.launcher import TorchrunConf
+
+    return typed_node(TorchrunConf, "hydra_plugins.nemo_dist_conf.torchrun_launcher.TorchrunLauncher", __name__)
 
 
 def _register_resolvers() -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import datetime
-import logging
 import os
 import sys
-from typing import Any
+import time
+import traceback
+from typing import Any, Callable, NoReturn
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.compose import check, find_roots
-from nemo_dist_conf.errors import NemoDistConfError
-from nemo_dist_conf.store import register_resolver
-from nemo_dist_conf.topology.world import Launched, launched
+from nemo_dist_conf.batch import SweepRefused, compose_jobs, jobs_of_basic_sweep, judge, refusal
+from nemo_dist_conf.compose import Checked, check, find_roots
+from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
+from nemo_dist_conf.topology.world import Start, about_to_start, launch_command, launched, program
 
-__all__ = ["DistributedCallback", "agree_on_run"]
+__all__ = ["DistributedCallback", "check_of", "end"]
 
-log = logging.getLogger(__name__)
+#: Ends of the class names of launchers that run a job as one process.
+_ONE_PROCESS = ("BasicLauncher", "JoblibLauncher")
+_PATIENCE_S = 10.0
+_TORCHRUN = "hydra_plugins.nemo_dist_conf.torchrun_launcher.TorchrunLauncher"
 
 
 class DistributedCallback(Callback):
@@ -28,48 +31,128 @@ class DistributedCallback(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self._refuse(config)
+        try:
+            _refuse_launcher_without_sweep(config)
+            self.check(config)
+        except NemoDistConfError as error:
+            end(error)
         place = launched()
-        if place.source == "torchrun" and place.world_size > 1:
-            agree_on_run(config, place)
+        if place.world_size > 1:
+            from nemo_dist_conf.ranks.agreement import agree_on_run
+
+            _or_end(lambda: agree_on_run(config, place, strict=any(find_roots(config))))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Every combination of a grid is checked before the first job, where the launcher does not do it itself."""
+        launcher = str(OmegaConf.select(config, "hydra.launcher._target_"))
+        if launcher == _TORCHRUN:
+            return
+        place = launched()
+        try:
+            if place.world_size > 1:
+                raise _sweep_in_every_rank(config, place.world_size)
+            start = _planned(config, launcher)
+            if start is None:
+                return
+            with about_to_start(start):
+                jobs = judge(compose_jobs(config, jobs_of_basic_sweep(config)), self.check)
+            if any(job.refused for job in jobs):
+                raise SweepRefused(refusal(jobs, "hydra/launcher=torchrun hydra.launcher.on_invalid=skip"))
+        except NemoDistConfError as error:
+            end(error)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self._refuse(config)  # in a sweep, each job's own config is known only here
-
-    def check(self, config: DictConfig) -> None:
-        """Raise ConfigError for what cannot work; an app may extend it."""
-        for root in find_roots(config):
-            check(root)
-
-    def _refuse(self, config: DictConfig) -> None:
+        place = launched()
         try:
             self.check(config)
         except NemoDistConfError as error:
-            if launched().rank == 0:
-                print(error, file=sys.stderr, flush=True)
-            raise SystemExit(1) from None
+            end(error)
+        if place.world_size > 1 and place.source != "torchrun" and _is_sweep(config):
+            from nemo_dist_conf.ranks.agreement import agree_on_job
+
+            _or_end(lambda: agree_on_job(config, place))
+
+    def check(self, config: DictConfig) -> Checked | None:
+        """Raise ConfigError for what cannot work; an app may extend it. The checked config, where there is one."""
+        found = [check(root) for root in find_roots(config)]
+        return found[0] if found else None
 
 
-def agree_on_run(config: DictConfig, place: Launched) -> None:
-    """Under torchrun: one time for all ranks, so one output folder; only rank 0 logs to the console.
+def check_of(config: DictConfig) -> Any:
+    """The check that a job's own callbacks do: ours, or what an app extended it to."""
+    from hydra.utils import get_class
 
-    Every rank composes for itself. The first to ask writes the time into the agent's store, all use it.
+    for node in (OmegaConf.select(config, "hydra.callbacks") or {}).values():
+        kind = get_class(node._target_) if isinstance(node, DictConfig) and "_target_" in node else object
+        if issubclass(kind, DistributedCallback):
+            return kind().check
+    return DistributedCallback().check
+
+
+def end(error: NemoDistConfError) -> NoReturn:
+    """End this rank with the message alone, which rank 0 prints.
+
+    The others wait for it: the launcher stops all ranks as soon as one ends, and rank 0 might not have printed yet.
+    A rank that is still there then is the only one with an error, and prints it.
     """
-    from torch.distributed import TCPStore
+    if launched().rank > 0:
+        time.sleep(_PATIENCE_S)
+    print(error, file=sys.stderr, flush=True)
+    raise SystemExit(1) from None
 
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true":
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False)
-        mine = datetime.datetime.now().isoformat()
-        agreed = datetime.datetime.fromisoformat(store.compare_set("nemo_dist_conf/now", "", mine).decode())
-        register_resolver("now", lambda pattern: agreed.strftime(pattern), use_cache=True)
-        OmegaConf.clear_cache(config)
-    if place.rank == 0:
-        return
-    with flag_override(config, ["readonly", "struct"], False):
-        config.hydra.output_subdir = None
-        handlers = OmegaConf.select(config, "hydra.job_logging.handlers")
-        if handlers is not None and "file" in handlers:
-            config.hydra.job_logging.root.handlers = ["file"]
-            # The folder is known only once the job runs, so it stays an interpolation here.
-            handlers.file.filename = f"${{hydra.runtime.output_dir}}/${{hydra.job.name}}.rank{place.rank}.log"
+
+def _or_end(agree: Callable[[], None]) -> None:
+    """Hydra would turn an exception into a warning, and this rank would go on with a config of its own."""
+    try:
+        agree()
+    except Exception as error:
+        print(error if isinstance(error, NemoDistConfError) else traceback.format_exc(), file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _is_sweep(config: DictConfig) -> bool:
+    return OmegaConf.select(config, "hydra.job.num", throw_on_missing=False) is not None
+
+
+def _refuse_launcher_without_sweep(config: DictConfig) -> None:
+    """Hydra ignores a launcher without ``-m``, and would run one process where many were asked for."""
+    words = [str(word) for word in OmegaConf.select(config, "hydra.overrides.hydra") or []]
+    ours = OmegaConf.select(config, "hydra.launcher._target_") == _TORCHRUN
+    typed = [word for word in words if word.lstrip("+").startswith(("hydra/launcher", "hydra.launcher"))]
+    if ours and typed:
+        tasks = [str(word) for word in OmegaConf.select(config, "hydra.overrides.task") or []]
+        raise ConfigError(
+            Problem(
+                "a launcher starts the jobs of a sweep; without -m Hydra would run this as one process",
+                " ".join(typed),
+                "-m before the overrides, also for a single job; or torchrun",
+                " ".join(["python", program(), "-m", *typed, *tasks]),
+            )
+        )
+
+
+def _sweep_in_every_rank(config: DictConfig, world_size: int) -> ConfigError:
+    words = " ".join(str(word) for word in OmegaConf.select(config, "hydra.overrides.task") or [])
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) or 1
+    more = f" hydra.launcher.nnodes={nodes} hydra.launcher.rdzv_endpoint=HOST:29400" if nodes > 1 else ""
+    ranks = f"hydra.launcher.nproc_per_node={world_size // nodes}"
+    return ConfigError(
+        Problem(
+            f"{world_size} ranks were started, and each would sweep for itself",
+            launch_command().format(n=world_size, asked=f"-m {words}").strip(),
+            "a sweep that is started once and starts the ranks of each job",
+            f"python {program()} -m hydra/launcher=torchrun {ranks}{more} {words}".strip(),
+        )
+    )
+
+
+def _planned(config: DictConfig, launcher: str) -> Start | None:
+    """The ranks of each job under a launcher that is known; None for any other."""
+    node = config.hydra.launcher
+    if launcher.endswith(_ONE_PROCESS):
+        return Start(1, launch_command())
+    if ".hydra_submitit_launcher." in launcher and OmegaConf.select(config, "hydra.launcher.tasks_per_node"):
+        nodes = int(node.get("nodes") or 1)
+        per_node = "hydra.launcher.nodes=1 " if nodes > 1 else ""
+        return Start(nodes * int(node.tasks_per_node), f"{per_node}hydra.launcher.tasks_per_node={{n}} {{asked}}")
+    return None

@@ -20,7 +20,9 @@ __all__ = [
     "NAMESPACE",
     "NODE_CLASSES",
     "PROVIDER",
+    "always_call_hooks",
     "register",
+    "register_launcher",
     "register_resolver",
     "typed_node",
 ]
@@ -110,6 +112,22 @@ def register(
     _put(store, NAMESPACE, BASE, lambda: _base_node(spaced, plain_base))
     if not _owned_by_app(store, search_path, BASE):
         _put(store, None, BASE, lambda: _base_node(short, plain_base))
+
+
+def register_launcher(make: Callable[[], Any]) -> None:
+    """Store ``hydra/launcher=torchrun``, a name that Hydra's plugins share, unless another plugin has it."""
+    _put(ConfigStore.instance(), "hydra/launcher", "torchrun", make)
+
+
+def always_call_hooks() -> None:
+    """Switch the callback on for every app of this process, also one that uses none of our groups.
+
+    Ranks that a launcher started have to agree on one run, whatever the app; ``~hydra.callbacks.nemo_dist_conf`` on
+    the command line leaves it out.
+    """
+    entry = (_level(ConfigStore.instance(), "hydra") or {}).get("config.yaml")
+    if entry is not None:
+        entry.node.callbacks = _hooks_node().hydra.callbacks
 
 
 def _base_node(defaults: list[Any], plain: Mapping[str, Any]) -> DictConfig:

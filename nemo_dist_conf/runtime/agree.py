@@ -11,6 +11,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.ranks.tree import flat_config
 
 __all__ = ["agree_on_config", "config_mark", "together"]
 
@@ -24,8 +25,7 @@ def agree_on_config(cfg: Any, marks: list[Any]) -> None:
     """
     if len(set(marks)) == 1:
         return
-    tree = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True) if isinstance(cfg, DictConfig) else {}
-    flat = dict(_flatten(tree))
+    flat = flat_config(cfg) if isinstance(cfg, DictConfig) else {}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, flat)
     keys = sorted({key for tree in everyone for key in tree})
@@ -81,15 +81,3 @@ def _all_alike(mine: tuple[ConfigError | None, Any]) -> bool:
     words = [torch.empty_like(word) for _ in range(dist.get_world_size())]
     dist.all_gather(words, word)
     return all(bool(other[0]) and torch.equal(other, words[0]) for other in words)
-
-
-def _flatten(tree: Any, path: str = "") -> Any:
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _flatten(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, {None: "null", True: "true", False: "false"}.get(tree, tree) if _is_word(tree) else str(tree)
-
-
-def _is_word(value: Any) -> bool:
-    return value is None or isinstance(value, bool)

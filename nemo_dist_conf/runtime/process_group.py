@@ -6,14 +6,14 @@ import atexit
 import datetime
 import logging
 import os
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.topology.world import Launched, launch_command, launched
+from nemo_dist_conf.ranks.meeting import rank_store
+from nemo_dist_conf.topology.world import Launched, launched
 
 __all__ = ["DistInfo", "choose_device", "initialize_distributed", "shutdown_distributed"]
 
@@ -92,34 +92,6 @@ def shutdown_distributed() -> None:
 def _store(place: Launched) -> dist.Store:
     if place.world_size == 1:
         return dist.HashStore()  # no port, so any number of single processes can run side by side
-    host, port = _master(place)
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
-    store = dist.TCPStore(host, port, place.world_size, is_master=not agent and place.rank == 0)
     # A restarted group finds the keys of the one before it in the agent's store, so each attempt has its own.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt{attempt}", store)
-
-
-def _master(place: Launched) -> tuple[str, int]:
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if place.source == "Slurm":
-        host = host or _first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", ""))
-        # Two jobs on one node differ in their ids, so mostly in their ports.
-        port = port or str(15000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 15000)
-    if not host or not port:
-        missing = "MASTER_ADDR" if not host else "MASTER_PORT"
-        raise ConfigError(
-            Problem(
-                f"{place.world_size} ranks, but {missing} is not set, so they cannot meet",
-                f"WORLD_SIZE={place.world_size}",
-                "started by torchrun, or with MASTER_ADDR and MASTER_PORT set",
-                launch_command().format(n=place.world_size, asked="").strip(),
-            )
-        )
-    return host, int(port)
-
-
-def _first_host(nodes: str) -> str:
-    """First host of a Slurm node list such as ``node[003-005,9],other``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    return "".join(part or "" for part in match.groups()) if match else "127.0.0.1"
+    return dist.PrefixStore(f"attempt{attempt}", rank_store(place))

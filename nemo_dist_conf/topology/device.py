@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["cuda_present"]
+__all__ = ["cuda_count", "cuda_present"]
 
 
 def cuda_present() -> bool:
@@ -27,3 +27,16 @@ def cuda_present() -> bool:
         return not importlib.metadata.version("torch").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def cuda_count() -> int:
+    """How many GPUs this process may use: torch's own answer once it is imported, else visible device files."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "cuda"):
+        return int(torch.cuda.device_count())
+    if not cuda_present():
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([word for word in visible.split(",") if word.strip()])
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))

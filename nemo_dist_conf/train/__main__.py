@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import NemoDistConfError
-from nemo_dist_conf.topology.world import launched
+from nemo_dist_conf.hooks import end
 from nemo_dist_conf.train.checks import check_recipe, config_folder, typed_model_config
 
 __all__ = ["main"]
@@ -28,9 +26,7 @@ def main(cfg: DictConfig) -> float:
 
         return run(cfg)
     except NemoDistConfError as error:
-        if launched().rank == 0:
-            print(error, file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+        end(error)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ __all__ = [
 class RecipeCallback(DistributedCallback):
     """The package's callback, with the recipe's rules."""
 
-    def check(self, config: DictConfig) -> None:
-        check_recipe(config)
+    def check(self, config: DictConfig) -> Checked:
+        return check_recipe(config)
 
 
 def config_folder() -> Path:

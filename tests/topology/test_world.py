@@ -33,6 +33,6 @@ def test_a_variable_that_is_no_number_is_named():
     [("node1", "node1"), ("node[003-005,9],other", "node003"), ("a,b", "a"), ("gpu-[07,09]", "gpu-07")],
 )
 def test_first_host_of_a_slurm_node_list(nodes, first):
-    from nemo_dist_conf.runtime.process_group import _first_host
+    from nemo_dist_conf.ranks.meeting import _first_host
 
     assert _first_host(nodes) == first

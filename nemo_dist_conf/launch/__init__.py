@@ -1,0 +1,1 @@
+"""The torchrun launcher: a sweep whose jobs run as N ranks each, on torch elastic."""

@@ -1,0 +1,90 @@
+"""The folder of a sweep: one sweep at a time writes there, and a refused one leaves nothing behind."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+from nemo_dist_conf.errors import ConfigError, Problem
+
+__all__ = ["SweepFolder"]
+
+RECORDS = "sweep.jsonl"
+
+
+class SweepFolder:
+    """Claimed before the sweeper writes into it; ``config.hydra.sweep.dir`` is changed where it has to be another."""
+
+    def __init__(self, config: DictConfig, resume: str | None) -> None:
+        self.resumed = resume is not None
+        self._lock: Any = None
+        if resume is not None:
+            _set_folder(config, Path(resume).resolve())
+        self.path = Path(str(config.hydra.sweep.dir))
+        self._is_new = not self.path.exists()
+        if resume is not None:
+            self._claim_for_resume(resume)
+        else:
+            self._claim(config)
+
+    def _claim_for_resume(self, resume: str) -> None:
+        if not self._take():
+            asked = f"hydra.launcher.resume={resume}"
+            raise ConfigError(Problem("this sweep is still running", asked, "a sweep that has ended", f"~{asked}"))
+
+    def _claim(self, config: DictConfig) -> None:
+        """A folder named by the time gets a number where another sweep of that second has it."""
+        base, number = self.path, 1
+        by_time = "${now" in str(config.hydra.sweep._get_node("dir")._value())
+        while not self._take() or (by_time and self._holds_records()):
+            if not by_time:
+                asked = f"hydra.sweep.dir={base}"
+                what = f"another sweep is running in {base}"
+                raise ConfigError(Problem(what, asked, "a folder of its own", f"hydra.sweep.dir={base}_2"))
+            number += 1
+            self.path = base.with_name(f"{base.name}_{number}")
+            self._is_new = not self.path.exists()
+        if self.path != base:
+            _set_folder(config, self.path)
+        if self._holds_records():
+            self._put_aside()
+
+    def _holds_records(self) -> bool:
+        return (self.path / RECORDS).stat().st_size > 0
+
+    def _put_aside(self) -> None:
+        """The records of an earlier sweep in this folder keep existing under another name."""
+        number = 1
+        while (self.path / f"sweep.{number}.jsonl").exists():
+            number += 1
+        (self.path / RECORDS).rename(self.path / f"sweep.{number}.jsonl")
+        self._take()
+
+    def _take(self) -> bool:
+        """Whether this process holds the folder now. The lock ends with the process, however it ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / RECORDS).open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        return True
+
+    def forget(self) -> None:
+        """Remove what a sweep that was refused has made: its empty records, and a new folder with nothing else."""
+        if self._holds_records():
+            return
+        (self.path / RECORDS).unlink()
+        if self._is_new and {item.name for item in self.path.iterdir()} <= {"multirun.yaml"}:
+            (self.path / "multirun.yaml").unlink(missing_ok=True)
+            self.path.rmdir()
+
+
+def _set_folder(config: DictConfig, path: Path) -> None:
+    with flag_override(config, ["readonly", "struct"], False):
+        OmegaConf.update(config, "hydra.sweep.dir", str(path), force_add=True)

@@ -1,0 +1,144 @@
+"""The launcher's options, checked: how many ranks, where they meet, what happens when one fails. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping
+
+from omegaconf import OmegaConf
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.schema.launcher import TorchrunConf
+from nemo_dist_conf.topology.device import cuda_count
+from nemo_dist_conf.topology.world import Start, set_by_elastic
+
+__all__ = ["Settings", "read_settings"]
+
+_TEE = re.compile(r"[0-3]|(\d+:[0-3])(,\d+:[0-3])*")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked options. options: as typed; ranks: of one node."""
+
+    options: TorchrunConf
+    ranks: int
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks * self.options.nnodes
+
+    @property
+    def start(self) -> Start:
+        """What a config is checked for, and the words that start another number of ranks."""
+        one_node = "hydra.launcher.nnodes=1 " if self.options.nnodes > 1 else ""
+        return Start(self.world_size, f"{one_node}hydra.launcher.nproc_per_node={{n}} {{asked}}")
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a rank."""
+        if self.options.threads_per_rank is not None:
+            return self.options.threads_per_rank
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return int(given) if given.isdigit() and int(given) else max(1, _cores() // self.ranks)
+
+
+def read_settings(options: Mapping[str, Any]) -> Settings:
+    """The options of the node ``hydra.launcher``. Raises ConfigError with every wrong one."""
+    conf = TorchrunConf(**{item.name: _plain(options[item.name]) for item in dataclasses.fields(TorchrunConf)})
+    problems: list[Problem] = []
+
+    def wrong(name: str, allowed: str, instead: Any, why: str = "does not fit") -> None:
+        key, value = f"hydra.launcher.{name}", _word(getattr(conf, name))
+        problems.append(Problem(f"{key}={value} {why}", f"{key}={value}", allowed, f"{key}={instead}"))
+
+    ranks = _ranks(conf.nproc_per_node)
+    if ranks is None:
+        wrong("nproc_per_node", "1, 2, 3, ..., auto, gpu", 1)
+    elif ranks == 0:
+        wrong("nproc_per_node", "1, 2, 3, ..., auto", "auto", "finds no GPU on this machine")
+    if conf.nnodes < 1:
+        wrong("nnodes", "1, 2, 3, ...", 1)
+    if conf.rdzv_backend not in ("c10d", "static"):
+        wrong("rdzv_backend", "c10d, static", "c10d")
+    if conf.nnodes > 1 and not conf.rdzv_endpoint:
+        wrong("rdzv_endpoint", "host:port of one of the nodes", "node0:29400", "does not say where the nodes meet")
+    if conf.rdzv_endpoint and not re.fullmatch(r"[^:\s]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", conf.rdzv_endpoint):
+        wrong("rdzv_endpoint", "host:port", "node0:29400")
+    if conf.rdzv_backend == "static" and (conf.node_rank is None or not 0 <= conf.node_rank < conf.nnodes):
+        wrong("node_rank", f"0 to {conf.nnodes - 1}, another one on each node", 0)
+    if conf.rdzv_backend == "c10d" and conf.node_rank is not None:
+        wrong("node_rank", "null (c10d numbers the nodes itself)", "null", "has an effect with rdzv_backend=static only")
+    for name, least in (("max_restarts", 0), ("rdzv_timeout_s", 1), ("shutdown_timeout_s", 0)):
+        if getattr(conf, name) < least:
+            wrong(name, f"{least} or more", least)
+    if conf.monitor_interval_s <= 0:
+        wrong("monitor_interval_s", "above 0", 0.1)
+    if conf.threads_per_rank is not None and conf.threads_per_rank < 1:
+        wrong("threads_per_rank", "1 or more, null", "null")
+    if conf.job_timeout_s is not None and conf.job_timeout_s <= 0:
+        wrong("job_timeout_s", "above 0, null", "null")
+    if conf.job_timeout_s is not None and threading.current_thread() is not threading.main_thread():
+        wrong("job_timeout_s", "null outside the main thread, where no alarm can be set", "null")
+    if conf.tee is not None and not _TEE.fullmatch(conf.tee):
+        wrong("tee", "0 to 3 for all ranks, or rank:value pairs such as 0:1,1:3; null", "3")
+    for name in conf.env:
+        if set_by_elastic(name):
+            what = f"hydra.launcher.env.{name} would be overwritten: the launcher sets it for each rank"
+            asked = f"+hydra.launcher.env.{name}={conf.env[name]}"
+            problems.append(Problem(what, asked, "any other variable", f"~hydra.launcher.env.{name}"))
+    problems += _preload_problems(conf)
+    if conf.resume is not None and not (Path(conf.resume) / "multirun.yaml").is_file():
+        wrong("resume", "the folder of a sweep (it holds multirun.yaml)", "multirun/DATE/TIME", "is not a sweep's folder")
+    ConfigError.raise_if(problems)
+    return Settings(conf, ranks or 1)
+
+
+def _ranks(asked: Any) -> int | None:
+    """Ranks of a node; 0 where GPUs were asked for and there is none, None for what is not a number."""
+    if asked == "gpu":
+        return cuda_count()
+    if asked == "auto":
+        return cuda_count() or _cores()
+    if isinstance(asked, str) and asked.isdigit():
+        asked = int(asked)
+    return asked if isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1 else None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _preload_problems(conf: TorchrunConf) -> list[Problem]:
+    asked = f"hydra.launcher.preload={_word(conf.preload)}"
+    if not isinstance(conf.preload, list):
+        return [Problem(f"{asked} is not a list", asked, "a list of modules", "hydra.launcher.preload=[torch]")]
+    missing = [str(name) for name in conf.preload if not _importable(str(name))]
+    if not missing:
+        return []
+    rest = ",".join(str(name) for name in conf.preload if str(name) not in missing)
+    what = f"{asked}: there is no module {', '.join(missing)}"
+    return [Problem(what, asked, "modules that can be imported", f"hydra.launcher.preload=[{rest}]")]
+
+
+def _importable(name: str) -> bool:
+    try:
+        return name == "__main__" or importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ",".join(str(item) for item in value) + "]"
+    return "null" if value is None else str(getattr(value, "name", value))

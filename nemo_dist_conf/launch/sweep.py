@@ -1,0 +1,304 @@
+"""A sweep from the launcher's point of view: check all jobs, start each as N ranks, keep records, go on or stop."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import logging
+import os
+import pickle
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.experimental.callback import Callback
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, flag_override, open_dict, read_write
+
+from nemo_dist_conf.batch import Job, SweepRefused, compose_jobs, judge, refusal
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.hooks import check_of
+from nemo_dist_conf.launch.failure import Failure, JobFailed
+from nemo_dist_conf.launch.folder import SweepFolder
+from nemo_dist_conf.launch.nodes import Nodes
+from nemo_dist_conf.launch.records import Record, Records, text_table
+from nemo_dist_conf.launch.settings import Settings, read_settings
+from nemo_dist_conf.launch.task import Payload, pack
+from nemo_dist_conf.ranks.logs import rank_file
+from nemo_dist_conf.ranks.tree import resolve_for_ranks, same_now
+from nemo_dist_conf.topology.world import about_to_start
+
+__all__ = ["TorchrunSweep"]
+
+log = logging.getLogger(__name__)
+
+
+class Tolerated(JobReturn):
+    """A job without a result in a sweep that goes on; Hydra's own sweeper raises for any other that failed."""
+
+    @property
+    def return_value(self) -> Any:
+        return None
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+class TorchrunSweep:
+    """What the launcher plugin does. Raises SweepRefused for whatever cannot work, before a process is started."""
+
+    def __init__(
+        self, options: Mapping[str, Any], context: HydraContext, task: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config, self.context, self.task = config, context, task
+        try:
+            self.settings: Settings = read_settings(options)
+            resume = self.settings.options.resume
+            if resume is not None:
+                _continue_sweep(config, resume)
+            self.nodes = Nodes(self.settings)
+            self.now, self.mark = self.nodes.agree("sweep", lambda: (datetime.datetime.now(), uuid.uuid4().hex[:8]))
+            self._same_time()
+            self.folder = self._claimed_folder(resume)
+        except ConfigError as error:
+            raise SweepRefused(*error.problems) from None
+        self.records = Records(self.folder.path if self.folder else Path(str(config.hydra.sweep.dir)), bool(resume))
+        context.callbacks.callbacks.append(_AtTheEnd(self))
+
+    def _claimed_folder(self, resume: str | None) -> SweepFolder | None:
+        """None on a node that does not lead: it uses the leading node's folder."""
+        folder = SweepFolder(self.config, resume) if self.nodes.leads else None
+        path = self.nodes.agree("folder", lambda: str(folder.path if folder else ""))
+        if folder is None:
+            with flag_override(self.config, ["readonly", "struct"], False):
+                self.config.hydra.sweep.dir = path
+        return folder
+
+    def _same_time(self) -> None:
+        if self.nodes.count > 1:
+            same_now(self.now, self.config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
+        """Run a batch of jobs, one after the other; what each gives, in order."""
+        setup_globals()
+        self._same_time()
+        self._log_as_hydra()
+        options = self.settings.options
+        with about_to_start(self.settings.start):
+            jobs = compose_jobs(self.config, job_overrides, first, self.context.config_loader)
+            judge(jobs, of=check_of)
+            self._refuse(jobs)
+            todo = [job for job in jobs if not job.refused and self._completed(job) is None]
+            ranks = "1 rank" if self.settings.world_size == 1 else f"{self.settings.world_size} ranks"
+            log.info("Launching %d jobs, each on %s", len(todo), ranks)
+            results: list[JobReturn] = []
+            for job in jobs:
+                try:
+                    results.append(self._result(job))
+                except BaseException as end:
+                    self._stopped(job, jobs, end)
+                    raise
+                error = results[-1]._return_value
+                if isinstance(error, JobFailed):
+                    if options.on_failure.name == "raise":
+                        self._not_started(job, jobs)
+                        self.show_table()
+                        raise error
+                    log.error("%s", error)
+        return results
+
+    def _refuse(self, jobs: list[Job]) -> None:
+        refused = [job for job in jobs if job.refused]
+        if not refused:
+            return
+        if self.settings.options.on_invalid.name == "raise":
+            if self.folder:
+                self.folder.forget()
+            raise SweepRefused(refusal(jobs, "hydra.launcher.on_invalid=skip"))
+        for job in refused:
+            reasons = "\n".join(str(problem) for problem in job.refused)
+            log.warning("#%d %s is skipped, it cannot work:\n%s", job.number, job.words, reasons)
+
+    def _completed(self, job: Job) -> Record | None:
+        resumed = self.settings.options.resume is not None
+        return self.records.completed(job.number, _task_words(job)) if resumed else None
+
+    def _result(self, job: Job) -> JobReturn:
+        record = self._completed(job)
+        if record is not None:
+            log.info("\t#%d : %s : completed before", job.number, job.words)
+            done = JobReturn(overrides=record.overrides, cfg=job.config, status=JobStatus.COMPLETED)
+            done.return_value = record.value
+            return done
+        if job.refused:
+            reasons = "\n".join(str(problem) for problem in job.refused)
+            self._record(job, "skipped", reason=reasons)
+            return self._without_value(JobReturn(overrides=_task_words(job)), SweepRefused(*job.refused))
+        log.info("\t#%d : %s", job.number, job.words)
+        began = time.perf_counter()
+        result = self._run(job)
+        seconds = time.perf_counter() - began
+        failed = result._return_value if result.status is JobStatus.FAILED else None
+        if failed is None:
+            self._record(job, "completed", value=result.return_value, seconds=seconds)
+            return result
+        reason = failed.reason if isinstance(failed, JobFailed) else f"{type(failed).__name__}: {failed}"
+        self._record(job, "failed", seconds=seconds, reason=reason)
+        return self._without_value(result, failed)
+
+    def _without_value(self, result: JobReturn, error: Exception) -> JobReturn:
+        """Sweepers that read values decide about failures by themselves; Hydra's own reads none and would stop."""
+        basic = str(self.config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
+        kind = Tolerated if basic else JobReturn
+        new = kind(result.overrides, result.cfg, result.hydra_cfg, result.working_dir, result.task_name)
+        new.status = JobStatus.FAILED
+        new._return_value = error
+        return new
+
+    def _run(self, job: Job) -> JobReturn:
+        """Hydra's own job in this process, once: folder, ``.hydra``, callbacks; the ranks stand for its function."""
+        context = self.context
+        if not self.nodes.leads:
+            from hydra._internal.callbacks import Callbacks
+
+            context = HydraContext(context.config_loader, Callbacks())
+            with flag_override(job.config, ["readonly", "struct"], False):
+                job.config.hydra.output_subdir = None
+
+        @functools.wraps(self.task)
+        def start_ranks(config: DictConfig) -> Any:
+            return self._run_ranks(job)
+
+        try:
+            return run_job(
+                hydra_context=context,
+                task_function=start_ranks,
+                config=job.config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+                configure_logging=self.nodes.leads,
+            )
+        finally:
+            self._log_as_hydra()
+
+    def _run_ranks(self, job: Job) -> Any:
+        from nemo_dist_conf.launch.agent import Interrupted, run_ranks, start_forkserver
+
+        options, full = self.settings.options, copy.deepcopy(job.config)
+        now = self.nodes.agree(f"job{job.number}/now", datetime.datetime.now)
+        fork = options.start_method.name == "fork"
+        body = self.nodes.agree(f"job{job.number}/body", lambda: self._body(full, None if fork else self.task))
+        folder = Path(str(job.config.hydra.runtime.output_dir))
+        log_dir = options.log_dir or str(folder / "ranks")
+        payload = Payload(body, JobRuntime.instance().get("name"), now, self.settings.threads)
+        payload.environment.update(options.env)
+        start_forkserver(self.settings)
+        run_id = f"job{job.number}-{self.mark}"
+        mine: Any
+        try:
+            mine = run_ranks(self.settings, run_id, log_dir, pickle.dumps(payload), self.task if fork else None)
+        except Failure as failure:
+            mine = failure
+        except Interrupted:
+            self.nodes.post(f"job{job.number}/end", Failure(f"node {self.nodes.number} was stopped"))
+            raise
+        ends = self.nodes.gather(f"job{job.number}/end", mine)
+        for end in ends:
+            if isinstance(end, Failure):
+                raise JobFailed(job.number, job.words, end, _log_file(full, end.rank, log_dir))
+        return next(value for has_rank_0, value in ends if has_rank_0)
+
+    def _body(self, full: DictConfig, task: TaskFunction | None) -> bytes:
+        """Resolve the job's tree once, note it beside Hydra's own files, and pack it."""
+        resolve_for_ranks(full)
+        config = copy.deepcopy(full)
+        with read_write(config), open_dict(config):
+            del config["hydra"]
+        if full.hydra.output_subdir is not None:
+            OmegaConf.save(config, Path(full.hydra.runtime.output_dir) / full.hydra.output_subdir / "resolved.yaml")
+        return pack(task, config, full)
+
+    def _record(self, job: Job, status: str, **more: Any) -> None:
+        if not self.nodes.leads:
+            return
+        folder = OmegaConf.select(job.config, "hydra.runtime.output_dir", throw_on_missing=False)
+        where = os.path.relpath(folder, self.records.folder) if folder else ""
+        ranks = self.settings.world_size
+        self.records.add(
+            Record(job.number, _task_words(job), job.layout, status, folder=where, ranks=ranks, **more)
+        )
+
+    def _not_started(self, last: Job, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.number > last.number and self._completed(job) is None:
+                self._record(job, "skipped" if job.refused else "not started")
+
+    def _stopped(self, job: Job, jobs: list[Job], end: BaseException) -> None:
+        """Ctrl-C or a signal: say what was not done and how to go on."""
+        name = getattr(end, "name", type(end).__name__)
+        self._record(job, "interrupted", reason=f"stopped by {name}")
+        self._not_started(job, jobs)
+        if self.nodes.leads:
+            self.show_table()
+            print(f"stopped by {name}; to go on: hydra.launcher.resume={self.records.folder}", file=sys.stderr)
+
+    def show_table(self) -> None:
+        if self.nodes.leads and self.records.of_job:
+            print(f"\n{text_table(self.records.all())}\n{self.records.folder / 'sweep.md'}", flush=True)
+
+    def failed(self) -> bool:
+        return any(record.status == "failed" for record in self.records.all())
+
+    def _log_as_hydra(self) -> None:
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+
+
+class _AtTheEnd(Callback):
+    """Shows the table of the sweep, and ends with status 1 where a job failed that the sweep went on after."""
+
+    def __init__(self, sweep: TorchrunSweep) -> None:
+        self.sweep = sweep
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        self.sweep.show_table()
+        if self.sweep.failed():
+            raise SystemExit(1)
+
+
+def _task_words(job: Job) -> list[str]:
+    return list(filter_overrides(job.overrides))
+
+
+def _continue_sweep(config: DictConfig, resume: str) -> None:
+    """Take over the overrides of the sweep that goes on. Raises ConfigError where others were typed."""
+    sweeper = str(config.hydra.sweeper.get("_target_"))
+    if not sweeper.endswith(".BasicSweeper"):
+        asked = f"hydra.launcher.resume={resume}"
+        what = f"{sweeper.rpartition('.')[2]} chooses its jobs as it goes, so only the sweeper itself can go on"
+        raise ConfigError(Problem(what, asked, "the sweeper's own storage", "hydra.sweeper.storage=sqlite:///sweep.db"))
+    saved: Any = OmegaConf.select(OmegaConf.load(Path(resume) / "multirun.yaml"), "hydra.overrides.task")
+    before = [str(word) for word in saved or []]
+    typed = [str(word) for word in config.hydra.overrides.task]
+    if typed and typed != before:
+        raise ConfigError(
+            Problem(
+                "the sweep in this folder was another one, and its jobs have numbers by their place in it",
+                f"hydra.launcher.resume={resume} {' '.join(typed)}",
+                " ".join(before) or "no overrides",
+                f"hydra.launcher.resume={resume}",
+            )
+        )
+    with flag_override(config, ["readonly", "struct"], False):
+        config.hydra.overrides.task = before
+
+
+def _log_file(full: DictConfig, rank: int | None, log_dir: str) -> str:
+    """Where the rank logs, as Hydra's own file handler is set; the folder of what ranks print where there is none."""
+    path = OmegaConf.select(full, "hydra.job_logging.handlers.file.filename")
+    return rank_file(str(path), rank or 0) if path else log_dir

@@ -1,0 +1,100 @@
+"""What a rank is given: which function to call, with which config, in which surroundings."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import pickle
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+from omegaconf import DictConfig
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.topology.world import set_by_elastic
+
+__all__ = ["Payload", "Reference", "pack", "refer"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A function by name, for another process: ``depth`` decorators were taken off (``__wrapped__``).
+
+    The task function is what stands below ``@hydra.main``, so its name leads to the decorated one.
+    """
+
+    module: str
+    qualname: str
+    depth: int
+
+    def find(self) -> Callable[..., Any]:
+        """The function, in the process that calls this."""
+        found: Any = sys.modules.get(self.module) or importlib.import_module(self.module)
+        for part in self.qualname.split("."):
+            found = getattr(found, part)
+        for _ in range(self.depth):
+            found = found.__wrapped__
+        return found
+
+
+@dataclass(frozen=True)
+class Payload:
+    """All that the ranks of a job share. body: pickled task function, its config and Hydra's, opened in the rank
+    only after the surroundings are put up, because it may import the user's modules.
+    """
+
+    body: bytes
+    job_name: str
+    now: datetime.datetime
+    threads: int
+    folder: str = field(default_factory=os.getcwd)
+    argv: list[str] = field(default_factory=lambda: list(sys.argv))
+    environment: dict[str, str] = field(
+        default_factory=lambda: {name: value for name, value in os.environ.items() if not set_by_elastic(name)}
+    )
+
+    def open(self) -> tuple[Callable[..., Any] | None, DictConfig, DictConfig]:
+        """Task function (None: it comes by another way), task config, Hydra's config."""
+        task, config, hydra = pickle.loads(self.body)
+        return task.find() if isinstance(task, Reference) else task, config, hydra
+
+
+def refer(task: Callable[..., Any]) -> Reference | None:
+    """The function by name, or None where no name leads to it (a nested function, a lambda)."""
+    module, qualname = getattr(task, "__module__", None), getattr(task, "__qualname__", "")
+    if module is None or "<" in qualname:
+        return None
+    reference = Reference(module, qualname, 0)
+    try:
+        found: Any = reference.find()
+    except (AttributeError, ImportError):
+        return None
+    depth = 0
+    while found is not task:
+        found, depth = getattr(found, "__wrapped__", None), depth + 1
+        if found is None:
+            return None
+    return Reference(module, qualname, depth)
+
+
+def pack(task: Callable[..., Any] | None, config: DictConfig, hydra: DictConfig) -> bytes:
+    """The body of a payload. Raises ConfigError where it holds something that cannot leave this process."""
+    body = ((refer(task) or task) if task else None, config, hydra)
+    try:
+        return pickle.dumps(body)
+    except Exception as error:  # pickle raises nearly anything
+        reason = str(error)
+    try:
+        import cloudpickle
+    except ImportError:
+        raise ConfigError(
+            Problem(
+                f"the task function or its config cannot be sent to another process: {reason}",
+                "hydra.launcher.start_method=forkserver",
+                "a function at the top level of a module; fork; or the package cloudpickle",
+                "pip install cloudpickle",
+            )
+        ) from None
+    return cloudpickle.dumps(body)

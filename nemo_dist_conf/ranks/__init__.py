@@ -1,0 +1,1 @@
+"""One run for all ranks: where they meet, the config tree they share, the logs they keep apart."""
