@@ -45,11 +45,23 @@ def test_it_is_there_under_the_namespaced_names_too(app):
     assert done.returncode == 1 and "dist.parallelism.tp_size=2" in done.stderr
 
 
-def test_in_a_sweep_the_job_that_cannot_work_is_refused_before_it_starts(app):
+def test_a_sweep_with_a_job_that_cannot_work_is_refused_before_the_first_starts(app, tmp_path):
     done = app("-m", "strategy=fsdp2,ddp", "parallelism.dp_replicate_size=1,2")
-    assert done.returncode == 1
-    assert done.stdout.count("the task ran") == 1
-    assert "dp_replicate_size=2" in done.stderr
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("2 of 4 jobs cannot work, so none was started\n#1 strategy=fsdp2 parallelism.dp_rep")
+    assert "#3 strategy=ddp parallelism.dp_replicate_size=2" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_a_sweep_of_jobs_that_work_runs_under_hydras_own_launcher(app):
+    done = app("-m", "strategy=fsdp2,ddp")
+    assert (done.returncode, done.stdout.count("the task ran")) == (0, 2), done.stderr
+
+
+def test_a_launcher_without_a_sweep_is_not_ignored(app):
+    done = app("hydra/launcher=torchrun", "strategy=ddp")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "type     python app.py -m hydra/launcher=torchrun strategy=ddp" in done.stderr
 
 
 def test_ranks_of_torchrun_share_one_folder_and_one_console(tmp_path):

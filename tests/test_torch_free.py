@@ -11,6 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 TORCH_FREE_MODULES = [
     "nemo_dist_conf",
+    "hydra_plugins.nemo_dist_conf.torchrun_launcher",
+    "nemo_dist_conf.batch",
+    "nemo_dist_conf.launch.sweep",
+    "nemo_dist_conf.ranks.agreement",
     "hydra_plugins.nemo_dist_conf.search_path",
     "nemo_dist_conf.compose",
     "nemo_dist_conf.explain",

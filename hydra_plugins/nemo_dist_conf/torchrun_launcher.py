@@ -10,7 +10,6 @@ class TorchrunLauncher(Launcher):
 
     def __init__(self, **options):
         self.options = options
-        self.sweep = None
 
     def setup(self, *, hydra_context, task_function, config):
         from nemo_dist_conf.launch.sweep import TorchrunSweep

@@ -12,7 +12,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["SweepFolder"]
 
-RECORDS = "sweep.jsonl"
+_RECORDS = "sweep.jsonl"
 
 
 class SweepFolder:
@@ -53,20 +53,20 @@ class SweepFolder:
             self._put_aside()
 
     def _holds_records(self) -> bool:
-        return (self.path / RECORDS).stat().st_size > 0
+        return (self.path / _RECORDS).stat().st_size > 0
 
     def _put_aside(self) -> None:
         """The records of an earlier sweep in this folder keep existing under another name."""
         number = 1
         while (self.path / f"sweep.{number}.jsonl").exists():
             number += 1
-        (self.path / RECORDS).rename(self.path / f"sweep.{number}.jsonl")
+        (self.path / _RECORDS).rename(self.path / f"sweep.{number}.jsonl")
         self._take()
 
     def _take(self) -> bool:
         """Whether this process holds the folder now. The lock ends with the process, however it ends."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / RECORDS).open("a")
+        self._lock = (self.path / _RECORDS).open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,7 +79,7 @@ class SweepFolder:
         """Remove what a sweep that was refused has made: its empty records, and a new folder with nothing else."""
         if self._holds_records():
             return
-        (self.path / RECORDS).unlink()
+        (self.path / _RECORDS).unlink()
         if self._is_new and {item.name for item in self.path.iterdir()} <= {"multirun.yaml"}:
             (self.path / "multirun.yaml").unlink(missing_ok=True)
             self.path.rmdir()

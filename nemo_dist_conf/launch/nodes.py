@@ -48,7 +48,7 @@ class Nodes:
             return make()
         if self.leads:
             made = make()
-            self._store.set(key, pickle.dumps(made))
+            self._store.set(key, pickle.dumps(made))  # type: ignore[arg-type]
             return made
         return self._get(key)
 
@@ -62,7 +62,7 @@ class Nodes:
     def post(self, key: str, mine: Any) -> None:
         """This node's part of what the others gather, without waiting for theirs."""
         if self.count > 1:
-            self._store.set(f"{key}/{self.number}", pickle.dumps(mine))
+            self._store.set(f"{key}/{self.number}", pickle.dumps(mine))  # type: ignore[arg-type]
 
     def _get(self, key: str) -> Any:
         from torch.distributed import DistError

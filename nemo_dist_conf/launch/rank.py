@@ -97,10 +97,11 @@ def _hydra(payload: Payload, hydra: DictConfig, rank: int) -> None:
     configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if attempt and rank == 0:
-        log.warning("a rank failed; the ranks are started again (%d of %s)", attempt, os.environ["TORCHELASTIC_MAX_RESTARTS"])
+        allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
+        log.warning("a rank failed; the ranks are started again (%d of %s)", attempt, allowed)
     # Where it was when it was stopped: a rank that hangs shows its stacks at the end of its log.
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
             faulthandler.register(signal.SIGTERM, file=handler.stream, all_threads=True, chain=True)
 
 

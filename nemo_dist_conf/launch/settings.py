@@ -74,7 +74,7 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     if conf.rdzv_backend == "static" and (conf.node_rank is None or not 0 <= conf.node_rank < conf.nnodes):
         wrong("node_rank", f"0 to {conf.nnodes - 1}, another one on each node", 0)
     if conf.rdzv_backend == "c10d" and conf.node_rank is not None:
-        wrong("node_rank", "null (c10d numbers the nodes itself)", "null", "has an effect with rdzv_backend=static only")
+        wrong("node_rank", "null (c10d numbers the nodes itself)", "null", "needs rdzv_backend=static")
     for name, least in (("max_restarts", 0), ("rdzv_timeout_s", 1), ("shutdown_timeout_s", 0)):
         if getattr(conf, name) < least:
             wrong(name, f"{least} or more", least)
@@ -95,7 +95,8 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
             problems.append(Problem(what, asked, "any other variable", f"~hydra.launcher.env.{name}"))
     problems += _preload_problems(conf)
     if conf.resume is not None and not (Path(conf.resume) / "multirun.yaml").is_file():
-        wrong("resume", "the folder of a sweep (it holds multirun.yaml)", "multirun/DATE/TIME", "is not a sweep's folder")
+        what = "is not a sweep's folder"
+        wrong("resume", "the folder of a sweep, which holds multirun.yaml", "multirun/DATE/TIME", what)
     ConfigError.raise_if(problems)
     return Settings(conf, ranks or 1)
 

@@ -14,7 +14,6 @@ import uuid
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, filter_overrides, run_job, setup_globals
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, TaskFunction
@@ -38,7 +37,7 @@ __all__ = ["TorchrunSweep"]
 log = logging.getLogger(__name__)
 
 
-class Tolerated(JobReturn):
+class _Tolerated(JobReturn):
     """A job without a result in a sweep that goes on; Hydra's own sweeper raises for any other that failed."""
 
     @property
@@ -155,7 +154,7 @@ class TorchrunSweep:
     def _without_value(self, result: JobReturn, error: Exception) -> JobReturn:
         """Sweepers that read values decide about failures by themselves; Hydra's own reads none and would stop."""
         basic = str(self.config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
-        kind = Tolerated if basic else JobReturn
+        kind = _Tolerated if basic else JobReturn
         new = kind(result.overrides, result.cfg, result.hydra_cfg, result.working_dir, result.task_name)
         new.status = JobStatus.FAILED
         new._return_value = error

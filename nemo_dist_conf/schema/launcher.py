@@ -30,7 +30,7 @@ OnInvalid.__doc__ = "Whether a sweep starts that holds combinations which cannot
 class TorchrunConf:
     """Every job of a sweep as N ranks; the words that torchrun has too mean the same here."""
 
-    nproc_per_node: Any = option(1, "ranks on this node: a number; gpu: one for each GPU; auto: gpu, or cores without any")
+    nproc_per_node: Any = option(1, "ranks on this node: a number; gpu: one a GPU; auto: gpu, or cores without any")
     nnodes: int = option(1, "nodes of a job; the same command is started on each")
     rdzv_backend: str = option("c10d", "how nodes find each other: c10d, or static with node_rank")
     rdzv_endpoint: Optional[str] = option(None, "host:port of the node where all nodes meet; needed for nnodes above 1")
@@ -50,11 +50,11 @@ class TorchrunConf:
     rdzv_timeout_s: int = option(900, "seconds to wait for the other nodes")
     job_timeout_s: Optional[float] = option(None, "seconds after which a job that still runs has failed; null: none")
     shutdown_timeout_s: int = option(30, "seconds between asking a rank to end and killing it")
-    log_dir: Optional[str] = option(None, "folder for what ranks print and their errors; null: ranks/ in the job's folder")
+    log_dir: Optional[str] = option(None, "for what ranks print and their errors; null: ranks/ in the job's folder")
     tee: Optional[str] = option(
         None,
-        "what is shown on the console as well as in its file, as torchrun's --tee: 3 (stdout and stderr of all), 0:1,1:3; "
-        "null: rank 0 has the console, the others their files",
+        "what is shown on the console as well as in its file, as torchrun's --tee: 3 (stdout and stderr of all), "
+        "0:1,1:3; null: rank 0 has the console, the others their files",
     )
     on_failure: OnFailure = option(OnFailure["raise"], "raise: end the sweep with the first failed job; continue")
     on_invalid: OnInvalid = option(
