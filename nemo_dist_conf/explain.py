@@ -1,4 +1,4 @@
-"""Help texts of every option, for any app: ``python -m nemo_dist_conf.explain strategy=ddp parallelism``."""
+"""Help texts of every option: ``python -m nemo_dist_conf.explain strategy=ddp parallelism hydra/launcher=torchrun``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from nemo_dist_conf.compose import SECTIONS
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema import documented
+from nemo_dist_conf.schema.launcher import TorchrunConf
 from nemo_dist_conf.strategies import STRATEGIES, find_strategy
 
 __all__ = ["explain", "main"]
 
+_LAUNCHER = "hydra/launcher=torchrun"
+
 
 def explain(*words: str) -> str:
-    """The options of the sections or strategies named (``strategy=ddp``, ``moe``), of all without a name.
+    """The options of what is named (``strategy=ddp``, ``moe``, ``hydra/launcher=torchrun``), of all without a name.
 
     Raises ConfigError for an unknown name.
     """
-    chosen = words or (*(f"strategy={strategy.name}" for strategy in STRATEGIES), *SECTIONS)
+    chosen = words or (*(f"strategy={strategy.name}" for strategy in STRATEGIES), *SECTIONS, _LAUNCHER)
     return "\n\n".join(_section(word) for word in chosen)
 
 
@@ -31,8 +34,10 @@ def _section(word: str) -> str:
         schema, title = strategy.schema, f"strategy={' | '.join(strategy.names)}"
     elif section in SECTIONS:
         schema, title = SECTIONS[section], section
+    elif section == "hydra/launcher" and option in ("", "torchrun"):
+        schema, title, section = TorchrunConf, _LAUNCHER, "hydra.launcher"
     else:
-        known = ["strategy", *SECTIONS]
+        known = ["strategy", *SECTIONS, _LAUNCHER]
         likely = nearest(section, known) or known[:1]
         raise ConfigError(Problem(f"there is no section {section!r}", word, ", ".join(known), likely[0]))
     rows = list(documented(schema, f"{section}."))

@@ -41,7 +41,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Payload:
-    """All that the ranks of a job share. body: pickled task function, its config and Hydra's, opened in the rank
+    """All that the ranks of a job share. main: see ``_package_main``. body: pickled task function, its config and Hydra's, opened in the rank
     only after the surroundings are put up, because it may import the user's modules.
     """
 
@@ -55,10 +55,20 @@ class Payload:
         default_factory=lambda: {name: value for name, value in os.environ.items() if not set_by_elastic(name)}
     )
 
+    main: str | None = field(default_factory=lambda: _package_main())
+
     def open(self) -> tuple[Callable[..., Any] | None, DictConfig, DictConfig]:
         """Task function (None: it comes by another way), task config, Hydra's config."""
+        if self.main is not None:
+            sys.modules["__main__"] = importlib.import_module(self.main)
         task, config, hydra = pickle.loads(self.body)
         return task.find() if isinstance(task, Reference) else task, config, hydra
+
+
+def _package_main() -> str | None:
+    """``package.__main__`` where the program is ``python -m package``: the one that multiprocessing does not import."""
+    name = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None) or ""
+    return name if name.endswith(".__main__") else None
 
 
 def refer(task: Callable[..., Any]) -> Reference | None:

@@ -50,7 +50,7 @@ class TorchrunConf:
     rdzv_timeout_s: int = option(900, "seconds to wait for the other nodes")
     job_timeout_s: Optional[float] = option(None, "seconds after which a job that still runs has failed; null: none")
     shutdown_timeout_s: int = option(30, "seconds between asking a rank to end and killing it")
-    log_dir: Optional[str] = option(None, "for what ranks print and their errors; null: ranks/ in the job's folder")
+    log_dir: Optional[str] = option(None, "folder of what ranks print; null: ranks/ in the job's folder")
     tee: Optional[str] = option(
         None,
         "what is shown on the console as well as in its file, as torchrun's --tee: 3 (stdout and stderr of all), "
