@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.batch import SweepRefused, compose_jobs, jobs_of_basic_sweep, judge, refusal
 from nemo_dist_conf.compose import Checked, check, find_roots
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
-from nemo_dist_conf.topology.world import Start, about_to_start, launch_command, launched, program
+from nemo_dist_conf.topology.world import Start, about_to_start, is_starting, launch_command, launched, program
 
 __all__ = ["DistributedCallback", "check_of", "end"]
 
@@ -67,7 +67,7 @@ class DistributedCallback(Callback):
             self.check(config)
         except NemoDistConfError as error:
             end(error)
-        if place.world_size > 1 and place.source != "torchrun" and _is_sweep(config):
+        if place.world_size > 1 and place.source != "torchrun" and _is_sweep(config) and not is_starting():
             from nemo_dist_conf.ranks.agreement import agree_on_job
 
             _or_end(lambda: agree_on_job(config, place))
@@ -85,7 +85,7 @@ def check_of(config: DictConfig) -> Any:
     for node in (OmegaConf.select(config, "hydra.callbacks") or {}).values():
         kind = get_class(node._target_) if isinstance(node, DictConfig) and "_target_" in node else object
         if issubclass(kind, DistributedCallback):
-            return kind().check
+            return kind(**{str(key): node[key] for key in node if not str(key).startswith("_")}).check
     return DistributedCallback().check
 
 

@@ -14,14 +14,15 @@ from typing import Any, Callable, Iterator
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from nemo_dist_conf.errors import ConfigError, DataError, TrainingError
-from nemo_dist_conf.launch.failure import Failure
+from nemo_dist_conf.launch.failure import Failure, Interrupted
 from nemo_dist_conf.launch.rank import run_rank
 from nemo_dist_conf.launch.settings import Settings
 
-__all__ = ["Interrupted", "run_ranks", "start_forkserver"]
+__all__ = ["run_ranks", "start_forkserver"]
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 #: Errors whose text says all that a user needs.
 _TOLD_IN_FULL = {kind.__name__ for kind in (ConfigError, DataError, TrainingError)}
-
-
-class Interrupted(SystemExit):
-    """The sweep was told to end; the ranks are gone. Its code is the shell's for that signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.name = signal.Signals(number).name
 
 
 class _Timeout(SignalException):
@@ -59,7 +52,9 @@ def run_ranks(
     except _Timeout:
         raise Failure(f"took longer than {options.job_timeout_s:g} s (hydra.launcher.job_timeout_s)") from None
     except SignalException as stopped:
-        raise Interrupted(stopped.sigval) from None
+        raise Interrupted(int(stopped.sigval)) from None
+    except RendezvousError as error:
+        raise Failure(f"the nodes of the job did not meet: {error}") from None
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
         raise _failure(rank, first) from None

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+
 from hydra.errors import CompactHydraException
 
 from nemo_dist_conf.errors import NemoDistConfError
 
-__all__ = ["Failure", "JobFailed"]
+__all__ = ["Failure", "Interrupted", "JobFailed"]
+
+
+class Interrupted(SystemExit):
+    """The sweep was told to end; the ranks are gone. Its code is the shell's for that signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
 
 
 class Failure(NemoDistConfError):

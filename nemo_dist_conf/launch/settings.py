@@ -14,6 +14,7 @@ from typing import Any, Mapping
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema.launcher import TorchrunConf
 from nemo_dist_conf.topology.device import cuda_count
 from nemo_dist_conf.topology.world import Start, set_by_elastic
@@ -51,8 +52,9 @@ class Settings:
 
 def read_settings(options: Mapping[str, Any]) -> Settings:
     """The options of the node ``hydra.launcher``. Raises ConfigError with every wrong one."""
-    conf = TorchrunConf(**{item.name: _plain(options[item.name]) for item in dataclasses.fields(TorchrunConf)})
-    problems: list[Problem] = []
+    known = [item.name for item in dataclasses.fields(TorchrunConf)]
+    conf = TorchrunConf(**{name: _plain(options[name]) for name in known})
+    problems = [_stray(name, options[name], known) for name in options if name not in known]
 
     def wrong(name: str, allowed: str, instead: Any, why: str = "does not fit") -> None:
         key, value = f"hydra.launcher.{name}", _word(getattr(conf, name))
@@ -99,6 +101,15 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
         wrong("resume", "the folder of a sweep, which holds multirun.yaml", "multirun/DATE/TIME", what)
     ConfigError.raise_if(problems)
     return Settings(conf, ranks or 1)
+
+
+def _stray(name: str, value: Any, known: list[str]) -> Problem:
+    """A key that ``+`` added."""
+    likely = nearest(name, known) or [option for option in known if option.startswith(name)]
+    asked = f"+hydra.launcher.{name}={_word(_plain(value))}"
+    instead = f"hydra.launcher.{likely[0]}={_word(_plain(value))}" if likely else f"~hydra.launcher.{name}"
+    ordered = likely + [option for option in known if option not in likely]
+    return Problem(f"hydra.launcher.{name} is not an option", asked, ", ".join(ordered), instead)
 
 
 def _ranks(asked: Any) -> int | None:

@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import pickle
+import signal
 import sys
 import time
 import uuid
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override, open_dict, read_writ
 from nemo_dist_conf.batch import Job, SweepRefused, compose_jobs, judge, refusal
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hooks import check_of
-from nemo_dist_conf.launch.failure import Failure, JobFailed
+from nemo_dist_conf.launch.failure import Failure, Interrupted, JobFailed
 from nemo_dist_conf.launch.folder import SweepFolder
 from nemo_dist_conf.launch.nodes import Nodes
 from nemo_dist_conf.launch.records import Record, Records, text_table
@@ -56,6 +57,7 @@ class TorchrunSweep:
         self, options: Mapping[str, Any], context: HydraContext, task: TaskFunction, config: DictConfig
     ) -> None:
         self.config, self.context, self.task = config, context, task
+        self.failed = False
         try:
             self.settings: Settings = read_settings(options)
             resume = self.settings.options.resume
@@ -100,11 +102,13 @@ class TorchrunSweep:
             for job in jobs:
                 try:
                     results.append(self._result(job))
-                except BaseException as end:
-                    self._stopped(job, jobs, end)
-                    raise
-                error = results[-1]._return_value
-                if isinstance(error, JobFailed):
+                except (KeyboardInterrupt, Interrupted) as end:
+                    stopped = end if isinstance(end, Interrupted) else Interrupted(signal.SIGINT)
+                    self._stopped(job, jobs, stopped)
+                    raise stopped from None
+                if results[-1].status is JobStatus.FAILED and not job.refused:
+                    self.failed = True
+                    error = results[-1]._return_value
                     if options.on_failure.name == "raise":
                         self._not_started(job, jobs)
                         self.show_table()
@@ -172,7 +176,10 @@ class TorchrunSweep:
 
         @functools.wraps(self.task)
         def start_ranks(config: DictConfig) -> Any:
-            return self._run_ranks(job)
+            try:
+                return self._run_ranks(job)
+            except ConfigError as error:
+                raise SweepRefused(*error.problems) from None
 
         try:
             return run_job(
@@ -187,7 +194,7 @@ class TorchrunSweep:
             self._log_as_hydra()
 
     def _run_ranks(self, job: Job) -> Any:
-        from nemo_dist_conf.launch.agent import Interrupted, run_ranks, start_forkserver
+        from nemo_dist_conf.launch.agent import run_ranks, start_forkserver
 
         options, full = self.settings.options, copy.deepcopy(job.config)
         now = self.nodes.agree(f"job{job.number}/now", datetime.datetime.now)
@@ -238,21 +245,17 @@ class TorchrunSweep:
             if job.number > last.number and self._completed(job) is None:
                 self._record(job, "skipped" if job.refused else "not started")
 
-    def _stopped(self, job: Job, jobs: list[Job], end: BaseException) -> None:
+    def _stopped(self, job: Job, jobs: list[Job], end: Interrupted) -> None:
         """Ctrl-C or a signal: say what was not done and how to go on."""
-        name = getattr(end, "name", type(end).__name__)
-        self._record(job, "interrupted", reason=f"stopped by {name}")
+        self._record(job, "interrupted", reason=f"stopped by {end.name}")
         self._not_started(job, jobs)
         if self.nodes.leads:
             self.show_table()
-            print(f"stopped by {name}; to go on: hydra.launcher.resume={self.records.folder}", file=sys.stderr)
+            print(f"stopped by {end.name}; to go on: hydra.launcher.resume={self.records.folder}", file=sys.stderr)
 
     def show_table(self) -> None:
         if self.nodes.leads and self.records.of_job:
             print(f"\n{text_table(self.records.all())}\n{self.records.folder / 'sweep.md'}", flush=True)
-
-    def failed(self) -> bool:
-        return any(record.status == "failed" for record in self.records.all())
 
     def _log_as_hydra(self) -> None:
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -266,7 +269,7 @@ class _AtTheEnd(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         self.sweep.show_table()
-        if self.sweep.failed():
+        if self.sweep.failed:
             raise SystemExit(1)
 
 

@@ -41,7 +41,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Payload:
-    """All that the ranks of a job share. main: see ``_package_main``. body: pickled task function, its config and Hydra's, opened in the rank
+    """All that the ranks of a job share. body: pickled task function, its config and Hydra's, opened in the rank
     only after the surroundings are put up, because it may import the user's modules.
     """
 
@@ -54,13 +54,12 @@ class Payload:
     environment: dict[str, str] = field(
         default_factory=lambda: {name: value for name, value in os.environ.items() if not set_by_elastic(name)}
     )
-
-    main: str | None = field(default_factory=lambda: _package_main())
+    package_main: str | None = field(default_factory=lambda: _package_main())
 
     def open(self) -> tuple[Callable[..., Any] | None, DictConfig, DictConfig]:
         """Task function (None: it comes by another way), task config, Hydra's config."""
-        if self.main is not None:
-            sys.modules["__main__"] = importlib.import_module(self.main)
+        if self.package_main is not None:
+            sys.modules["__main__"] = importlib.import_module(self.package_main)
         task, config, hydra = pickle.loads(self.body)
         return task.find() if isinstance(task, Reference) else task, config, hydra
 

@@ -16,6 +16,7 @@ __all__ = [
     "Launched",
     "Start",
     "about_to_start",
+    "is_starting",
     "is_rank_variable",
     "launch_command",
     "launched",
@@ -93,6 +94,11 @@ def about_to_start(start: Start) -> Iterator[None]:
         yield
     finally:
         _START.reset(token)
+
+
+def is_starting() -> bool:
+    """Whether this process is a launcher at work: it is no rank itself, whatever its variables say."""
+    return _START.get() is not None
 
 
 def planned_world_size() -> int:
