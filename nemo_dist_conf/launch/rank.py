@@ -95,6 +95,7 @@ def _hydra(payload: Payload, hydra: DictConfig, rank: int) -> None:
     keep_apart(hydra, rank)
     HydraConfig.instance().set_config(hydra)
     configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
+    _log_as_main()
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if attempt and rank == 0:
         allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
@@ -103,6 +104,16 @@ def _hydra(payload: Payload, hydra: DictConfig, rank: int) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler) and handler.stream is not None:
             faulthandler.register(signal.SIGTERM, file=handler.stream, all_threads=True, chain=True)
+
+
+def _log_as_main() -> None:
+    """multiprocessing imports the program under another name, which its log lines should not show."""
+    make = logging.getLogRecordFactory()
+
+    def renamed(name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        return make("__main__" if name == "__mp_main__" else name, *args, **kwargs)
+
+    logging.setLogRecordFactory(renamed)
 
 
 def _packed(value: Any) -> bytes | None:
