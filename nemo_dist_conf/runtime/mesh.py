@@ -145,8 +145,21 @@ class MeshContext:
                 rank = rank * (self.size(axis) or 1) + self.device_mesh.get_local_rank(axis.value)
         return rank
 
+    @property
+    def gradient_size(self) -> int:
+        """Ranks over which gradients are averaged: data ranks, and the cp ranks that share their rows."""
+        return self.data_size * self.cp_size
+
+    def split_sequence(self, *tensors_BS: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """This rank's part of each row, [B, S] -> [B, S / cp]: of input ids and, in the same way, of labels."""
+        if self.cp_size == 1 or self.device_mesh is None:
+            return tensors_BS
+        from nemo_dist_conf.runtime.context_parallel import split_sequence
+
+        return tuple(split_sequence(tensor, self.device_mesh[A.CP.value]) for tensor in tensors_BS)
+
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of ``value`` over the data ranks, in place, without gradient.
+        """The sum of ``value`` over the ranks that hold different tokens (data and cp), in place, without gradient.
 
         Each data axis is reduced in turn: exact, and no process group beyond the mesh's own is needed.
         """

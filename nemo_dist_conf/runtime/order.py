@@ -1,6 +1,7 @@
 """The one order in which a model is parallelised; each technique has a module of its own.
 
-tensor/sequence parallel -> activation checkpointing -> compile -> autocast -> shard or replicate -> fill.
+tensor/sequence parallel -> context parallel -> activation checkpointing -> compile -> autocast -> shard or replicate
+-> fill.
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ def parallelize_fsdp2(
         apply_tensor_parallel(model, tp_mesh, plan=config.tp_plan, sequence_parallel=config.sequence_parallel)
         if config.enable_async_tensor_parallel:
             enable_async_tensor_parallel(device, tp_mesh.get_group().group_name)
+    if sizes.get(A.CP, 1) > 1:
+        from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
+
+        apply_context_parallel(model, device_mesh[A.CP.value])
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
     apply_activation_checkpointing(model, units, config.activation_checkpointing)

@@ -185,7 +185,7 @@ def _train(
             step_began = time.perf_counter()
             # Dropout too is a function of the step: a resumed run draws what an uninterrupted one does.
             torch.manual_seed(mix_seed(cfg.seed, step, context.data_rank))
-            input_ids, labels = data.batch(step, context.data_rank, context.data_size)
+            input_ids, labels = context.split_sequence(*data.batch(step, context.data_rank, context.data_size))
             tokens = _global_tokens(data, labels, context)
             lr = learning_rate.apply(optimizer, step)
             microbatches = split_microbatches(input_ids.to(context.device), labels.to(context.device), rows)

@@ -86,12 +86,13 @@ def train_step(
 ) -> StepResult:
     """One optimizer step on this rank's part of the global batch.
 
-    DDP and FSDP average gradients over the data ranks; scaling the loss sum by data_size / global_tokens turns that
+    DDP and FSDP average gradients over the ranks that hold different tokens; scaling the loss sum by their number /
+    global_tokens turns that
     into the gradient of the mean over the global batch, however unevenly tokens are spread over ranks.
     Nothing is updated where the global loss or gradient norm is not finite: all ranks see the same two numbers, so
     all of them decide alike.
     """
-    loss_sum = run_microbatches(model, microbatches, context.data_size / global_tokens)
+    loss_sum = run_microbatches(model, microbatches, context.gradient_size / global_tokens)
     loss = context.sum_over_data(loss_sum) / global_tokens
     norm = clip_grad_norm_(model, max_grad_norm)
     loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step

@@ -116,9 +116,9 @@ def composed(*overrides: str, **nodes: Any) -> DictConfig:
     return OmegaConf.create({**_composed(overrides), **nodes})
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch(length: int = TOKENS) -> tuple[Tensor, Tensor]:
     """(ids [B, S], labels [B, S]) of every step's global batch; rows have between S and S - 4 labels that count."""
-    ids_BT = torch.randint(VOCABULARY, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    ids_BT = torch.randint(VOCABULARY, (ROWS, length + 1), generator=torch.Generator().manual_seed(0))
     labels_BS = ids_BT[:, 1:].clone()
     for row in range(ROWS):
         labels_BS[row, : row % 5] = -100
@@ -166,10 +166,12 @@ class Trajectory:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def train(cfg: DictConfig, microbatches: int = 1, steps: int = STEPS, whole: bool = False) -> Trajectory:
+def train(
+    cfg: DictConfig, microbatches: int = 1, steps: int = STEPS, whole: bool = False, length: int = TOKENS
+) -> Trajectory:
     """Steps on this rank as a user writes them: the hook, ``accumulate`` and ``clip_grad_norm_``.
 
-    whole: also gather weights and gradients, which takes longer than the steps; only rank 0's travel back.
+    length: tokens of a row. whole: also gather weights and gradients, which takes longer than the steps; only rank 0's travel back.
     """
     setup, model, optimizer = instantiate(cfg)
     context = setup.mesh_context
@@ -177,8 +179,9 @@ def train(cfg: DictConfig, microbatches: int = 1, steps: int = STEPS, whole: boo
     gradients: dict[str, Tensor] = {}
     seen = Trajectory()
     for step in range(steps):
-        everything = batch()
-        ids_BS, labels_BS = (part.chunk(context.data_size)[context.data_rank] for part in everything)
+        everything = batch(length)
+        rows_of_rank = (part.chunk(context.data_size)[context.data_rank] for part in everything)
+        ids_BS, labels_BS = context.split_sequence(*rows_of_rank)
         tokens = int((everything[1] != -100).sum())
         total = torch.zeros(())
         rows = len(ids_BS) // microbatches
@@ -186,7 +189,7 @@ def train(cfg: DictConfig, microbatches: int = 1, steps: int = STEPS, whole: boo
             part = slice(index * rows, (index + 1) * rows)
             with accumulate(model, last=index == microbatches - 1):
                 loss = loss_sum(model, ids_BS[part], labels_BS[part])
-                (loss * context.data_size / tokens).backward()
+                (loss * context.gradient_size / tokens).backward()
             total += loss.detach()
         if step == 0 and whole:
             gradients = full_gradients(model)
@@ -209,7 +212,9 @@ def plain_model(kind: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=torch.float32)
 
 
-def single_process(kind: str, optimizer: dict[str, Any], weights: dict[str, Tensor]) -> Trajectory:
+def single_process(
+    kind: str, optimizer: dict[str, Any], weights: dict[str, Tensor], length: int = TOKENS
+) -> Trajectory:
     """What every layout must reproduce: plain torch on the whole batch, nothing of ours but the initial weights."""
     model = plain_model(kind)
     model.load_state_dict(weights)
@@ -218,7 +223,7 @@ def single_process(kind: str, optimizer: dict[str, Any], weights: dict[str, Tens
     update = kinds[optimizer["name"]](model.parameters(), **options)
     seen = Trajectory(weights=weights)
     for step in range(STEPS):
-        ids_BS, labels_BS = batch()
+        ids_BS, labels_BS = batch(length)
         loss = loss_sum(model, ids_BS, labels_BS) / (labels_BS != -100).sum()
         loss.backward()
         if step == 0:

@@ -65,6 +65,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
         (2, ["strategy=ddp"]),
         (2, ["strategy=fsdp2", "train.micro_batch_size=2"]),
         (2, ["parallelism.tp_size=2", "strategy.sequence_parallel=true", "activation_checkpointing=true"]),
+        (2, ["parallelism.cp_size=2", "train.micro_batch_size=4"]),
         (4, ["parallelism.tp_size=2"]),
         (4, ["parallelism.dp_replicate_size=2"]),
     ],
