@@ -10,9 +10,7 @@ of links, the second of which holds the plugin and is on one side's path only. B
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import os
 import shlex
 import statistics
@@ -25,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overhead import hardware, versions
+import report
 
 APP = """
     import hydra
@@ -177,30 +175,28 @@ COLUMNS = ("command", "plugin", "CPU s", "wall s", "ratio", "beside", "aim")
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines: list[tuple[str, ...]] = [COLUMNS, tuple("---" for _ in COLUMNS)]
+    rows: list[tuple[str, ...]] = []
     for r in results:
         paired = r["plugin"] and r["beside"] == "without the plugin"
         ratio, beside = (f"{r['ratio']:.3f}", r["beside"]) if r["plugin"] else ("", "")
         plugin, aim = ("with" if r["plugin"] else "without"), (f"{AIM:.2f}" if paired else "")
-        lines.append((r["case"], plugin, f"{r['cpu_s']:.3f}", f"{r['wall_s']:.3f}", ratio, beside, aim))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+        rows.append((r["case"], plugin, f"{r['cpu_s']:.3f}", f"{r['wall_s']:.3f}", ratio, beside, aim))
+    return report.table(COLUMNS, rows)
 
 
-def markdown(report: dict[str, Any]) -> str:
-    machine = report["hardware"]
-    used = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+def markdown(measured: dict[str, Any]) -> str:
+    machine = measured["hardware"]
     return f"""# Composing with and without the plugin
 
-CPU seconds of whole processes, medians of {report["repeats"]} taken in turns; ratios are medians of pairs.
+CPU seconds of whole processes, medians of {measured["repeats"]} taken in turns; ratios are medians of pairs.
 How it is measured stands at the top of [compose.py](../compose.py).
 
-{table(report["results"])}
+{table(measured["results"])}
 
-Measured {report["date"]} on {machine["cpu"]}, {machine["cores"]} cores, {machine["ram_gib"]} GiB; load before the run
-{machine["load_before"]}. Versions: {used}.
+Measured {measured["date"]} on {machine["cpu"]}, {machine["cores"]} cores, {machine["ram_gib"]} GiB; load before the run
+{machine["load_before"]}. Versions: {report.used(measured)}.
 
-    {report["command"]}
+    {measured["command"]}
 """
 
 
@@ -208,23 +204,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15, help="runs of each command (default 15)")
     parser.add_argument("--quick", action="store_true", help="one run of each: a smoke test")
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
-    parser.add_argument("--markdown", type=Path, help="write the table, the machine and the versions here")
+    report.add_files(parser)
     options = parser.parse_args()
     repeats = 1 if options.quick else options.repeats
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/compose.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "repeats": repeats,
-    }
-    report["results"] = measure(repeats)
-    print(table(report["results"]))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(markdown(report))
+    measured = report.new_report(__file__, repeats=repeats)
+    measured["results"] = measure(repeats)
+    report.finish(measured, options, table(measured["results"]), markdown)
 
 
 if __name__ == "__main__":

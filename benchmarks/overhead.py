@@ -19,19 +19,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import os
-import platform
-import shlex
 import statistics
-import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator
+
+import report
 
 if TYPE_CHECKING:
     import torch
@@ -339,20 +336,6 @@ def measure(strategy: str, size: str, options: argparse.Namespace) -> dict[str, 
     }
 
 
-def hardware() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": model, "cores": os.cpu_count(), "ram_gib": round(ram), "load_before": round(os.getloadavg()[0], 2)}
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "hydra-core", "omegaconf")},
-    }
-
-
 COLUMNS = ("strategy", "model", "measure", "by hand", "ours", "ratio", "aim")
 AIMS = {"wrap": "1.05", "first": "", "step": "1.01", "memory": "1.01"}
 
@@ -367,34 +350,31 @@ def rows(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows(results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    return report.table(COLUMNS, rows(results))
 
 
-def markdown(report: dict[str, Any]) -> str:
-    machine, spread = report["hardware"], []
-    for result in report["results"]:
+def markdown(measured: dict[str, Any]) -> str:
+    machine, spread = measured["hardware"], []
+    for result in measured["results"]:
         low, high = min(result["step_ratio_of_rounds"]), max(result["step_ratio_of_rounds"])
         spread.append(
             f"- {result['strategy']} {result['size']} ({result['parameters'] / 1e6:.2f} M parameters): step ratio by "
             f"round {low:.3f} to {high:.3f}; largest relative difference of a loss {result['loss_difference']:.1e}"
         )
-    used = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"""# Overhead beside hand-written torch
 
 {__doc__.split("For DDP", 1)[0].splitlines()[0]}
 What each measure means stands at the top of [overhead.py](../overhead.py).
 
-{table(report["results"])}
+{table(measured["results"])}
 
 {chr(10).join(spread)}
 
-Measured {report["date"]} on {machine["cpu"]}, {machine["cores"]} cores, {machine["ram_gib"]} GiB;
+Measured {measured["date"]} on {machine["cpu"]}, {machine["cores"]} cores, {machine["ram_gib"]} GiB;
 {WORLD_SIZE} gloo ranks, 1 thread each, load before the run {machine["load_before"]}.
-Versions: {used}.
+Versions: {report.used(measured)}.
 
-    {report["command"]}
+    {measured["command"]}
 """
 
 
@@ -407,28 +387,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps in a round (default 30)")
     parser.add_argument("--repeats", type=int, default=3, help="fresh process groups per side (default 3)")
     parser.add_argument("--quick", action="store_true", help="the smallest model and few of everything: a smoke test")
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
-    parser.add_argument("--markdown", type=Path, help="write the table, the machine and the versions here")
+    report.add_files(parser)
     options = parser.parse_args()
     if options.quick:
         options.size, options.wraps, options.rounds, options.steps, options.repeats = ["0.04M"], 2, 1, 3, 1
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling modules in every rank would count as ours
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "results": [],
-    }
+    measured = report.new_report(__file__)
     for size in options.size:
         for strategy in options.strategy:
-            report["results"].append(measure(strategy, size, options))
-    print(table(report["results"]))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(markdown(report))
+            measured["results"].append(measure(strategy, size, options))
+    report.finish(measured, options, table(measured["results"]), markdown)
 
 
 if __name__ == "__main__":

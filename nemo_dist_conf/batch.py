@@ -56,7 +56,7 @@ def compose_jobs(
     for number, words in enumerate(overrides, first):
         config = loader.load_sweep_config(master, list(words))
         with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = number
+            config.hydra.job.id, config.hydra.job.num = str(number), number
         jobs.append(Job(number, list(words), config))
     return jobs
 

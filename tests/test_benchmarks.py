@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
     [
         ("overhead", 2, ("wrap [ms]", "step [ms]", "memory [MB]")),
         ("compose", 8, ("show a plain app's config", "complete db= in bash", "refuse a combination")),
+        ("launch", 2, ("torchrun, by hand", "hydra/launcher=torchrun, forkserver")),
     ],
 )
 def test_quick_run(tmp_path, name, rows, words):

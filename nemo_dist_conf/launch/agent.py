@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -19,10 +20,10 @@ from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from nemo_dist_conf.errors import ConfigError, DataError, TrainingError
 from nemo_dist_conf.launch.failure import Failure, Interrupted
-from nemo_dist_conf.launch.rank import run_rank
+from nemo_dist_conf.launch.rank import RankExit, run_rank
 from nemo_dist_conf.launch.settings import Settings
 
-__all__ = ["run_ranks", "start_forkserver"]
+__all__ = ["run_ranks"]
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 #: Errors whose text says all that a user needs.
-_TOLD_IN_FULL = {kind.__name__ for kind in (ConfigError, DataError, TrainingError)}
+_TOLD_IN_FULL = {kind.__name__ for kind in (ConfigError, DataError, TrainingError, RankExit)}
+
+
+_HEAD = "Traceback (most recent call last):"
 
 
 class _Timeout(SignalException):
@@ -38,43 +42,31 @@ class _Timeout(SignalException):
 
 
 def run_ranks(
-    settings: Settings, run_id: str, log_dir: str, blob: bytes, task: Callable[..., Any] | None
+    settings: Settings, endpoint: str, run_id: str, log_dir: str, blob: bytes, task: Callable[..., Any] | None
 ) -> tuple[bool, Any]:
     """(whether rank 0 ran on this node, its value). Returns when all ranks of this node have ended.
 
-    run_id: the same on all nodes, another one for each job. task: passed as it is to forked ranks.
+    endpoint: where the nodes meet. run_id: the same on all nodes, another one for each job.
+    task: passed as it is to forked ranks.
     Raises Failure where a rank failed or the job took too long, Interrupted after SIGINT, SIGTERM and the like.
     """
     options = settings.options
     try:
         with _signals_as_before(), _elastic_is_quiet(), _alarm(options.job_timeout_s):
-            values = launch_agent(_launch_config(settings, run_id, log_dir), run_rank, [blob, task])
+            values = launch_agent(_launch_config(settings, endpoint, run_id, log_dir), run_rank, [blob, task])
     except _Timeout:
         raise Failure(f"took longer than {options.job_timeout_s:g} s (hydra.launcher.job_timeout_s)") from None
     except SignalException as stopped:
         raise Interrupted(int(stopped.sigval)) from None
     except RendezvousError as error:
-        raise Failure(f"the nodes of the job did not meet: {error}") from None
+        raise Failure(f"the nodes of the job did not meet: {error}", when=time.time()) from None
     except ChildFailedError as failed:
-        rank, first = failed.get_first_failure()
-        raise _failure(rank, first) from None
+        raise _failure(*_earliest(*failed.get_first_failure())) from None
     packed = values.get(0)
     return 0 in values, None if packed is None else pickle.loads(packed)
 
 
-def start_forkserver(settings: Settings) -> None:
-    """Let the forkserver import what ranks need, once for all jobs. Without effect for other start methods."""
-    if settings.options.start_method.name != "forkserver":
-        return
-    import multiprocessing
-    from multiprocessing import forkserver
-
-    ours = ["torch.distributed.elastic.multiprocessing.api", "nemo_dist_conf.launch.rank", "hydra.core.utils"]
-    multiprocessing.set_forkserver_preload([*(str(name) for name in settings.options.preload), *ours])
-    forkserver.ensure_running()
-
-
-def _launch_config(settings: Settings, run_id: str, log_dir: str) -> LaunchConfig:
+def _launch_config(settings: Settings, endpoint: str, run_id: str, log_dir: str) -> LaunchConfig:
     options = settings.options
     alone = options.nnodes == 1
     tee: Any = Std.NONE if options.tee is None else Std.from_str(options.tee)
@@ -91,7 +83,7 @@ def _launch_config(settings: Settings, run_id: str, log_dir: str) -> LaunchConfi
         run_id=run_id,
         rdzv_backend=options.rdzv_backend,
         # Port 0: any free one, so that sweeps on one machine do not meet.
-        rdzv_endpoint="localhost:0" if alone and options.rdzv_backend == "c10d" else options.rdzv_endpoint or "",
+        rdzv_endpoint="localhost:0" if alone and options.rdzv_backend == "c10d" else endpoint,
         rdzv_configs=rendezvous,
         max_restarts=options.max_restarts,
         monitor_interval=options.monitor_interval_s,
@@ -103,6 +95,25 @@ def _launch_config(settings: Settings, run_id: str, log_dir: str) -> LaunchConfi
         local_addr=options.local_addr or ("127.0.0.1" if alone else None),
         **{name: value for name, value in rest.items() if name in known},
     )
+
+
+def _earliest(rank: int, failure: ProcessFailure) -> tuple[int, ProcessFailure]:
+    """The rank of this node that raised first, with what it left.
+
+    Elastic names the lowest rank of those it finds ended, which may have ended of another one's end.
+    """
+    if failure.exitcode < 0 or not os.path.isfile(failure.error_file):
+        return rank, failure
+    first = min(Path(failure.error_file).parents[1].glob("*/error.json"), key=lambda path: path.stat().st_mtime_ns)
+    local = int(first.parent.name)
+    return rank - failure.local_rank + local, dataclasses.replace(failure, local_rank=local, error_file=str(first))
+
+
+def _when(failure: ProcessFailure) -> float:
+    """Time of the failure. 0 where a signal killed the rank that no other rank's end sends: that came first."""
+    if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGABRT):
+        return 0.0
+    return os.stat(failure.error_file).st_mtime if os.path.isfile(failure.error_file) else float(failure.timestamp)
 
 
 def _failure(rank: int, failure: ProcessFailure) -> Failure:
@@ -117,7 +128,8 @@ def _failure(rank: int, failure: ProcessFailure) -> Failure:
     else:
         reason = f"ended with exit code {failure.exitcode}"
     printed = Path(failure.error_file).with_name("stderr.log") if failure.error_file else None
-    return Failure(reason, rank, _users_part(trace), str(printed) if printed and _holds_text(printed) else "")
+    printed_to = str(printed) if printed and _holds_text(printed) else ""
+    return Failure(reason, rank, _users_part(trace), printed_to, _when(failure))
 
 
 def _holds_text(path: Path) -> bool:
@@ -125,17 +137,18 @@ def _holds_text(path: Path) -> bool:
 
 
 def _users_part(trace: str) -> str:
-    """A traceback without the frames that stand above the task function."""
+    """A traceback without the frames that stand above the task function; of what it was raised from, everything."""
     lines = trace.rstrip().splitlines()
     ours = [index for index, line in enumerate(lines) if f'"{run_rank.__code__.co_filename}"' in line]
     if not ours:
         return "\n".join(lines)
+    head = max(index for index in range(ours[-1]) if lines[index] == _HEAD)
     below = ours[-1] + 1
     while below < len(lines) and not lines[below].startswith("  File "):
         if not lines[below].startswith("    "):
             break
         below += 1
-    return "\n".join(["Traceback (most recent call last):", *lines[below:]])
+    return "\n".join([*lines[:head], _HEAD, *lines[below:]])
 
 
 @contextmanager

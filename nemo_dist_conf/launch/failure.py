@@ -20,11 +20,16 @@ class Interrupted(SystemExit):
 
 
 class Failure(NemoDistConfError):
-    """What ended the ranks of a job. rank None: no single one; printed: file with what the rank printed."""
+    """What ended the ranks of a job. rank None: no single one; printed: file with what the rank printed.
 
-    def __init__(self, reason: str, rank: int | None = None, trace: str = "", printed: str = "") -> None:
-        super().__init__(reason, rank, trace, printed)
-        self.reason, self.rank, self.trace, self.printed = reason, rank, trace, printed
+    when: seconds of the clock; 0 for what cannot have followed from another failure.
+    """
+
+    def __init__(
+        self, reason: str, rank: int | None = None, trace: str = "", printed: str = "", when: float = 0.0
+    ) -> None:
+        super().__init__(reason, rank, trace, printed, when)
+        self.reason, self.rank, self.trace, self.printed, self.when = reason, rank, trace, printed, when
 
 
 class JobFailed(NemoDistConfError, CompactHydraException):

@@ -13,6 +13,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 __all__ = ["SweepFolder"]
 
 _RECORDS = "sweep.jsonl"
+_COMMANDS = "multirun.yaml"
 
 
 class SweepFolder:
@@ -23,17 +24,23 @@ class SweepFolder:
         self._lock: Any = None
         if resume is not None:
             _set_folder(config, Path(resume).resolve())
-        self.path = Path(str(config.hydra.sweep.dir))
-        self._is_new = not self.path.exists()
+        self._use(Path(str(config.hydra.sweep.dir)))
         if resume is not None:
             self._claim_for_resume(resume)
         else:
             self._claim(config)
 
+    def _use(self, path: Path) -> None:
+        commands = path / _COMMANDS
+        self.path = path
+        self._new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self._commands_before = commands.read_bytes() if commands.is_file() else None
+        self._aside: Path | None = None
+
     def _claim_for_resume(self, resume: str) -> None:
         if not self._take():
             asked = f"hydra.launcher.resume={resume}"
-            raise ConfigError(Problem("this sweep is still running", asked, "a sweep that has ended", f"~{asked}"))
+            raise ConfigError(Problem("this sweep is still running", asked, "a sweep that has ended", "hydra.launcher.resume=null"))
 
     def _claim(self, config: DictConfig) -> None:
         """A folder named by the time gets a number where another sweep of that second has it."""
@@ -45,8 +52,7 @@ class SweepFolder:
                 what = f"another sweep is running in {base}"
                 raise ConfigError(Problem(what, asked, "a folder of its own", f"hydra.sweep.dir={base}_2"))
             number += 1
-            self.path = base.with_name(f"{base.name}_{number}")
-            self._is_new = not self.path.exists()
+            self._use(base.with_name(f"{base.name}_{number}"))
         if self.path != base:
             _set_folder(config, self.path)
         if self._holds_records():
@@ -60,7 +66,7 @@ class SweepFolder:
         number = 1
         while (self.path / f"sweep.{number}.jsonl").exists():
             number += 1
-        (self.path / _RECORDS).rename(self.path / f"sweep.{number}.jsonl")
+        self._aside = (self.path / _RECORDS).rename(self.path / f"sweep.{number}.jsonl")
         self._take()
 
     def _take(self) -> bool:
@@ -76,13 +82,22 @@ class SweepFolder:
         return True
 
     def forget(self) -> None:
-        """Remove what a sweep that was refused has made: its empty records, and a new folder with nothing else."""
+        """Leave all as it was before a sweep that was refused; Hydra's sweeper has written ``multirun.yaml``."""
         if self._holds_records():
             return
-        (self.path / _RECORDS).unlink()
-        if self._is_new and {item.name for item in self.path.iterdir()} <= {"multirun.yaml"}:
-            (self.path / "multirun.yaml").unlink(missing_ok=True)
-            self.path.rmdir()
+        if self._aside is None:
+            (self.path / _RECORDS).unlink()
+        else:
+            self._aside.replace(self.path / _RECORDS)
+        if self._commands_before is not None:
+            (self.path / _COMMANDS).write_bytes(self._commands_before)
+        else:
+            (self.path / _COMMANDS).unlink(missing_ok=True)
+        for folder in self._new:
+            try:
+                folder.rmdir()
+            except OSError:  # others have written there
+                break
 
 
 def _set_folder(config: DictConfig, path: Path) -> None:

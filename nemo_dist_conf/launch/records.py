@@ -7,10 +7,12 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, BinaryIO, Iterable, Sequence
 
 __all__ = ["Record", "Records", "markdown_table", "text_table"]
 
+#: Letters of a value in the tables; the file of records has it in full.
+_WIDEST = 60
 _COLUMNS = ("job", "overrides", "layout", "status", "value", "seconds", "folder")
 
 
@@ -61,8 +63,8 @@ class Records:
         """Write the record down, and the Markdown table anew."""
         self.of_job[record.job] = record
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.write(json.dumps(asdict(record) | {"value": _as_json(record.value)}) + "\n")
+        with self.file.open("a+b") as file:
+            file.write(_line_end(file) + json.dumps(asdict(record) | {"value": _as_json(record.value)}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         aside = self.folder / ".sweep.md"
@@ -74,7 +76,7 @@ class Records:
 
 
 def text_table(records: Iterable[Record]) -> str:
-    """The table as plain columns, reasons below."""
+    """The table as plain columns."""
     rows = [_COLUMNS, *(_row(record) for record in records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)
@@ -92,10 +94,23 @@ def markdown_table(records: Iterable[Record]) -> str:
 
 def _row(record: Record) -> tuple[str, ...]:
     value = record.value
-    shown = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    shown = "" if value is None else f"{value:.6g}" if isinstance(value, float) else _in_one_line(str(value))
     seconds = "" if record.seconds is None else f"{record.seconds:.1f}"
-    words = " ".join(record.overrides)
+    words = " ".join(" ".join(record.overrides).splitlines())
     return str(record.job), words, record.layout, record.status, shown, seconds, record.folder
+
+
+def _in_one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _WIDEST else f"{line[:_WIDEST - 3]}..."
+
+
+def _line_end(file: BinaryIO) -> bytes:
+    """What ends a line that was cut off when the machine stopped."""
+    if not file.tell():
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def _as_json(value: Any) -> Any:

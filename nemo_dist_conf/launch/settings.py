@@ -46,7 +46,7 @@ class Settings:
         """CPU threads of a rank."""
         if self.options.threads_per_rank is not None:
             return self.options.threads_per_rank
-        given = os.environ.get("OMP_NUM_THREADS", "")
+        given = self.options.env.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")
         return int(given) if given.isdigit() and int(given) else max(1, _cores() // self.ranks)
 
 
@@ -73,6 +73,10 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
         wrong("rdzv_endpoint", "host:port of one of the nodes", "node0:29400", "does not say where the nodes meet")
     if conf.rdzv_endpoint and not re.fullmatch(r"[^:\s]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", conf.rdzv_endpoint):
         wrong("rdzv_endpoint", "host:port", "node0:29400")
+    elif conf.rdzv_backend == "static" and conf.rdzv_endpoint and not re.search(r":\d+$", conf.rdzv_endpoint):
+        wrong("rdzv_endpoint", "host:port", "node0:29400", "has no port, which rdzv_backend=static needs")
+    elif conf.rdzv_backend == "static" and conf.nnodes == 1 and not conf.rdzv_endpoint:
+        wrong("rdzv_endpoint", "host:port of this node", "localhost:29400", "does not say where the ranks meet")
     if conf.rdzv_backend == "static" and (conf.node_rank is None or not 0 <= conf.node_rank < conf.nnodes):
         wrong("node_rank", f"0 to {conf.nnodes - 1}, another one on each node", 0)
     if conf.rdzv_backend == "c10d" and conf.node_rank is not None:
@@ -90,6 +94,8 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
         wrong("job_timeout_s", "null outside the main thread, where no alarm can be set", "null")
     if conf.tee is not None and not _TEE.fullmatch(conf.tee):
         wrong("tee", "0 to 3 for all ranks, or rank:value pairs such as 0:1,1:3; null", "3")
+    elif conf.tee and ranks and any(int(rank) >= ranks for rank in re.findall(r"(\d+):", conf.tee)):
+        wrong("tee", f"ranks of this node, 0 to {ranks - 1}", "3", "names a rank that is not there")
     for name in conf.env:
         if set_by_elastic(name):
             what = f"hydra.launcher.env.{name} would be overwritten: the launcher sets it for each rank"

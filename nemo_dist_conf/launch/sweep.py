@@ -25,6 +25,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hooks import check_of
 from nemo_dist_conf.launch.failure import Failure, Interrupted, JobFailed
 from nemo_dist_conf.launch.folder import SweepFolder
+from nemo_dist_conf.launch.forkserver import start_forkserver
 from nemo_dist_conf.launch.nodes import Nodes
 from nemo_dist_conf.launch.records import Record, Records, text_table
 from nemo_dist_conf.launch.settings import Settings, read_settings
@@ -66,16 +67,24 @@ class TorchrunSweep:
             self.nodes = Nodes(self.settings)
             self.now, self.mark = self.nodes.agree("sweep", lambda: (datetime.datetime.now(), uuid.uuid4().hex[:8]))
             self._same_time()
+            asked = str(config.hydra.sweep.dir)
             self.folder = self._claimed_folder(resume)
+            self._moved = str(config.hydra.sweep.dir) != asked
         except ConfigError as error:
             raise SweepRefused(*error.problems) from None
         self.records = Records(self.folder.path if self.folder else Path(str(config.hydra.sweep.dir)), bool(resume))
-        context.callbacks.callbacks.append(_AtTheEnd(self))
+        context.callbacks.callbacks.insert(0, _AtTheEnd(self))  # the first is the last one called at the end
 
     def _claimed_folder(self, resume: str | None) -> SweepFolder | None:
         """None on a node that does not lead: it uses the leading node's folder."""
-        folder = SweepFolder(self.config, resume) if self.nodes.leads else None
-        path = self.nodes.agree("folder", lambda: str(folder.path if folder else ""))
+        folder: SweepFolder | None = None
+
+        def claim() -> str:
+            nonlocal folder
+            folder = SweepFolder(self.config, resume)
+            return str(folder.path)
+
+        path = self.nodes.agree("folder", claim)
         if folder is None:
             with flag_override(self.config, ["readonly", "struct"], False):
                 self.config.hydra.sweep.dir = path
@@ -93,9 +102,13 @@ class TorchrunSweep:
         options = self.settings.options
         with about_to_start(self.settings.start):
             jobs = compose_jobs(self.config, job_overrides, first, self.context.config_loader)
+            self._move(jobs)
+            self._same_jobs(jobs, first)
             judge(jobs, of=check_of)
             self._refuse(jobs)
             todo = [job for job in jobs if not job.refused and self._completed(job) is None]
+            if todo:
+                start_forkserver(self.settings)
             ranks = "1 rank" if self.settings.world_size == 1 else f"{self.settings.world_size} ranks"
             log.info("Launching %d jobs, each on %s", len(todo), ranks)
             results: list[JobReturn] = []
@@ -112,9 +125,33 @@ class TorchrunSweep:
                     if options.on_failure.name == "raise":
                         self._not_started(job, jobs)
                         self.show_table()
+                        if isinstance(error, JobFailed):
+                            raise error.with_traceback(None)  # Hydra 1.4 would show our frames and not the message
                         raise error
                     log.error("%s", error)
         return results
+
+    def _same_jobs(self, jobs: list[Job], first: int) -> None:
+        """Refuse a batch that is not the same on all nodes: other words typed, or a sweeper that draws its own."""
+        if self.nodes.count == 1:
+            return
+        try:
+            mine = [f"{job.words or 'no overrides'}{' (completed)' if self._completed(job) else ''}" for job in jobs]
+            typed = " ".join(map(str, self.config.hydra.overrides.task)) or "no overrides"
+            leads, *others = self.nodes.gather(f"batch{first}", (typed, mine))
+            for other in others:
+                if other[1] != leads[1]:
+                    raise _different_jobs(leads, other, first)
+        except ConfigError as error:
+            if self.folder:
+                self.folder.forget()
+            raise SweepRefused(*error.problems) from None
+
+    def _move(self, jobs: list[Job]) -> None:
+        """Jobs are composed from what was typed, which names another folder where this sweep had to move."""
+        for job in jobs if self._moved else []:
+            with flag_override(job.config, ["readonly", "struct"], False):
+                job.config.hydra.sweep.dir = str(self.config.hydra.sweep.dir)
 
     def _refuse(self, jobs: list[Job]) -> None:
         refused = [job for job in jobs if job.refused]
@@ -181,6 +218,7 @@ class TorchrunSweep:
             except ConfigError as error:
                 raise SweepRefused(*error.problems) from None
 
+        end = f"job{job.number}/end"
         try:
             return run_job(
                 hydra_context=context,
@@ -191,10 +229,11 @@ class TorchrunSweep:
                 configure_logging=self.nodes.leads,
             )
         finally:
+            self.nodes.post(end, Failure(f"node {self.nodes.number} could not start its ranks", when=time.time()))
             self._log_as_hydra()
 
     def _run_ranks(self, job: Job) -> Any:
-        from nemo_dist_conf.launch.agent import run_ranks, start_forkserver
+        from nemo_dist_conf.launch.agent import run_ranks
 
         options, full = self.settings.options, copy.deepcopy(job.config)
         now = self.nodes.agree(f"job{job.number}/now", datetime.datetime.now)
@@ -204,20 +243,21 @@ class TorchrunSweep:
         log_dir = options.log_dir or str(folder / "ranks")
         payload = Payload(body, JobRuntime.instance().get("name"), now, self.settings.threads)
         payload.environment.update(options.env)
-        start_forkserver(self.settings)
-        run_id = f"job{job.number}-{self.mark}"
+        endpoint, run_id = self.nodes.endpoint(job.number), f"job{job.number}-{self.mark}"
+        blob = pickle.dumps(payload)
         mine: Any
         try:
-            mine = run_ranks(self.settings, run_id, log_dir, pickle.dumps(payload), self.task if fork else None)
+            mine = run_ranks(self.settings, endpoint, run_id, log_dir, blob, self.task if fork else None)
         except Failure as failure:
             mine = failure
         except Interrupted:
             self.nodes.post(f"job{job.number}/end", Failure(f"node {self.nodes.number} was stopped"))
             raise
         ends = self.nodes.gather(f"job{job.number}/end", mine)
-        for end in ends:
-            if isinstance(end, Failure):
-                raise JobFailed(job.number, job.words, end, _log_file(full, end.rank, log_dir))
+        failures = [end for end in ends if isinstance(end, Failure)]
+        if failures:
+            first = min(failures, key=lambda failure: failure.when)
+            raise JobFailed(job.number, job.words, first, _log_file(full, first.rank, log_dir))
         return next(value for has_rank_0, value in ends if has_rank_0)
 
     def _body(self, full: DictConfig, task: TaskFunction | None) -> bytes:
@@ -265,9 +305,11 @@ class _AtTheEnd(Callback):
     """Shows the table of the sweep, and ends with status 1 where a job failed that the sweep went on after."""
 
     def __init__(self, sweep: TorchrunSweep) -> None:
-        self.sweep = sweep
+        self.sweep, self.handled = sweep, sys.exc_info()[1]
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if sys.exc_info()[1] is not self.handled:
+            return  # Hydra 1.4 comes here with the error that ends the sweep, too; an exit would hide it
         self.sweep.show_table()
         if self.sweep.failed:
             raise SystemExit(1)
@@ -275,6 +317,22 @@ class _AtTheEnd(Callback):
 
 def _task_words(job: Job) -> list[str]:
     return list(filter_overrides(job.overrides))
+
+
+def _different_jobs(leads: tuple[str, list[str]], other: tuple[str, list[str]], first: int) -> ConfigError:
+    """Of two nodes what was typed and the words of each job. first: number of the first job."""
+    pairs = [(number, *pair) for number, pair in enumerate(zip(leads[1], other[1]), first) if pair[0] != pair[1]]
+    shown = [f"#{number} {one} | {two}" for number, one, two in pairs[:5]]
+    if len(leads[1]) != len(other[1]):
+        shown.append(f"{len(leads[1])} jobs | {len(other[1])} jobs")
+    return ConfigError(
+        Problem(
+            f"the nodes of this sweep have different jobs: {'; '.join(shown)}",
+            other[0],
+            "one command line for all nodes, and a seed for a sweeper that draws",
+            leads[0],
+        )
+    )
 
 
 def _continue_sweep(config: DictConfig, resume: str) -> None:

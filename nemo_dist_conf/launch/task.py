@@ -106,4 +106,14 @@ def pack(task: Callable[..., Any] | None, config: DictConfig, hydra: DictConfig)
                 "pip install cloudpickle",
             )
         ) from None
-    return cloudpickle.dumps(body)
+    try:
+        return cloudpickle.dumps(body)
+    except Exception as error:
+        raise ConfigError(
+            Problem(
+                f"the task function or its config cannot be sent to another process: {error}",
+                "hydra.launcher.start_method=forkserver",
+                "a config of values that pickle can send; any task function with fork",
+                "hydra.launcher.start_method=fork",
+            )
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from contextlib import contextmanager
 from typing import Any, Iterator
 
@@ -15,31 +16,39 @@ from nemo_dist_conf.topology.world import is_rank_variable
 
 __all__ = ["different_keys", "flat_config", "replace_tree", "resolve_for_ranks", "same_now"]
 
+#: ``${key}``, other than ``${resolver:...}``.
+_REFERENCE = re.compile(r"\$\{[^:{}]*\}")
+#: What stands before the name, with the backslashes before it.
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+
 
 def resolve_for_ranks(cfg: DictConfig) -> None:
     """Put the value in the place of every interpolation of ``cfg``, except those that only a rank can answer.
 
     Left as they are: what reads a variable that differs by rank (``${oc.env:LOCAL_RANK}``, with a default too), what
     refers to such a value, and what cannot be resolved here at all: a rank then gets the value or Hydra's own error.
-    A resolver that answers differently each time (random numbers) is asked once for each place where it stands.
+    A resolver that answers differently each time (random numbers) is asked once for each place where it stands; what
+    refers to such a place comes after it.
     """
     with _rank_variables_stay_open(), flag_override(cfg, ["readonly", "struct"], False):
-        _resolve(cfg)
+        _resolve(cfg, references=False)
+        _resolve(cfg, references=True)
 
 
-def _resolve(node: Any) -> None:
+def _resolve(node: Any, references: bool) -> None:
     keys: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
     for key in keys:
         if OmegaConf.is_interpolation(node, key):
-            _resolve_value(node, key)
+            if references or not _REFERENCE.search(str(node._get_node(key)._value())):
+                _resolve_value(node, key)
         child = node._get_node(key)
         if isinstance(child, (DictConfig, ListConfig)) and not _is_leaf(child):
             readonly = child._metadata.flags.get("readonly") if child._metadata.flags else None
             if readonly:  # a flag of its own stands above the one that was lifted at the root
                 with flag_override(child, "readonly", False):
-                    _resolve(child)
+                    _resolve(child, references)
             else:
-                _resolve(child)
+                _resolve(child, references)
 
 
 def _is_leaf(node: DictConfig | ListConfig) -> bool:
@@ -55,7 +64,7 @@ def _resolve_value(node: Any, key: Any) -> None:
             for index, part in enumerate(parts):
                 if part.startswith("${"):
                     node[key] = part
-                    parts[index] = str(node[key]) if _resolve_once(node, key) else part
+                    parts[index] = _as_text(node, key) if _resolve_once(node, key) else part
             node[key] = "".join(parts)
 
 
@@ -63,12 +72,26 @@ def _resolve_once(node: Any, key: Any) -> bool:
     """Put the value in the place of what is written there, if there is one."""
     try:
         value = node[key]
-        if isinstance(value, str) and "${" in value:
-            return False  # an escaped interpolation is text, and would be read as one when it is put back
+        if isinstance(value, str) and "${" in value:  # text, which would be read as an interpolation
+            return _put_escaped(node, key, value)
         node[key] = value
     except (OmegaConfBaseException, _OnlyInARank, LookupError, ValueError, TypeError, AttributeError):
         return False
     return True
+
+
+def _put_escaped(node: Any, key: Any, text: str) -> bool:
+    written = node._get_node(key)._value()
+    node[key] = _INTERPOLATION.sub(lambda found: f"{2 * found[1]}\\${{", text)
+    if node[key] == text:
+        return True
+    node[key] = written
+    return False
+
+
+def _as_text(node: Any, key: Any) -> str:
+    written = node._get_node(key)._value()
+    return written if isinstance(written, str) else str(node[key])
 
 
 def _parts(text: str) -> list[str]:

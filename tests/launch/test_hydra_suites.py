@@ -10,6 +10,7 @@ from hydra.test_utils.launcher_common_tests import (
 )
 
 from hydra_plugins.nemo_dist_conf.torchrun_launcher import TorchrunLauncher
+from nemo_dist_conf.launch.failure import JobFailed
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -23,7 +24,32 @@ def test_hydra_finds_the_launcher():
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("torchrun", list(start)) for start in START])
 class TestTorchrunLauncher(LauncherTestSuite):
-    pass
+    def test_failure_preserves_task_traceback(self, hydra_sweep_runner, launcher_name, overrides, tmpdir):
+        """Hydra 1.4 asks launchers for the task's own exception. Ours raises one for the job, because which rank failed
+        and where it logged belong to it; it tells the task's traceback, with what that was raised from, as text.
+        """
+
+        def task(_):
+            try:
+                raise ValueError("launcher cause")
+            except ValueError as cause:
+                raise RuntimeError("launcher failure") from cause
+
+        sweep = hydra_sweep_runner(
+            calling_file=None,
+            calling_module="hydra.test_utils.a_module",
+            task_function=task,
+            config_path="configs",
+            config_name="compose.yaml",
+            overrides=[f"hydra/launcher={launcher_name}", *overrides],
+            temp_dir=tmpdir,
+        )
+        with pytest.raises(JobFailed) as failed, sweep:
+            pass
+        text = str(failed.value)
+        assert failed.value.reason == "rank 0: RuntimeError: launcher failure"
+        assert "ValueError: launcher cause" in text and "The above exception was the direct cause" in text
+        assert text.count(", in task") == 2 and "run_rank" not in text
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("torchrun", start + BATCHES) for start in START])
