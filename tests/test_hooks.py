@@ -22,8 +22,8 @@ APP = """
 def app(tmp_path):
     def run(*words, base="nemo_dist_conf"):
         (tmp_path / "app.py").write_text(textwrap.dedent(APP.format(base=base)))
-        # Hydra 1.4 warns of version_base, which 1.3 needs
-        python = [sys.executable, "-W", "ignore:The version_base parameter"]
+        # Hydra 1.4 warns of version_base, which 1.3 needs, and of callbacks outside its list of trusted modules
+        python = [sys.executable, "-W", "ignore:The version_base", "-W", "ignore:hydra.utils.instantiate() resolved"]
         return subprocess.run([*python, "app.py", *words], cwd=tmp_path, capture_output=True, text=True)
 
     return run

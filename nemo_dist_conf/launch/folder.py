@@ -40,7 +40,8 @@ class SweepFolder:
     def _claim_for_resume(self, resume: str) -> None:
         if not self._take():
             asked = f"hydra.launcher.resume={resume}"
-            raise ConfigError(Problem("this sweep is still running", asked, "a sweep that has ended", "hydra.launcher.resume=null"))
+            ended, anew = "a sweep that has ended", "hydra.launcher.resume=null"
+            raise ConfigError(Problem("this sweep is still running", asked, ended, anew))
 
     def _claim(self, config: DictConfig) -> None:
         """A folder named by the time gets a number where another sweep of that second has it."""

@@ -55,7 +55,9 @@ class Nodes:
             if self.number >= self.count:
                 self._too_many(settings)
         self._ends = threading.Event()
-        self._life = threading.Thread(target=self._show_life, args=(self._store.clone(),), daemon=True)
+        # A connection of its own: a wait on the other one would hold up the signs of life.
+        another = self._store.clone()  # type: ignore[attr-defined]
+        self._life = threading.Thread(target=self._show_life, args=(another,), daemon=True)
         self._life.start()
         atexit.register(self._leave)
 

@@ -33,6 +33,7 @@ def run_rank(blob: bytes, task: Callable[..., Any] | None = None) -> bytes | Non
     Torch elastic has set the rank's variables and put stdout and stderr where they belong.
     """
     threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    signal.signal(signal.SIGINT, _interrupted_once)
     payload: Payload = pickle.loads(blob)
     rank = int(os.environ["RANK"])
     _surroundings(payload)
@@ -67,6 +68,12 @@ def _end_with_launcher(parent: int) -> None:
         launcher.join(timeout=1.0)
         if not launcher.is_alive() or os.getppid() != parent:
             os._exit(1)
+
+
+def _interrupted_once(number: int, frame: Any) -> None:
+    """Ctrl-C comes twice, from the terminal and from the launcher; the second one would meet the rank as it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _surroundings(payload: Payload) -> None:

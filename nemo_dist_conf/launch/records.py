@@ -64,7 +64,8 @@ class Records:
         self.of_job[record.job] = record
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as file:
-            file.write(_line_end(file) + json.dumps(asdict(record) | {"value": _as_json(record.value)}).encode() + b"\n")
+            line = json.dumps(asdict(record) | {"value": _as_json(record.value)})
+            file.write(_line_end(file) + line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         aside = self.folder / ".sweep.md"

@@ -119,13 +119,16 @@ class _hydra_knows:
 def _same(mine: dict[str, str], theirs: dict[str, str], strict: bool) -> bool:
     keys = different_keys(mine, theirs)
     if keys and strict:
-        shown = "; ".join(f"{key} ({theirs.get(key)} on rank 0, {mine.get(key)} here)" for key in keys[:5])
+        keys = keys[:5]
+        shown = [f"{key} ({theirs.get(key, 'absent')} on rank 0, {mine.get(key, 'absent')} here)" for key in keys]
+        asked = [f"{key}={mine[key]}" for key in keys if key in mine] or ["the defaults"]
+        instead = [f"{'' if key in mine else '+'}{key}={theirs[key]}" if key in theirs else f"~{key}" for key in keys]
         raise ConfigError(
             Problem(
-                f"ranks were started with different configs: {shown}",
-                " ".join(f"{key}={mine.get(key)}" for key in keys[:5]),
+                f"ranks were started with different configs: {'; '.join(shown)}",
+                " ".join(asked),
                 "one command line for all ranks",
-                " ".join(f"{key}={theirs.get(key)}" for key in keys[:5]),
+                " ".join(instead),
             )
         )
     return not keys

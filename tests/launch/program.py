@@ -104,6 +104,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def run(self, *words: str, **more) -> subprocess.CompletedProcess:
@@ -140,13 +141,28 @@ def wait_for(what, seconds: float = 60.0):
 
 
 def is_running(pid: int) -> bool:
+    return _stat(pid)[:1] not in ([], ["Z"])
+
+
+def started_by(process: subprocess.Popen) -> list[int]:
+    """Whatever still runs of the session that the process began: ranks, a forkserver, a resource tracker."""
+    numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    session = [pid for pid in numbers if _stat(pid)[3:4] == [str(process.pid)]]
+    return [pid for pid in session if pid != process.pid and is_running(pid)]
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, group, session and more; nothing for a process that is gone."""
     try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (ProcessLookupError, FileNotFoundError):
-        return False
+        return []
 
 
 def end(process: subprocess.Popen, number: int = signal.SIGKILL) -> tuple[str, str]:
-    process.send_signal(number)
+    """Send the signal and wait; SIGINT goes to the ranks too, as a terminal sends it."""
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     return process.communicate(timeout=60)

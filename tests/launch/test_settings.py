@@ -153,7 +153,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "instead"), REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(("words", "instead"), REFUSED, ids=str)
 def test_a_bad_option_is_refused_with_what_to_type(words, instead):
     (problem,) = problems(**words)
     assert problem.type == instead
@@ -161,7 +161,11 @@ def test_a_bad_option_is_refused_with_what_to_type(words, instead):
     assert problem.asked.lstrip("+") != problem.type
 
 
-@pytest.mark.parametrize(("words", "instead"), [case for case in REFUSED if case[1][0] != "~" and "DATE" not in case[1]])
+# A key that is left out has no new value, and only the user knows the folder of a sweep.
+TOLD = [case for case in REFUSED if not case[1].startswith(("~", "hydra.launcher.resume"))]
+
+
+@pytest.mark.parametrize(("words", "instead"), TOLD, ids=str)
 def test_what_a_refusal_tells_to_type_is_accepted(words, instead):
     name, _, value = instead.removeprefix("hydra.launcher.").partition("=")
     typed = OmegaConf.merge(OmegaConf.structured(TorchrunConf), {name: yaml.safe_load(value)})[name]

@@ -37,7 +37,8 @@ def assert_one_place_for_a_job(program, folder, shown, ranks=4):
     assert {name.rpartition("/")[2] for name in logs} == {"app.log"} | {f"app.rank{r}.log" for r in range(1, ranks)}
     for name, text in logs.items():
         rank = re.search(r"rank(\d)", name)
-        assert text.count("logged by rank") == 1 and f"[__main__][INFO] - logged by rank {rank[1] if rank else 0}\n" in text
+        assert text.count("logged by rank") == 1
+        assert f"[__main__][INFO] - logged by rank {rank[1] if rank else 0}\n" in text
     assert "logged by rank 0" in shown and not re.search("logged by rank [1-9]", shown)
     outputs = {yaml.safe_load(text)["runtime"]["output_dir"] for text in program.read(f"{folder}/hydra.*").values()}
     assert outputs == {str(program.folder / folder)}
@@ -108,8 +109,10 @@ EFFECTS = """
     def main(cfg):
         import torch
         seen = {
-            "env": os.environ.get("MINE"), "env_set": os.environ.get("SET"), "folder": os.getcwd(), "argv": sys.argv[1:2],
-            "threads": [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]], "in_rank": imported.PID == os.getpid(),
+            "env": os.environ.get("MINE"), "env_set": os.environ.get("SET"),
+            "folder": os.getcwd(), "argv": sys.argv[1:2],
+            "threads": [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]],
+            "in_rank": imported.PID == os.getpid(),
         }
         with open(os.path.join(HydraConfig.get().runtime.output_dir, "seen." + os.environ["RANK"]), "w") as file:
             json.dump(seen, file)
@@ -135,8 +138,9 @@ def seen(program, job):
 def test_options_that_change_the_surroundings_of_ranks(effects):
     """env, threads_per_rank, preload, tee and log_dir of the launcher; env_set and chdir of Hydra."""
     words = ["+hydra.launcher.env.MINE=of-launcher", "+hydra.job.env_set.SET=of-job", "hydra.job.chdir=true"]
-    words += ["hydra.launcher.threads_per_rank=2", "hydra.launcher.preload=[torch,imported]", "hydra.launcher.tee='1:3'"]
-    done = effects.sweep(*words, "hydra.launcher.log_dir=printed", PYTHONPATH=str(effects.folder))
+    words += ["hydra.launcher.preload=[torch,imported]", "hydra.launcher.threads_per_rank=2"]
+    words += ["hydra.launcher.tee='1:3'", "hydra.launcher.log_dir=printed"]
+    done = effects.sweep(*words, PYTHONPATH=str(effects.folder))
     assert done.returncode == 0, done.stdout + done.stderr
     for one in seen(effects, "sweep/0"):
         assert (one["env"], one["env_set"], one["folder"]) == ("of-launcher", "of-job", str(effects.folder / "sweep/0"))
@@ -178,7 +182,8 @@ class TestASweepWithInvalidAndFailingJobs:
         assert done.returncode == 1, done.stdout + done.stderr
         status = {job: record["status"] for job, record in program.records().items()}
         assert status == dict(enumerate(["completed", "failed", "completed", "completed", "skipped", "skipped"]))
-        assert done.stdout.count("is skipped, it cannot work:") == 2 and "Launching 4 jobs, each on 2 ranks" in done.stdout
+        assert done.stdout.count("is skipped, it cannot work:") == 2
+        assert "Launching 4 jobs, each on 2 ranks" in done.stdout
         assert not program.read("sweep/4/**/*") and not program.read("sweep/5/**/*")
         assert len(program.read("events.txt")["events.txt"].splitlines()) == 2 * 4 + 2
 
@@ -221,7 +226,8 @@ class TestASweepWithInvalidAndFailingJobs:
         assert "Launching 1 jobs" in done.stdout and done.stdout.count(": completed before") == 3
         assert names == {job: program.read(f"sweep/{job}/read.0") for job in (0, 2, 3)}
         assert assert_ranks_agree(program, "sweep/1", ranks=2)["n"] == 2
-        assert [record["status"] for _, record in sorted(program.records().items())] == ["completed"] * 4 + ["skipped"] * 2
+        records = program.records()
+        assert [records[job]["status"] for job in range(6)] == ["completed"] * 4 + ["skipped"] * 2
         table = done.stdout[done.stdout.index("job  overrides"):]
         assert table.count("completed") == 4 and table.count("skipped") == 2
         assert not program.read("multirun/**")
@@ -292,15 +298,16 @@ NESTED = """
 
 
 def test_a_nested_task_function_needs_cloudpickle_or_fork(new):
+    one = ["n=7", "hydra.launcher.nproc_per_node=1"]
     program = new(NESTED.format(hidden="import sys; sys.modules['cloudpickle'] = None"))
-    done = program.sweep("n=7")
+    done = program.sweep(*one)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cannot be sent to another process" in done.stderr and "pip install cloudpickle" in done.stderr
     assert program.records()[0]["status"] == "failed"
-    done = program.sweep("n=7", "hydra.launcher.start_method=fork", "hydra.sweep.dir=forked")
+    done = program.sweep(*one, "hydra.launcher.start_method=fork", "hydra.sweep.dir=forked")
     assert (done.returncode, program.records("forked")[0]["value"]) == (0, 7), done.stderr
     with_it = new(NESTED.format(hidden=""))
-    done = with_it.sweep("n=7")
+    done = with_it.sweep(*one)
     assert (done.returncode, with_it.records()[0]["value"]) == (0, 7), done.stderr
 
 

@@ -20,7 +20,8 @@ LOGGING = {
 
 
 def config(logging=LOGGING):
-    made = OmegaConf.create({"where": "out", "hydra": {"output_subdir": ".hydra", "job_logging": copy.deepcopy(logging)}})
+    hydra = {"output_subdir": ".hydra", "job_logging": copy.deepcopy(logging)}
+    made = OmegaConf.create({"where": "out", "hydra": hydra})
     OmegaConf.set_readonly(made, True)
     OmegaConf.set_readonly(made.hydra, True)
     return made
@@ -51,7 +52,8 @@ def test_another_rank_has_files_of_its_own_no_console_and_no_hydra_folder():
     keep_apart(mine, 2)
     assert mine.hydra.output_subdir is None
     logging = mine.hydra.job_logging
-    assert logging.handlers.file.filename == "out/train.rank2.log" and logging.handlers.errors.filename == "errors.rank2"
+    assert logging.handlers.file.filename == "out/train.rank2.log"
+    assert logging.handlers.errors.filename == "errors.rank2"
     assert (logging.root.handlers, logging.loggers.mine.handlers) == (["file"], ["errors"])
     assert logging.loggers.quiet == {"level": "ERROR"} and logging.loggers.mine.level == "DEBUG"
     assert OmegaConf.is_readonly(mine.hydra)

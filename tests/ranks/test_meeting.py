@@ -73,7 +73,7 @@ def test_rank_0_serves_the_store_and_may_ask_for_it_again(environ):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    first, again, other = rank_store(place("submitit", 0)), rank_store(place("submitit", 0)), rank_store(place("submitit"))
+    first, again, other = (rank_store(place("submitit", rank)) for rank in (0, 0, 1))
     first.set("key", "value")
     assert again.get("key") == other.get("key") == b"value"
 

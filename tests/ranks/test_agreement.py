@@ -1,0 +1,148 @@
+"""Ranks that composed for themselves take over rank 0's time, folder and resolved tree; or the run is refused."""
+
+import itertools
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.utils import setup_globals
+from omegaconf import OmegaConf
+
+from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.ranks.agreement import agree_on_run
+from nemo_dist_conf.topology.world import Launched
+
+CONFIG = "lr: 0.1\ndrawn: ${draw:}\nnow: ${now:%H-%M-%S-%f}\nlocal: ${oc.env:LOCAL_RANK}\n"
+
+
+@pytest.fixture
+def agree(tmp_path, monkeypatch):
+    """A rank composes and agrees, all in this process: the store that rank 0 serves stays open."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": ""}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    drawn = itertools.count()
+    OmegaConf.register_new_resolver("draw", lambda: next(drawn))
+
+    def agree(rank, *words, strict=True):
+        with initialize_config_dir(str(tmp_path), version_base="1.3", job_name="app"):
+            config = compose("config", overrides=[*words], return_hydra_config=True)
+        agree_on_run(config, Launched(rank, 2, rank, "torchrun"), strict=strict)
+        return config
+
+    yield agree
+    OmegaConf.clear_resolver("draw")
+    setup_globals()  # ${now:...} tells the time again
+
+
+def own(config):
+    return {key: config._get_node(key)._value() for key in ("lr", "drawn", "now", "local")}
+
+
+def test_all_ranks_have_rank_0s_values_and_folder(agree):
+    first, second = agree(0), agree(1)
+    assert own(first) == own(second)
+    assert own(first)["local"] == "${oc.env:LOCAL_RANK}"
+    assert first.hydra.run.dir == second.hydra.run.dir == first.hydra.runtime.output_dir
+    assert Path(first.hydra.run.dir).is_absolute()
+    assert (first.hydra.output_subdir, second.hydra.output_subdir) == (".hydra", None)
+    assert second.hydra.job_logging.handlers.file.filename.endswith("app.rank1.log")
+
+
+def test_one_time_holds_for_what_is_asked_later(agree):
+    first, second = agree(0), agree(1)
+    asked = OmegaConf.create({"now": "${now:%H-%M-%S-%f}"})
+    assert asked.now == first.now == second.now
+
+
+def test_different_configs_are_refused_with_the_keys(agree):
+    agree(0, "+name=a")
+    with pytest.raises(ConfigError, match="ranks were started with different configs") as error:
+        agree(1, "lr=0.2", "+at=3")
+    problem = error.value
+    shown = ["at (absent on rank 0, 3 here)", "lr (0.1 on rank 0, 0.2 here)", "name (a on rank 0, absent here)"]
+    assert problem.what.endswith(f": {'; '.join(shown)}")
+    assert (problem.asked, problem.type) == ("at=3 lr=0.2", "~at lr=0.1 +name=a")
+
+
+def test_where_ranks_may_differ_they_share_time_and_keep_their_own(agree):
+    """An app without our groups may well start its ranks with different words."""
+    first, second = agree(0, strict=False), agree(1, "lr=0.2", strict=False)
+    assert second.lr == 0.2 and second.drawn != first.drawn
+    assert second.now == first.now
+
+
+def test_ranks_that_are_started_again_go_on_with_the_first_tree(agree):
+    first, second = agree(0), agree(1)
+    again = [agree(0), agree(1)]
+    assert own(first) == own(second) == own(again[0]) == own(again[1])
+    assert {config.hydra.run.dir for config in again} == {first.hydra.run.dir}
+
+
+APP = """
+import json, os, random, time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+OmegaConf.register_new_resolver("draw", random.random)
+
+
+@hydra.main(version_base="1.3", config_path=".", config_name="config")
+def main(cfg):
+    rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    told = [OmegaConf.to_container(cfg, resolve=True), HydraConfig.get().runtime.output_dir]
+    Path(__file__).with_name(f"rank{rank}.{attempt}.json").write_text(json.dumps(told))
+    if cfg.dies and attempt == "0":
+        time.sleep(3)  # until the other has told
+        raise RuntimeError("once")
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def told(folder: Path, *words: str) -> dict[str, list]:
+    """What each rank of an app that uses none of our groups saw, under torchrun: ``rank.attempt`` -> config, folder."""
+    (folder / "app.py").write_text(APP)
+    (folder / "config.yaml").write_text(CONFIG + "dies: false\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "app.py", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.stem.removeprefix("rank"): json.loads(path.read_text()) for path in folder.glob("rank*.json")}
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_any_app_under_torchrun_has_one_folder_and_one_tree_also_after_a_restart(tmp_path):
+    ranks = told(tmp_path, "dies=true")
+    assert set(ranks) == {"0.0", "1.0", "0.1", "1.1"}
+    assert all(config.pop("local") == name[0] for name, (config, _) in ranks.items())
+    assert all(seen == ranks["0.0"] for seen in ranks.values())
+    (made,) = (tmp_path / "outputs").glob("*/*")
+    assert str(made) == ranks["0.0"][1]
+    assert {path.name for path in made.iterdir()} == {".hydra", "app.log", "app.rank1.log"}
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_without_the_callback_each_rank_is_a_run_of_its_own(tmp_path):
+    ranks = told(tmp_path, "~hydra.callbacks.nemo_dist_conf")
+    assert ranks["0.0"][0]["drawn"] != ranks["1.0"][0]["drawn"]
+    assert not list((tmp_path / "outputs").rglob("app.rank1.log"))
