@@ -180,7 +180,8 @@ def test_all_bad_options_are_refused_at_once():
 def test_a_gpu_is_not_made_up(monkeypatch):
     monkeypatch.setattr(module, "cuda_count", lambda: 0)
     (problem,) = problems(nproc_per_node="gpu")
-    assert problem.what.endswith("finds no GPU on this machine") and problem.type == "hydra.launcher.nproc_per_node=auto"
+    assert problem.what.endswith("finds no GPU on this machine")
+    assert problem.type == "hydra.launcher.nproc_per_node=auto"
 
 
 def test_a_misspelt_option_is_told_the_nearest_first():

@@ -197,7 +197,8 @@ class TestASweepWithInvalidAndFailingJobs:
         markdown = program.read("sweep/sweep.md")["sweep/sweep.md"].splitlines()
         assert len(markdown) == 2 + 6
         assert markdown[3].startswith("| 1 | do=break parallelism.tp_size=1 n=2 | dp_shard 2 | failed |")
-        assert markdown[3].endswith("ValueError: broken |") and markdown[6].endswith("= 3 does not divide the world size 2 |")
+        assert markdown[3].endswith("ValueError: broken |")
+        assert markdown[6].endswith("= 3 does not divide the world size 2 |")
         assert re.fullmatch(r"rank [01]: ValueError: broken", program.records()[1]["reason"])
 
     @pytest.mark.parametrize(
