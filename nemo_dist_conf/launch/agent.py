@@ -68,7 +68,7 @@ def run_ranks(
 
 def _launch_config(settings: Settings, endpoint: str, run_id: str, log_dir: str) -> LaunchConfig:
     options = settings.options
-    alone = options.nnodes == 1
+    alone = options.nnodes == 1 and not endpoint
     tee: Any = Std.NONE if options.tee is None else Std.from_str(options.tee)
     rest: dict[str, Any] = {"shutdown_timeout": options.shutdown_timeout_s}
     known = {item.name for item in dataclasses.fields(LaunchConfig)}
@@ -83,7 +83,7 @@ def _launch_config(settings: Settings, endpoint: str, run_id: str, log_dir: str)
         run_id=run_id,
         rdzv_backend=options.rdzv_backend,
         # Port 0: any free one, so that sweeps on one machine do not meet.
-        rdzv_endpoint="localhost:0" if alone and options.rdzv_backend == "c10d" else endpoint,
+        rdzv_endpoint=endpoint or "localhost:0",
         rdzv_configs=rendezvous,
         max_restarts=options.max_restarts,
         monitor_interval=options.monitor_interval_s,

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.schema.launcher import TorchrunConf
+from nemo_dist_conf.schema.launcher import StartMethod, TorchrunConf
 from nemo_dist_conf.topology.device import cuda_count
 from nemo_dist_conf.topology.world import Start, set_by_elastic
 
@@ -137,6 +137,10 @@ def _preload_problems(conf: TorchrunConf) -> list[Problem]:
     asked = f"hydra.launcher.preload={_word(conf.preload)}"
     if not isinstance(conf.preload, list):
         return [Problem(f"{asked} is not a list", asked, "a list of modules", "hydra.launcher.preload=[torch]")]
+    if conf.start_method is not StartMethod.forkserver and conf.preload != TorchrunConf().preload:
+        what = f"{asked} has an effect with start_method=forkserver only"
+        allowed = "hydra.launcher.start_method=forkserver"
+        return [Problem(what, asked, allowed, "hydra.launcher.preload=[torch]")]
     missing = [str(name) for name in conf.preload if not _importable(str(name))]
     if not missing:
         return []

@@ -147,6 +147,7 @@ REFUSED = [
     ({"preload": "torch"}, "hydra.launcher.preload=[torch]"),
     ({"preload": ["torch", "no_such_module"]}, "hydra.launcher.preload=[torch]"),
     ({"preload": ["no_such_package.module"]}, "hydra.launcher.preload=[]"),
+    ({"preload": ["json"], "start_method": StartMethod.spawn}, "hydra.launcher.preload=[torch]"),
     ({"resume": "/no/such/folder"}, "hydra.launcher.resume=multirun/DATE/TIME"),
     ({"max_restart": 3}, "hydra.launcher.max_restarts=3"),
     ({"zzz": 3}, "~hydra.launcher.zzz"),
