@@ -88,8 +88,8 @@ def judge(jobs: list[Job], check: Callable[[DictConfig], Checked | None] | None 
     return jobs
 
 
-def refusal(jobs: Sequence[Job], skip: str) -> Problem:
-    """One text for all that cannot work. skip: the words that run the others."""
+def refusal(jobs: Sequence[Job], skip: str | None) -> Problem:
+    """One text for all that cannot work. skip: the words that run the others; None: the launcher has none."""
     refused = [job for job in jobs if job.refused]
     lines = [f"{len(refused)} of {len(jobs)} jobs cannot work, so none was started"]
     for job in refused:
@@ -99,4 +99,4 @@ def refusal(jobs: Sequence[Job], skip: str) -> Problem:
     allowed = "; ".join(valid[:5]) + (f"; {len(valid) - 5} more" if len(valid) > 5 else "")
     if not valid:
         return Problem("\n".join(lines), f"a sweep of {len(jobs)} jobs", "none of them", jobs[0].refused[0].type)
-    return Problem("\n".join(lines), f"a sweep of {len(jobs)} jobs", allowed, skip)
+    return Problem("\n".join(lines), f"a sweep of {len(jobs)} jobs", allowed, skip or valid[0])

@@ -21,6 +21,7 @@ __all__ = ["DistributedCallback", "check_of", "end"]
 #: Ends of the class names of launchers that run a job as one process.
 _ONE_PROCESS = ("BasicLauncher", "JoblibLauncher")
 _PATIENCE_S = 10.0
+_SKIP = "hydra/launcher=torchrun hydra.launcher.on_invalid=skip"
 _TORCHRUN = "hydra_plugins.nemo_dist_conf.torchrun_launcher.TorchrunLauncher"
 
 
@@ -57,7 +58,8 @@ class DistributedCallback(Callback):
             with about_to_start(start):
                 jobs = judge(compose_jobs(config, jobs_of_basic_sweep(config)), self.check)
             if any(job.refused for job in jobs):
-                raise SweepRefused(refusal(jobs, "hydra/launcher=torchrun hydra.launcher.on_invalid=skip"))
+                here = launcher.endswith(_ONE_PROCESS)  # a queue's launcher is not to be replaced by one that runs here
+                raise SweepRefused(refusal(jobs, _SKIP if here else None))
         except NemoDistConfError as error:
             end(error)
 

@@ -117,6 +117,11 @@ def test_a_long_list_of_what_works_is_cut(sweep):
     assert refusal(jobs, "skip").allowed == "; ".join(["strategy=fsdp2"] * 5) + "; 2 more"
 
 
+def test_where_the_launcher_cannot_skip_a_job_that_works_is_offered(sweep):
+    jobs = judged(sweep, "strategy=ddp parallelism.tp_size=2", "strategy=fsdp2", "strategy=ddp")
+    assert refusal(jobs, None).type == "strategy=fsdp2"
+
+
 def test_where_none_works_skipping_is_not_offered(sweep):
     jobs = judged(sweep, "strategy=ddp parallelism.tp_size=2")
     problem = refusal(jobs, "skip=them")

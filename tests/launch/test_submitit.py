@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Sequence
 
 import pytest
 
@@ -76,19 +78,19 @@ def start(folder: Path, *words: str, **variables: object) -> subprocess.Popen:
     )
 
 
-def slurm(rank: int, step: int) -> dict[str, object]:
-    """What srun sets for two tasks on one node. step: another one for each test, for a port of its own."""
-    job = 10 * os.getpid() + step
+def slurm(rank: int, job: int) -> dict[str, object]:
+    """What srun sets for two tasks on one node. job: another one for each test, for a port of its own."""
+    job += 10 * os.getpid()
     values = {"PROCID": rank, "LOCALID": rank, "NTASKS": 2, "NODEID": 0, "JOB_ID": job, "STEP_ID": 0}
     nodes = {"JOB_NODELIST": "127.0.0.1", "STEP_NODELIST": "127.0.0.1"}
     return {f"SLURM_{name}": value for name, value in (values | nodes).items()}
 
 
-def assert_one_run(folder: Path, layout: str) -> None:
+def assert_one_run(folder: Path, layout: str, local: Sequence[str] = ("0", "1")) -> None:
     """One folder, one resolved tree but for what belongs to a rank, one log a rank."""
     told = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [one["layout"] for one in told] == [layout] * 2
-    assert [one["config"].pop("local") for one in told] == ["0", "1"]
+    assert [one["config"].pop("local") for one in told] == list(local)
     assert told[0] == told[1]
     assert isinstance(told[0]["config"]["drawn"], float)
     for rank, name in enumerate(["app.log", "app.rank1.log"]):
@@ -114,6 +116,7 @@ def test_a_grid_is_checked_before_submitit_gets_a_job(app):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith("1 of 4 jobs cannot work, so none was started\n#1 strategy=ddp parallelism.tp_size=2\n")
+    assert "\n  type     strategy=ddp parallelism.tp_size=1\n" in err
     assert not (app / "sweep" / ".submitit").exists()
 
 
@@ -134,3 +137,18 @@ def test_ranks_that_srun_starts_with_different_words_are_refused(app):
     ranks[0].communicate()
     assert ranks[1].returncode == 1
     assert err.startswith("ranks were started with different configs: lr (0 on rank 0, 1 here)")
+
+
+def test_the_torchrun_launcher_under_srun_takes_slurms_tasks_for_nodes(app):
+    """Two launchers of one rank each: neither they nor their ranks take Slurm's number for a rank."""
+    words = ["hydra/launcher=torchrun", "hydra.launcher.nnodes=2", "hydra.sweep.dir=sweep", "strategy=ddp,fsdp2"]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{found.getsockname()[1]}"
+    words.append(f"hydra.launcher.rdzv_endpoint={endpoint}")
+    nodes = [slurm(number, 3) | {"SLURM_LOCALID": 0, "SLURM_NODEID": number} for number in (0, 1)]
+    for process in [start(app, "-m", *words, **node) for node in nodes]:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, out + err
+    for number, layout in enumerate(["dp 2", "dp_shard 2"]):
+        assert_one_run(app / "sweep" / str(number), layout, local=["0", "0"])
