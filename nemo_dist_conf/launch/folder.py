@@ -20,7 +20,6 @@ class SweepFolder:
     """Claimed before the sweeper writes into it; ``config.hydra.sweep.dir`` is changed where it has to be another."""
 
     def __init__(self, config: DictConfig, resume: str | None) -> None:
-        self.resumed = resume is not None
         self._lock: Any = None
         if resume is not None:
             _set_folder(config, Path(resume).resolve())

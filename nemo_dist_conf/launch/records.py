@@ -33,10 +33,6 @@ class Record:
     reason: str = ""
     ranks: int = 0
 
-    @property
-    def key(self) -> tuple[int, tuple[str, ...]]:
-        return self.job, tuple(self.overrides)
-
 
 class Records:
     """The records of a sweep's folder; later ones of a job replace earlier ones.
