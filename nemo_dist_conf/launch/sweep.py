@@ -29,7 +29,7 @@ from nemo_dist_conf.launch.forkserver import start_forkserver
 from nemo_dist_conf.launch.nodes import Nodes
 from nemo_dist_conf.launch.records import Record, Records, text_table
 from nemo_dist_conf.launch.settings import Settings, read_settings
-from nemo_dist_conf.launch.task import Payload, pack
+from nemo_dist_conf.launch.task import Payload, pack, refuse_unguarded
 from nemo_dist_conf.ranks.logs import rank_file
 from nemo_dist_conf.ranks.tree import resolve_for_ranks, same_now
 from nemo_dist_conf.topology.world import about_to_start
@@ -61,6 +61,7 @@ class TorchrunSweep:
         self.failed = False
         try:
             self.settings: Settings = read_settings(options)
+            refuse_unguarded(task, self.settings.options.start_method.name)
             resume = self.settings.options.resume
             if resume is not None:
                 _continue_sweep(config, resume)
@@ -110,7 +111,7 @@ class TorchrunSweep:
             if todo:
                 start_forkserver(self.settings)
             ranks = "1 rank" if self.settings.world_size == 1 else f"{self.settings.world_size} ranks"
-            log.info("Launching %d jobs, each on %s", len(todo), ranks)
+            log.info("Launching %d %s, each on %s", len(todo), "job" if len(todo) == 1 else "jobs", ranks)
             results: list[JobReturn] = []
             for job in jobs:
                 try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import importlib
 import os
 import pickle
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Callable
 
 from omegaconf import DictConfig
@@ -15,7 +17,7 @@ from omegaconf import DictConfig
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.topology.world import set_by_elastic
 
-__all__ = ["Payload", "Reference", "pack", "refer"]
+__all__ = ["Payload", "Reference", "pack", "refer", "refuse_unguarded"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,29 @@ def refer(task: Callable[..., Any]) -> Reference | None:
         if found is None:
             return None
     return Reference(module, qualname, depth)
+
+
+def refuse_unguarded(task: Callable[..., Any], start_method: str) -> None:
+    """Raise ConfigError where a rank that imports the program would run all of it again, the sweep included."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    if start_method == "fork" or task.__module__ != "__main__" or file is None:
+        return
+    try:
+        statements = ast.parse(Path(file).read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return
+    for statement in statements:
+        call = statement.value if isinstance(statement, ast.Expr) else None
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == task.__name__:
+            name = Path(file).name
+            raise ConfigError(
+                Problem(
+                    f"{name} calls {task.__name__}() when it is imported, which every rank would do",
+                    f"hydra.launcher.start_method={start_method}",
+                    f'the call below if __name__ == "__main__": in {name}, or fork',
+                    "hydra.launcher.start_method=fork",
+                )
+            )
 
 
 def pack(task: Callable[..., Any] | None, config: DictConfig, hydra: DictConfig) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.launch.task import Reference, pack, refer
+from nemo_dist_conf.launch.task import Reference, pack, refer, refuse_unguarded
 
 CONFIG, HYDRA = OmegaConf.create({"a": 1}), OmegaConf.create({"hydra": {"b": "${a}"}})
 
@@ -137,3 +137,31 @@ def test_a_payload_keeps_the_surroundings_but_for_what_elastic_sets(monkeypatch,
     monkeypatch.setenv("MY_RANK", "0")
     done = subprocess.run([sys.executable, "-m", "pkg", "a=1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == f"['a=1'] {tmp_path} pkg.__main__ ['MY_RANK']\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ending", "method", "refused"),
+    [
+        ("main()", "forkserver", True),
+        ("main()", "spawn", True),
+        ("main()", "fork", False),
+        ('if __name__ == "__main__":\n    main()', "forkserver", False),
+        ("other()", "forkserver", False),
+    ],
+)
+def test_a_program_that_runs_when_it_is_imported_is_refused_unless_forked(
+    tmp_path, monkeypatch, ending, method, refused
+):
+    program = tmp_path / "app.py"
+    program.write_text(f"def main(cfg): ...\ndef other(): ...\n{ending}\n")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(program))
+
+    def main(config): ...
+
+    main.__module__ = "__main__"
+    if refused:
+        with pytest.raises(ConfigError, match=r"app.py calls main\(\) when it is imported") as caught:
+            refuse_unguarded(main, method)
+        assert caught.value.type == "hydra.launcher.start_method=fork"
+    else:
+        refuse_unguarded(main, method)
