@@ -224,7 +224,7 @@ class TestASweepWithInvalidAndFailingJobs:
         (program.folder / "broken").unlink()
         done = program.run("-m", *TORCHRUN, *GO_ON, "hydra.launcher.resume=sweep")  # no overrides are typed
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "Launching 1 jobs" in done.stdout and done.stdout.count(": completed before") == 3
+        assert "Launching 1 job," in done.stdout and done.stdout.count(": completed before") == 3
         assert names == {job: program.read(f"sweep/{job}/read.0") for job in (0, 2, 3)}
         assert assert_ranks_agree(program, "sweep/1", ranks=2)["n"] == 2
         records = program.records()
@@ -324,5 +324,5 @@ def test_a_running_sweep_cannot_be_gone_on_with_and_one_that_was_killed_can(new)
     (program.folder / "wait").unlink()
     done = program.run("-m", *TORCHRUN, *options, "hydra.launcher.resume=sweep", "do=write,wait")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("completed before") == 1 and "Launching 1 jobs" in done.stdout
+    assert done.stdout.count("completed before") == 1 and "Launching 1 job," in done.stdout
     assert [program.records()[job]["status"] for job in (0, 1)] == ["completed"] * 2
