@@ -1,5 +1,7 @@
 """What holds for all tests."""
 
+import sys
+
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -11,6 +13,15 @@ def _hydra_is_closed():
     _close()
     yield
     _close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ranks_are_closed():
+    """Every group that gloo has made keeps a thread that wakes a hundred times a second, also in ranks that wait."""
+    yield
+    pool = sys.modules.get("tests.dist.pool")
+    if pool is not None:
+        pool.close_pools()
 
 
 def _close() -> None:

@@ -68,6 +68,7 @@ def start(tmp_path, port):
             "hydra/launcher=torchrun",
             "hydra.launcher.nnodes=2",
             "hydra.launcher.nproc_per_node=1",
+            "hydra.launcher.start_method=fork",  # the quickest; which one it is makes no difference to nodes
             f"hydra.launcher.rdzv_endpoint=127.0.0.1:{port}",
             f"hydra.launcher.rdzv_timeout_s={patience_s}",
         ]
