@@ -5,6 +5,8 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.version import VersionBase
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,3 +29,4 @@ def _ranks_are_closed():
 def _close() -> None:
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
+    Singleton._instances.pop(VersionBase, None)
