@@ -36,6 +36,8 @@ APP = """
         if cfg.do == "break" and (HERE / "broken").exists() and cfg.parallelism.tp_size == 1 and cfg.n == 2:
             raise ValueError("broken")
         if cfg.do in ("kill", "kill_once") and rank == 1 and (attempt == 0 or cfg.do == "kill"):
+            while not (out / f"pid.0.{attempt}").exists():
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         if cfg.do == "kill_once" and attempt == 0:
             time.sleep(300)

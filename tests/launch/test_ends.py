@@ -120,14 +120,14 @@ def test_ranks_are_started_again_after_one_was_killed(new):
 
 def test_a_job_that_hangs_ends_after_its_time_and_leaves_its_stacks_in_its_log(new):
     program = new()
-    done = program.sweep("do=hang", "hydra.launcher.job_timeout_s=6", "hydra.launcher.start_method=fork")
+    done = program.sweep("do=hang", "hydra.launcher.job_timeout_s=12", "hydra.launcher.start_method=fork")
     assert done.returncode == 1
-    assert done.stderr.startswith("job #0 failed: do=hang\n  took longer than 6 s (hydra.launcher.job_timeout_s)\n")
+    assert done.stderr.startswith("job #0 failed: do=hang\n  took longer than 12 s (hydra.launcher.job_timeout_s)\n")
     for name in ("app.log", "app.rank1.log"):
         (text,) = program.read(f"sweep/0/{name}").values()
         assert re.search(r'File ".*/app.py", line \d+ in a_place_to_hang\n  File ".*/app.py", line \d+ in main\n', text)
     assert_gone(pids(program, "sweep/0"))
-    assert 6 <= program.records()[0]["seconds"] < 20
+    assert 12 <= program.records()[0]["seconds"] < 60
 
 
 def test_a_job_without_logging_files_runs_and_fails_with_the_folder_of_what_it_printed(new):
