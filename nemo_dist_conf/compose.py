@@ -104,7 +104,7 @@ def check(
     mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
     problems += mode_problems
     problems += strategy.rules(values, usable, paths)
-    problems += _section_problems(pipeline, moe, sizes, usable, facts, paths)
+    problems += _section_problems(pipeline, moe, sizes, usable, facts, paths, values)
     problems += model_problems(facts, usable, world_size, seq_len, paths)
     problems += _execution_problems(strategy, usable, paths)
     ConfigError.raise_if(problems)
@@ -412,10 +412,11 @@ def _section_problems(
     usable: Mapping[str, Any],
     facts: ModelFacts,
     paths: Paths,
+    strategy: Mapping[str, Any],
 ) -> list[Problem]:
     problems = []
     if usable["pp_size"] > 1:
-        problems += pipeline_problems(pipeline, usable["pp_size"], facts.num_layers, paths)
+        problems += pipeline_problems(pipeline, usable["pp_size"], facts.num_layers, paths, strategy)
     elif sizes["pp_size"] == 1:
         problems += _changed_while_off("pipeline", pipeline, PipelineConf, "pp_size", paths)
     if sizes["ep_size"] > 1:

@@ -36,7 +36,8 @@ def instantiate(
 
     The config is checked, the process group started or joined, the meshes built, and the model built, wrapped as
     the strategy says and filled: with weights drawn from (``cfg.seed``, name), the same under every layout, or with
-    those of ``cfg.model.name_or_path``.
+    those of ``cfg.model.name_or_path``. With pp_size above 1 the model is a Pipeline: its ``step`` runs forward and
+    backward.
 
     model: a module (its weights are kept; FSDP2 and DDP take rank 0's), a factory of one, or None for ``cfg.model``.
     Without either, the model and the optimizer returned are None.
@@ -88,7 +89,9 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
     if checked.strategy.name == "ddp":
         return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
     mesh: Any = setup.mesh_context
-    return parallelize_fsdp2(built.model, config, mesh.device_mesh, mesh.moe_mesh, blocks=blocks, fill=fill)
+    return parallelize_fsdp2(
+        built.model, config, mesh.device_mesh, mesh.moe_mesh, blocks=blocks, fill=fill, pipeline=setup.pipeline_config
+    )
 
 
 class _CallableModule(types.ModuleType):

@@ -60,11 +60,15 @@ class Schedule:
     """A pipeline schedule: torch's class name and how many stages a rank holds.
 
     multi: a rank holds several stages. v_shaped: exactly two, the r-th from the front and from the back.
+    rounds: microbatches come in equal rounds of pp_size or more. splits_backward: gradients of inputs and of weights
+    are computed apart.
     """
 
     torch_name: str
     multi: bool = False
     v_shaped: bool = False
+    rounds: bool = False
+    splits_backward: bool = False
 
 
 #: Option name of the group ``pipeline`` -> schedule. torch's own class names are accepted as well.
@@ -72,11 +76,11 @@ class Schedule:
 SCHEDULES: dict[str, Schedule] = {
     "gpipe": Schedule("GPipe"),
     "1f1b": Schedule("1F1B"),
-    "interleaved_1f1b": Schedule("Interleaved1F1B", multi=True),
+    "interleaved_1f1b": Schedule("Interleaved1F1B", multi=True, rounds=True),
     "looped_bfs": Schedule("LoopedBFS", multi=True),
-    "interleaved_zero_bubble": Schedule("InterleavedZeroBubble", multi=True),
-    "zbv_zero_bubble": Schedule("ZBVZeroBubble", multi=True, v_shaped=True),
-    "dualpipe_v": Schedule("DualPipeV", multi=True, v_shaped=True),
+    "interleaved_zero_bubble": Schedule("InterleavedZeroBubble", multi=True, rounds=True, splits_backward=True),
+    "zbv_zero_bubble": Schedule("ZBVZeroBubble", multi=True, v_shaped=True, splits_backward=True),
+    "dualpipe_v": Schedule("DualPipeV", multi=True, v_shaped=True, splits_backward=True),
 }
 
 

@@ -62,6 +62,15 @@ def model_problems(
                 f"data.seq_len={nearest}",
             )
         )
+    if (sizes.get("pp_size") or 1) > 1 and facts.tied:
+        problems.append(
+            Problem(
+                "the model's embedding and head are one parameter, and a pipeline has them on its first and last stage",
+                f"{paths.set('parallelism.pp_size', sizes['pp_size'])} model.config.tie_word_embeddings=true",
+                "pp_size=1, or a head with weights of its own",
+                "model.config.tie_word_embeddings=false",
+            )
+        )
     if ep > 1:
         problems += _expert_problems(facts, ep, paths)
     return problems

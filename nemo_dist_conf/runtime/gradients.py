@@ -37,7 +37,8 @@ def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float |
     """Scale all gradients so that their global 2-norm is at most ``max_norm``; returns the norm before that.
 
     The norm counts each element of the model once, however its parameters are sharded or replicated, also when
-    they live on different meshes (torch.nn.utils.clip_grad_norm_ refuses those).
+    they live on different meshes (torch.nn.utils.clip_grad_norm_ refuses those). Of a pipeline (given as such, not as
+    its tensors) it is the norm over all stages.
     max_norm None or 0: only measured. Returns a scalar tensor, equal on all ranks.
     """
     parameters = model.parameters() if isinstance(model, nn.Module) else model
@@ -58,9 +59,14 @@ def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float |
                 if is_sharded and mesh.size(index) > 1:
                     square = _all_reduce(square, mesh, index)
         squares.append(square)
-    if not squares:
+    stages = getattr(model, "pp_mesh", None)
+    if not squares and stages is None:
         return torch.tensor(0.0)
-    total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    device = squares[0].device if squares else torch.device("cpu")
+    total = torch.stack([torch.zeros((), device=device), *(square.to(device) for square in squares)]).sum()
+    if stages is not None:
+        total = _all_reduce(total, stages, 0)
+    total = total.sqrt()
     if max_norm:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for tensors in groups.values():

@@ -107,6 +107,7 @@ def materialise(
 
     Each module's tensors are drawn in full on ``device`` from a generator seeded by (seed, module name), one module
     at a time, and every rank keeps its own shard; no rank ever holds the whole model.
+    model: the one that the template was made of, or a pipeline stage of it.
     store: where parameters live (the CPU under offload); None: on ``device``.
     """
     model.to_empty(device=store or device)
@@ -114,14 +115,24 @@ def materialise(
     followers = {name for group in template.ties for name in group[1:]}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         for name, module in template.owners.items():
+            if name not in targets or not _holds(targets[name], module):
+                continue  # on another pipeline stage
             _fill(targets[name], name, module, template.model, seed, device, followers)
     retie(model, template.ties)
     log.debug("materialised on %s, seed %d", store or device, seed)
 
 
+def _holds(target: nn.Module, module: nn.Module) -> bool:
+    """Whether this is the module, and not what stands in its place."""
+    return target._parameters.keys() == module._parameters.keys() and target._buffers.keys() == module._buffers.keys()
+
+
 def retie(model: nn.Module, ties: list[list[str]]) -> None:
     """Make each group of names one parameter again (to_empty makes copies)."""
+    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for first, *others in ties:
+        if not present.issuperset((first, *others)):  # on another pipeline stage
+            continue
         kept = model.get_parameter(first)
         for other in others:
             path, _, leaf = other.rpartition(".")

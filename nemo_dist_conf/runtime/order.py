@@ -1,30 +1,39 @@
 """The one order in which a model is parallelised; each technique has a module of its own.
 
-tensor/sequence parallel -> context parallel -> activation checkpointing -> compile -> autocast -> shard or replicate
--> fill.
+tensor/sequence parallel -> context parallel -> activation checkpointing -> compile -> split into pipeline stages ->
+autocast -> shard or replicate -> fill.
+
+Stages are planned on the plain model and cut out of the parallelised one, which is on meta: so plans and rules of the
+other techniques see the whole model, and no rank ever has another rank's weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
-from typing import Any, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
-from nemo_dist_conf.runtime.blocks import find_blocks
+from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.fsdp_units import shard_blocks
+from nemo_dist_conf.runtime.configs import PipelineConfig
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.strategies.ddp import DDPConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
+
+if TYPE_CHECKING:
+    from nemo_dist_conf.runtime.pipeline import Pipeline, PipelinePlan
 
 __all__ = ["Fill", "parallelize_ddp", "parallelize_fsdp2"]
 
@@ -50,11 +59,15 @@ def parallelize_fsdp2(
     *,
     blocks: str | Iterable[str] | None = None,
     fill: Fill | None = None,
+    pipeline: PipelineConfig | None = None,
 ) -> Any:
     """The model with every technique of ``strategy=fsdp2`` applied in place; with an optimizer, the pair.
 
     blocks: path of the blocks, where neither the model's declaration nor its repeated layers are meant.
-    fill: called last on a model built on meta. Raises ConfigError for what the model or the build cannot do.
+    fill: called last on a model built on meta, or on each stage of it.
+    pipeline: split the model into stages over the axis pp and return a Pipeline. None: on a mesh with that axis the
+    model is taken to be a stage already.
+    Raises ConfigError for what the model or the build cannot do.
     """
     _refuse_wrapped(model)
     names = device_mesh.mesh_dim_names or ()
@@ -63,6 +76,11 @@ def parallelize_fsdp2(
     _sync_from_rank0(model)
     parameters = dict(model.named_parameters()) if optimizer is not None else {}
     units = find_blocks(model, blocks)
+    stages = None
+    if pipeline is not None:
+        from nemo_dist_conf.runtime.pipeline import plan_pipeline
+
+        stages = plan_pipeline(model, units, pipeline, sizes[A.PP])
     if sizes.get(A.TP, 1) > 1:
         from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
 
@@ -79,9 +97,11 @@ def parallelize_fsdp2(
     apply_activation_checkpointing(model, units, config.activation_checkpointing)
     if config.enable_compile:
         compile_blocks(units)
+    if pipeline is not None and stages is not None:
+        return _pipeline(model, units, stages, pipeline, config, device_mesh, fill)
     if config.autocast_dtype is not None:
         _autocast(model, device, config.autocast_dtype)
-    shard_blocks(model, units, fsdp_mesh(device_mesh), config)
+    shard_blocks(model, units, fsdp_mesh(device_mesh), config, in_pipeline=sizes.get(A.PP, 1) > 1)
     model._defer_grad_sync = config.defer_fsdp_grad_sync  # type: ignore[assignment]  # read by gradients.accumulate
     if fill is not None:
         fill(model)
@@ -89,6 +109,54 @@ def parallelize_fsdp2(
         return model
     _rebind(optimizer, parameters, model)
     return model, optimizer
+
+
+def _pipeline(
+    model: nn.Module,
+    units: Blocks,
+    stages: PipelinePlan,
+    pipeline: PipelineConfig,
+    config: FSDP2Config,
+    device_mesh: DeviceMesh,
+    fill: Fill | None,
+) -> Pipeline:
+    """This rank's stages cut out of the parallelised model, each sharded and filled."""
+    from nemo_dist_conf.runtime.pipeline import Pipeline
+    from nemo_dist_conf.runtime.stages import cut
+
+    pp_mesh, device = device_mesh[A.PP.value], torch.device(device_mesh.device_type)
+    parts: dict[int, nn.Module] = {}
+    for row in stages.rows:
+        if row.pp_rank != pp_mesh.get_local_rank():
+            continue
+        part = cut(model, stages.chain, row.modules, pipeline.to_dict())
+        if config.autocast_dtype is not None:
+            _autocast(part, device, config.autocast_dtype)
+        held = {name: unit for name, unit in units.items() if name in row.modules}
+        is_last = row.stage == len(stages.rows) - 1
+        shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), in_pipeline=True)
+        if fill is not None:
+            fill(part)
+        parts[row.stage] = part
+    policy = config.mp_policy
+    sent = pipeline.dtype or (policy.param_dtype if policy is not None and config.autocast_dtype is None else None)
+    return Pipeline(
+        parts,
+        stages,
+        pipeline,
+        pp_mesh,
+        cp_size=device_mesh[A.CP.value].size(),
+        dtype=sent,
+        reduce_every_backward=not config.defer_fsdp_grad_sync,
+    )
+
+
+def _of_stage(config: FSDP2Config, pipeline: PipelineConfig, is_last: bool) -> FSDP2Config:
+    """The config of a stage: only the last one casts the model's outputs, the others what they hand on."""
+    if is_last or (config.mp_policy is None and pipeline.dtype is None):
+        return config
+    policy = config.mp_policy or MixedPrecisionPolicy()
+    return dataclasses.replace(config, mp_policy=dataclasses.replace(policy, output_dtype=pipeline.dtype))
 
 
 def parallelize_ddp(
