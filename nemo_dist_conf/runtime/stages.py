@@ -92,7 +92,7 @@ def chain_of(model: nn.Module, blocks: Blocks, pipeline: Mapping[str, Any]) -> C
     chain = Chain(before, tuple(run), after, handed.size(-1), output.size(-1), handed.dtype)
     _check_ties(model, chain)
     if pipeline["patch_inner_model"] and pipeline["patch_causal_lm_model"]:
-        _check_empty_stage(model, parts, chain, handed)
+        _check_empty_stage(model, parts, chain, handed, _inner(model, pipeline))
     else:
         _check_own_skips(model, parts, chain, pipeline)
     return chain
@@ -136,7 +136,8 @@ def cut(model: nn.Module, chain: Chain, held: Sequence[str], pipeline: Mapping[s
         return module if name in held else substitute(name, module)
 
     stage = _copy(model, parts, replaced)
-    stage.forward = _Forward(stage, chain.names[0] in held)  # type: ignore[method-assign]
+    inner = "" if chain.names[-1] in held else _inner(model, pipeline)
+    stage.forward = _Forward(stage, chain.names[0] in held, inner)  # type: ignore[method-assign]
     return stage
 
 
@@ -191,26 +192,40 @@ def _zeros(like: Tensor) -> Tensor:
 class _Forward:
     """A stage's forward: the model's own, given ids or what the stage before handed on; returns a tensor."""
 
-    def __init__(self, stage: nn.Module, first: bool) -> None:
-        self.stage, self.first = stage, first
+    def __init__(self, stage: nn.Module, first: bool, inner: str) -> None:
+        self.stage, self.first, self.inner = stage, first, inner
 
     def __call__(self, value: Tensor, **kwargs: Any) -> Tensor:
-        return _tensor(_run(self.stage, value, self.first, **kwargs))
+        output = _run(self.stage, value, self.first, self.inner, **kwargs)
+        # torch frees a stage's graph by detaching its output in place, which a view does not allow.
+        return output.clone() if output._is_view() else output
 
 
-def _run(module: nn.Module, value: Tensor, first: bool, **kwargs: Any) -> Any:
-    forward = type(module).forward
-    names = inspect.signature(forward).parameters
+def _run(module: nn.Module, value: Tensor, first: bool, inner: str = "", **kwargs: Any) -> Any:
+    """The model's own forward on ids or, unless first, on what a stage handed on.
+
+    inner: name of the decoder inside, which is run in the model's place on stages that do not hold the head.
+    """
+    forward: Callable[..., Any] = type(module).forward.__get__(module)
+    if inner:
+        forward = module.get_submodule(inner)
+    names = inspect.signature(getattr(forward, "forward", forward)).parameters
     if "inputs_embeds" in names:  # transformers
         kwargs["input_ids" if first else "inputs_embeds"] = value
         if "use_cache" in names:
             kwargs["use_cache"] = False
-        return _tensor(forward(module, **kwargs))
-    return _tensor(forward(module, value, **kwargs))
+        output = forward(**kwargs)
+    else:
+        output = forward(value, **kwargs)
+    for name in ("logits", "last_hidden_state"):
+        output = getattr(output, name, output)
+    return output
 
 
-def _tensor(output: Any) -> Any:
-    return getattr(output, "logits", output)
+def _inner(model: nn.Module, pipeline: Mapping[str, Any]) -> str:
+    """Name of the decoder that runs in the model's place on stages without the head; "" where the model itself runs."""
+    base = getattr(model, "base_model_prefix", "")
+    return base if base and hasattr(model, base) and pipeline["patch_causal_lm_model"] else ""
 
 
 def _parts(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
@@ -279,7 +294,9 @@ def _check_ties(model: nn.Module, chain: Chain) -> None:
             )
 
 
-def _check_empty_stage(model: nn.Module, parts: Mapping[str, nn.Module], chain: Chain, handed: Tensor) -> None:
+def _check_empty_stage(
+    model: nn.Module, parts: Mapping[str, nn.Module], chain: Chain, handed: Tensor, inner: str
+) -> None:
     """That a stage without modules hands its input on: then the model's forward does nothing outside of the chain."""
     extra: list[str] = []
 
@@ -295,7 +312,7 @@ def _check_empty_stage(model: nn.Module, parts: Mapping[str, nn.Module], chain: 
     x_BSH = torch.zeros_like(handed).detach().requires_grad_()
     version = x_BSH._version
     try:
-        output = _run(empty, x_BSH, first=False)
+        output = _run(empty, x_BSH, False, inner)
     except Exception as error:
         raise _no_chain(model, f"its forward does not take what a stage hands on ({_first_line(error)})") from error
     same = isinstance(output, Tensor) and output.shape == x_BSH.shape and output._version == version
@@ -325,7 +342,7 @@ def _check_own_skips(
     names = set(chain.names)
     hollow = _copy(model, parts, lambda n, module: substitute(n, module) if n in names else _Trial(module), trial=True)
     try:
-        _run(hollow, torch.zeros(_ROWS, _TOKENS, chain.width, dtype=chain.dtype), first=False)
+        _run(hollow, torch.zeros(_ROWS, _TOKENS, chain.width, dtype=chain.dtype), False, _inner(model, pipeline))
     except Exception as error:
         off = [f"pipeline.{key}" for key in ("patch_inner_model", "patch_causal_lm_model") if not pipeline[key]]
         what = f"the forward of {type(model).__name__} does not skip modules that are None ({_first_line(error)})"
