@@ -93,7 +93,7 @@ def _torchrun() -> Any:
 
 
 def _register_resolvers() -> None:
-    """``${nemo_dist.compute_dtype:...}``, ``.autocast_dtype`` and ``.explain``, for the recipe's YAML."""
+    """``${nemo_dist.compute_dtype:...}`` and the others that the recipe's YAML uses."""
 
     def compute_dtype(dtype: Any, device: str) -> str:
         from nemo_dist_conf import resolvers
@@ -110,5 +110,10 @@ def _register_resolvers() -> None:
 
         return resolvers.explain_target(strategy_target)
 
-    for function in (compute_dtype, autocast_dtype, explain):
+    def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: Any) -> int:
+        from nemo_dist_conf import resolvers
+
+        return resolvers.pipeline_rows(parallelism, global_batch_size, micro_batch_size)
+
+    for function in (compute_dtype, autocast_dtype, explain, pipeline_rows):
         register_resolver(f"nemo_dist.{function.__name__}", function)

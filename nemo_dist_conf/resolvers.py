@@ -7,8 +7,9 @@ from typing import Any
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.device import cuda_present
+from nemo_dist_conf.topology.world import planned_world_size
 
-__all__ = ["autocast_dtype", "compute_dtype", "explain_target"]
+__all__ = ["autocast_dtype", "compute_dtype", "explain_target", "pipeline_rows"]
 
 _DTYPES = ("auto", "float32", "bfloat16")
 
@@ -30,6 +31,21 @@ def autocast_dtype(dtype: Any, device: str) -> str | None:
     """The same for torch.autocast, where float32 means none."""
     name = compute_dtype(dtype, device)
     return None if name == "float32" else name
+
+
+def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: Any) -> int:
+    """``pipeline.pp_batch_size`` of the recipe: the rows that a data rank hands to the pipeline at a time.
+
+    1, which is the default, without a pipeline and where the sizes do not fit: that is refused by their own rules.
+    """
+    sizes = {name: parallelism.get(name) for name in ("pp_size", "cp_size", "tp_size")}
+    if not all(isinstance(value, int) and value > 0 for value in (*sizes.values(), global_batch_size)):
+        return 1
+    model_ranks = sizes["pp_size"] * sizes["cp_size"] * sizes["tp_size"]
+    data_ranks = max(1, planned_world_size() // model_ranks)
+    if sizes["pp_size"] == 1 or global_batch_size % data_ranks:
+        return 1
+    return int(micro_batch_size or global_batch_size // data_ranks)
 
 
 def explain_target(target: str) -> str:

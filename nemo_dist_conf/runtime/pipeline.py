@@ -50,6 +50,9 @@ class StageRow:
     parameters: int
     parameter_bytes: int
 
+    def __str__(self) -> str:
+        return f"pp rank {self.pp_rank}: {_ranges(self.modules)}"
+
 
 @dataclass(frozen=True)
 class PipelinePlan:

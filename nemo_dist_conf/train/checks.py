@@ -68,12 +68,30 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
         checked = check(config, world_size, facts=facts, seq_len=OmegaConf.select(config, "data.seq_len"))
         data_size = checked.mesh.size("dp")
         problems += batch_problems(config.train.global_batch_size, config.train.micro_batch_size, data_size)
+        if checked.sizes["pp_size"] > 1 and not problems:
+            problems += _pipeline_batch_problems(config.train, checked.pipeline["pp_batch_size"], data_size)
     except ConfigError as error:
         problems += error.problems
     ConfigError.raise_if(problems)
     if checked is None:
         raise AssertionError("not checked, but no problem either")
     return checked
+
+
+def _pipeline_batch_problems(train: DictConfig, pp_batch_size: int, data_size: int) -> list[Problem]:
+    """The rows that a pipeline is given at a time are told twice; two different numbers cannot both hold."""
+    rows = train.micro_batch_size or train.global_batch_size // data_size
+    if pp_batch_size == rows:
+        return []
+    said = "train.micro_batch_size" if train.micro_batch_size else f"train.global_batch_size / {data_size} data ranks"
+    return [
+        Problem(
+            f"the pipeline is to take {pp_batch_size} rows at a time, but {said} gives it {rows}",
+            f"pipeline.pp_batch_size={pp_batch_size}",
+            f"{rows}, or to leave it alone: the recipe fills it in",
+            f"pipeline.pp_batch_size={rows}",
+        )
+    ]
 
 
 def _stray_keys(config: DictConfig) -> Iterable[Problem]:

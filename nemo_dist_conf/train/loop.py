@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.runtime.loss import IGNORED
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
 from nemo_dist_conf.topology import Paths
 from nemo_dist_conf.topology.world import launched
@@ -27,7 +28,7 @@ from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed
 from nemo_dist_conf.train.learning_rate import LearningRate
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
 from nemo_dist_conf.train.report import header, not_finite, summary
-from nemo_dist_conf.train.step import IGNORED, StepResult, train_step, unwrapped
+from nemo_dist_conf.train.step import StepResult, train_step, unwrapped
 
 __all__ = ["run"]
 

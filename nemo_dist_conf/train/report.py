@@ -27,6 +27,7 @@ def header(data: DataSource, setup: Any, model: nn.Module, folder: Path) -> dict
     return {
         "model": f"{_class_name(model)}, {_millions(total)} parameters",
         "layout": _layout(setup),
+        **{f"stage {row.stage}": f"{row} ({_millions(row.parameters)})" for row in getattr(model, "rows", ())},
         "device": _device(setup.mesh_context.device),
         "data": str(data.corpus) if isinstance(data, TextData) else type(data).__name__,
         "output": str(folder),
@@ -74,15 +75,16 @@ def _device(device: torch.device) -> str:
 
 
 def _parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Parameters of the model and, of them, those that this rank holds. A pipeline rank knows its own stages only."""
+    """Parameters of the model and, of them, those that this rank holds."""
     total = local = 0
     for parameter in model.parameters():
         total += parameter.numel()
         local += parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
-    return total, local
+    return getattr(model, "num_parameters", total), local
 
 
 def _class_name(model: nn.Module) -> str:
+    model = next(iter(getattr(model, "parts", {"": model}).values()))  # of a pipeline, any stage
     name = type(unwrapped(model)).__name__
     return name.removeprefix("FSDP") if isinstance(model, FSDPModule) else name  # fully_shard renames the class
 

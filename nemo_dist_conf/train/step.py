@@ -8,36 +8,30 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
+from nemo_dist_conf.runtime.loss import token_loss_sum
+
+if TYPE_CHECKING:
+    from nemo_dist_conf.runtime.pipeline import Pipeline
 
 __all__ = [
-    "ForwardBackward",
-    "IGNORED",
     "Microbatches",
     "StepResult",
     "forward_backward",
-    "token_loss_sum",
+    "run_pipeline",
     "train_step",
     "unwrapped",
 ]
 
-#: Label of a position that does not count towards the loss.
-IGNORED = -100
-
 Microbatches = Sequence[tuple[Tensor, Tensor]]
-
-#: Runs forward and backward of all microbatches, the loss scaled by a factor, and returns the local sum of token
-#: losses, unscaled. A pipeline schedule takes the place of ``forward_backward``.
-ForwardBackward = Callable[[nn.Module, Microbatches, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,25 +47,24 @@ class StepResult:
     updated: bool
 
 
-def token_loss_sum(model: nn.Module, input_ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
-    """Sum of the cross entropies of all counted tokens, in float32 whatever the model computes in."""
-    logits_BSV = _logits(model, input_ids_BS)
-    return F.cross_entropy(
-        logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
-
 def forward_backward(model: nn.Module, microbatches: Microbatches, scale: float) -> Tensor:
     """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum."""
     total: Tensor | None = None
     for number, (input_ids, labels) in enumerate(microbatches, 1):
         with accumulate(model, last=number == len(microbatches)):
-            loss_sum = token_loss_sum(model, input_ids, labels)
+            loss_sum = token_loss_sum(_logits(model, input_ids), labels)
             (loss_sum * scale).backward()
         # Added in float64: microbatches must not change the logged number.
         total = loss_sum.detach().double() if total is None else total + loss_sum.detach()
     assert total is not None
     return total
+
+
+def run_pipeline(model: Pipeline, microbatches: Microbatches, scale: float) -> Tensor:
+    """``forward_backward`` of a pipeline, which splits what it is given into microbatches of its own."""
+    count = model.microbatches if model.scales_gradients else 1  # its losses and gradients are then means
+    totals = [model.step(input_ids, labels, scale * count) * count for input_ids, labels in microbatches]
+    return torch.stack(totals).sum()
 
 
 def train_step(
@@ -82,17 +75,17 @@ def train_step(
     *,
     global_tokens: int,
     max_grad_norm: float | None,
-    run_microbatches: ForwardBackward = forward_backward,
 ) -> StepResult:
     """One optimizer step on this rank's part of the global batch.
 
     DDP and FSDP average gradients over the ranks that hold different tokens; scaling the loss sum by their number /
-    global_tokens turns that
-    into the gradient of the mean over the global batch, however unevenly tokens are spread over ranks.
+    global_tokens turns that into the gradient of the mean over the global batch, however unevenly tokens are spread
+    over ranks.
     Nothing is updated where the global loss or gradient norm is not finite: all ranks see the same two numbers, so
     all of them decide alike.
     """
-    loss_sum = run_microbatches(model, microbatches, context.gradient_size / global_tokens)
+    run: Any = run_pipeline if context.pp_enabled else forward_backward
+    loss_sum = run(model, microbatches, context.gradient_size / global_tokens)
     loss = context.sum_over_data(loss_sum) / global_tokens
     norm = clip_grad_norm_(model, max_grad_norm)
     loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.runtime.loss import token_loss_sum
 from nemo_dist_conf.runtime.mesh import MeshContext
 from nemo_dist_conf.train.loop import _settings
-from nemo_dist_conf.train.step import token_loss_sum, train_step
+from nemo_dist_conf.train.step import train_step
 
 CONTEXT = MeshContext()  # no meshes: one rank
 IDS = torch.arange(64).view(8, 8) % 11
@@ -87,7 +88,7 @@ def test_the_gradient_is_clipped_and_its_norm_told_before() -> None:
 
 
 def test_the_loss_is_computed_in_float32_for_a_model_in_bfloat16() -> None:
-    assert token_loss_sum(Tiny(torch.bfloat16), IDS, LABELS).dtype == torch.float32
+    assert token_loss_sum(Tiny(torch.bfloat16)(IDS), LABELS).dtype == torch.float32
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
