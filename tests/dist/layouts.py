@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.pipelining import Pipeline
 
 __all__ = [
     "ADAMW",
@@ -141,16 +142,28 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer in full, by the name that it has in the unwrapped model."""
-    return {name.removeprefix("module."): full_tensor(value) for name, value in model.state_dict().items()}
+    return over_stages(
+        model, {name.removeprefix("module."): full_tensor(value) for name, value in model.state_dict().items()}
+    )
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter's gradient in full, by the name that it has in the unwrapped model."""
-    return {
+    found = {
         name.removeprefix("module."): full_tensor(parameter.grad)
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+    return over_stages(model, found)
+
+
+def over_stages(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the stages of all pipeline ranks have, each name from the rank that holds it; any other model as it is."""
+    if not isinstance(model, Pipeline):
+        return found
+    everywhere: list[Any] = [None] * model.pp_mesh.size()
+    dist.all_gather_object(everywhere, found, group=model.pp_mesh.get_group())
+    return {name: value for rank in everywhere for name, value in rank.items()}
 
 
 @dataclass
@@ -183,10 +196,14 @@ def train(
         rows_of_rank = (part.chunk(context.data_size)[context.data_rank] for part in everything)
         ids_BS, labels_BS = context.split_sequence(*rows_of_rank)
         tokens = int((everything[1] != -100).sum())
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float64)
         rows = len(ids_BS) // microbatches
         for index in range(microbatches):
             part = slice(index * rows, (index + 1) * rows)
+            if isinstance(model, Pipeline):
+                mean = model.microbatches if model.scales_gradients else 1
+                total += mean * model.step(ids_BS[part], labels_BS[part], mean * context.gradient_size / tokens)
+                continue
             with accumulate(model, last=index == microbatches - 1):
                 loss = loss_sum(model, ids_BS[part], labels_BS[part])
                 (loss * context.gradient_size / tokens).backward()
