@@ -104,7 +104,8 @@ def check(
     mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
     problems += mode_problems
     problems += strategy.rules(values, usable, paths)
-    problems += _section_problems(pipeline, moe, sizes, usable, facts, paths, values)
+    answered = {**values, "activation_checkpointing": mode}
+    problems += _section_problems(pipeline, moe, sizes, usable, facts, paths, answered)
     problems += model_problems(facts, usable, world_size, seq_len, paths)
     problems += _execution_problems(strategy, usable, paths)
     ConfigError.raise_if(problems)

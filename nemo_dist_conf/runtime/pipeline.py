@@ -183,7 +183,7 @@ class Pipeline(nn.Module):
         for part in self.parts.values():
             yield from part.named_parameters(prefix, recurse, remove_duplicate)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """This rank's parameters and buffers, by their names in the whole model."""
         return {name: value for part in self.parts.values() for name, value in part.state_dict(*args, **kwargs).items()}
 
@@ -235,8 +235,8 @@ class _Stage(PipelineStage):
     when: (in the last backward, in every one).
     """
 
-    def __init__(self, submodule: nn.Module, *args: Any, when: tuple[bool, bool] = (False, False), **kwargs: Any) -> None:
-        super().__init__(submodule, *args, **kwargs)
+    def __init__(self, *args: Any, when: tuple[bool, bool] = (False, False), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._in_last, self._in_every = when
 
     def backward_maybe_with_nosync(
@@ -252,17 +252,17 @@ class _Stage(PipelineStage):
 
 
 def _schedule(
-    stages: list[PipelineStage], microbatches: int, loss_fn: Callable[[Any, Any], Tensor], config: PipelineConfig
+    stages: Sequence[PipelineStage], microbatches: int, loss_fn: Callable[[Any, Any], Tensor], config: PipelineConfig
 ) -> Any:
     options: dict[str, Any] = {"loss_fn": loss_fn, "scale_grads": config.scale_grads_in_schedule}
     if config.pp_schedule_csv is not None:
-        schedule = _PipelineScheduleRuntime(stages, microbatches, **options)
+        schedule = _PipelineScheduleRuntime(list(stages), microbatches, **options)
         schedule._load_csv(config.pp_schedule_csv)
         return schedule
     known = find_schedule(config.pp_schedule or "")
     assert known is not None
     kind: Any = get_schedule_class(known.torch_name)
-    return kind(stages if issubclass(kind, PipelineScheduleMulti) else stages[0], microbatches, **options)
+    return kind(list(stages) if issubclass(kind, PipelineScheduleMulti) else stages[0], microbatches, **options)
 
 
 def _static_shapes(

@@ -65,7 +65,11 @@ def chain_of(model: nn.Module, blocks: Blocks, pipeline: Mapping[str, Any]) -> C
         raise _no_chain(model, "it has no repeated layers to split", "blocks= in the model's config, or pp_size=1")
     parts = _parts(model, blocks)
     calls: list[tuple[str, Tensor]] = []
-    whole = _copy(model, parts, lambda name, module: _Trial(None if name in blocks else module, name, calls), trial=True)
+
+    def observed(name: str, module: nn.Module) -> nn.Module:
+        return _Trial(None if name in blocks else module, name, calls)
+
+    whole = _copy(model, parts, observed, trial=True)
     try:
         output = _run(whole, torch.zeros(_ROWS, _TOKENS, dtype=torch.int64), first=True)
     except Exception as error:  # the model's own code, in a way its author never ran it
@@ -137,7 +141,7 @@ def cut(model: nn.Module, chain: Chain, held: Sequence[str], pipeline: Mapping[s
 
     stage = _copy(model, parts, replaced)
     inner = "" if chain.names[-1] in held else _inner(model, pipeline)
-    stage.forward = _Forward(stage, chain.names[0] in held, inner)  # type: ignore[method-assign]
+    stage.forward = _Forward(stage, chain.names[0] in held, inner)
     return stage
 
 
@@ -379,7 +383,7 @@ def _no_chain(model: nn.Module, why: str, allowed: str = "") -> ConfigError:
         Problem(
             f"{type(model).__name__} cannot be split into pipeline stages: {why}",
             "parallelism.pp_size above 1",
-            allowed or "a forward of one chain: embedding, blocks, norm and head, each given only what the last returned",
+            allowed or "a forward of one chain: embedding, blocks, norm and head, each given what the last returned",
             "parallelism.pp_size=1",
         )
     )

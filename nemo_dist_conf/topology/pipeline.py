@@ -180,13 +180,16 @@ def _option_problems(
         return []
     name = schedule.torch_name if schedule is not None else "this schedule file"
     apart = f"{name} computes gradients of inputs and of weights apart"
-    found = []
+    found: list[tuple[str, Any, bool, str]] = []
     if strategy.get("enable_compile"):
         key, off = "strategy.enable_compile", False
         found.append((key, True, off, f"{apart}, which compiled blocks cannot"))
     if strategy.get("defer_fsdp_grad_sync") is False:
         key, off = "strategy.defer_fsdp_grad_sync", True
         found.append((key, False, off, f"{apart}, so FSDP can reduce gradients only once, at the end of a step"))
+    if strategy.get("activation_checkpointing") == "selective":
+        key, off = "activation_checkpointing", True
+        found.append((key, "selective", off, f"{apart}, and torch lets a selective checkpoint run backward only once"))
     if pipeline["patch_stage_backward_maybe_with_nosync"]:
         key, off = "pipeline.patch_stage_backward_maybe_with_nosync", False
         found.append((key, True, off, f"{apart}, so there is no last backward in which FSDP could reduce them"))

@@ -1,8 +1,8 @@
 """A pipeline schedule from a file: one row of actions per rank, read and checked without torch.
 
-The format is that of torch's ``_dump_csv``: ``0F1`` is the forward of stage 0 for microbatch 1, ``B`` its whole backward,
-``I`` and ``W`` the two halves of one (gradients of inputs, of weights), ``(0F1;1B0)OVERLAP_F_B`` two at once; an empty
-cell is a bubble. Source: torch/distributed/pipelining/schedules.py, _Action.
+The format is that of torch's ``_dump_csv``: ``0F1`` is the forward of stage 0 for microbatch 1, ``B`` its whole
+backward, ``I`` and ``W`` the two halves of one (gradients of inputs, of weights), ``(0F1;1B0)OVERLAP_F_B`` two at once;
+an empty cell is a bubble. Source: torch/distributed/pipelining/schedules.py, _Action.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _row(number: int, cells: list[str]) -> list[Action]:
         for word in (overlap.group(1).split(";") if overlap else [text]) if text else []:
             found = _ACTION.fullmatch(word.strip())
             if not found:
-                raise ValueError(f"row {number + 1} has {word.strip()!r}, which is not an action like 0F1, 0B1, 0I1, 0W1")
+                raise ValueError(f"row {number + 1} has {word.strip()!r}, not an action like 0F1, 0B1, 0I1 or 0W1")
             actions.append(Action(int(found.group(1)), found.group(2), int(found.group(3))))
     return actions
 

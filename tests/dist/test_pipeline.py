@@ -157,17 +157,8 @@ def test_a_rank_holds_its_stages_and_no_other_parameter() -> None:
     assert lines[2].endswith("model.layers.2-3, model.norm, lm_head") and lines[2].split()[:2] == ["1", "1"]
 
 
-SPLITS = {
+SPLITS: dict[str, tuple[tuple[str, ...], list[int], list[int]]] = {
     "layers_per_stage": (("pipeline.layers_per_stage=1", "pipeline=interleaved_1f1b"), [1, 1, 1, 1], [0, 1, 0, 1]),
-    "rounded up": (
-        (
-            "pipeline.layers_per_stage=3",
-            "pipeline=interleaved_1f1b",
-            "pipeline.round_virtual_stages_to_pp_multiple=up",
-        ),
-        None,
-        None,
-    ),
     "named": (
         (
             "pipeline.module_fqns_per_model_part="
@@ -180,28 +171,28 @@ SPLITS = {
 }
 
 
-def _split(*words: str) -> list[tuple[int, int]]:
-    _, model, _ = instantiate(composed(FP32, PP, rows(ROWS), *words, model=MODEL, optimizer=ADAMW))
-    return [(row.pp_rank, sum("layers" in name for name in row.modules)) for row in model.rows]
+def _split(*words: str, model: dict[str, Any] = MODEL) -> list[tuple[int, int]]:
+    _, pipeline, _ = instantiate(composed(FP32, PP, rows(ROWS), *words, model=model, optimizer=ADAMW))
+    return [(row.pp_rank, sum("layers" in name for name in row.modules)) for row in pipeline.rows]
 
 
-@pytest.mark.parametrize("name", [name for name, case in SPLITS.items() if case[1]])
+@pytest.mark.parametrize("name", SPLITS)
 def test_the_splitting_options_decide_what_a_stage_holds(name: str) -> None:
     words, layers, ranks = SPLITS[name]
     for found in run_ranks(2, _split, *words):
         assert [count for _, count in found] == layers and [rank for rank, _ in found] == ranks
 
 
-def test_rounding_decides_between_two_stages_and_a_refusal() -> None:
-    words = SPLITS["rounded up"][0]
-    with pytest.raises(ConfigError, match="2 stages do not fit Interleaved1F1B"):  # 3 + 1 layers, rounded up: 2
-        run_ranks(2, _split, *words)
-    up = ("pipeline.layers_per_stage=2", "pipeline.round_virtual_stages_to_pp_multiple=up")
-    assert run_ranks(2, _split, *up)[0] == [(0, 2), (1, 2)]
-    down = ("pipeline.layers_per_stage=1", "pipeline.round_virtual_stages_to_pp_multiple=down")
-    assert run_ranks(2, _split, *down, "pipeline=interleaved_1f1b")[0] == [(0, 1), (1, 1), (0, 1), (1, 1)]
-    odd = ("pipeline.layers_per_stage=3",)
-    assert run_ranks(2, _split, *odd)[0] == [(0, 2), (1, 2)]
+def test_stages_are_rounded_to_a_multiple_of_the_ranks() -> None:
+    """Five layers, two a stage, make three stages: neither schedule has a place for those."""
+    model = {"config": {**LLAMA, "num_hidden_layers": 5}}
+    words = ("pipeline=interleaved_1f1b", "pipeline.layers_per_stage=2")
+    with pytest.raises(ConfigError, match="3 stages do not fit Interleaved1F1B"):
+        run_ranks(2, _split, *words, model=model)
+    up = "pipeline.round_virtual_stages_to_pp_multiple=up"
+    assert [layers for _, layers in run_ranks(2, _split, *words, up, model=model)[0]] == [1, 1, 1, 2]
+    down = "pipeline.round_virtual_stages_to_pp_multiple=down"
+    assert [layers for _, layers in run_ranks(2, _split, words[1], down, model=model)[0]] == [2, 3]
 
 
 # Every other option has its effect.

@@ -1,5 +1,7 @@
 """Rules of pipeline schedules."""
 
+from types import SimpleNamespace
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -38,6 +40,10 @@ def test_defaults_with_enough_microbatches_and_layers_pass(schedule):
         (dict(pp_schedule="zero_bubble"), 2, 8, "not a schedule of torch"),
         (dict(pp_schedule=None), 2, 8, "no pipeline schedule"),
         (dict(pp_schedule="gpipe", pp_schedule_csv="x.csv"), 2, 8, "both given"),
+        (dict(module_fqns_per_model_part="a,b"), 2, 8, "not a list of lists"),
+        (dict(module_fqns_per_model_part=[["a"], []]), 2, 8, "not a list of lists"),
+        (dict(pp_schedule="interleaved_1f1b", pp_batch_size=5), 2, 8, "5 microbatches do not divide into 2"),
+        (dict(pp_schedule="interleaved_zero_bubble", pp_batch_size=11), 4, 8, "11 microbatches do not divide into 2"),
         (dict(pp_batch_size=0), 2, 8, "not positive"),
         (dict(pp_microbatch_size=3), 2, 8, "does not divide"),
         (dict(pp_batch_size=2), 4, 8, "too few"),
@@ -64,3 +70,43 @@ def test_rounding_makes_a_remainder_fit():
 
 def test_without_a_known_model_rules_about_layers_wait():
     assert pipeline_problems(settings(layers_per_stage=100), 2, None) == []
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("count", range(1, 13))
+def test_microbatches_are_refused_where_torch_refuses_them(schedule, count):
+    from torch.distributed.pipelining.schedules import get_schedule_class
+
+    known = SCHEDULES[schedule]
+    total = 3 * (2 if known.multi else 1)
+    held = [0, total - 1] if known.v_shaped else range(0, total, 3)
+    stages = [
+        SimpleNamespace(
+            group_size=3, group_rank=0, num_stages=total, stage_index=stage, submod=None, is_last=stage == total - 1
+        )
+        for stage in held
+    ]
+    problems = pipeline_problems(settings(pp_schedule=schedule, pp_batch_size=count), 3, 12)
+    try:
+        get_schedule_class(known.torch_name)(stages if known.multi else stages[0], count)
+    except ValueError:
+        assert "microbatches" in problems[0].what and len(problems) == 1
+        typed = int(problems[0].type.rpartition("=")[2])
+        assert pipeline_problems(settings(pp_schedule=schedule, pp_batch_size=typed), 3, 12) == []
+    else:
+        assert problems == []
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (dict(enable_compile=True), dict()),
+        (dict(defer_fsdp_grad_sync=False), dict()),
+        (dict(activation_checkpointing="selective"), dict()),
+        (dict(), dict(patch_stage_backward_maybe_with_nosync=True)),
+    ],
+)
+def test_a_schedule_that_splits_backward_excludes_some_options(schedule, options, changed):
+    problems = pipeline_problems(settings(pp_schedule=schedule, **changed), 2, 8, strategy=options)
+    assert [("apart" in problem.what) for problem in problems] == [True] * SCHEDULES[schedule].splits_backward
