@@ -11,6 +11,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.topology.solve import LAUNCH
+from nemo_dist_conf.topology.world import Start, about_to_start
 from nemo_dist_conf.train.checks import check_recipe, config_folder
 
 #: (world size, overrides as typed); the outcome of each is in golden/command_lines.txt.
@@ -97,11 +99,30 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (1, "pipeline=gpipe"),
     (1, "pipeline.pp_microbatch_size=4"),
     (1, "moe.reshard_after_forward=true moe.mp_policy.enabled=true"),
-    (2, "parallelism.pp_size=2 pipeline=interleaved_1f1b pipeline.layers_per_stage=2 pipeline.pp_batch_size=4"),
-    (2, "parallelism.pp_size=2 pipeline.pp_schedule=zero_bubble pipeline.pp_batch_size=4"),
-    (2, "parallelism.pp_size=2 pipeline.pp_schedule=1f1bb pipeline.pp_batch_size=4"),
-    (2, "parallelism.pp_size=2 pipeline.pp_batch_size=5 pipeline.pp_microbatch_size=2"),
-    (4, "parallelism.pp_size=4 pipeline.pp_batch_size=2"),
+    # Pipelines.
+    (2, "parallelism.pp_size=2"),
+    (8, "parallelism.pp_size=2 parallelism.tp_size=2 pipeline=dualpipe_v pipeline.pp_microbatch_size=2"),
+    (4, "parallelism.pp_size=2 parallelism.cp_size=2 pipeline.pp_schedule=ZBVZeroBubble train.micro_batch_size=4"),
+    (2, "parallelism.pp_size=2 pipeline=interleaved_1f1b pipeline.layers_per_stage=1"),
+    (2, "parallelism.pp_size=2 pipeline=interleaved_1f1b pipeline.layers_per_stage=2"),
+    (2, "parallelism.pp_size=2 pipeline=interleaved_1f1b pipeline.layers_per_stage=3"),
+    (2, "parallelism.pp_size=2 pipeline.pp_schedule=zero_bubble"),
+    (2, "parallelism.pp_size=2 pipeline.pp_schedule=1f1bb"),
+    (2, "parallelism.pp_size=2 pipeline.pp_schedule=null"),
+    (2, "parallelism.pp_size=2 pipeline.pp_schedule_csv=no/such/file.csv"),
+    (2, "parallelism.pp_size=2 pipeline=gpipe pipeline.pp_schedule_csv=no/such/file.csv"),
+    (2, "parallelism.pp_size=2 pipeline.pp_microbatch_size=3"),
+    (2, "parallelism.pp_size=2 pipeline.pp_microbatch_size=0"),
+    (8, "parallelism.pp_size=4 train.global_batch_size=4"),
+    (2, "parallelism.pp_size=2 pipeline=interleaved_1f1b train.global_batch_size=5"),
+    (8, "parallelism.pp_size=8"),
+    (4, "parallelism.pp_size=4 pipeline=looped_bfs"),
+    (2, "parallelism.pp_size=2 'pipeline.module_fqns_per_model_part=[model.embed_tokens,lm_head]'"),
+    (2, "parallelism.pp_size=2 model.config.tie_word_embeddings=true"),
+    (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble strategy.enable_compile=true"),
+    (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble activation_checkpointing=selective"),
+    (2, "parallelism.pp_size=2 pipeline=dualpipe_v strategy.defer_fsdp_grad_sync=false"
+        " pipeline.patch_stage_backward_maybe_with_nosync=true"),
     # Options of a strategy.
     (1, "activation_checkpointing=some"),
     (1, "strategy.activation_checkpointing=full"),
@@ -146,6 +167,11 @@ def outcome(world_size: int, line: str) -> tuple[str, ConfigError | None]:
     """(text that a user sees, our error or None) for a command line of the recipe on ``world_size`` ranks."""
     if not GlobalHydra.instance().is_initialized():
         initialize_config_dir(str(config_folder()), version_base="1.3")
+    with about_to_start(Start(world_size, LAUNCH)):
+        return _outcome(world_size, line)
+
+
+def _outcome(world_size: int, line: str) -> tuple[str, ConfigError | None]:
     try:
         cfg = compose("train", overrides=shlex.split(line), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)

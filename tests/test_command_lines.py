@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_dist_conf.topology.solve import LAUNCH
 from tests.command_lines import COMMAND_LINES, outcome
 
 GOLDEN = Path(__file__).parent / "golden" / "command_lines.txt"
@@ -29,7 +28,6 @@ EXPECTED = _expected()
 def _no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("nemo_dist_conf.compose.launch_command", lambda: LAUNCH)
 
 
 def test_the_table_and_the_golden_file_hold_the_same_lines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -13,6 +14,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hooks import DistributedCallback
 from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.topology.world import planned_world_size
 
 __all__ = [
     "RecipeCallback",
@@ -71,11 +73,24 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
         if checked.sizes["pp_size"] > 1 and not problems:
             problems += _pipeline_batch_problems(config.train, checked.pipeline["pp_batch_size"], data_size)
     except ConfigError as error:
-        problems += error.problems
+        problems += [_in_recipe_words(problem, config, world_size) for problem in error.problems]
     ConfigError.raise_if(problems)
     if checked is None:
         raise AssertionError("not checked, but no problem either")
     return checked
+
+
+def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem:
+    """A way out that sets ``pipeline.pp_batch_size`` said by the keys that it follows from in the recipe."""
+    key, _, rows = problem.type.partition("=")
+    if key != "pipeline.pp_batch_size":
+        return problem
+    sizes = config.parallelism
+    data_ranks = (world_size or planned_world_size()) // (sizes.pp_size * sizes.cp_size * sizes.tp_size)
+    words = f"train.global_batch_size={int(rows) * max(1, data_ranks)}"
+    if config.train.micro_batch_size:
+        words = f"train.micro_batch_size={rows} {words}"
+    return dataclasses.replace(problem, type=words)
 
 
 def _pipeline_batch_problems(train: DictConfig, pp_batch_size: int, data_size: int) -> list[Problem]:
@@ -98,7 +113,7 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
     """Keys that ``+`` added where nothing reads them."""
     own = OmegaConf.load(config_folder() / "train.yaml")
     groups = ["strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "model", "data", "optimizer"]
-    known: dict[str, list[str]] = {"": [*groups, *(str(key) for key in own if key not in ("defaults", "hydra"))]}
+    known: dict[str, list[str]] = {"": [*groups, *(str(key) for key in own if key not in ("defaults", "hydra", "pipeline"))]}
     known["train"] = [str(key) for key in own.train]
     if "_target_" not in (config.get("data") or {}):
         known["data"] = [str(key) for key in OmegaConf.load(config_folder() / "data" / "text.yaml")]
