@@ -219,18 +219,18 @@ def train(
     return seen
 
 
-def plain_model(kind: str) -> nn.Module:
-    """The model of ``MODELS`` as its own library builds it, without us."""
+def plain_model(kind: str | dict[str, Any]) -> nn.Module:
+    """The model of ``MODELS``, or of a transformers config, as its own library builds it, without us."""
     if kind == "module":
         return Net()
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {key: value for key, value in MODELS[kind]["config"].items() if key != "model_type"}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=torch.float32)
+    config = kind if isinstance(kind, dict) else MODELS[kind]["config"]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
 
 
 def single_process(
-    kind: str, optimizer: dict[str, Any], weights: dict[str, Tensor], length: int = TOKENS
+    kind: str | dict[str, Any], optimizer: dict[str, Any], weights: dict[str, Tensor], length: int = TOKENS
 ) -> Trajectory:
     """What every layout must reproduce: plain torch on the whole batch, nothing of ours but the initial weights."""
     model = plain_model(kind)
