@@ -18,17 +18,15 @@ Both sides start from the same weights and see the same batches; the run fails i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import os
 import statistics
-import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import report
+from ranks import SIDES, joined, largest, on_ranks, pair_ratio, peak_mb, timed
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +36,6 @@ SEED = 0
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 MAX_GRAD_NORM = 1.0
 STRATEGIES = ("ddp", "fsdp2")
-SIDES = ("hand", "ours")
 
 #: Fields of transformers' LlamaConfig; rows and tokens of a rank's batch stand beside them.
 SIZES: dict[str, dict[str, Any]] = {
@@ -172,41 +169,6 @@ def wrapper(side: str, strategy: str, size: str) -> Callable[[], tuple[Any, torc
 # --------------------------------------------------------------------------------------- in a rank
 
 
-_GROUPS: list[Any] = []
-
-
-@contextlib.contextmanager
-def joined(rank: int, folder: str) -> Iterator[None]:
-    """This process as a rank of a gloo group that meets in a file, so no port is taken."""
-    import torch
-    import torch.distributed as dist
-
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
-    # Held to the end: a DDP model that is freed after its group would end the group itself, under the GIL, and can
-    # deadlock with gloo's thread (torch 2.13).
-    _GROUPS.append(dist.group.WORLD)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of the slowest rank; the ranks start together."""
-    import torch
-    import torch.distributed as dist
-
-    dist.barrier()
-    start = time.perf_counter()
-    result = work()
-    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return float(seconds), result
-
-
 def batches(size: str, rank: int) -> Iterator[torch.Tensor]:
     import torch
 
@@ -230,7 +192,7 @@ def copy_weights(source: Any, target: Any) -> None:
 
 def compare(rank: int, folder: str, strategy: str, size: str, wraps: int, rounds: int, steps: int) -> None:
     """Wrap times and step times of both sides in the same processes; rank 0 writes what it found."""
-    with joined(rank, folder):
+    with joined(rank, folder, WORLD_SIZE):
         wrap = {side: wrapper(side, strategy, size) for side in SIDES}
         wrap_s: dict[str, list[float]] = {side: [] for side in SIDES}
         for number in range(wraps + 2):
@@ -266,51 +228,30 @@ def compare(rank: int, folder: str, strategy: str, size: str, wraps: int, rounds
 
 def alone(rank: int, folder: str, side: str, strategy: str, size: str, steps: int) -> None:
     """One side in processes of its own: its first wrap, and the peak memory after some steps."""
-    import torch
-    import torch.distributed as dist
     import transformers
 
     assert transformers.LlamaForCausalLM  # imported lazily; neither side's cost
-    with joined(rank, folder):
+    with joined(rank, folder, WORLD_SIZE):
         wrap = wrapper(side, strategy, size)
         seconds, (model, optimizer) = timed(wrap)
         stream = batches(size, rank)
         for _ in range(steps):
             STEP[side](model, optimizer, next(stream))
-        peak = torch.tensor(peak_mb(), dtype=torch.float64)
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        peak = largest(peak_mb())
         if rank == 0:
-            Path(folder, "found.json").write_text(json.dumps({"first_s": seconds, "peak_mb": float(peak)}))
-
-
-def peak_mb() -> float:
-    """VmHWM, not getrusage: its maximum survives exec, so it could be the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+            Path(folder, "found.json").write_text(json.dumps({"first_s": seconds, "peak_mb": peak}))
 
 
 # --------------------------------------------------------------------------------------- in the parent
 
 
-def on_ranks(work: Callable[..., None], *args: Any) -> Any:
-    import torch.multiprocessing as mp
-
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (folder, *args), nprocs=WORLD_SIZE)
-        return json.loads(Path(folder, "found.json").read_text())
-
-
-def pair_ratio(times: dict[str, list[float]]) -> float:
-    return statistics.median(ours / hand for ours, hand in zip(times["ours"], times["hand"], strict=True))
-
-
 def measure(strategy: str, size: str, options: argparse.Namespace) -> dict[str, Any]:
-    found = on_ranks(compare, strategy, size, options.wraps, options.rounds, options.steps)
+    found = on_ranks(WORLD_SIZE, compare, strategy, size, options.wraps, options.rounds, options.steps)
     memory: dict[str, list[float]] = {side: [] for side in SIDES}
     first: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(options.repeats):
         for side in SIDES if number % 2 else reversed(SIDES):
-            one = on_ranks(alone, side, strategy, size, 5)
+            one = on_ranks(WORLD_SIZE, alone, side, strategy, size, 5)
             memory[side].append(one["peak_mb"])
             first[side].append(one["first_s"])
     steps = options.steps
