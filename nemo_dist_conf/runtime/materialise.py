@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -218,10 +218,23 @@ def _copy_shard(target: torch.Tensor | None, full: torch.Tensor) -> None:
     if target is None:
         raise AssertionError("a tensor of the template is missing in the model")
     if isinstance(target, DTensor):
-        mesh = target.device_mesh
-        source = full.detach().to(mesh.device_type)
-        # Every rank drew the same values, so none is sent: src_data_rank=None.
-        shard = distribute_tensor(source, mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(shard.to_local())
+        target.to_local().copy_(_local_part(full.detach(), target))
     else:
         target.copy_(full)
+
+
+def _local_part(full: torch.Tensor, target: DTensor) -> torch.Tensor:
+    """The part of a whole tensor that ``target`` holds on this rank; every rank has the same values, so none is sent.
+
+    Cut as it was sharded: tensor parallelism first, on the mesh's last axis, then fully_shard on what that left.
+    distribute_tensor cuts from the first axis on, which is another part where sizes do not divide (torch 2.13).
+    """
+    mesh, part = target.device_mesh, full
+    for index in reversed(range(mesh.ndim)):
+        placement = target.placements[index]
+        if placement.is_replicate():
+            continue
+        pieces = part.chunk(mesh.size(index), placement.dim)  # type: ignore[attr-defined]
+        rank = mesh.get_local_rank(index)
+        part = pieces[rank] if rank < len(pieces) else part.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    return part
