@@ -90,7 +90,14 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
         return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
     mesh: Any = setup.mesh_context
     return parallelize_fsdp2(
-        built.model, config, mesh.device_mesh, mesh.moe_mesh, blocks=blocks, fill=fill, pipeline=setup.pipeline_config
+        built.model,
+        config,
+        mesh.device_mesh,
+        mesh.moe_mesh,
+        blocks=blocks,
+        fill=fill,
+        pipeline=setup.pipeline_config,
+        moe=setup.moe_parallel_config,
     )
 
 

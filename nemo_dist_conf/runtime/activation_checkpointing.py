@@ -17,11 +17,14 @@ __all__ = ["apply_activation_checkpointing"]
 log = logging.getLogger(__name__)
 
 
-def apply_activation_checkpointing(model: nn.Module, blocks: Blocks, mode: bool | str) -> None:
+def apply_activation_checkpointing(
+    model: nn.Module, blocks: Blocks, mode: bool | str, keeps_routing: bool = False
+) -> None:
     """Let every block's forward drop its activations and run again in backward.
 
     mode True: everything inside a block is recomputed. "selective": results of matmuls, attention and
     collectives are kept, the cheap rest is recomputed. False: nothing happens.
+    keeps_routing: also keep which experts a router chose, so that tokens take the same way when forward runs again.
     The forward of each module is replaced in place, so names of modules and parameters stay as they are.
     Source: torch.utils.checkpoint (non-reentrant), create_selective_checkpoint_contexts.
     """
@@ -31,8 +34,9 @@ def apply_activation_checkpointing(model: nn.Module, blocks: Blocks, mode: bool 
     if getattr(config, "use_cache", False):
         config.use_cache = False  # a key/value cache of transformers would be filled again by the recomputation
     contexts: dict[str, Any] = {}
-    if mode == "selective":
-        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    if mode == "selective" or keeps_routing:
+        kept = (_kept_ops() if mode == "selective" else frozenset()) | (_ROUTING if keeps_routing else frozenset())
+        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
     for block in blocks.values():
         block.forward = _Checkpointed(block.forward, contexts)
     log.info("activation checkpointing (%s): %d blocks", "full" if mode is True else mode, len(blocks))
@@ -52,8 +56,12 @@ class _Checkpointed:
         return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
 
 
-def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _kept_ops() else CheckpointPolicy.PREFER_RECOMPUTE
+#: What a router of transformers chooses experts with.
+_ROUTING = frozenset({torch.ops.aten.topk.default})
+
+
+def _policy(kept: frozenset[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.cache

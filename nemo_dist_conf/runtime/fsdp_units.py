@@ -2,53 +2,116 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from nemo_dist_conf.runtime.blocks import Blocks
+from nemo_dist_conf.runtime.configs import MoEParallelizerConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
 
-__all__ = ["shard_blocks"]
+__all__ = ["Experts", "shard_blocks"]
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Modules that hold experts split over the axis ep, and how they are sharded beside the rest.
+
+    mesh: the axis ep_shard.
+    """
+
+    modules: Sequence[nn.Module]
+    mesh: DeviceMesh
+    config: MoEParallelizerConfig
+
+
 def shard_blocks(
-    model: nn.Module, blocks: Blocks, mesh: DeviceMesh, config: FSDP2Config, in_pipeline: bool = False
+    model: nn.Module,
+    blocks: Blocks,
+    mesh: DeviceMesh,
+    config: FSDP2Config,
+    in_pipeline: bool = False,
+    experts: Experts | None = None,
 ) -> None:
     """Shard the model in place: each block is gathered, computed and freed on its own, the root takes the rest.
 
     mesh: 1-D to shard over, or 2-D (replicate, shard) for HSDP.
     reshard_after_forward None: blocks free their gathered parameters after forward, all but the last one, which
     backward needs first; inside a pipeline none does, because the next microbatch needs them at once.
+    experts: what of the blocks is sharded over ep_shard in units of its own, as the group moe says.
     Source: torch.distributed.fsdp.fully_shard.
     """
     policy = config.mp_policy or MixedPrecisionPolicy()
     # A cast of the outputs is meant for the model's outputs; between blocks it would only cost two copies.
-    inner = MixedPrecisionPolicy(
-        param_dtype=policy.param_dtype,
-        reduce_dtype=policy.reduce_dtype,
-        output_dtype=None,
-        cast_forward_inputs=policy.cast_forward_inputs,
-    )
+    inner = dataclasses.replace(policy, output_dtype=None)
     shared: dict[str, Any] = {"mesh": mesh, "offload_policy": _offload(config.offload_policy, mesh)}
     units = list(blocks.values())
     for index, block in enumerate(units):
         reshard = config.reshard_after_forward
         if reshard is None:
             reshard = not in_pipeline and index < len(units) - 1
-        fully_shard(block, mp_policy=inner, reshard_after_forward=reshard, **shared)
+        held = _shard_experts(block, experts, inner, shared) if experts is not None else None
+        fully_shard(block, mp_policy=held or inner, reshard_after_forward=reshard, **shared)
+    if experts is not None:
+        _shard_outer(model, experts.config, inner, config.reshard_after_forward, shared)
     # None: torch keeps the root's parameters gathered, since backward starts with them.
     fully_shard(model, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **shared)
     if config.enable_fsdp2_prefetch:
         _chain_prefetch(units, config.fsdp2_forward_prefetch_depth, config.fsdp2_backward_prefetch_depth)
     shape = " x ".join(f"{name} {mesh.size(i)}" for i, name in enumerate(mesh.mesh_dim_names or ("ranks",)))
     log.info("fully_shard: %d blocks and the root over %s", len(units), shape)
+
+
+def _shard_experts(
+    block: nn.Module, experts: Experts, inner: MixedPrecisionPolicy, shared: dict[str, Any]
+) -> MixedPrecisionPolicy | None:
+    """Shard the experts of a block; returns the precision of such a block, None for a block without experts."""
+    found = [module for module in block.modules() if any(module is one for one in experts.modules)]
+    policy = inner
+    if experts.config.mp_policy is not None:
+        policy = dataclasses.replace(experts.config.mp_policy, output_dtype=None)
+    for module in found:
+        # Experts are split over ep along their first dimension, so over ep_shard along the second.
+        # The block casts what it is given; routing weights are to stay as precise as the router made them.
+        unit: Any = fully_shard(
+            module,
+            **{**shared, "mesh": experts.mesh},
+            mp_policy=dataclasses.replace(policy, cast_forward_inputs=False),
+            reshard_after_forward=experts.config.reshard_after_forward,
+            shard_placement_fn=lambda parameter: Shard(1),
+        )
+        unit.set_gradient_divide_factor(1.0)  # they are averages already
+        unit.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it reduces
+    return policy if found else None
+
+
+def _shard_outer(
+    model: nn.Module,
+    config: MoEParallelizerConfig,
+    inner: MixedPrecisionPolicy,
+    reshard: bool | None,
+    shared: dict[str, Any],
+) -> None:
+    """Units for the head and the decoder, where they are not to be one with the root."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if next(head.parameters() if isinstance(head, nn.Module) else iter(()), None) is None:
+        head = None  # on another pipeline stage
+    if head is not None and (config.lm_head_precision is not None or not config.wrap_outer_model):
+        precision = config.lm_head_precision or inner.param_dtype
+        policy = dataclasses.replace(inner, param_dtype=precision, cast_forward_inputs=True)
+        fully_shard(head, mp_policy=policy, reshard_after_forward=reshard, **shared)
+    decoder = getattr(model, "base_model", model)
+    if not config.wrap_outer_model and decoder is not model:
+        fully_shard(decoder, mp_policy=inner, reshard_after_forward=reshard, **shared)
 
 
 def _offload(policy: CPUOffloadPolicy | None, mesh: DeviceMesh) -> OffloadPolicy:

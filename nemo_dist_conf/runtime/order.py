@@ -1,6 +1,6 @@
 """The one order in which a model is parallelised; each technique has a module of its own.
 
-tensor/sequence parallel -> context parallel -> activation checkpointing -> compile -> split into pipeline stages ->
+tensor/sequence parallel -> expert parallel -> context parallel -> activation checkpointing -> compile -> split into pipeline stages ->
 autocast -> shard or replicate -> fill.
 
 Stages are planned on the plain model and cut out of the parallelised one, which is on meta: so plans and rules of the
@@ -26,8 +26,8 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
-from nemo_dist_conf.runtime.fsdp_units import shard_blocks
-from nemo_dist_conf.runtime.configs import PipelineConfig
+from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
+from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.strategies.ddp import DDPConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
@@ -60,6 +60,7 @@ def parallelize_fsdp2(
     blocks: str | Iterable[str] | None = None,
     fill: Fill | None = None,
     pipeline: PipelineConfig | None = None,
+    moe: MoEParallelizerConfig | None = None,
 ) -> Any:
     """The model with every technique of ``strategy=fsdp2`` applied in place; with an optimizer, the pair.
 
@@ -67,6 +68,7 @@ def parallelize_fsdp2(
     fill: called last on a model built on meta, or on each stage of it.
     pipeline: split the model into stages over the axis pp and return a Pipeline. None: on a mesh with that axis the
     model is taken to be a stage already.
+    moe: how experts are wrapped on a mesh with the axis ep. None: by its defaults.
     Raises ConfigError for what the model or the build cannot do.
     """
     _refuse_wrapped(model)
@@ -88,20 +90,30 @@ def parallelize_fsdp2(
         apply_tensor_parallel(model, tp_mesh, plan=config.tp_plan, sequence_parallel=config.sequence_parallel)
         if config.enable_async_tensor_parallel:
             enable_async_tensor_parallel(device, tp_mesh.get_group().group_name)
+    experts = None
+    if moe_mesh is not None:
+        from nemo_dist_conf.runtime.expert_parallel import apply_expert_parallel, keep_routing
+
+        gradient_size = sizes[A.DP_REPLICATE] * sizes[A.DP_SHARD] * sizes[A.CP]
+        found = apply_expert_parallel(model, moe_mesh, device_mesh[A.TP.value], gradient_size)
+        experts = Experts(list(found.values()), moe_mesh[A.EP_SHARD.value], moe or MoEParallelizerConfig())
+        if config.activation_checkpointing and experts.config.ignore_router_for_ac:
+            keep_routing(model, found)
     if sizes.get(A.CP, 1) > 1:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
         apply_context_parallel(model, device_mesh[A.CP.value])
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
-    apply_activation_checkpointing(model, units, config.activation_checkpointing)
+    keeps_routing = experts is not None and experts.config.ignore_router_for_ac
+    apply_activation_checkpointing(model, units, config.activation_checkpointing, keeps_routing)
     if config.enable_compile:
         compile_blocks(units)
     if pipeline is not None and stages is not None:
-        return _pipeline(model, units, stages, pipeline, config, device_mesh, fill)
+        return _pipeline(model, units, stages, pipeline, config, device_mesh, fill, experts)
     if config.autocast_dtype is not None:
         _autocast(model, device, config.autocast_dtype)
-    shard_blocks(model, units, fsdp_mesh(device_mesh), config, in_pipeline=sizes.get(A.PP, 1) > 1)
+    shard_blocks(model, units, fsdp_mesh(device_mesh), config, sizes.get(A.PP, 1) > 1, experts)
     model._defer_grad_sync = config.defer_fsdp_grad_sync  # type: ignore[assignment]  # read by gradients.accumulate
     if fill is not None:
         fill(model)
@@ -119,6 +131,7 @@ def _pipeline(
     config: FSDP2Config,
     device_mesh: DeviceMesh,
     fill: Fill | None,
+    experts: Experts | None,
 ) -> Pipeline:
     """This rank's stages cut out of the parallelised model, each sharded and filled."""
     from nemo_dist_conf.runtime.pipeline import Pipeline
@@ -134,7 +147,7 @@ def _pipeline(
             _autocast(part, device, config.autocast_dtype)
         held = {name: unit for name, unit in units.items() if name in row.modules}
         is_last = row.stage == len(stages.rows) - 1
-        shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), in_pipeline=True)
+        shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), True, experts)
         if fill is not None:
             fill(part)
         parts[row.stage] = part
