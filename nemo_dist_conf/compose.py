@@ -104,7 +104,7 @@ def check(
     mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
     problems += mode_problems
     problems += strategy.rules(values, usable, paths)
-    answered = {**values, "activation_checkpointing": mode}
+    answered = {**values, "activation_checkpointing": mode, "ep_size": usable["ep_size"], **moe}
     problems += _section_problems(pipeline, moe, sizes, usable, facts, paths, answered)
     problems += model_problems(facts, usable, world_size, seq_len, paths)
     problems += _execution_problems(strategy, usable, paths)
@@ -420,7 +420,7 @@ def _section_problems(
         problems += pipeline_problems(pipeline, usable["pp_size"], facts.num_layers, paths, strategy)
     elif sizes["pp_size"] == 1:
         problems += _changed_while_off("pipeline", pipeline, PipelineConf, "pp_size", paths)
-    if sizes["ep_size"] > 1:
+    if usable["ep_size"] > 1:
         problems += off_but_changed(moe["mp_policy"], MixedPrecisionConf(enabled=False), "moe.mp_policy", paths)
     elif sizes["ep_size"] == 1:
         problems += _changed_while_off("moe", moe, MoEConf, "ep_size", paths)

@@ -14,7 +14,7 @@ __all__ = ["ModelFacts", "facts_from_config", "facts_from_folder"]
 class ModelFacts:
     """Sizes of a decoder; None where the config does not say.
 
-    head_dim None: hidden_size / num_heads. num_experts None: a dense model.
+    num_experts None: a dense model. balances_experts: it computes a loss for an even load of its experts.
     """
 
     model_type: str | None = None
@@ -26,6 +26,7 @@ class ModelFacts:
     vocab_size: int | None = None
     num_experts: int | None = None
     tied: bool = False
+    balances_experts: bool = False
 
 
 def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
@@ -41,6 +42,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         vocab_size=_whole(config, "vocab_size"),
         num_experts=_whole(config, "num_local_experts", "num_experts", "n_routed_experts"),
         tied=bool(config.get("tie_word_embeddings", False)),
+        balances_experts=bool(config.get("output_router_logits", False)),
     )
 
 

@@ -33,6 +33,17 @@ def model_problems(
     """What in the sizes does not fit the model or the sequence length [tokens]; suggestions fit the world size too."""
     problems = []
     tp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "cp_size", "ep_size"))
+    pp = sizes.get("pp_size") or 1
+    if tp > 1 and facts.num_experts is not None:
+        problems.append(
+            Problem(
+                f"tp_size={tp}: the experts of {facts.model_type or 'the model'} have no tensor-parallel plan",
+                paths.set("parallelism.tp_size", tp),
+                "tp_size=1; ep_size splits experts, cp_size and pp_size the rest",
+                paths.set("parallelism.tp_size", 1),
+            )
+        )
+        tp = 1
     legal = tensor_parallel_sizes(facts)
     if legal is not None and tp not in legal:
         odd = [
@@ -62,11 +73,20 @@ def model_problems(
                 f"data.seq_len={nearest}",
             )
         )
-    if (sizes.get("pp_size") or 1) > 1 and facts.tied:
+    if pp > 1 and facts.balances_experts:
+        problems.append(
+            Problem(
+                "the loss that balances experts is taken over all layers at once, and a pipeline rank has only its own",
+                f"{paths.set('parallelism.pp_size', pp)} model.config.output_router_logits=true",
+                "pp_size=1, or training without that loss",
+                "model.config.output_router_logits=false",
+            )
+        )
+    if pp > 1 and facts.tied:
         problems.append(
             Problem(
                 "the model's embedding and head are one parameter, and a pipeline has them on its first and last stage",
-                f"{paths.set('parallelism.pp_size', sizes['pp_size'])} model.config.tie_word_embeddings=true",
+                f"{paths.set('parallelism.pp_size', pp)} model.config.tie_word_embeddings=true",
                 "pp_size=1, or a head with weights of its own",
                 "model.config.tie_word_embeddings=false",
             )

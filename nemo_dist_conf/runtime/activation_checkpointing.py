@@ -36,7 +36,8 @@ def apply_activation_checkpointing(
     contexts: dict[str, Any] = {}
     if mode == "selective" or keeps_routing:
         kept = (_kept_ops() if mode == "selective" else frozenset()) | (_ROUTING if keeps_routing else frozenset())
-        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
+        policy = functools.partial(_policy, kept)
+        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     for block in blocks.values():
         block.forward = _Checkpointed(block.forward, contexts)
     log.info("activation checkpointing (%s): %d blocks", "full" if mode is True else mode, len(blocks))

@@ -1,9 +1,9 @@
 """Expert parallelism: each rank of the axis ep holds some of a layer's experts, and tokens travel to their experts.
 
-The exchange is transformers' own (transformers/distributed/expert_parallel.py, all-to-all): it works on any mesh, on NCCL
-and gloo, and its gradients are those of one process. What is ours is what surrounds it here: experts lie on a mesh of
-their own (ep_shard, ep) over the same ranks, fully_shard splits them over ep_shard, and their gradients, which hold the
-tokens of all ranks already, are divided by the number of those once (docs/decisions/0008-expert-parallelism.md).
+The exchange is transformers' own (transformers/distributed/expert_parallel.py, all-to-all): it works on any mesh, on
+NCCL and gloo, and its gradients are those of one process. What is ours is what surrounds it here: experts lie on a mesh
+of their own (ep_shard, ep) over the same ranks, fully_shard splits them over ep_shard, and their gradients, which hold
+the tokens of all ranks already, are divided by the number of those once (docs/decisions/0008-expert-parallelism.md).
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ def apply_expert_parallel(
     """Split the experts of a transformers model over the axis ep of ``moe_mesh``, in place; returns ``find_experts``.
 
     tp_mesh: ranks that hold the same tokens. gradient_size: ranks over which all other gradients are averaged; those
-    of experts hold the tokens of all of them in sum, and are divided by their number here. Parameters of experts [experts, out, in] become DTensors with Shard(0).
+    of experts hold the tokens of all of them in sum, and are divided by their number here.
+    Parameters of experts [experts, out, in] become DTensors with Shard(0).
     Raises ConfigError for a model without a plan for its experts, and where ep does not divide them.
     """
     ep_mesh = moe_mesh[A.EP.value]
     experts, plan = find_experts(model), _plan(model)
     if not experts:
         what = f"ep_size={ep_mesh.size()}: {type(model).__name__} has no experts that can be split"
-        asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", "a mixture-of-experts model of transformers, or ep_size=1"
+        asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", "a mixture-of-experts model of transformers"
         raise ConfigError(Problem(what, asked, allowed, "parallelism.ep_size=1"))
     counts = {getattr(module, "num_experts", 0) for module in experts.values()}
     odd = [count for count in counts if count % ep_mesh.size()]

@@ -106,7 +106,7 @@ def _shard_outer(
     if next(head.parameters() if isinstance(head, nn.Module) else iter(()), None) is None:
         head = None  # on another pipeline stage
     if head is not None and (config.lm_head_precision is not None or not config.wrap_outer_model):
-        precision = config.lm_head_precision or inner.param_dtype
+        precision: Any = config.lm_head_precision or inner.param_dtype
         policy = dataclasses.replace(inner, param_dtype=precision, cast_forward_inputs=True)
         fully_shard(head, mp_policy=policy, reshard_after_forward=reshard, **shared)
     decoder = getattr(model, "base_model", model)

@@ -1,7 +1,7 @@
 """The one order in which a model is parallelised; each technique has a module of its own.
 
-tensor/sequence parallel -> expert parallel -> context parallel -> activation checkpointing -> compile -> split into pipeline stages ->
-autocast -> shard or replicate -> fill.
+tensor/sequence parallel -> expert parallel -> context parallel -> activation checkpointing -> compile -> split into
+pipeline stages -> autocast -> shard or replicate -> fill.
 
 Stages are planned on the plain model and cut out of the parallelised one, which is on meta: so plans and rules of the
 other techniques see the whole model, and no rank ever has another rank's weights.

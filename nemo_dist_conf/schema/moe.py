@@ -26,7 +26,7 @@ class MoEConf:
     reshard_after_forward: bool = option(False, "free gathered MoE parameters after forward, gather again in backward")
     lm_head_precision: Optional[DType] = option(None, "dtype in which the output head computes; null: as the rest")
     wrap_outer_model: bool = option(
-        True, "shard embedding, final norm and head as one unit; false: the head is one of its own, gathered when it runs"
+        True, "shard embedding, final norm and head as one unit; false: the head is a unit of its own"
     )
     mp_policy: Optional[MixedPrecisionConf] = option(
         _no_policy, "precision of the MoE blocks; off: as strategy.mp_policy"

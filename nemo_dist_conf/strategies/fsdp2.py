@@ -111,6 +111,16 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> l
     problems = autocast_problems(conf, paths)
     problems += off_but_changed(conf["offload_policy"], OffloadConf(), "strategy.offload_policy", paths)
     problems += _prefetch_problems(conf, paths)
+    if conf["enable_compile"] and (sizes.get("ep_size") or 1) > 1:
+        problems.append(
+            Problem(
+                "how many tokens go to which expert is known in each step only, so blocks with split experts cannot be "
+                "compiled",
+                f"{paths.set('strategy.enable_compile', True)} {paths.set('parallelism.ep_size', sizes['ep_size'])}",
+                "enable_compile=false, or ep_size=1",
+                paths.set("strategy.enable_compile", False),
+            )
+        )
     if conf["enable_async_tensor_parallel"]:
         problems += _async_tp_problems(conf, sizes, paths)
     return problems

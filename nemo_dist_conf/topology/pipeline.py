@@ -39,7 +39,7 @@ def pipeline_problems(
     """What cannot work in the pipeline settings for pp_size > 1.
 
     num_layers None: the model is not known, so rules about stages are left to a later check. strategy: the values of
-    the strategy node, for the options that a schedule excludes.
+    the strategy node, of moe, and ep_size, for the options that a schedule excludes.
     """
     problems: list[Problem] = []
     schedule, file = _schedule(pipeline, paths, problems)
@@ -190,6 +190,10 @@ def _option_problems(
     if strategy.get("activation_checkpointing") == "selective":
         key, off = "activation_checkpointing", True
         found.append((key, "selective", off, f"{apart}, and torch lets a selective checkpoint run backward only once"))
+    if strategy.get("ep_size", 1) > 1 and strategy.get("activation_checkpointing") is True:
+        if strategy["ignore_router_for_ac"]:
+            key, off = "moe.ignore_router_for_ac", False
+            found.append((key, True, off, f"{apart}, and torch lets a checkpoint that keeps routing run backward once"))
     if pipeline["patch_stage_backward_maybe_with_nosync"]:
         key, off = "pipeline.patch_stage_backward_maybe_with_nosync", False
         found.append((key, True, off, f"{apart}, so there is no last backward in which FSDP could reduce them"))

@@ -113,7 +113,8 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
     """Keys that ``+`` added where nothing reads them."""
     own = OmegaConf.load(config_folder() / "train.yaml")
     groups = ["strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "model", "data", "optimizer"]
-    known: dict[str, list[str]] = {"": [*groups, *(str(key) for key in own if key not in ("defaults", "hydra", "pipeline"))]}
+    others = [str(key) for key in own if key not in (*groups, "defaults", "hydra")]
+    known: dict[str, list[str]] = {"": [*groups, *others]}
     known["train"] = [str(key) for key in own.train]
     if "_target_" not in (config.get("data") or {}):
         known["data"] = [str(key) for key in OmegaConf.load(config_folder() / "data" / "text.yaml")]

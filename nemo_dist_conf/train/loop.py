@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.models.facts import facts_from_config
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.runtime.loss import IGNORED
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
+from nemo_dist_conf.runtime.routing import ExpertLoad
 from nemo_dist_conf.topology import Paths
 from nemo_dist_conf.topology.world import launched
 from nemo_dist_conf.train.checks import batch_problems
@@ -178,6 +180,7 @@ def _train(
     console = Console(settings.steps, enabled=is_main, first_step=start + 1)
     console.header(header(data, setup, model, folder))
     model.train()
+    load = _expert_load(model)
     first: StepResult | None = None
     result: StepResult | None = None
     writer = MetricsWriter(folder, enabled=is_main, first_step=start + 1, tensorboard=settings.tensorboard)
@@ -192,7 +195,13 @@ def _train(
             microbatches = split_microbatches(input_ids.to(context.device), labels.to(context.device), rows)
             last = result
             result = train_step(
-                model, optimizer, microbatches, context, global_tokens=tokens, max_grad_norm=settings.max_grad_norm
+                model,
+                optimizer,
+                microbatches,
+                context,
+                global_tokens=tokens,
+                max_grad_norm=settings.max_grad_norm,
+                load=load,
             )
             if not result.updated:
                 raise not_finite(cfg, result, last, step, optimizer, folder)
@@ -206,13 +215,23 @@ def _train(
                 "seconds": seconds,
             }
             if (step + 1) % settings.log_every == 0 or step in (start, settings.steps - 1):
-                writer.write(**numbers, lr=lr, tokens_per_second=tokens / seconds)
+                more: dict[str, Any] = {"lr": lr, "tokens_per_second": tokens / seconds, **result.more}
+                writer.write(**numbers, **more)
             console.step(**numbers)
     peak = _largest(peak_memory_bytes(context.device), context)
     assert first is not None and result is not None
+    if "expert_imbalance" in result.more and is_main:
+        log.info("experts: the busiest had %.2f times the mean one's tokens", result.more["expert_imbalance"])
     seconds = time.perf_counter() - began
     console.summary(summary(setup, model, first, result, peak, console, seconds, folder, settings.tensorboard))
     return result.loss
+
+
+def _expert_load(model: nn.Module) -> ExpertLoad | None:
+    """A counter for the experts of a transformers model; None for a dense one."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    experts = facts_from_config(config.to_dict()).num_experts if hasattr(config, "to_dict") else None
+    return None if experts is None else ExpertLoad(model, experts)
 
 
 def _global_tokens(data: DataSource, labels_BS: Tensor, context: Any) -> int:

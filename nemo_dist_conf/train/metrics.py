@@ -17,7 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 #: What TensorBoard draws, of the keys of a line.
-_SCALARS = ("loss", "grad_norm", "lr", "tokens_per_second")
+_SCALARS = ("loss", "grad_norm", "lr", "tokens_per_second", "aux_loss", "expert_imbalance")
 
 
 class MetricsWriter:

@@ -27,7 +27,7 @@ def header(data: DataSource, setup: Any, model: nn.Module, folder: Path) -> dict
     return {
         "model": f"{_class_name(model)}, {_millions(total)} parameters",
         "layout": _layout(setup),
-        **{f"stage {row.stage}": f"{row} ({_millions(row.parameters)})" for row in getattr(model, "rows", ())},
+        **{f"stage {row.stage}": f"{row} ({_millions(row.parameters)})" for row in _stages(model)},
         "device": _device(setup.mesh_context.device),
         "data": str(data.corpus) if isinstance(data, TextData) else type(data).__name__,
         "output": str(folder),
@@ -80,11 +80,18 @@ def _parameter_counts(model: nn.Module) -> tuple[int, int]:
     for parameter in model.parameters():
         total += parameter.numel()
         local += parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
-    return getattr(model, "num_parameters", total), local
+    rows = _stages(model)
+    return sum(row.parameters for row in rows) if rows else total, local
+
+
+def _stages(model: Any) -> tuple[Any, ...]:
+    """The stages of a pipeline; none of any other model. Told by an attribute: its module takes a while to import."""
+    return model.rows if hasattr(model, "pp_mesh") else ()
 
 
 def _class_name(model: nn.Module) -> str:
-    model = next(iter(getattr(model, "parts", {"": model}).values()))  # of a pipeline, any stage
+    if _stages(model):
+        model = next(iter(model.parts.values()))  # type: ignore[operator]  # any stage
     name = type(unwrapped(model)).__name__
     return name.removeprefix("FSDP") if isinstance(model, FSDPModule) else name  # fully_shard renames the class
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.runtime.loss import token_loss_sum
+from nemo_dist_conf.runtime.routing import ExpertLoad, balancing_loss
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline
@@ -40,31 +41,48 @@ class StepResult:
 
     loss: mean over the counted tokens of the global batch. grad_norm: of all gradients, before clipping.
     updated: whether the optimizer made its step; false where a number is not finite.
+    more: of a mixture-of-experts model: expert_imbalance (``ExpertLoad``) and aux_loss, the mean of the balancing loss
+    over the microbatches, without its coefficient, where the model's config asks for it.
     """
 
     loss: float
     grad_norm: float
     updated: bool
+    more: dict[str, float] = field(default_factory=dict)
 
 
-def forward_backward(model: nn.Module, microbatches: Microbatches, scale: float) -> Tensor:
-    """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum."""
-    total: Tensor | None = None
+def forward_backward(
+    model: nn.Module, microbatches: Microbatches, scale: float, context: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum.
+
+    Also those of the loss that balances experts, where the model's config asks for it (output_router_logits), times
+    its coefficient; returns its mean over the microbatches, else None.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=context.device)  # microbatches must not change the number
+    balance: Tensor | None = None
+    config: Any = getattr(unwrapped(model), "config", None)
     for number, (input_ids, labels) in enumerate(microbatches, 1):
         with accumulate(model, last=number == len(microbatches)):
-            loss_sum = token_loss_sum(_logits(model, input_ids), labels)
-            (loss_sum * scale).backward()
-        # Added in float64: microbatches must not change the logged number.
-        total = loss_sum.detach().double() if total is None else total + loss_sum.detach()
-    assert total is not None
-    return total
+            logits, router_logits = _forward(model, input_ids)
+            loss_sum = token_loss_sum(logits, labels)
+            objective = loss_sum * scale
+            if router_logits:
+                part = balancing_loss(router_logits, config.num_experts_per_tok, context) / len(microbatches)
+                objective = objective + part * (config.router_aux_loss_coef * context.gradient_size)
+                balance = part.detach() if balance is None else balance + part.detach()
+            objective.backward()
+        total += loss_sum.detach()
+    return total, balance
 
 
-def run_pipeline(model: Pipeline, microbatches: Microbatches, scale: float) -> Tensor:
+def run_pipeline(
+    model: Pipeline, microbatches: Microbatches, scale: float, context: Any
+) -> tuple[Tensor, Tensor | None]:
     """``forward_backward`` of a pipeline, which splits what it is given into microbatches of its own."""
     count = model.microbatches if model.scales_gradients else 1  # its losses and gradients are then means
     totals = [model.step(input_ids, labels, scale * count) * count for input_ids, labels in microbatches]
-    return torch.stack(totals).sum()
+    return torch.stack(totals).sum(), None
 
 
 def train_step(
@@ -75,8 +93,11 @@ def train_step(
     *,
     global_tokens: int,
     max_grad_norm: float | None,
+    load: ExpertLoad | None = None,
 ) -> StepResult:
     """One optimizer step on this rank's part of the global batch.
+
+    load: counts the tokens of the model's experts.
 
     DDP and FSDP average gradients over the ranks that hold different tokens; scaling the loss sum by their number /
     global_tokens turns that into the gradient of the mean over the global batch, however unevenly tokens are spread
@@ -85,15 +106,19 @@ def train_step(
     all of them decide alike.
     """
     run: Any = run_pipeline if context.pp_enabled else forward_backward
-    loss_sum = run(model, microbatches, context.gradient_size / global_tokens)
+    loss_sum, balance = run(model, microbatches, context.gradient_size / global_tokens, context)
     loss = context.sum_over_data(loss_sum) / global_tokens
     norm = clip_grad_norm_(model, max_grad_norm)
-    loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step
+    imbalance = None if load is None else load.imbalance(context)
+    more = {"aux_loss": balance, "expert_imbalance": imbalance}
+    more = {name: value for name, value in more.items() if value is not None}
+    numbers = torch.stack([value.to(loss) for value in (loss, norm, *more.values())])
+    loss_value, norm_value, *others = numbers.tolist()  # the only wait for the device in a step
     updated = math.isfinite(loss_value) and math.isfinite(norm_value)
     if updated:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_value, norm_value, updated)
+    return StepResult(loss_value, norm_value, updated, dict(zip(more, others)))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -116,7 +141,8 @@ def _arguments(module: nn.Module, input_ids_BS: Tensor) -> tuple[tuple[Tensor, .
     return (), keywords
 
 
-def _logits(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
+def _forward(model: nn.Module, input_ids_BS: Tensor) -> tuple[Tensor, Sequence[Tensor] | None]:
+    """Logits [B, S, V], and those of the routers where the model returns them."""
     args, kwargs = _arguments(unwrapped(model), input_ids_BS)
     output = model(*args, **kwargs)
     logits = getattr(output, "logits", output)
@@ -133,4 +159,4 @@ def _logits(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
                 "model=llama_tiny",
             )
         )
-    return logits
+    return logits, getattr(output, "router_logits", None)

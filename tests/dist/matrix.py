@@ -1,7 +1,8 @@
 """Every layout that the rules allow, each held against one process: ``python -m tests.dist.matrix`` writes docs/parity.md.
 
     python -m tests.dist.matrix              every layout on 2, 4 and 8 ranks, then the table
-    python -m tests.dist.matrix --ranks 2    prints the table of 2 ranks only, and writes nothing
+    python -m tests.dist.matrix --ranks 2    those of 2 ranks only, and no table
+    python -m tests.dist.matrix --keep FILE  notes each result in FILE, and goes on from there after an interruption
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import platform
 import sys
 import time
@@ -35,14 +37,14 @@ LENGTH = 16
 TOLERANCE = 1e-5
 #: The recipe's rate: at three times of it, five steps make 1e-7 of rounding in a gradient of zero into 1e-5 of loss.
 OPTIMIZER = {**ADAMW, "lr": 0.003}
-_AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
+_RUNS = itertools.count(1)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Ranks along each axis; schedule of the pipeline; sequence: sequence parallelism beside tensor parallelism.
 
-    dp counts shards and replicas together, as ``parallelism.dp_size`` does. family: of the model.
+    dp counts shards and replicas together, as ``parallelism.dp_size`` does.
     """
 
     pp: int = 1
@@ -53,7 +55,6 @@ class Layout:
     ep: int = 1
     schedule: str | None = None
     sequence: bool = False
-    family: str = "llama"
 
     @property
     def ranks(self) -> int:
@@ -79,19 +80,29 @@ class Layout:
 
 
 def model_of(layout: Layout) -> dict[str, Any]:
-    """Two layers for each pipeline rank, so that there is one for each stage of any schedule."""
-    return {"config": {**LLAMA, "num_key_value_heads": 8, "num_hidden_layers": 2 * layout.pp}}
+    """Two layers for each pipeline rank, so that there is one for each stage of any schedule.
+
+    With ep: Mixtral, eight experts of which a token takes two.
+    """
+    config = {**LLAMA, "num_key_value_heads": 8, "num_hidden_layers": 2 * layout.pp}
+    if layout.ep > 1:
+        config |= {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    return {"config": config}
 
 
 def layouts(ranks: int) -> Iterator[Layout]:
-    """All factorisations of ``ranks`` over the axes that the rules allow, with every schedule, with and without sp."""
+    """All factorisations of ``ranks`` over the axes that the rules allow, with every schedule, with and without sp.
+
+    With ep, which lies across the others, one schedule stands for all.
+    """
     for pp, dp, cp, tp in itertools.product(divisors(ranks), repeat=4):
         if pp * dp * cp * tp != ranks:
             continue
-        for replicate in divisors(dp):
-            for schedule in SCHEDULES if pp > 1 else [None]:
+        for replicate, ep in itertools.product(divisors(dp), divisors(ranks)):
+            names = list(SCHEDULES) if ep == 1 else ["1f1b"]
+            for schedule in names if pp > 1 else [None]:
                 for sequence in (False, True) if tp > 1 else (False,):
-                    layout = Layout(pp, replicate, dp, cp, tp, schedule=schedule, sequence=sequence)
+                    layout = Layout(pp, replicate, dp, cp, tp, ep, schedule, sequence)
                     if _allowed(layout):
                         yield layout
 
@@ -115,7 +126,8 @@ def _train(layout: Layout, steps: int, whole: bool = False) -> Trajectory:
 @functools.cache
 def _one_process(model: str) -> Trajectory:
     """Plain transformers and torch on the whole batch; only the initial weights are ours."""
-    layout = next(layout for layout in map(Layout, (1, 2, 4, 8)) if str(model_of(layout)) == model)
+    kinds = (Layout(pp=pp, ep=ep) for pp in (1, 2, 4, 8) for ep in (1, 2))
+    layout = next(layout for layout in kinds if str(model_of(layout)) == model)
     alone = run_ranks(1, _alone, layout)[0]
     return run_ranks(1, single_process, model_of(layout)["config"], OPTIMIZER, alone.weights, LENGTH)[0]
 
@@ -130,6 +142,8 @@ def run(layout: Layout) -> float:
     """Train on this layout and on one process; the worst relative difference of a loss or a gradient norm of any rank."""
     want = _one_process(str(model_of(layout)))
     found = run_ranks(layout.ranks, _train, layout, STEPS, timeout_s=300)
+    if layout.ranks > 2 and next(_RUNS) % 4 == 0:
+        close_pools()  # gloo keeps a thread for every group that a rank ever had, and each wakes all the time
     return max(worst_difference(rank, want) for rank in found)
 
 
@@ -144,12 +158,14 @@ def table(rows: dict[Layout, float], seconds: float) -> str:
     lines = [
         "# Every layout against one process",
         "",
-        f"Llama (hidden {LLAMA['hidden_size']}, 8 heads, two layers for each pipeline rank), float32, {ROWS} rows of "
-        f"{LENGTH} tokens, {STEPS} AdamW steps with gradient clipping, against plain transformers and torch on one process "
-        "with the same initial weights. Difference: the worst relative one of any loss or gradient norm, on any rank.",
+        f"Llama (hidden {LLAMA['hidden_size']}, 8 heads, two layers for each pipeline rank), with `ep` Mixtral (8 experts, "
+        f"2 a token), float32, {ROWS} rows of {LENGTH} tokens, {STEPS} AdamW steps with gradient clipping, against plain "
+        "transformers and torch on one process with the same initial weights. Difference: the worst relative one of any "
+        "loss or gradient norm, on any rank. `sp`: sequence parallelism.",
         "",
-        f"{len(rows)} layouts: all that the rules allow on {', '.join(map(str, RANKS))} ranks. "
-        f"Worst difference {worst:.1e} (allowed {TOLERANCE:.0e}). ",
+        f"{len(rows)} layouts: all that the rules allow on {', '.join(map(str, RANKS))} ranks (with ep, one schedule). "
+        f"Worst difference {worst:.1e} (allowed {TOLERANCE:.0e}).",
+        "",
         f"torch {torch.__version__}, gloo, CPU ({platform.machine()}), {date.today()}, {seconds / 60:.0f} minutes: "
         "`python -m tests.dist.matrix`.",
         "",
@@ -163,11 +179,21 @@ def table(rows: dict[Layout, float], seconds: float) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.dist.matrix", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=None, help="only these world sizes, and no file")
-    chosen = parser.parse_args(arguments).ranks
-    began, rows, wrong = time.monotonic(), {}, []
+    parser.add_argument("--keep", type=Path, help="results, a JSON object a line; those that are there are not run again")
+    options = parser.parse_args(arguments)
+    chosen, keep = options.ranks, options.keep
+    kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
+    known = {(row["ranks"], row["layout"], row["schedule"]): row for row in kept}
+    rows: dict[Layout, float] = {}
+    seconds, wrong = 0.0, []
     for ranks in chosen or RANKS:
         for layout in layouts(ranks):
-            began_one = time.monotonic()
+            name = (ranks, str(layout), layout.schedule)
+            if name in known:
+                rows[layout] = known[name]["worst"]
+                seconds += known[name]["seconds"]
+                continue
+            began = time.monotonic()
             try:
                 rows[layout] = run(layout)
             except Exception as error:  # the table is of no use without the others
@@ -175,12 +201,17 @@ def main(arguments: list[str]) -> int:
                 print(f"{layout}: {error}", file=sys.stderr)
             if not rows[layout] < TOLERANCE:
                 wrong.append(layout)
-            took = time.monotonic() - began_one
+            took = time.monotonic() - began
+            seconds += took
             print(f"{ranks} ranks  {layout!s:40}  {layout.schedule or '':24}{rows[layout]:.1e}  {took:.1f} s", flush=True)
+            if keep and rows[layout] < TOLERANCE:
+                row = dict(zip(("ranks", "layout", "schedule"), name)) | {"worst": rows[layout], "seconds": took}
+                with keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
         close_pools()
     print(f"{len(rows)} layouts, {len(wrong)} above {TOLERANCE:.0e}")
     if chosen is None and not wrong:
-        TABLE.write_text(table(rows, time.monotonic() - began), encoding="utf-8")
+        TABLE.write_text(table(rows, seconds), encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -1,0 +1,87 @@
+"""How tokens spread over the experts of a model: the loss that evens it out, and how uneven it is.
+
+Shapes: T tokens of a forward on this rank, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_dist_conf.names import MeshAxisName as A
+from nemo_dist_conf.runtime.mesh import MeshContext
+
+__all__ = ["ExpertLoad", "balancing_loss"]
+
+
+def balancing_loss(router_logits_TE: Sequence[Tensor], top_k: int, context: MeshContext) -> Tensor:
+    """Auxiliary loss for an even load, over the tokens of all data and cp ranks in this forward; equal on all of them.
+
+    router_logits_TE: [T, E] of each layer. The number is that of ``load_balancing_loss_func`` of transformers for the
+    whole batch; the mean of every rank's own would be another one, because it multiplies two means.
+    Its gradient on this rank is that of this rank's tokens alone: multiply by ``context.gradient_size`` where gradients
+    are averaged over ranks.
+    Source: Switch Transformers (arXiv:2101.03961), equations 4 to 6.
+    """
+    experts = router_logits_TE[0].size(-1)
+    chosen_E = torch.zeros(experts, device=router_logits_TE[0].device)
+    likely_E = torch.zeros_like(chosen_E)
+    tokens = 0
+    for logits in router_logits_TE:
+        probabilities = logits.float().softmax(dim=-1)
+        likely_E = likely_E + probabilities.sum(dim=0)
+        chosen_E += _counts(probabilities.topk(top_k, dim=-1).indices, experts)
+        tokens += logits.size(0)
+    own = torch.cat([chosen_E, likely_E.detach(), likely_E.new_full((1,), tokens)])
+    everywhere = context.sum_over_data(own.clone())
+    chosen, likely, count = everywhere[:experts], everywhere[experts:-1], everywhere[-1]
+    likely = likely + (likely_E - likely_E.detach())  # the value of all, the gradient of our own
+    return experts * ((chosen / count) * (likely / count)).sum()
+
+
+class ExpertLoad:
+    """Counts, from now on, the tokens that each expert of a model is chosen for; the model may be wrapped."""
+
+    def __init__(self, model: nn.Module, experts: int) -> None:
+        """experts: of a layer, on all ranks together."""
+        self._experts = experts
+        # transformers marks the classes that hold experts so.
+        self._modules = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+        self._counts: list[Tensor | None] = [None] * len(self._modules)
+        for index, module in enumerate(self._modules):
+            module.register_forward_pre_hook(self._counter(index), with_kwargs=True)
+
+    def imbalance(self, context: MeshContext) -> Tensor | None:
+        """Tokens of the busiest expert over those of the mean one, of the most uneven layer, since the last call.
+
+        1: all experts are chosen equally often. Equal on every rank of the run, where all of them call it.
+        None: the model has no experts, or none ran.
+        """
+        counted = [counts for counts in self._counts if counts is not None]
+        self._counts = [None] * len(self._modules)
+        if not counted:
+            return None
+        counts_LE = context.sum_over_data(torch.stack(counted))
+        worst = (counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).max()
+        if context.pp_enabled and context.device_mesh is not None:
+            dist.all_reduce(worst, dist.ReduceOp.MAX, group=context.device_mesh.get_group(A.PP.value))
+        return worst
+
+    def _counter(self, index: int) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            counts = _counts(chosen, self._experts)
+            held = self._counts[index]
+            self._counts[index] = counts if held is None else held + counts
+
+        return count
+
+
+@torch.no_grad()
+def _counts(chosen: Tensor, experts: int) -> Tensor:
+    """How often each expert occurs, [E] float32. Not bincount: it would wait for the device."""
+    ones = torch.ones(chosen.numel(), device=chosen.device)
+    return torch.zeros(experts, device=chosen.device).scatter_add_(0, chosen.flatten(), ones)
