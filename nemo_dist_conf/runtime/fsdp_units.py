@@ -77,15 +77,17 @@ def _shard_experts(
     """Shard the experts of a block; returns the precision of such a block, None for a block without experts."""
     found = [module for module in block.modules() if any(module is one for one in experts.modules)]
     policy = inner
-    if experts.config.mp_policy is not None:
-        policy = dataclasses.replace(experts.config.mp_policy, output_dtype=None)
+    if experts.config.mp_policy is not None and found:
+        # What follows such a block computes as the rest does.
+        output = inner.param_dtype or next(block.parameters()).dtype
+        policy = dataclasses.replace(experts.config.mp_policy, output_dtype=output)
     for module in found:
         # Experts are split over ep along their first dimension, so over ep_shard along the second.
         # The block casts what it is given; routing weights are to stay as precise as the router made them.
         unit: Any = fully_shard(
             module,
             **{**shared, "mesh": experts.mesh},
-            mp_policy=dataclasses.replace(policy, cast_forward_inputs=False),
+            mp_policy=dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None),
             reshard_after_forward=experts.config.reshard_after_forward,
             shard_placement_fn=lambda parameter: Shard(1),
         )
