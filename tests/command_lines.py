@@ -123,6 +123,20 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble activation_checkpointing=selective"),
     (2, "parallelism.pp_size=2 pipeline=dualpipe_v strategy.defer_fsdp_grad_sync=false"
         " pipeline.patch_stage_backward_maybe_with_nosync=true"),
+    # Experts.
+    (2, "model=mixtral_tiny parallelism.ep_size=2"),
+    (8, "model=qwen3_moe_tiny parallelism.ep_size=4 parallelism.dp_replicate_size=2 moe.mp_policy.enabled=true"),
+    (8, "model=mixtral_tiny parallelism.ep_size=2 parallelism.cp_size=2 parallelism.pp_size=2"
+        " model.config.output_router_logits=false"),
+    (2, "parallelism.ep_size=2"),
+    (3, "model=mixtral_tiny parallelism.ep_size=3 train.global_batch_size=6"),
+    (2, "model=mixtral_tiny parallelism.tp_size=2"),
+    (4, "model=mixtral_tiny parallelism.tp_size=2 parallelism.ep_size=2"),
+    (2, "model=mixtral_tiny parallelism.pp_size=2"),
+    (2, "model=mixtral_tiny parallelism.ep_size=2 strategy.enable_compile=true"),
+    (4, "model=mixtral_tiny parallelism.ep_size=2 parallelism.pp_size=2 pipeline=zbv_zero_bubble"
+        " activation_checkpointing=true model.config.output_router_logits=false"),
+    (2, "model=mixtral_tiny parallelism.ep_size=2 moe.mp_policy.param_dtype=float32"),
     # Options of a strategy.
     (1, "activation_checkpointing=some"),
     (1, "strategy.activation_checkpointing=full"),
