@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
+import yaml
+from omegaconf import OmegaConf
 
 from nemo_dist_conf.compose import check
 from nemo_dist_conf.errors import ConfigError
@@ -108,8 +110,13 @@ def layouts(ranks: int) -> Iterator[Layout]:
 
 
 def _allowed(layout: Layout) -> bool:
+    cfg = _config(Layout())  # composing each of some hundred layouts would take minutes
+    cfg.model = model_of(layout)
+    for word in layout.words:
+        key, _, value = word.replace("pipeline=", "pipeline.pp_schedule=").partition("=")
+        OmegaConf.update(cfg, key, value if key == "pipeline.pp_schedule" else yaml.safe_load(value))
     try:
-        check(_config(layout), layout.ranks, seq_len=LENGTH)
+        check(cfg, layout.ranks, seq_len=LENGTH)
     except ConfigError:
         return False
     return True

@@ -66,6 +66,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
         (2, ["strategy=fsdp2", "train.micro_batch_size=2"]),
         (2, ["parallelism.tp_size=2", "strategy.sequence_parallel=true", "activation_checkpointing=true"]),
         (2, ["parallelism.cp_size=2", "train.micro_batch_size=4"]),
+        (2, ["parallelism.pp_size=2", "train.micro_batch_size=4", "pipeline.scale_grads_in_schedule=true"]),
         (4, ["parallelism.tp_size=2"]),
         (4, ["parallelism.dp_replicate_size=2"]),
     ],
@@ -82,6 +83,22 @@ def test_every_layout_has_the_trajectory_of_one_process_and_prints_once(tmp_path
         assert row["tokens"] == reference["tokens"]
     assert done.stdout.count("peak memory") == 1
     assert done.stdout.count("step 6/6") == 1
+
+
+def test_experts_on_two_ranks_have_the_trajectory_of_one_process(tmp_path):
+    """With the balancing loss, which the small model's config asks for; both numbers of the experts are there."""
+    small = ["model=mixtral_tiny", "model.config.hidden_size=32", "train.steps=3"]
+    found = []
+    for ranks, words in ((1, ["strategy=ddp"]), (2, ["parallelism.ep_size=2"])):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        done = train(folder, *small, *words, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(metrics(folder))
+    for row, reference in zip(found[1], found[0], strict=True):
+        for name in ("loss", "grad_norm", "aux_loss", "expert_imbalance"):
+            assert row[name] == pytest.approx(reference[name], rel=1e-5)
+        assert row["aux_loss"] > 0 and row["expert_imbalance"] >= 1
 
 
 def test_bfloat16_by_name_changes_the_numbers_a_little(tmp_path, single):
