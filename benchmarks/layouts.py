@@ -331,17 +331,19 @@ def measure(layout: str, size: str, options: argparse.Namespace) -> dict[str, An
     sides = list(found["step_s"])
     memory = {
         side: min(on_ranks(WORLD_SIZE, alone, side, layout, size)["peak_mb"] for _ in range(options.repeats))
-        for side in sides
+        for side in (sides if options.repeats else ())
     }
-    result = {
+    result: dict[str, Any] = {
         "layout": layout,
         "size": size,
         "step_ms": {side: 1e3 * statistics.median(found["step_s"][side]) for side in sides},
-        "memory_mb": memory,
+        **({"memory_mb": memory} if memory else {}),
         "loss_difference": found["loss_difference"],
     }
     if "hand" in sides:
-        result |= {"step_ratio": pair_ratio(found["step_s"]), "memory_ratio": memory["ours"] / memory["hand"]}
+        result["step_ratio"] = pair_ratio(found["step_s"])
+        if memory:
+            result["memory_ratio"] = memory["ours"] / memory["hand"]
     return result
 
 
@@ -352,6 +354,8 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         for name, key, digits in (("step [ms]", "step_ms", 1), ("memory [MB]", "memory_mb", 1)):
+            if key not in result:
+                continue
             values, ratio = result[key], result.get(key.split("_")[0] + "_ratio")
             hand = f"{values['hand']:.{digits}f}" if "hand" in values else ""
             shown = (f"{ratio:.3f}", "1.03") if ratio else ("", "")
@@ -382,12 +386,12 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="9M")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--steps", type=int, default=40, help="steps, or pairs of steps (default 40)")
-    parser.add_argument("--repeats", type=int, default=2, help="fresh process groups for the memory (default 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="fresh process groups for the memory (default 2); 0: not measured")
     parser.add_argument("--quick", action="store_true", help="the smallest model and few of everything: a smoke test")
     report.add_files(parser)
     options = parser.parse_args()
     if options.quick:
-        options.size, options.steps, options.repeats, options.layout = "0.1M", 3, 1, list(BY_HAND)
+        options.size, options.steps, options.repeats, options.layout = "0.1M", 3, 0, list(BY_HAND)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling modules in every rank would count as ours
     measured = report.new_report(__file__, size=options.size)

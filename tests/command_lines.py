@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 
 from hydra import compose, initialize_config_dir
@@ -179,15 +180,21 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
 
 def outcome(world_size: int, line: str) -> tuple[str, ConfigError | None]:
     """(text that a user sees, our error or None) for a command line of the recipe on ``world_size`` ranks."""
+    return _outcome(world_size, tuple(shlex.split(line)))
+
+
+@functools.cache
+def _outcome(world_size: int, words: tuple[str, ...]) -> tuple[str, ConfigError | None]:
+    """Kept: many refusals lead to the same few lines."""
     if not GlobalHydra.instance().is_initialized():
         initialize_config_dir(str(config_folder()), version_base="1.3")
     with about_to_start(Start(world_size, LAUNCH)):
-        return _outcome(world_size, line)
+        return _composed_and_checked(world_size, words)
 
 
-def _outcome(world_size: int, line: str) -> tuple[str, ConfigError | None]:
+def _composed_and_checked(world_size: int, words: tuple[str, ...]) -> tuple[str, ConfigError | None]:
     try:
-        cfg = compose("train", overrides=shlex.split(line), return_hydra_config=True)
+        cfg = compose("train", overrides=list(words), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         checked = check_recipe(cfg, world_size)
         return f"runs: {checked.strategy.name}, {checked.mesh.describe()}", None
