@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="9M")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--steps", type=int, default=40, help="steps, or pairs of steps (default 40)")
-    parser.add_argument("--repeats", type=int, default=2, help="process groups for the memory (default 2); 0: not measured")
+    parser.add_argument("--repeats", type=int, default=2, help="groups for memory (default 2); 0: none")
     parser.add_argument("--quick", action="store_true", help="the smallest model and few of everything: a smoke test")
     report.add_files(parser)
     options = parser.parse_args()
