@@ -9,17 +9,29 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-def run(app: Path, *words: str, ranks: int = 1, cwd: Path, env: dict[str, str] | None = None, code: int = 0):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(app), *words]
+def run(app: Path, *words: str, cwd: Path, env: dict[str, str] | None = None, code: int = 0):
     done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=180
+        [sys.executable, str(app), *words],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def train(app: Path, *words: str, ranks: int = 1, cwd: Path) -> str:
+    launcher = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+    done = warm.run([*launcher, str(app), *words], cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -32,8 +44,8 @@ def test_minimal_gives_the_same_losses_under_every_strategy(tmp_path):
     app = EXAMPLES / "minimal" / "train.py"
     reference = losses(run(app, "strategy=ddp", cwd=tmp_path))
     assert len(reference) == 5 and reference[-1] < reference[0]
-    assert losses(run(app, "strategy.mp_policy=null", "activation_checkpointing=true", cwd=tmp_path)) == reference
-    sharded = losses(run(app, "strategy.mp_policy=null", ranks=2, cwd=tmp_path))
+    assert losses(train(app, "strategy.mp_policy=null", "activation_checkpointing=true", cwd=tmp_path)) == reference
+    sharded = losses(train(app, "strategy.mp_policy=null", ranks=2, cwd=tmp_path))
     assert sharded == pytest.approx(reference, rel=1e-3)
     assert "tp_size=2 is not possible" in run(app, "strategy=ddp", "parallelism.tp_size=2", cwd=tmp_path, code=1)
 
@@ -41,12 +53,12 @@ def test_minimal_gives_the_same_losses_under_every_strategy(tmp_path):
 @pytest.mark.slow
 def test_foreign_app_with_its_own_tree_below_a_package(tmp_path):
     app = EXAMPLES / "foreign_app" / "app.py"
-    one = run(app, "strategy@dist.strategy=ddp", cwd=tmp_path)
+    one = train(app, "strategy@dist.strategy=ddp", cwd=tmp_path)
     assert "DDPConfig on 1 rank: loss" in one
-    two = run(app, "dist.strategy.mp_policy=null", "dist.parallelism.tp_size=2", ranks=2, cwd=tmp_path)
+    two = train(app, "dist.strategy.mp_policy=null", "dist.parallelism.tp_size=2", ranks=2, cwd=tmp_path)
     assert "FSDP2Config on tp 2: loss" in two
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
-    assert losses(run(app, "model=wide", "strategy@dist.strategy=ddp", cwd=tmp_path)) != losses(one)
+    assert losses(train(app, "model=wide", "strategy@dist.strategy=ddp", cwd=tmp_path)) != losses(one)
     refused = run(app, "strategy@dist.strategy=ddp", "dist.parallelism.cp_size=2", cwd=tmp_path, code=1)
     assert "asked    strategy@dist.strategy=ddp dist.parallelism.cp_size=2" in refused
 
@@ -129,7 +141,8 @@ def test_an_app_with_its_own_strategy_behaves_as_without_the_plugin(tmp_path, st
 
 
 def test_our_options_are_listed_and_completed_in_a_foreign_app(tmp_path):
-    app = EXAMPLES / "minimal" / "train.py"
+    app = _app(tmp_path, stored=True, hidden=False)
+    (tmp_path / "conf" / "config.yaml").write_text((EXAMPLES / "minimal" / "conf" / "config.yaml").read_text())
     assert "strategy: ddp, fsdp2, megatron-fsdp, megatron_fsdp, mfsdp" in run(app, "--help", cwd=tmp_path)
     assert "nemo_dist_conf" in run(app, "--info", "defaults-tree", cwd=tmp_path)
     line = "train.py parallelism.tp"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests import warm
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LAUNCHER = ["-m", "hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2", "hydra.sweep.dir=sweep"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -29,6 +31,13 @@ def run(app: str, *words: str, cwd: Path, launcher: tuple[str, ...] = (), code: 
     return done.stdout + done.stderr
 
 
+def alone(app: str, *words: str, cwd: Path) -> str:
+    """One process, to compare with."""
+    done = warm.run(["python", str(EXAMPLES / app), *words], cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def losses(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"loss ([\d.]+)", text)]
 
@@ -43,13 +52,13 @@ def test_an_app_with_its_own_groups_sweeps_them_beside_ours(tmp_path):
     run("foreign_app/app.py", *LAUNCHER, *words, cwd=tmp_path)
     jobs = records(tmp_path)
     assert [job["layout"] for job in jobs] == ["dp_shard 2", "tp 2"]
-    one = losses(run("foreign_app/app.py", "model=wide", "strategy@dist.strategy=ddp", cwd=tmp_path))
+    one = losses(alone("foreign_app/app.py", "model=wide", "strategy@dist.strategy=ddp", cwd=tmp_path))
     assert [job["value"] for job in jobs] == pytest.approx(one * 2, rel=1e-4)
 
 
 @needs("lightning_fabric", "lightning-fabric")
 def test_a_fabric_script_takes_our_meshes(tmp_path):
-    one = losses(run("fabric/app.py", "strategy=ddp", "hydra.run.dir=one", cwd=tmp_path))
+    one = losses(alone("fabric/app.py", "strategy=ddp", "hydra.run.dir=one", cwd=tmp_path))
     assert len(one) == 4 and one[-1] < one[0]
     text = run("fabric/app.py", *LAUNCHER, "strategy.mp_policy=null", "parallelism.tp_size=1,2", cwd=tmp_path)
     assert losses(text) == pytest.approx(one * 2, abs=1e-5)

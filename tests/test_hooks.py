@@ -64,36 +64,3 @@ def test_a_launcher_without_a_sweep_is_not_ignored(app):
     done = app("hydra/launcher=torchrun", "strategy=ddp")
     assert done.returncode == 1 and done.stdout == ""
     assert "type     python app.py -m hydra/launcher=torchrun strategy=ddp" in done.stderr
-
-
-def test_ranks_of_torchrun_share_one_folder_and_one_console(tmp_path):
-    (tmp_path / "app.py").write_text(
-        textwrap.dedent(
-            """
-            import logging, os, time
-            import hydra
-
-            @hydra.main(version_base="1.3", config_path=None, config_name="nemo_dist_conf")
-            def main(cfg):
-                from hydra.core.hydra_config import HydraConfig
-                logging.getLogger("app").info("rank %s", os.environ["RANK"])
-                with open("folders.txt", "a") as file:
-                    file.write(HydraConfig.get().runtime.output_dir + "\\n")
-
-            if __name__ == "__main__":
-                time.sleep(1.1 * int(os.environ["RANK"]))  # ranks never compose in the same second
-                main()
-            """
-        )
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "app.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    folders = (tmp_path / "folders.txt").read_text().split()
-    assert len(folders) == 2 and len(set(folders)) == 1
-    shown = done.stdout + done.stderr
-    assert "rank 0" in shown and "rank 1" not in shown
-    (folder,) = set(folders)
-    logs = {path.name: path.read_text() for path in (tmp_path / folder).glob("*.log")}
-    assert set(logs) == {"app.log", "app.rank1.log"}
-    assert "rank 0" in logs["app.log"] and "rank 1" in logs["app.rank1.log"]

@@ -28,10 +28,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Callable
 
-__all__ = ["RankTraceback", "close_pools", "run_ranks"]
+__all__ = ["PRELOAD", "RankTraceback", "close_pools", "run_ranks"]
 
 #: Imported once in the fork server, inherited by every rank.
-_PRELOAD = [
+PRELOAD = [
     "torch",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
@@ -88,7 +88,7 @@ class _Pool:
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload(PRELOAD)
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.connections: list[Connection] = []
         self.processes: list[Any] = []

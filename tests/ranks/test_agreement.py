@@ -92,7 +92,7 @@ def test_ranks_that_are_started_again_go_on_with_the_first_tree(agree):
 
 
 APP = """
-import json, os, random, time
+import json, logging, os, random, time
 from pathlib import Path
 
 import hydra
@@ -106,43 +106,53 @@ OmegaConf.register_new_resolver("draw", random.random)
 def main(cfg):
     rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     told = [OmegaConf.to_container(cfg, resolve=True), HydraConfig.get().runtime.output_dir]
+    logging.getLogger("app").info("logged by rank %s", rank)
     Path(__file__).with_name(f"rank{rank}.{attempt}.json").write_text(json.dumps(told))
     if cfg.dies and attempt == "0":
-        time.sleep(3)  # until the other has told
+        while len(list(Path(__file__).parent.glob("rank?.0.json"))) < 2:
+            time.sleep(0.05)
         raise RuntimeError("once")
 
 
 if __name__ == "__main__":
+    time.sleep(1.1 * int(os.environ["RANK"]))  # ranks never compose in the same second
     main()
 """
 
 
-def told(folder: Path, *words: str) -> dict[str, list]:
-    """What each rank of an app that uses none of our groups saw, under torchrun: ``rank.attempt`` -> config, folder."""
+def told(folder: Path, *words: str) -> tuple[dict[str, list], str]:
+    """What each rank of an app that uses none of our groups saw, under torchrun: ``rank.attempt`` -> config, folder;
+    and what was shown.
+    """
     (folder / "app.py").write_text(APP)
     (folder / "config.yaml").write_text(CONFIG + "dies: false\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "app.py", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {path.stem.removeprefix("rank"): json.loads(path.read_text()) for path in folder.glob("rank*.json")}
+    ranks = {path.stem.removeprefix("rank"): json.loads(path.read_text()) for path in folder.glob("rank*.json")}
+    return ranks, done.stdout + done.stderr
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_any_app_under_torchrun_has_one_folder_and_one_tree_also_after_a_restart(tmp_path):
-    ranks = told(tmp_path, "dies=true")
+    ranks, shown = told(tmp_path, "dies=true")
     assert set(ranks) == {"0.0", "1.0", "0.1", "1.1"}
     assert all(config.pop("local") == name[0] for name, (config, _) in ranks.items())
     assert all(seen == ranks["0.0"] for seen in ranks.values())
     (made,) = (tmp_path / "outputs").glob("*/*")
     assert str(made) == ranks["0.0"][1]
     assert {path.name for path in made.iterdir()} == {".hydra", "app.log", "app.rank1.log"}
+    assert "logged by rank 0" in shown and "logged by rank 1" not in shown
+    for rank, name in enumerate(["app.log", "app.rank1.log"]):
+        text = (made / name).read_text()
+        assert f"logged by rank {rank}" in text and f"logged by rank {1 - rank}" not in text
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_without_the_callback_each_rank_is_a_run_of_its_own(tmp_path):
-    ranks = told(tmp_path, "~hydra.callbacks.nemo_dist_conf")
+    ranks, _ = told(tmp_path, "~hydra.callbacks.nemo_dist_conf")
     assert ranks["0.0"][0]["drawn"] != ranks["1.0"][0]["drawn"]
     assert not list((tmp_path / "outputs").rglob("app.rank1.log"))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 TINY = [
@@ -22,9 +24,14 @@ TINY = [
 ]
 
 
-def train(folder: Path, *words: str, ranks: int = 1, tiny: bool = True) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, *words: str, ranks: int = 1, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """fresh: in interpreters that import torch themselves, as a user's do."""
+    recipe = ["-m", "nemo_dist_conf.train", *TINY, *words]
+    if not fresh:
+        launcher = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+        return warm.run([*launcher, *recipe], cwd=folder)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "nemo_dist_conf.train", *(TINY if tiny else []), *words]
+    command = [sys.executable, *launcher, *recipe]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
 
 
@@ -43,7 +50,7 @@ def single(tmp_path_factory) -> list[dict]:
 
 
 def test_a_run_learns_and_leaves_its_files(tmp_path):
-    done = train(tmp_path, "train.steps=40", "train.tensorboard=true", "optimizer.lr=0.01")
+    done = train(tmp_path, "train.steps=40", "train.tensorboard=true", "optimizer.lr=0.01", fresh=True)
     assert done.returncode == 0, done.stderr
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 41))
@@ -73,7 +80,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_every_layout_has_the_trajectory_of_one_process_and_prints_once(tmp_path, single, ranks, words):
-    done = train(tmp_path, *words, ranks=ranks)
+    done = train(tmp_path, *words, ranks=ranks, fresh=words == ["strategy=ddp"])
     assert done.returncode == 0, done.stderr
     rows = metrics(tmp_path)  # one folder, so one file, whatever the number of ranks
     assert len(rows) == len(single)
@@ -166,6 +173,6 @@ def test_a_loss_that_stops_being_finite_ends_the_run_and_keeps_the_folder(tmp_pa
 
 
 def test_a_bad_path_under_torchrun_is_said_once(tmp_path):
-    done = train(tmp_path, "data.path=nowhere", ranks=2)
+    done = train(tmp_path, "data.path=nowhere", ranks=2, fresh=True)
     assert done.returncode != 0
     assert done.stderr.count("asked    data.path=nowhere") == 1
