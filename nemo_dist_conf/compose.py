@@ -106,7 +106,7 @@ def check(
     problems += strategy.rules(values, usable, paths)
     answered = {**values, "activation_checkpointing": mode, "ep_size": usable["ep_size"], **moe}
     problems += _section_problems(pipeline, moe, sizes, usable, facts, paths, answered)
-    problems += model_problems(facts, usable, world_size, seq_len, paths)
+    problems += model_problems(facts, usable, world_size, seq_len, paths, moe)
     problems += _execution_problems(strategy, usable, paths)
     ConfigError.raise_if(problems)
     if mesh is None:

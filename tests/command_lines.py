@@ -138,6 +138,8 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (4, "model=mixtral_tiny parallelism.ep_size=2 parallelism.pp_size=2 pipeline=zbv_zero_bubble"
         " activation_checkpointing=true model.config.output_router_logits=false"),
     (2, "model=mixtral_tiny parallelism.ep_size=2 moe.mp_policy.param_dtype=float32"),
+    (2, "model=mixtral_tiny parallelism.ep_size=2 moe.lm_head_precision=float32 moe.wrap_outer_model=false"
+        " model.config.tie_word_embeddings=true"),
     # Options of a strategy.
     (1, "activation_checkpointing=some"),
     (1, "strategy.activation_checkpointing=full"),

@@ -9,7 +9,7 @@ from nemo_dist_conf.models.facts import ModelFacts
 from nemo_dist_conf.topology import Paths
 from nemo_dist_conf.topology.solve import divisors
 
-__all__ = ["model_problems", "tensor_parallel_sizes"]
+__all__ = ["model_problems", "tensor_parallel_sizes", "tied_head_problems"]
 
 
 def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
@@ -29,8 +29,12 @@ def model_problems(
     world_size: int,
     seq_len: int | None = None,
     paths: Paths = Paths(),
+    moe: Mapping[str, Any] | None = None,
 ) -> list[Problem]:
-    """What in the sizes does not fit the model or the sequence length [tokens]; suggestions fit the world size too."""
+    """What in the sizes does not fit the model or the sequence length [tokens]; suggestions fit the world size too.
+
+    moe: values of that group; None: its defaults.
+    """
     problems = []
     tp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "cp_size", "ep_size"))
     pp = sizes.get("pp_size") or 1
@@ -93,15 +97,36 @@ def model_problems(
         )
     if ep > 1:
         problems += _expert_problems(facts, ep, paths)
+        problems += tied_head_problems(moe or {}, paths) if facts.tied else []
     return problems
+
+
+def tied_head_problems(moe: Mapping[str, Any], paths: Paths = Paths()) -> list[Problem]:
+    """What of the group moe would make a unit of a head whose weights are the embedding's."""
+    together = {"lm_head_precision": None, "wrap_outer_model": True}
+    apart = [key for key, value in together.items() if moe.get(key, value) != value]
+    if not apart:
+        return []
+    asked = [paths.set(f"moe.{key}", getattr(moe[key], "name", moe[key])) for key in apart]
+    instead = " ".join(paths.set(f"moe.{key}", together[key]) for key in apart)
+    return [
+        Problem(
+            "the model's embedding and head are one parameter, which cannot be sharded in two units",
+            " ".join([*asked, "model.config.tie_word_embeddings=true"]),
+            f"{instead}, or a head with weights of its own",
+            instead,
+        )
+    ]
 
 
 def _expert_problems(facts: ModelFacts, ep: int, paths: Paths) -> list[Problem]:
     asked = paths.set("parallelism.ep_size", ep)
     if facts.num_experts is None:
+        if facts.model_type is None:  # the model is asked itself when it is built
+            return []
         return [
             Problem(
-                f"ep_size={ep}, but the model ({facts.model_type or 'dense'}) has no experts",
+                f"ep_size={ep}, but the model ({facts.model_type}) has no experts",
                 asked,
                 "ep_size=1, or a mixture-of-experts model",
                 paths.set("parallelism.ep_size", 1),

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.models.rules import tied_head_problems
 from nemo_dist_conf.runtime.blocks import Blocks
 from nemo_dist_conf.runtime.configs import MoEParallelizerConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
@@ -103,10 +105,18 @@ def _shard_outer(
     reshard: bool | None,
     shared: dict[str, Any],
 ) -> None:
-    """Units for the head and the decoder, where they are not to be one with the root."""
+    """Units for the head and the decoder, where they are not to be one with the root.
+
+    Raises ConfigError for a head whose weights are the embedding's too.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if next(head.parameters() if isinstance(head, nn.Module) else iter(()), None) is None:
         head = None  # on another pipeline stage
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if head is not None and isinstance(embedding, nn.Module) and _share(head, embedding):
+        name = config.lm_head_precision and str(config.lm_head_precision).removeprefix("torch.")
+        moe = {"lm_head_precision": name, "wrap_outer_model": config.wrap_outer_model}
+        ConfigError.raise_if(tied_head_problems(moe))
     if head is not None and (config.lm_head_precision is not None or not config.wrap_outer_model):
         precision: Any = config.lm_head_precision or inner.param_dtype
         policy = dataclasses.replace(inner, param_dtype=precision, cast_forward_inputs=True)
@@ -114,6 +124,10 @@ def _shard_outer(
     decoder = getattr(model, "base_model", model)
     if not config.wrap_outer_model and decoder is not model:
         fully_shard(decoder, mp_policy=inner, reshard_after_forward=reshard, **shared)
+
+
+def _share(one: nn.Module, other: nn.Module) -> bool:
+    return not {id(p) for p in one.parameters()}.isdisjoint({id(p) for p in other.parameters()})
 
 
 def _offload(policy: CPUOffloadPolicy | None, mesh: DeviceMesh) -> OffloadPolicy:

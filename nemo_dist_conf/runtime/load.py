@@ -101,7 +101,7 @@ def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> None
             f"the weights in {folder} are not those of {type(model).__name__}: {'; '.join(parts)}",
             f"{_KEY}={folder}",
             "weights and config.json of one and the same model, without overrides of its sizes",
-            "a folder written by model.save_pretrained",
+            "model.save_pretrained(folder, save_original_format=False)",
         )
     )
 

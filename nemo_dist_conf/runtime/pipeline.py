@@ -114,27 +114,34 @@ class Pipeline(nn.Module):
         self._loss_fn: Callable[[Any, Any], Tensor] = config.loss_fn or token_loss_sum
         self._scale: float | Tensor = 1.0
         self._length = None if config.pp_seq_len is None else config.pp_seq_len // cp_size
-        device = torch.device(pp_mesh.device_type)
+        self._chain, self._dtype, self._reduce_every_backward = plan.chain, dtype, reduce_every_backward
+        self._schedule: Any = None if self._length is None else self._prepared(self._length)
+        self._is_first, self._is_last = "0" in self.parts, str(len(self.rows) - 1) in self.parts
+        shown = config.pp_schedule_csv or config.pp_schedule
+        sizes = (pp_mesh.size(), len(self.rows), shown, self.microbatches)
+        log.info("pipeline over %d ranks: %d stages, %s, %d microbatches", *sizes)
+
+    def _prepared(self, length: int) -> Any:
+        """The schedule of this rank's stages, for rows of ``length`` tokens.
+
+        With all shapes given, torch need not find them by a forward and a backward and a message between neighbours.
+        """
+        config, device = self.pipeline_config, torch.device(self.pp_mesh.device_type)
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         stages = [
             _Stage(
                 part,
-                index,
+                int(index),
                 len(self.rows),
                 device,
-                group=pp_mesh.get_group(),
-                when=(config.patch_stage_backward_maybe_with_nosync, reduce_every_backward),
-                **_static_shapes(index, len(self.rows), config, plan.chain, self._length, dtype),
+                group=self.pp_mesh.get_group(),
+                when=(config.patch_stage_backward_maybe_with_nosync, self._reduce_every_backward),
+                **_shapes(int(index), len(self.rows), config, self._chain, length, self._dtype),
             )
-            for index, part in sorted(parts.items())
+            for index, part in sorted(self.parts.items(), key=lambda entry: int(entry[0]))
         ]
-        self._schedule = _schedule(stages, self.microbatches, self._scaled_loss, config)
-        self._is_first = any(stage.is_first for stage in stages)
-        self._is_last = any(stage.is_last for stage in stages)
-        shown = config.pp_schedule_csv or type(self._schedule).__name__
-        sizes = (pp_mesh.size(), len(self.rows), shown, self.microbatches)
-        log.info("pipeline over %d ranks: %d stages, %s, %d microbatches", *sizes)
+        return _schedule(stages, self.microbatches, self._scaled_loss, config)
 
     @property
     def scales_gradients(self) -> bool:
@@ -150,7 +157,7 @@ class Pipeline(nn.Module):
         Returns the sum (or mean) of the losses without ``scale``, a scalar in float64, the same on every rank.
         Raises ConfigError for a batch of another shape than the pipeline was made for.
         """
-        self._check_batch(input_ids, target)
+        self._accept_batch(input_ids, target)
         self._scale = scale
         held = self._put_aside() if self.scales_gradients else []
         losses: list[Tensor] = []
@@ -204,7 +211,7 @@ class Pipeline(nn.Module):
     def _scaled_loss(self, output: Any, target: Any) -> Tensor:
         return self._loss_fn(output, target) * self._scale
 
-    def _check_batch(self, input_ids: Tensor, target: Tensor) -> None:
+    def _accept_batch(self, input_ids: Tensor, target: Tensor) -> None:
         rows, config = self.pipeline_config.pp_batch_size, self.pipeline_config
         if input_ids.size(0) != rows or target.size(0) != rows:
             got = f"{input_ids.size(0)} rows" if input_ids.size(0) != rows else f"{target.size(0)} rows of targets"
@@ -213,7 +220,7 @@ class Pipeline(nn.Module):
             raise ConfigError(Problem(what, asked, f"{rows} rows", f"pipeline.pp_batch_size={input_ids.size(0)}"))
         length = input_ids.size(1)
         if self._length is None:
-            self._length = length
+            self._length, self._schedule = length, self._prepared(length)
         if length != self._length:
             what = f"the pipeline runs rows of {self._length} tokens (of a rank) and was given {length}"
             asked = f"pipeline.pp_seq_len={config.pp_seq_len}" if config.pp_seq_len else f"{self._length} tokens before"
@@ -265,15 +272,10 @@ def _schedule(
     return kind(list(stages) if issubclass(kind, PipelineScheduleMulti) else stages[0], microbatches, **options)
 
 
-def _static_shapes(
-    index: int, stages: int, config: PipelineConfig, chain: Chain, length: int | None, dtype: torch.dtype | None
+def _shapes(
+    index: int, stages: int, config: PipelineConfig, chain: Chain, length: int, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Shapes of what a stage takes and returns, where the length is known; else torch finds them in the first step.
-
-    That costs a forward and a backward, and a message between neighbours.
-    """
-    if length is None:
-        return {}
+    """What a stage takes and returns, as tensors without values."""
     rows = config.pp_microbatch_size
 
     def hidden() -> Tensor:

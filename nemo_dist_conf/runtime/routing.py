@@ -54,18 +54,18 @@ class ExpertLoad:
         for index, module in enumerate(self._modules):
             module.register_forward_pre_hook(self._counter(index), with_kwargs=True)
 
-    def imbalance(self, context: MeshContext) -> Tensor | None:
+    def imbalance(self, context: MeshContext) -> Tensor:
         """Tokens of the busiest expert over those of the mean one, of the most uneven layer, since the last call.
 
-        1: all experts are chosen equally often. Equal on every rank of the run, where all of them call it.
-        None: the model has no experts, or none ran.
+        1: all experts are chosen equally often; 0: no expert ran. Equal on every rank of the run, all of which have
+        to call it, also those of a pipeline stage without experts.
         """
         counted = [counts for counts in self._counts if counts is not None]
         self._counts = [None] * len(self._modules)
-        if not counted:
-            return None
-        counts_LE = context.sum_over_data(torch.stack(counted))
-        worst = (counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).max()
+        worst = torch.zeros((), device=context.device)
+        if counted:
+            counts_LE = context.sum_over_data(torch.stack(counted))
+            worst = (counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).max()
         if context.pp_enabled and context.device_mesh is not None:
             dist.all_reduce(worst, dist.ReduceOp.MAX, group=context.device_mesh.get_group(A.PP.value))
         return worst

@@ -44,5 +44,5 @@ class PipelineConf:
     scale_grads_in_schedule: bool = option(False, "let the schedule divide gradients by the number of microbatches")
     loss_fn: Optional[str] = option(None, "loss as package.module.function; null: token-wise cross entropy")
     pp_seq_len: Optional[int] = option(
-        None, "tokens of a row, for the shapes between stages; null: from the first batch"
+        None, "tokens of a row, for the shapes between stages; null: of the first batch"
     )

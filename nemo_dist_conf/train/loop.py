@@ -220,7 +220,7 @@ def _train(
             console.step(**numbers)
     peak = _largest(peak_memory_bytes(context.device), context)
     assert first is not None and result is not None
-    if "expert_imbalance" in result.more and is_main:
+    if result.more.get("expert_imbalance") and is_main:
         log.info("experts: the busiest had %.2f times the mean one's tokens", result.more["expert_imbalance"])
     seconds = time.perf_counter() - began
     console.summary(summary(setup, model, first, result, peak, console, seconds, folder, settings.tensorboard))

@@ -41,8 +41,8 @@ class StepResult:
 
     loss: mean over the counted tokens of the global batch. grad_norm: of all gradients, before clipping.
     updated: whether the optimizer made its step; false where a number is not finite.
-    more: of a mixture-of-experts model: expert_imbalance (``ExpertLoad``) and aux_loss, the mean of the balancing loss
-    over the microbatches, without its coefficient, where the model's config asks for it.
+    more: of a mixture-of-experts model: expert_imbalance (``ExpertLoad.imbalance``) and aux_loss, the mean of the
+    balancing loss over the microbatches, without its coefficient, where the model's config asks for it.
     """
 
     loss: float
@@ -67,7 +67,7 @@ def forward_backward(
             logits, router_logits = _forward(model, input_ids)
             loss_sum = token_loss_sum(logits, labels)
             objective = loss_sum * scale
-            if router_logits:
+            if router_logits is not None:
                 part = balancing_loss(router_logits, config.num_experts_per_tok, context) / len(microbatches)
                 objective = objective + part * (config.router_aux_loss_coef * context.gradient_size)
                 balance = part.detach() if balance is None else balance + part.detach()
@@ -142,7 +142,7 @@ def _arguments(module: nn.Module, input_ids_BS: Tensor) -> tuple[tuple[Tensor, .
 
 
 def _forward(model: nn.Module, input_ids_BS: Tensor) -> tuple[Tensor, Sequence[Tensor] | None]:
-    """Logits [B, S, V], and those of the routers where the model returns them."""
+    """Logits [B, S, V], and those of the routers where the model's config asks for them (output_router_logits)."""
     args, kwargs = _arguments(unwrapped(model), input_ids_BS)
     output = model(*args, **kwargs)
     logits = getattr(output, "logits", output)
@@ -159,4 +159,12 @@ def _forward(model: nn.Module, input_ids_BS: Tensor) -> tuple[Tensor, Sequence[T
                 "model=llama_tiny",
             )
         )
-    return logits, getattr(output, "router_logits", None)
+    config = getattr(unwrapped(model), "config", None)
+    if not getattr(config, "output_router_logits", False):
+        return logits, None
+    router_logits = getattr(output, "router_logits", None)
+    if not router_logits or not hasattr(config, "router_aux_loss_coef"):
+        what = f"{type(unwrapped(model)).__name__} has no loss that balances its experts"
+        key = "model.config.output_router_logits"
+        raise ConfigError(Problem(what, f"{key}=true", "false for this model", f"{key}=false"))
+    return logits, router_logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+#: Experts from the second half of the layers on, so that the first of two pipeline ranks has none.
+LATE = {**FAMILIES["qwen3_moe"], "num_hidden_layers": 4, "mlp_only_layers": [0, 1]}
 
 #: name -> (ranks, words, microbatches)
 CASES: dict[str, tuple[int, tuple[str, ...], int]] = {
@@ -63,6 +66,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], int]] = {
     "ep 2 x hsdp 2x2": (4, (EP, "parallelism.dp_replicate_size=2"), 1),
     "ep 2 x cp 2": (4, (EP, CP), 1),
     "ep 2 x pp 2": (4, (EP, PP, "pipeline.pp_batch_size=8"), 1),
+    "ep 2 x pp 2, late experts": (4, (EP, PP, "pipeline.pp_batch_size=8"), 1),
     "ep 2 x pp 2, zbv, full checkpointing": (
         4,
         (EP, PP, "pipeline.pp_batch_size=8", "pipeline=zbv_zero_bubble", FULL, "moe.ignore_router_for_ac=false"),
@@ -70,12 +74,15 @@ CASES: dict[str, tuple[int, tuple[str, ...], int]] = {
     ),
 }
 #: Qwen3-MoE is another code of the same kind.
-RUNS = [("mixtral", name) for name in CASES] + [("qwen3_moe", "ep 2"), ("qwen3_moe", "ep 2 x ep_shard 2")]
+RUNS = [("mixtral", name) for name in CASES if "late" not in name] + [
+    ("qwen3_moe", name) for name in ("ep 2", "ep 2 x ep_shard 2", "ep 2 x pp 2, late experts")
+]
 
 
 def config_of(family: str, name: str) -> dict[str, Any]:
-    layers = 4 if "zbv" in name else 2
-    return {**FAMILIES[family], "num_hidden_layers": layers}
+    if "late" in name:
+        return LATE
+    return {**FAMILIES[family], "num_hidden_layers": 4 if "zbv" in name else 2}
 
 
 def run_case(family: str, name: str) -> Trajectory:
@@ -85,9 +92,13 @@ def run_case(family: str, name: str) -> Trajectory:
     return train(cfg, microbatches, whole=True, length=LENGTH)
 
 
+def expected(config: dict[str, Any]) -> Trajectory:
+    return _expected(json.dumps(config))
+
+
 @functools.cache
-def expected(family: str, layers: int) -> Trajectory:
-    config = {**FAMILIES[family], "num_hidden_layers": layers}
+def _expected(text: str) -> Trajectory:
+    config = json.loads(text)
     weights = run_ranks(1, initial_weights, config)[0]
     return run_ranks(1, single_process, config, SGD, weights, LENGTH)[0]
 
@@ -98,7 +109,7 @@ def initial_weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("family", "name"), RUNS)
 def test_equals_one_process(family: str, name: str) -> None:
-    want = expected(family, config_of(family, name)["num_hidden_layers"])
+    want = expected(config_of(family, name))
     found = run_ranks(CASES[name][0], run_case, family, name)
     for rank in found:
         assert rank.losses == pytest.approx(want.losses, rel=1e-5)
@@ -157,6 +168,24 @@ def test_a_rank_that_gets_no_token_does_not_hang() -> None:
     assert imbalance > 1.3
 
 
+def _late_experts(*words: str) -> tuple[float, float]:
+    """Loss and imbalance of a step."""
+    setup, model, optimizer = instantiate(composed(FP32, *words, model={"config": LATE}, optimizer=SGD))
+    context, load = setup.mesh_context, ExpertLoad(model, 4)
+    ids, labels = (part.chunk(context.data_size)[context.data_rank] for part in batch(LENGTH))
+    done = train_step(
+        model, optimizer, [(ids, labels)], context, global_tokens=ids.numel(), max_grad_norm=None, load=load
+    )
+    return done.loss, done.more["expert_imbalance"]
+
+
+def test_a_pipeline_rank_without_experts_takes_part_in_what_is_counted() -> None:
+    ((loss, imbalance),) = run_ranks(1, _late_experts)
+    assert imbalance > 1
+    for found in run_ranks(2, _late_experts, PP, "pipeline.pp_batch_size=16", timeout_s=60):
+        assert found == (pytest.approx(loss, rel=1e-5), imbalance)
+
+
 # The loss that balances experts.
 
 
@@ -198,6 +227,25 @@ def test_the_balancing_loss_is_that_of_the_whole_batch(ranks: int, words: tuple[
         assert (found_loss, found_balance) == (pytest.approx(loss, rel=1e-5), pytest.approx(balance, rel=1e-5))
         off = {key: float((found[key] - g).norm() / g.norm()) for key, g in gradients.items()}
         assert max(off.values()) < 1e-5, max(off.items(), key=lambda entry: entry[1])
+
+
+def _balanced_without_a_loss() -> None:
+    config = {
+        **SHAPE,
+        "model_type": "glm4_moe",
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "output_router_logits": True,
+    }
+    setup, model, optimizer = instantiate(composed(FP32, model={"config": config}, optimizer=SGD))
+    ids, labels = batch(LENGTH)
+    train_step(model, optimizer, [(ids, labels)], setup.mesh_context, global_tokens=1, max_grad_norm=None)
+
+
+def test_a_model_that_has_no_such_loss_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Glm4MoeForCausalLM has no loss that balances its experts"):
+        run_ranks(1, _balanced_without_a_loss)
 
 
 # Every option has its effect.
@@ -261,8 +309,26 @@ def test_the_head_is_one_with_the_embedding_or_a_unit_of_its_own() -> None:
     assert run_ranks(2, _units, "moe.wrap_outer_model=false") == [(True, True)] * 2
 
 
-def _refused(model: dict[str, Any]) -> None:
-    instantiate(composed(FP32, EP, model=model, optimizer=SGD))
+def _refused(model: Any, *words: str) -> None:
+    """model: its node, or a function that builds it, of which nothing is known before."""
+    instantiate(composed(FP32, EP, *words, model=model, optimizer=SGD))
+
+
+TIED = {**FAMILIES["mixtral"], "tie_word_embeddings": True}
+
+
+def build_tied() -> torch.nn.Module:
+    return plain_model(TIED)
+
+
+@pytest.mark.parametrize("model", [{"config": TIED}, {"_target_": f"{__name__}.build_tied"}], ids=["config", "built"])
+@pytest.mark.parametrize("word", ["moe.lm_head_precision=float32", "moe.wrap_outer_model=false"])
+def test_a_tied_head_is_not_sharded_apart(model: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match="embedding and head are one parameter") as error:
+        run_ranks(2, _refused, model, word)
+    (problem,) = error.value.problems
+    assert word in problem.asked
+    run_ranks(2, _refused, model, problem.type)
 
 
 @pytest.mark.parametrize(

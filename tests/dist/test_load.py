@@ -19,6 +19,7 @@ from nemo_dist_conf.errors import ConfigError, DataError
 from nemo_dist_conf.instantiate import instantiate
 from tests.dist.layouts import batch, composed, full_state, plain_model
 from tests.dist.pool import run_ranks
+from tests.dist.test_expert_parallel import FAMILIES
 from tests.dist.test_instantiate import Live
 
 pytestmark = pytest.mark.dist
@@ -37,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def original(kind: str) -> nn.Module:
+def original(kind: str | dict[str, Any]) -> nn.Module:
     """A model whose weights no initialisation of ours would draw."""
     torch.manual_seed(11)
     model = plain_model(kind)
@@ -92,6 +93,18 @@ def test_a_saved_model_gives_its_own_logits(saved: Callable[[str], Path], layout
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         assert state.keys() == weights.keys()
         assert [name for name in weights if not torch.equal(state[name], weights[name])] == []
+
+
+def test_experts_saved_as_the_model_holds_them(tmp_path: Path) -> None:
+    """The model library's own default stores every expert by itself; the refusal says how to save it otherwise."""
+    model = original({**FAMILIES["mixtral"], "num_hidden_layers": 2})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="not those of MixtralForCausalLM") as error:
+        load(tmp_path)
+    (problem,) = error.value.problems
+    exec(problem.type, {"model": model, "folder": tmp_path})
+    for _, state in load(tmp_path, FP32, "parallelism.ep_size=2", ranks=2):
+        assert [name for name, value in model.state_dict().items() if not torch.equal(state[name], value)] == []
 
 
 def test_one_file_without_an_index_is_enough(tmp_path: Path) -> None:
