@@ -327,11 +327,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of steps (default 5)")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps in a round (default 30)")
     parser.add_argument("--repeats", type=int, default=3, help="fresh process groups per side (default 3)")
-    parser.add_argument("--quick", action="store_true", help="the smallest model and few of everything: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="FSDP2, the smallest model, few of everything: a smoke test")
     report.add_files(parser)
     options = parser.parse_args()
     if options.quick:
         options.size, options.wraps, options.rounds, options.steps, options.repeats = ["0.04M"], 2, 1, 3, 1
+        options.strategy = ["fsdp2"]
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling modules in every rank would count as ours
     measured = report.new_report(__file__)

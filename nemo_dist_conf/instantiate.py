@@ -84,7 +84,7 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
         if built.template is not None:
             materialise(model, built.template, seed, device, torch.device("cpu") if offload else None)
         if built.weights is not None:
-            load_weights(model, built.weights, built.ties)
+            load_weights(model, built.weights, built.ties, built.parts)
 
     if checked.strategy.name == "ddp":
         return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [
-        ("overhead", 2, ("wrap [ms]", "step [ms]", "memory [MB]")),
+        ("overhead", 1, ("wrap [ms]", "step [ms]", "memory [MB]")),
         ("compose", 8, ("show a plain app's config", "complete db= in bash", "refuse a combination")),
         ("layouts", 2, ("pp 2 x dp_shard 2", "dp_shard 2 x cp 2", "step [ms]")),
         ("launch", 2, ("torchrun, by hand", "hydra/launcher=torchrun, forkserver")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.load import check_weights
 from nemo_dist_conf.runtime.materialise import Template, Writes, can_materialise, template_of, tied_names
+from nemo_dist_conf.runtime.stored_names import Part
 
 __all__ = ["Built", "build_model"]
 
@@ -24,13 +26,15 @@ log = logging.getLogger(__name__)
 class Built:
     """A model before it is parallelised.
 
-    template: what it takes to fill it when it was built on meta, else None. weights: folder to fill it from.
+    template: what it takes to fill it when it was built on meta, else None. weights: folder to fill it from; parts:
+    what its tensors are, where they are stored otherwise than the model holds them.
     blocks: path of its blocks as the config declared it.
     """
 
     model: nn.Module
     template: Template | None = None
     weights: Path | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict)
     ties: list[list[str]] = field(default_factory=list)
     blocks: Any = None
 
@@ -141,8 +145,8 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
         raise (DataError if folder else ConfigError)(Problem(what, asked, known, "model=llama_tiny")) from None
     if folder is None:
         return built
-    check_weights(built.model, folder, built.ties)
-    return Built(built.model, built.template, folder, built.ties, blocks)
+    parts = check_weights(built.model, folder, built.ties)
+    return dataclasses.replace(built, weights=folder, parts=parts)
 
 
 def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> Any:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import DataError, Problem
+from nemo_dist_conf.runtime.materialise import local_part
+from nemo_dist_conf.runtime.stored_names import Part, stored_parts
 
 __all__ = ["check_weights", "load_weights", "read_shapes"]
 
@@ -39,10 +42,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 "model.save_pretrained(folder), then " + f"{_KEY}=folder",
             )
         )
-    listed = _check_index(folder, {path.name for path in files})
-    files = [path for path in files if listed is None or path.name in listed]
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
+    for path in _listed_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
@@ -52,6 +53,24 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 Problem(what, f"{_KEY}={folder}", "complete safetensors files", "copy the file again")
             ) from None
     return shapes
+
+
+def _listed_files(folder: Path) -> list[Path]:
+    """The folder's files; where it has an index, those that this names."""
+    present = sorted(folder.glob("*.safetensors"))
+    listed = _check_index(folder, {path.name for path in present})
+    return [path for path in present if listed is None or path.name in listed]
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """Name -> file of every tensor."""
+    from safetensors import safe_open
+
+    places: dict[str, Path] = {}
+    for path in _listed_files(folder):
+        with safe_open(path, framework="pt") as file:
+            places.update(dict.fromkeys(file.keys(), path))
+    return places
 
 
 def _check_index(folder: Path, present: set[str]) -> set[str] | None:
@@ -75,44 +94,92 @@ class _ListedFiles(dcp.HuggingFaceStorageReader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
-        present = sorted(folder.glob("*.safetensors"))
-        listed = _check_index(folder, {path.name for path in present})
-        files = [str(path) for path in present if listed is None or path.name in listed]
+        files = [str(path) for path in _listed_files(folder)]
         self.fs.ls = lambda path: files  # type: ignore[method-assign]
 
 
-def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> None:
-    """Raise DataError unless the folder's tensors are the model's, by name and shape. ``model`` may be on meta."""
+def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> dict[str, Part]:
+    """Raise DataError unless the folder's tensors are the model's, by name and shape. ``model`` may be on meta.
+
+    Returns what each tensor of the folder is, where it is stored otherwise than the model holds it; else {}.
+    """
     shapes = read_shapes(folder)
     optional = {name for group in ties for name in group[1:]}
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    parts = stored_parts(model)
+    if shapes.keys() & (parts.keys() - wanted.keys()):
+        wanted = {name: part.shape for name, part in parts.items()}
+    else:
+        parts = {}
     missing = sorted(name for name in wanted if name not in shapes and name not in optional)
     extra = sorted(name for name in shapes if name not in wanted)
     wrong = sorted(n for n in wanted if n in shapes and shapes[n] != wanted[n])
     if not (missing or extra or wrong):
-        return
-    parts = []
+        return parts
+    found = []
     kinds = (("missing in the folder", missing), ("unknown to the model", extra), ("of other shape", wrong))
     for title, names in kinds:
         if names:
-            parts.append(f"{len(names)} {title} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
+            found.append(f"{len(names)} {title} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
     raise DataError(
         Problem(
-            f"the weights in {folder} are not those of {type(model).__name__}: {'; '.join(parts)}",
+            f"the weights in {folder} are not those of {type(model).__name__}: {'; '.join(found)}",
             f"{_KEY}={folder}",
             "weights and config.json of one and the same model, without overrides of its sizes",
-            "model.save_pretrained(folder, save_original_format=False)",
+            "a folder written by model.save_pretrained",
         )
     )
 
 
-def load_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> None:
-    """Fill a sharded or whole model from the folder; every rank reads the slices it holds and no more.
+def load_weights(model: nn.Module, folder: Path, ties: list[list[str]], parts: Mapping[str, Part]) -> None:
+    """Fill a sharded or whole model, or a stage of it, from the folder; every rank reads what it holds and no more.
 
+    parts: as ``check_weights`` returned them for the whole model.
     Source: torch.distributed.checkpoint.HuggingFaceStorageReader.
     """
     optional = {name for group in ties for name in group[1:]}
-    state: dict[str, Any] = {name: value for name, value in model.state_dict().items() if name not in optional}
+    held: dict[str, Any] = {name: value for name, value in model.state_dict().items() if name not in optional}
+    stored = {part.parameter: name for name, part in parts.items() if part.expert is None}
+    apart = {part.parameter for part in parts.values() if part.expert is not None}
     with torch.no_grad():
-        dcp.load(state, storage_reader=_ListedFiles(folder))
+        whole = {stored.get(name, name): value for name, value in held.items() if name not in apart}
+        dcp.load(whole, storage_reader=_ListedFiles(folder))
+        _load_experts({name: held[name] for name in held if name in apart}, folder, parts)
     log.info("weights read from %s", folder)
+
+
+def _load_experts(held: Mapping[str, Tensor], folder: Path, parts: Mapping[str, Part]) -> None:
+    """Fill parameters [experts, out, in] from tensors of one expert each.
+
+    They may be sharded along their experts and their rows.
+    """
+    from safetensors import safe_open
+
+    boxes = {name: _box(value) for name, value in held.items()}
+    by_file: dict[Path, list[str]] = {}
+    for stored, path in _places(folder).items():
+        if stored in parts and parts[stored].parameter in boxes:
+            by_file.setdefault(path, []).append(stored)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for stored in names:
+                part = parts[stored]
+                (experts, rows), value = boxes[part.parameter], held[part.parameter]
+                first, last = max(part.first, rows.start), min(part.first + part.rows, rows.stop)
+                if part.expert is None or part.expert not in experts or first >= last:
+                    continue
+                local = value.to_local() if isinstance(value, DTensor) else value
+                read = file.get_slice(stored)[first - part.first : last - part.first]
+                local[experts.index(part.expert), first - rows.start : last - rows.start] = read.to(local)
+
+
+def _box(value: Tensor) -> tuple[range, range]:
+    """Indices along the first two dimensions that this rank holds."""
+    shape = value.shape
+    numbers = torch.arange(shape[0] * shape[1]).view(shape[0], shape[1], 1)
+    if isinstance(value, DTensor):
+        numbers = local_part(numbers, value)
+    if not numbers.numel():
+        return range(0), range(0)
+    expert, row = divmod(int(numbers[0, 0, 0]), shape[1])
+    return range(expert, expert + numbers.size(0)), range(row, row + numbers.size(1))

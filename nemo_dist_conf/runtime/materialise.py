@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["Template", "Writes", "can_materialise", "materialise", "retie", "template_of", "tied_names"]
+__all__ = ["Template", "Writes", "can_materialise", "local_part", "materialise", "retie", "template_of", "tied_names"]
 
 log = logging.getLogger(__name__)
 
@@ -218,12 +218,12 @@ def _copy_shard(target: torch.Tensor | None, full: torch.Tensor) -> None:
     if target is None:
         raise AssertionError("a tensor of the template is missing in the model")
     if isinstance(target, DTensor):
-        target.to_local().copy_(_local_part(full.detach(), target))
+        target.to_local().copy_(local_part(full.detach(), target))
     else:
         target.copy_(full)
 
 
-def _local_part(full: torch.Tensor, target: DTensor) -> torch.Tensor:
+def local_part(full: torch.Tensor, target: DTensor) -> torch.Tensor:
     """The part of a whole tensor that ``target`` holds on this rank; every rank has the same values, so none is sent.
 
     Cut as it was sharded: tensor parallelism first, on the mesh's last axis, then fully_shard on what that left.

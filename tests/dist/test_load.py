@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -95,16 +95,40 @@ def test_a_saved_model_gives_its_own_logits(saved: Callable[[str], Path], layout
         assert [name for name in weights if not torch.equal(state[name], weights[name])] == []
 
 
-def test_experts_saved_as_the_model_holds_them(tmp_path: Path) -> None:
-    """The model library's own default stores every expert by itself; the refusal says how to save it otherwise."""
-    model = original({**FAMILIES["mixtral"], "num_hidden_layers": 2})
-    model.save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="not those of MixtralForCausalLM") as error:
-        load(tmp_path)
-    (problem,) = error.value.problems
-    exec(problem.type, {"model": model, "folder": tmp_path})
-    for _, state in load(tmp_path, FP32, "parallelism.ep_size=2", ranks=2):
+EXPERTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ddp 1": (1, ("strategy=ddp",)),
+    "fsdp2 4": (4, (FP32,)),
+    "ep 2 x ep_shard 2": (4, (FP32, "parallelism.ep_size=2")),
+    "ep 2 x pp 2": (4, (FP32, "parallelism.ep_size=2", "parallelism.pp_size=2")),
+}
+
+
+def state_of(folder: str, *words: str) -> dict[str, Tensor]:
+    return full_state(instantiate(composed(*words, model={"name_or_path": folder}))[1])
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_that_are_stored_one_by_one(tmp_path: Path, family: str, layout: str) -> None:
+    """As save_pretrained does; each rank takes the rows of its experts out of their files."""
+    model = original({**FAMILIES[family], "num_hidden_layers": 2})
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    names = {name for path in tmp_path.glob("*.safetensors") for name in safe_open(path, "pt").keys()}
+    assert any(".experts.3." in name for name in names)
+    ranks, words = EXPERTS[layout]
+    for state in run_ranks(ranks, state_of, str(tmp_path), *words):
         assert [name for name, value in model.state_dict().items() if not torch.equal(state[name], value)] == []
+
+
+def test_an_expert_that_is_missing(tmp_path: Path) -> None:
+    original(FAMILIES["qwen3_moe"]).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = tensors.pop("model.layers.1.mlp.experts.2.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "1 missing in the folder (model.layers.1.mlp.experts.2.up_proj.weight)" in str(refusal(tmp_path))
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"] = lost[1:].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "1 of other shape" in str(refusal(tmp_path))
 
 
 def test_one_file_without_an_index_is_enough(tmp_path: Path) -> None:
