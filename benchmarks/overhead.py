@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of steps (default 5)")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps in a round (default 30)")
     parser.add_argument("--repeats", type=int, default=3, help="fresh process groups per side (default 3)")
-    parser.add_argument("--quick", action="store_true", help="FSDP2, the smallest model, few of everything: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="FSDP2, the smallest model, few repeats: a smoke test")
     report.add_files(parser)
     options = parser.parse_args()
     if options.quick:

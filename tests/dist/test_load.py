@@ -99,7 +99,7 @@ EXPERTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ddp 1": (1, ("strategy=ddp",)),
     "fsdp2 4": (4, (FP32,)),
     "ep 2 x ep_shard 2": (4, (FP32, "parallelism.ep_size=2")),
-    "ep 2 x pp 2": (4, (FP32, "parallelism.ep_size=2", "parallelism.pp_size=2")),
+    "ep 2 x pp 2": (4, (FP32, "parallelism.ep_size=2", "parallelism.pp_size=2", "pipeline.pp_batch_size=4")),
 }
 
 
