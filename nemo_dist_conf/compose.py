@@ -17,7 +17,6 @@ from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, nearest
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, ParallelismConf, PipelineConf
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy, strategy_of_target
 from nemo_dist_conf.strategies.common import off_but_changed
-from nemo_dist_conf.strategies.megatron_fsdp import not_executed
 from nemo_dist_conf.topology import MeshSpec, Paths, pipeline_problems, solve
 from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.world import launch_command, planned_world_size
@@ -461,8 +460,6 @@ def _shown(value: Any) -> Any:
 
 def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
     """What composes and has a mesh, but is not executed by this version."""
-    if not strategy.executes:
-        return [not_executed(paths)]
     problems = []
     for axis in AXES:
         size = sizes[axis.size_field] or 1

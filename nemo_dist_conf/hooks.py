@@ -156,5 +156,6 @@ def _planned(config: DictConfig, launcher: str) -> Start | None:
     if ".hydra_submitit_launcher." in launcher and OmegaConf.select(config, "hydra.launcher.tasks_per_node"):
         nodes = int(node.get("nodes") or 1)
         per_node = "hydra.launcher.nodes=1 " if nodes > 1 else ""
-        return Start(nodes * int(node.tasks_per_node), f"{per_node}hydra.launcher.tasks_per_node={{n}} {{asked}}")
+        command = f"{per_node}hydra.launcher.tasks_per_node={{n}} {{asked}}"
+        return Start(nodes * int(node.tasks_per_node), command, elsewhere=not launcher.endswith(".LocalLauncher"))
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import types
@@ -11,12 +12,14 @@ import torch
 from torch import nn
 
 from nemo_dist_conf.compose import Checked, check
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
 from nemo_dist_conf.runtime.build import Built, build_model
 from nemo_dist_conf.runtime.load import load_weights
-from nemo_dist_conf.runtime.materialise import materialise
+from nemo_dist_conf.runtime.materialise import initialise_in_turn, materialise
+from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer
 from nemo_dist_conf.runtime.optimizer import build_optimizer
-from nemo_dist_conf.runtime.order import parallelize_ddp, parallelize_fsdp2
+from nemo_dist_conf.runtime.order import parallelize_ddp, parallelize_fsdp2, parallelize_megatron_fsdp
 from nemo_dist_conf.runtime.process_group import initialize_distributed
 from nemo_dist_conf.runtime.setup import DistributedSetup, setup_from_checked
 
@@ -66,8 +69,12 @@ def instantiate(
     wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:
-        return setup, wrapped, optimizer(wrapped.parameters())
-    return setup, wrapped, None if settings is None else build_optimizer(settings, wrapped.named_parameters())
+        made: torch.optim.Optimizer | None = optimizer(wrapped.parameters())
+    else:
+        made = build_optimizer(settings, wrapped.named_parameters())
+    if made is not None and checked.strategy.name == "megatron_fsdp":
+        made = adopt_optimizer(wrapped, made)
+    return setup, wrapped, made
 
 
 def _value(cfg: Any, key: str, default: Any) -> Any:
@@ -89,6 +96,9 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
     if checked.strategy.name == "ddp":
         return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
     mesh: Any = setup.mesh_context
+    if checked.strategy.name == "megatron_fsdp":
+        prepare = _initialiser(built, seed, device) if config.init_fsdp_with_meta_device else fill
+        return parallelize_megatron_fsdp(built.model, config, mesh.device_mesh, blocks=blocks, fill=prepare)
     return parallelize_fsdp2(
         built.model,
         config,
@@ -99,6 +109,21 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
         pipeline=setup.pipeline_config,
         moe=setup.moe_parallel_config,
     )
+
+
+def _initialiser(built: Built, seed: int, device: torch.device) -> Callable[[nn.Module], None]:
+    """What prepares a model on meta for a library that fills it module by module."""
+    template = built.template
+    reason = "its weights are read from a folder, which is done before it is sharded" if built.weights else None
+    if template is None:
+        reason = f"{type(built.model).__name__} was built with values, which a module of it cannot give again"
+    elif built.ties:
+        reason = f"{' and '.join(built.ties[0])} are one parameter, and the library makes two of it there"
+    if template is None or reason is not None:
+        key = "strategy.init_fsdp_with_meta_device"
+        what = f"the model cannot be built on the meta device: {reason}"
+        raise ConfigError(Problem(what, f"{key}=true", "false: each rank holds the whole model once", f"{key}=false"))
+    return functools.partial(initialise_in_turn, template=template, seed=seed, device=device)
 
 
 class _CallableModule(types.ModuleType):

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from nemo_dist_conf.runtime.megatron_fsdp import finish_gradients, is_wrapped, microbatch, remember_norm
+
 __all__ = ["accumulate", "clip_grad_norm_"]
 
 
@@ -19,8 +21,9 @@ __all__ = ["accumulate", "clip_grad_norm_"]
 def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
     """Around the forward and backward of one microbatch; ``last`` is True for the step's last one.
 
-    DDP and FSDP2 reduce gradients in the last microbatch only. With defer_fsdp_grad_sync=False FSDP2 reduces in
-    each of them, which keeps gradients sharded in between. Any other module is left alone.
+    DDP, FSDP2 and Megatron-FSDP (up to ZeRO-1) reduce gradients in the last microbatch only. FSDP2 with
+    defer_fsdp_grad_sync=False and Megatron-FSDP from ZeRO-2 on reduce in each of them, which keeps gradients sharded in
+    between. Any other module is left alone.
     """
     if isinstance(model, DistributedDataParallel):
         with contextlib.nullcontext() if last else model.no_sync():
@@ -30,7 +33,8 @@ def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
         model.set_is_last_backward(last)
         if getattr(model, "_defer_grad_sync", True):
             model.set_requires_gradient_sync(last)
-    yield
+    with microbatch(model, last) if is_wrapped(model) else contextlib.nullcontext():
+        yield
 
 
 def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
@@ -41,18 +45,24 @@ def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float |
     its tensors) it is the norm over all stages.
     max_norm None or 0: only measured. Returns a scalar tensor, equal on all ranks.
     """
-    parameters = model.parameters() if isinstance(model, nn.Module) else model
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    if is_wrapped(model):
+        finish_gradients(model)
     groups: dict[Any, list[torch.Tensor]] = {}
-    for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            sharded = tuple(not placement.is_replicate() for placement in gradient.placements)
-            groups.setdefault((gradient.device_mesh, sharded), []).append(gradient.to_local())
+    for parameter in model.parameters() if isinstance(model, nn.Module) else model:
+        gradient = parameter.grad
+        if gradient is None and not (hasattr(parameter, "_megatron_fsdp_model") and parameter.requires_grad):
+            continue
+        shown = parameter if gradient is None else gradient  # a rank that has nothing of it still reduces with others
+        if isinstance(shown, DTensor):
+            sharded = tuple(not placement.is_replicate() for placement in shown.placements)
+            held = groups.setdefault((shown.device_mesh, sharded), [])
         else:
-            groups.setdefault(None, []).append(gradient)
+            held = groups.setdefault(None, [])
+        if gradient is not None:
+            held.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
     squares = []
     for key, tensors in groups.items():
-        square = _square_sum(tensors)
+        square = _square_sum(tensors, None if key is None else key[0].device_type)
         if key is not None:
             mesh, sharded = key
             for index, is_sharded in enumerate(sharded):
@@ -67,18 +77,20 @@ def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float |
     if stages is not None:
         total = _all_reduce(total, stages, 0)
     total = total.sqrt()
+    if is_wrapped(model):
+        remember_norm(model, total)
     if max_norm:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        for tensors in groups.values():
+        for tensors in filter(None, groups.values()):
             torch._foreach_mul_(tensors, scale.to(tensors[0].device))
     return total
 
 
-def _square_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.Tensor:
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     filled = [t for t in tensors if t.numel()]
     if not filled:  # this rank has nothing of these parameters, and torch refuses an empty list
-        return torch.zeros((), dtype=dtype, device=tensors[0].device)
+        return torch.zeros((), dtype=dtype, device=tensors[0].device if tensors else device_type)
     norms = torch._foreach_norm(filled, 2.0, dtype=dtype)
     return torch.stack(list(norms)).square().sum()
 

@@ -15,7 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["Template", "Writes", "can_materialise", "local_part", "materialise", "retie", "template_of", "tied_names"]
+__all__ = [
+    "Template",
+    "Writes",
+    "can_materialise",
+    "initialise_in_turn",
+    "local_part",
+    "materialise",
+    "retie",
+    "template_of",
+    "tied_names",
+]
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +130,30 @@ def materialise(
             _fill(targets[name], name, module, template.model, seed, device, followers)
     retie(model, template.ties)
     log.debug("materialised on %s, seed %d", store or device, seed)
+
+
+def initialise_in_turn(model: nn.Module, template: Template, seed: int, device: torch.device) -> None:
+    """Let each module of a model on meta draw the weights that ``materialise`` gives when it is asked to reset itself.
+
+    For a library that calls reset_parameters module by module and keeps this rank's shard of each. Modules that own
+    buffers only are filled at once, because nothing would ask them. ``template.ties`` has to be empty.
+    """
+    targets = dict(model.named_modules())
+
+    def drawing(name: str, module: nn.Module) -> Callable[[], None]:
+        def draw() -> None:
+            forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+            with forked, torch.no_grad():
+                _fill(targets[name], name, module, template.model, seed, device, set())
+
+        return draw
+
+    for name, module in template.owners.items():
+        if module._parameters:
+            targets[name].reset_parameters = drawing(name, module)
+        else:
+            targets[name].to_empty(device=device, recurse=False)
+            drawing(name, module)()
 
 
 def _holds(target: nn.Module, module: nn.Module) -> bool:

@@ -25,11 +25,13 @@ class MeshContext:
 
     device_mesh: root mesh of the strategy (fsdp2: pp, dp_replicate, dp_shard, cp, tp). moe_mesh: ep_shard, ep
     over the same ranks. Without meshes every size is 1 and dp_size is None.
+    sums_gradients: the strategy adds gradients over ranks instead of averaging them.
     """
 
     device_mesh: DeviceMesh | None = None
     moe_mesh: DeviceMesh | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sums_gradients: bool = False
 
     def __post_init__(self) -> None:
         known = {axis.value for axis in A}
@@ -74,7 +76,7 @@ class MeshContext:
             )
         spec = solve(sizes, info.world_size, strategy.axes)
         device_mesh, moe_mesh = build_meshes(spec, info.device.type)
-        return cls(device_mesh, moe_mesh, info.device)
+        return cls(device_mesh, moe_mesh, info.device, getattr(strategy_config, "calculate_per_token_loss", False))
 
     def size(self, axis: str, default: int | None = 1) -> int | None:
         """Ranks along a root or MoE axis; ``default`` where no mesh has it."""
@@ -147,8 +149,11 @@ class MeshContext:
 
     @property
     def gradient_size(self) -> int:
-        """Ranks over which gradients are averaged: data ranks, and the cp ranks that share their rows."""
-        return self.data_size * self.cp_size
+        """Ranks over which gradients are averaged: data ranks, and the cp ranks that share their rows.
+
+        1 where they are added.
+        """
+        return 1 if self.sums_gradients else self.data_size * self.cp_size
 
     def split_sequence(self, *tensors_BS: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """This rank's part of each row, [B, S] -> [B, S / cp]: of input ids and, in the same way, of labels."""

@@ -31,11 +31,12 @@ from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.strategies.ddp import DDPConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
+from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline, PipelinePlan
 
-__all__ = ["Fill", "parallelize_ddp", "parallelize_fsdp2"]
+__all__ = ["Fill", "autocast_forward", "parallelize_ddp", "parallelize_fsdp2", "parallelize_megatron_fsdp"]
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def parallelize_fsdp2(
     if pipeline is not None and stages is not None:
         return _pipeline(model, units, stages, pipeline, config, device_mesh, fill, experts)
     if config.autocast_dtype is not None:
-        _autocast(model, device, config.autocast_dtype)
+        autocast_forward(model, device, config.autocast_dtype)
     shard_blocks(model, units, fsdp_mesh(device_mesh), config, sizes.get(A.PP, 1) > 1, experts)
     model._defer_grad_sync = config.defer_fsdp_grad_sync  # type: ignore[assignment]  # read by gradients.accumulate
     if fill is not None:
@@ -144,7 +145,7 @@ def _pipeline(
             continue
         part = cut(model, stages.chain, row.modules, pipeline.to_dict())
         if config.autocast_dtype is not None:
-            _autocast(part, device, config.autocast_dtype)
+            autocast_forward(part, device, config.autocast_dtype)
         held = {name: unit for name, unit in units.items() if name in row.modules}
         is_last = row.stage == len(stages.rows) - 1
         shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), True, experts)
@@ -201,7 +202,7 @@ def parallelize_ddp(
             Problem(what, "DDPManager.parallelize(model)", "a materialised model", "nemo_dist_conf.instantiate(cfg)")
         )
     if config.autocast_dtype is not None:
-        _autocast(model, parameter.device, config.autocast_dtype)
+        autocast_forward(model, parameter.device, config.autocast_dtype)
     wrapped = DistributedDataParallel(
         model,
         device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,
@@ -219,10 +220,40 @@ def parallelize_ddp(
     return wrapped
 
 
+def parallelize_megatron_fsdp(
+    model: nn.Module,
+    config: MegatronFSDPConfig,
+    device_mesh: DeviceMesh,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    blocks: str | Iterable[str] | None = None,
+    fill: Fill | None = None,
+) -> Any:
+    """The model wrapped with megatron-fsdp as the config says; with an optimizer, the pair.
+
+    fill: called before wrapping on a model built on meta, because the library takes its values from the model.
+    Raises ConfigError for what the model, the machine or the installed library cannot do.
+    """
+    from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer, wrap
+
+    _refuse_wrapped(model)
+    _sync_from_rank0(model)
+    parameters = dict(model.named_parameters())
+    if fill is not None:
+        fill(model)
+    wrapped = wrap(model, config, device_mesh, blocks)
+    if optimizer is None:
+        return wrapped
+    _rebind(optimizer, parameters, wrapped.module)
+    return wrapped, adopt_optimizer(wrapped, optimizer)
+
+
 def _refuse_wrapped(model: nn.Module) -> None:
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(model, (DistributedDataParallel, FSDPModule)):
+    from nemo_dist_conf.runtime.megatron_fsdp import is_wrapped
+
+    if isinstance(model, (DistributedDataParallel, FSDPModule)) or is_wrapped(model):
         kind = type(model).__name__
         what = f"the model is wrapped already ({kind})"
         raise ConfigError(Problem(what, f"parallelize({kind})", "the model itself", "model.module"))
@@ -238,7 +269,7 @@ def _sync_from_rank0(model: nn.Module) -> None:
                 dist.broadcast(tensor.detach(), src=0)
 
 
-def _autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Run the model's forward under torch.autocast; the loss outside of it stays in full precision."""
     model.forward = torch.autocast(device.type, dtype=dtype)(model.forward)
     log.info("autocast: %s", str(dtype).removeprefix("torch."))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from pathlib import Path
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.topology import Paths
 
-__all__ = ["autocast_problems", "off_but_changed"]
+__all__ = ["autocast_problems", "off_but_changed", "unknown_class"]
 
 
 def autocast_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
@@ -41,3 +44,34 @@ def off_but_changed(node: Mapping[str, Any] | None, default: Any, name: str, pat
             f"{paths.set(f'{name}.enabled', True)} {paths.set(key, value)}",
         )
     ]
+
+
+def unknown_class(path: str) -> str | None:
+    """Why no class can have this path, told from the files of its package; None where one may. Imports nothing."""
+    parts = path.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        return "is not a class path"
+    top, *inner = parts
+    if top == "__main__":
+        return None
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        return f"is in no module that is installed: there is no {top}"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    file = Path(spec.origin) if spec.origin and not folders else None
+    for number, part in enumerate(inner[:-1]):
+        if file is not None:
+            break  # a class inside a class
+        file = next((f / f"{part}.py" for f in folders if (f / f"{part}.py").is_file()), None)
+        if file is None:
+            folders = [f / part for f in folders if (f / part).is_dir()]
+            if not folders:
+                return f"is in no module: {'.'.join(parts[: number + 1])} has no {part}"
+    if file is None:
+        file = next((f / "__init__.py" for f in folders if (f / "__init__.py").is_file()), None)
+    if file is None or file.suffix != ".py":
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if re.search(rf"\b{parts[-1]}\b|import \*|__getattr__|_LazyModule", text):
+        return None
+    return f"names no class: {file.name} has no {parts[-1]}"

@@ -1,21 +1,25 @@
-"""strategy=megatron_fsdp: the names, defaults and rules of NVIDIA's Megatron-FSDP."""
+"""strategy=megatron_fsdp: NVIDIA's Megatron-FSDP, for dp and cp: its names, defaults and rules."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Union
 
-from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.schema.option import option
+from nemo_dist_conf.strategies.common import unknown_class
 from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
 from nemo_dist_conf.topology import AxisRules, Paths
+from nemo_dist_conf.topology.device import cuda_present
+from nemo_dist_conf.topology.world import runs_here
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["MegatronFSDPConf", "MegatronFSDPConfig", "MegatronFSDPManager", "STRATEGY", "not_executed"]
+__all__ = ["MegatronFSDPConf", "MegatronFSDPConfig", "MegatronFSDPManager", "STRATEGY", "library_problems"]
 
 
 def _llama_blocks() -> List[str]:
@@ -64,25 +68,58 @@ class MegatronFSDPConfig(MegatronFSDPConf):
 
 
 class MegatronFSDPManager:
-    """Will wrap with the megatron-fsdp package; in this version it refuses, with the way out."""
+    """Wraps a materialised model with the megatron-fsdp package as its config says.
+
+    device_mesh: axes dp, cp, tp.
+    """
 
     def __init__(self, config: MegatronFSDPConfig, device_mesh: DeviceMesh) -> None:
         self.config = config
         self.device_mesh = device_mesh
 
     def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Raises ConfigError: this version checks megatron_fsdp configs but does not execute them."""
-        raise ConfigError(not_executed(Paths()))
+        """The wrapped model; with an optimizer, the pair, the optimizer holding the sharded parameters.
+
+        Raises ConfigError without CUDA or the library, and for what the model cannot do.
+        """
+        from nemo_dist_conf.runtime.order import parallelize_megatron_fsdp
+
+        return parallelize_megatron_fsdp(model, self.config, self.device_mesh, optimizer)
 
 
-def not_executed(paths: Paths) -> Problem:
-    """The refusal of a start, in the words of the command line."""
-    return Problem(
-        "strategy=megatron_fsdp composes and is checked, but this version does not execute it",
-        paths.choose("strategy", "megatron_fsdp"),
-        "fsdp2 or ddp",
-        paths.choose("strategy", "fsdp2"),
-    )
+def library_problems(paths: Paths = Paths()) -> list[Problem]:
+    """That the megatron-fsdp package is there, in a version whose arguments are known. Imports nothing of it."""
+    try:
+        version = importlib.metadata.version("megatron-fsdp")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version is not None and version.startswith("0.6."):
+        return []
+    what = "strategy=megatron_fsdp needs the package megatron-fsdp"
+    if version is not None:
+        what = f"megatron-fsdp {version} is installed, whose options and results are not those of 0.6"
+    asked, allowed = paths.choose("strategy", "megatron_fsdp"), "megatron-fsdp 0.6; or fsdp2, which needs no package"
+    return [Problem(what, asked, allowed, "pip install 'nemo_dist_conf[megatron]'")]
+
+
+def _cuda_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+    """The library runs on CUDA only. What comes closest elsewhere depends on what was to be sharded."""
+    if not runs_here() or cuda_present():
+        return []
+    model_axes = any((sizes.get(name) or 1) > 1 for name in ("tp_size", "cp_size"))
+    closest = paths.choose("strategy", "fsdp2")
+    if conf["zero_dp_strategy"] in (0, 1) and not model_axes:
+        closest = paths.choose("strategy", "ddp")
+    elif conf["zero_dp_strategy"] != 3:
+        closest = f"{closest} {paths.set('strategy.reshard_after_forward', False)}"
+    return [
+        Problem(
+            "megatron-fsdp runs on CUDA devices only, and there is none here",
+            paths.choose("strategy", "megatron_fsdp"),
+            "a machine with GPUs; fsdp2 and ddp run anywhere",
+            closest,
+        )
+    ]
 
 
 def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
@@ -97,16 +134,47 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> l
                 paths.set("strategy.zero_dp_strategy", 3),
             )
         )
-    for path in conf["megatron_fsdp_unit_modules"]:
-        if "." not in path or not all(part.isidentifier() for part in path.split(".")):
+    units = conf["megatron_fsdp_unit_modules"]
+    for path in units if units != _llama_blocks() else []:
+        why = unknown_class(path)
+        if why:
             problems.append(
                 Problem(
-                    f"megatron_fsdp_unit_modules: {path!r} is not a class path",
+                    f"megatron_fsdp_unit_modules: {path!r} {why}",
                     paths.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
-                    "package.module.Class",
+                    "package.module.Class of a repeated layer; the default: the model's own blocks",
                     paths.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
                 )
             )
+    if not problems:
+        problems += _contradictions(conf, paths)
+    return problems + library_problems(paths) + _cuda_problems(conf, sizes, paths)
+
+
+def _contradictions(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
+    """Options that the library would override without a word, or refuse in the middle of wrapping."""
+    zero = conf["zero_dp_strategy"]
+    stage = paths.set("strategy.zero_dp_strategy", zero)
+    problems = []
+
+    def contradict(name: str, why: str, allowed: str, *also: str) -> None:
+        key, value = f"strategy.{name}", conf[name]
+        asked = " ".join([paths.set(key, value), *also])
+        problems.append(Problem(why, asked, allowed, paths.set(key, not value)))
+
+    if not conf["overlap_grad_reduce"] and zero >= 2:
+        why = f"with zero_dp_strategy={zero} gradients are always reduced while backward goes on"
+        contradict("overlap_grad_reduce", why, "true, or zero_dp_strategy of 0 or 1", stage)
+    if not conf["overlap_param_gather"] and zero == 3:
+        why = "with zero_dp_strategy=3 parameters are always gathered while forward goes on"
+        contradict("overlap_param_gather", why, "true, or zero_dp_strategy of 0 to 2", stage)
+    if conf["init_fsdp_with_meta_device"] and zero == 0:
+        why = "with zero_dp_strategy=0 every rank holds the whole model, so it is not built on the meta device"
+        contradict("init_fsdp_with_meta_device", why, "false, or zero_dp_strategy of 1 to 3", stage)
+    if conf["average_in_collective"] and conf["calculate_per_token_loss"]:
+        why = "gradients are either averaged over ranks or summed, for a loss that is divided by tokens elsewhere"
+        also = paths.set("strategy.calculate_per_token_loss", True)
+        contradict("average_in_collective", why, "one of the two", also)
     return problems
 
 
@@ -130,4 +198,5 @@ STRATEGY = Strategy(
     rules=_rules,
     manager="nemo_dist_conf.strategies.megatron_fsdp:MegatronFSDPManager",
     activation_checkpointing=(False, True),
+    executes=frozenset({"dp", "cp"}),
 )

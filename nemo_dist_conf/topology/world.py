@@ -22,6 +22,7 @@ __all__ = [
     "launched",
     "planned_world_size",
     "program",
+    "runs_here",
     "set_by_elastic",
     "several_ranks",
 ]
@@ -77,10 +78,14 @@ def launched(environ: Mapping[str, str] | None = None) -> Launched:
 
 @dataclass(frozen=True)
 class Start:
-    """The ranks that this process is about to start. command: words that start {n} of them with {asked}."""
+    """The ranks that this process is about to start.
+
+    command: words that start {n} of them with {asked}. elsewhere: they will run on other machines than this one.
+    """
 
     world_size: int
     command: str
+    elsewhere: bool = False
 
 
 _START: ContextVar[Start | None] = ContextVar("start", default=None)
@@ -99,6 +104,12 @@ def about_to_start(start: Start) -> Iterator[None]:
 def is_starting() -> bool:
     """Whether this process is a launcher at work: it is no rank itself, whatever its variables say."""
     return _START.get() is not None
+
+
+def runs_here() -> bool:
+    """Whether a config is checked for ranks of this machine, or of machines like it."""
+    start = _START.get()
+    return start is None or not start.elsewhere
 
 
 def planned_world_size() -> int:

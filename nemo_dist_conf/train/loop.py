@@ -17,10 +17,14 @@ from torch.optim import Optimizer
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.models.facts import facts_from_config
+from nemo_dist_conf.resolvers import autocast_dtype
 from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.runtime.lower import lower_dtype
 from nemo_dist_conf.runtime.loss import IGNORED
+from nemo_dist_conf.runtime.order import autocast_forward
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
 from nemo_dist_conf.runtime.routing import ExpertLoad
+from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 from nemo_dist_conf.topology import Paths
 from nemo_dist_conf.topology.world import launched
 from nemo_dist_conf.train.checks import batch_problems
@@ -107,6 +111,9 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
             what = "training needs an optimizer"
             raise ConfigError(Problem(what, "optimizer=null", "optimizer=adamw, optimizer=sgd", "optimizer=adamw"))
         context = setup.mesh_context
+        dtype = lower_dtype(autocast_dtype(cfg.train.get("dtype"), str(context.device.type)))
+        if dtype is not None and isinstance(setup.strategy_config, MegatronFSDPConfig):
+            autocast_forward(model, context.device, dtype)  # the strategy has no option that says what to compute in
         size, micro = settings.global_batch_size, settings.micro_batch_size
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
         rows = micro or size // context.data_size

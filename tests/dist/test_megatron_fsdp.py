@@ -1,0 +1,307 @@
+"""strategy=megatron_fsdp: the real library on CPU ranks (tests/dist/cuda_shim.py) gives the numbers of one process."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import fields
+from typing import Any, Callable
+
+import pytest
+import torch
+from torch import nn
+
+from nemo_dist_conf.config import MegatronFSDPConfig
+from nemo_dist_conf.errors import ConfigError, TrainingError
+from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
+from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.runtime.megatron_fsdp import ARGUMENTS
+from tests.dist.cuda_shim import cuda_shim
+from tests.dist.layouts import (
+    ADAMW,
+    LLAMA,
+    MODELS,
+    SGD,
+    TOKENS,
+    Net,
+    Trajectory,
+    batch,
+    composed,
+    full_tensor,
+    loss_sum,
+    plain_model,
+    single_process,
+    train,
+)
+from tests.dist.pool import run_ranks
+
+pytestmark = pytest.mark.dist
+
+MEGATRON = "strategy=megatron_fsdp"
+CP = "parallelism.cp_size=2"
+LENGTH = 16
+
+
+def zero(stage: int) -> str:
+    return f"strategy.zero_dp_strategy={stage}"
+
+
+def shimmed(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with cuda_shim():
+        return work(*args, **kwargs)
+
+
+def run_shimmed(ranks: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    return run_ranks(ranks, functools.partial(shimmed, work), *args, **kwargs)
+
+
+def whole_weights(model: Any) -> dict[str, torch.Tensor]:
+    model._replace_param_with_distributed_if_needed()
+    return {name.removeprefix("module."): whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def whole(parameter: Any) -> torch.Tensor:
+    """All of a parameter whose shards may be uneven, so that DTensor's own gather would be wrong."""
+    local = parameter.to_local().flatten()
+    if all(placement.is_replicate() for placement in parameter.placements):
+        return local.view(parameter.shape).clone()
+    parts: list[Any] = [None] * parameter.device_mesh.size()
+    torch.distributed.all_gather_object(parts, local.detach().clone(), group=parameter.device_mesh.get_group(0))
+    return torch.cat(parts).view(parameter.shape)
+
+
+@functools.cache
+def expected(model: str, optimizer: str, length: int) -> Trajectory:
+    weights = run_ranks(1, initial_weights, model)[0]
+    return run_ranks(1, single_process, model, {"sgd": SGD, "adamw": ADAMW}[optimizer], weights, length)[0]
+
+
+def initial_weights(model: str) -> dict[str, torch.Tensor]:
+    wrapped = instantiate(composed("strategy=ddp", model=MODELS[model], optimizer=SGD))[1]
+    return {name.removeprefix("module."): full_tensor(value) for name, value in wrapped.state_dict().items()}
+
+
+#: name -> (ranks, words, microbatches, model, optimizer, tokens)
+CASES: dict[str, tuple[int, tuple[str, ...], int, str, str, int]] = {
+    "zero 3": (2, (), 1, "llama", "sgd", TOKENS),
+    "zero 3, adamw": (2, (), 1, "llama", "adamw", TOKENS),
+    "zero 3, 4 microbatches": (2, (), 4, "llama", "sgd", TOKENS),
+    "zero 3, full checkpointing": (2, ("activation_checkpointing=true",), 2, "llama", "sgd", TOKENS),
+    "zero 3, 4 ranks, own model": (4, (), 2, "module", "adamw", TOKENS),
+    "zero 3, 1 rank": (1, (), 2, "llama", "sgd", TOKENS),
+    "zero 3, meta device": (2, ("strategy.init_fsdp_with_meta_device=true",), 1, "llama", "sgd", TOKENS),
+    "zero 3, tied": (2, (), 2, "tied", "sgd", TOKENS),
+    "zero 3, no buckets": (2, ("strategy.disable_bucketing=true",), 1, "llama", "sgd", TOKENS),
+    "zero 3, averaged in the collective": (2, ("strategy.average_in_collective=true",), 2, "llama", "sgd", TOKENS),
+    "zero 3, summed": (2, ("strategy.calculate_per_token_loss=true",), 2, "llama", "sgd", TOKENS),
+    "zero 3, main weights": (2, ("strategy.preserve_fp32_weights=true",), 2, "llama", "sgd", TOKENS),
+    "zero 3, main gradients": (2, ("strategy.grad_reduce_in_fp32=true",), 2, "llama", "sgd", TOKENS),
+    "zero 2": (2, (zero(2),), 2, "llama", "sgd", TOKENS),
+    "zero 2, not overlapped": (2, (zero(2), "strategy.overlap_param_gather=false"), 2, "llama", "sgd", TOKENS),
+    "zero 1": (2, (zero(1),), 2, "llama", "adamw", TOKENS),
+    "zero 1, not overlapped": (
+        2,
+        (zero(1), "strategy.overlap_param_gather=false", "strategy.overlap_grad_reduce=false"),
+        2,
+        "llama",
+        "sgd",
+        TOKENS,
+    ),
+    "zero 0": (2, (zero(0),), 2, "llama", "sgd", TOKENS),
+    "zero 0, not overlapped": (2, (zero(0), "strategy.overlap_grad_reduce=false"), 2, "llama", "adamw", TOKENS),
+    "cp 2": (2, (CP,), 1, "llama", "sgd", LENGTH),
+    "cp 2 x dp 2": (4, (CP,), 2, "llama", "sgd", LENGTH),
+}
+
+
+def run_case(name: str) -> Trajectory:
+    _, words, microbatches, model, optimizer, length = CASES[name]
+    cfg = composed(MEGATRON, *words, model=MODELS[model], optimizer={"sgd": SGD, "adamw": ADAMW}[optimizer])
+    return train(cfg, microbatches, length=length)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(name: str) -> None:
+    ranks, _, _, model, optimizer, length = CASES[name]
+    want = expected(model, optimizer, length)
+    for found in run_shimmed(ranks, run_case, name):
+        assert found.losses == pytest.approx(want.losses, rel=1e-5)
+        assert found.norms == pytest.approx(want.norms, rel=1e-5)
+
+
+def _plain_loop(stage: int, overlaps: bool) -> list[float]:
+    """What a user writes who knows nothing of any of this: no accumulate, no clipping."""
+    words = [f"strategy.overlap_grad_reduce={overlaps}".lower()] if stage < 2 else []
+    cfg = composed(MEGATRON, zero(stage), *words, model=MODELS["llama"], optimizer=SGD)
+    setup, model, optimizer = instantiate(cfg)
+    context, losses = setup.mesh_context, []
+    ids, labels = (part.chunk(context.data_size)[context.data_rank] for part in batch())
+    tokens = int((batch()[1] != -100).sum())
+    for _ in range(3):
+        loss = loss_sum(model, ids, labels)
+        (loss * context.gradient_size / tokens / 10).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(context.sum_over_data(loss.detach())) / tokens)
+    return losses
+
+
+@pytest.mark.parametrize(("stage", "overlaps"), [(3, True), (2, True), (1, True), (1, False), (0, True), (0, False)])
+def test_a_plain_loop_is_right(stage: int, overlaps: bool) -> None:
+    model = run_ranks(1, _plain_single)[0]
+    for found in run_shimmed(2, _plain_loop, stage, overlaps):
+        assert found == pytest.approx(model, rel=1e-5)
+
+
+def _plain_single() -> list[float]:
+    _, model, optimizer = instantiate(composed("strategy=ddp", model=MODELS["llama"], optimizer=SGD))
+    ids, labels = batch()
+    tokens, losses = int((labels != -100).sum()), []
+    for _ in range(3):
+        loss = loss_sum(model, ids, labels) / tokens
+        (loss / 10).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def _first_weights(*words: str) -> dict[str, torch.Tensor]:
+    return whole_weights(instantiate(composed(MEGATRON, *words, model=MODELS["llama"], optimizer=ADAMW))[1])
+
+
+@pytest.mark.parametrize("words", [(), ("strategy.init_fsdp_with_meta_device=true",)], ids=["whole", "meta"])
+def test_weights_are_those_of_every_other_strategy(words: tuple[str, ...]) -> None:
+    """Also after the optimizer was made, which the library does by a step."""
+    want = run_ranks(1, initial_weights, "llama")[0]
+    for found in run_shimmed(2, _first_weights, *words):
+        assert [name for name, value in want.items() if not torch.equal(found[name], value)] == []
+
+
+def _memory(stage: int) -> tuple[int, int]:
+    """Elements of parameters and of optimizer state on this rank."""
+    _, model, optimizer = instantiate(composed(MEGATRON, zero(stage), model=MODELS["llama"], optimizer=SGD))
+    held = sum(p.to_local().numel() for p in model.parameters())
+    state = sum(v["momentum_buffer"].to_local().numel() for v in optimizer.state.values())
+    return held, state
+
+
+def test_what_each_stage_shards() -> None:
+    whole_model = sum(p.numel() for p in plain_model("llama").parameters())
+    for stage in (1, 2, 3):
+        ranks = run_shimmed(2, _memory, stage)
+        assert sum(state for _, state in ranks) == whole_model
+        assert max(state for _, state in ranks) < 0.6 * whole_model
+    assert [state for _, state in run_shimmed(2, _memory, 0)] == [whole_model] * 2
+
+
+def _units(model: dict[str, Any], *words: str) -> list[str]:
+    wrapped = instantiate(composed(MEGATRON, *words, model=model, optimizer=SGD))[1]
+    return [kind.__name__ for kind in wrapped.fsdp_unit_modules]
+
+
+def test_units_are_the_models_own_blocks_unless_told_otherwise() -> None:
+    qwen = {"config": {**LLAMA, "model_type": "qwen3", "head_dim": 8}}
+    assert run_shimmed(1, _units, MODELS["llama"])[0] == ["LlamaDecoderLayer"]
+    assert run_shimmed(1, _units, qwen)[0] == ["Qwen3DecoderLayer"]
+    assert run_shimmed(1, _units, MODELS["module"])[0] == ["Block"]
+    word = "strategy.megatron_fsdp_unit_modules=[transformers.models.llama.modeling_llama.LlamaMLP]"
+    assert run_shimmed(1, _units, MODELS["llama"], word)[0] == ["LlamaMLP"]
+
+
+class Flat(nn.Module):
+    """A model without blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(97, 8), nn.Linear(8, 97)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))
+
+
+LINEAR = "strategy.megatron_fsdp_unit_modules=[torch.nn.Conv2d]"
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "text"),
+    [
+        (MODELS["llama"], (LINEAR,), "LlamaForCausalLM has no module of class torch.nn.Conv2d"),
+        ({"_target_": f"{__name__}.Flat"}, (), "Flat shows no blocks"),
+        (MODELS["tied"], ("strategy.init_fsdp_with_meta_device=true",), "are one parameter"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(model: dict[str, Any], words: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        run_shimmed(2, _units, model, *words)
+
+
+def _not_finite(*words: str) -> float:
+    _, model, optimizer = instantiate(composed(MEGATRON, *words, model=MODELS["llama"], optimizer=SGD))
+    ids, labels = batch()
+    rank = torch.distributed.get_rank()
+    with accumulate(model, last=True):
+        (loss_sum(model, ids[:2], labels[:2]) * (float("nan") if rank == 0 else 1.0)).backward()
+    optimizer.step()
+    return float(whole_weights(model)["lm_head.weight"].sum())
+
+
+def test_gradients_that_are_not_finite_stop_all_ranks_unless_told_otherwise() -> None:
+    with pytest.raises(TrainingError, match="norm of all gradients is nan"):
+        run_shimmed(2, _not_finite)
+    assert all(value != value for value in run_shimmed(2, _not_finite, "strategy.check_for_nan_in_grad=false"))
+
+
+def _given(late: bool) -> None:
+    """Optimizers over parameters that are not the wrapped model's."""
+    cfg = composed(MEGATRON, model=MODELS["llama"])
+    stray = nn.Linear(2, 2)
+    instantiate(cfg, optimizer=lambda parameters: torch.optim.SGD(stray.parameters(), lr=0.1))
+
+
+def test_an_optimizer_over_other_parameters_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not the wrapped model's"):
+        run_shimmed(1, _given, False)
+
+
+def _by_manager() -> list[float]:
+    """The page's own way: a manager, a model with values and an optimizer over it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPManager
+
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(
+        [{"params": model.blocks.parameters(), "lr": 0.5}, {"params": model.head.parameters(), "lr": 0.25}], lr=0.1
+    )
+    mesh = init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=("dp", "cp", "tp"))
+    wrapped, same = MegatronFSDPManager(MegatronFSDPConfig(), mesh).parallelize(model, optimizer)
+    assert same is optimizer and [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+    before = whole_weights(wrapped)
+    loss_sum(wrapped, *batch()).backward()
+    optimizer.step()
+    after = whole_weights(wrapped)
+    return [float((after[name] - before[name]).abs().max()) for name in ("embed.weight", "head.weight")]
+
+
+def test_a_manager_keeps_the_optimizers_groups() -> None:
+    for embed, head in run_shimmed(2, _by_manager):
+        assert embed == 0 and head > 0
+
+
+def test_every_field_has_its_place_in_the_librarys_signature() -> None:
+    import megatron_fsdp
+
+    arguments = set(inspect.signature(megatron_fsdp.fully_shard_model).parameters)
+    assert set(ARGUMENTS.values()) <= arguments
+    policy = set(inspect.signature(megatron_fsdp.MixedPrecisionPolicy).parameters)
+    elsewhere = {
+        "megatron_fsdp_unit_modules": "fsdp_unit_modules" in arguments,
+        "grad_reduce_in_fp32": "main_grads_dtype" in policy,
+        "preserve_fp32_weights": "main_params_dtype" in policy,
+        "check_for_nan_in_grad": "check_for_nan_in_grad" not in arguments,  # gone from the library: done by us
+        "activation_checkpointing": "activation_checkpointing" not in arguments,  # never was: done by us
+    }
+    assert all(elsewhere.values()), elsewhere
+    assert {item.name for item in fields(MegatronFSDPConfig)} == set(ARGUMENTS) | set(elsewhere)
