@@ -79,6 +79,12 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (4, "strategy=mfsdp parallelism.dp_replicate_size=2"),
     (1, "strategy=mfsdp strategy.zero_dp_strategy=4"),
     (1, "strategy=mfsdp 'strategy.megatron_fsdp_unit_modules=[LlamaDecoderLayer]'"),
+    (1, "strategy=mfsdp 'strategy.megatron_fsdp_unit_modules=[torch.nn.modules.linear.Liniar,absent.Block]'"),
+    (1, "strategy=mfsdp strategy.zero_dp_strategy=2 strategy.overlap_grad_reduce=false"),
+    (1, "strategy=mfsdp strategy.overlap_param_gather=false"),
+    (1, "strategy=mfsdp strategy.zero_dp_strategy=0 strategy.init_fsdp_with_meta_device=true"),
+    (1, "strategy=mfsdp strategy.average_in_collective=true strategy.calculate_per_token_loss=true"),
+    (2, "strategy=mfsdp parallelism.tp_size=2"),
     (1, "strategy=mfsdp activation_checkpointing=selective"),
     (1, "strategy=mfsdp +strategy.sequence_parallel=true"),
     # Sizes and the world.

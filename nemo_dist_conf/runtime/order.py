@@ -234,13 +234,19 @@ def parallelize_megatron_fsdp(
     fill: called before wrapping on a model built on meta, because the library takes its values from the model.
     Raises ConfigError for what the model, the machine or the installed library cannot do.
     """
+    from nemo_dist_conf.runtime.local_shards import keep_local_shards
     from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer, wrap
 
     _refuse_wrapped(model)
     _sync_from_rank0(model)
     parameters = dict(model.named_parameters())
+    if device_mesh[A.TP.value].size() > 1:
+        from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
+
+        apply_tensor_parallel(model, device_mesh[A.TP.value])
     if fill is not None:
         fill(model)
+    keep_local_shards(model)
     wrapped = wrap(model, config, device_mesh, blocks)
     if optimizer is None:
         return wrapped

@@ -87,6 +87,8 @@ class _Replicated(ParallelStyle):
             for owner, key in mine:
                 parameter: Any = owner._parameters[key]
                 kept.append((owner, key, parameter))
+                if not isinstance(parameter, DTensor):  # kept as a local tensor, see local_shards.py
+                    parameter = DTensor.from_local(parameter, device_mesh, [Replicate()], run_check=False)
                 # Through redistribute, whose backward sums partial gradients before they reach parameter.grad:
                 # a norm over gradients that are still partial would be wrong.
                 replica = parameter.redistribute(placements=[Replicate()])

@@ -1,4 +1,4 @@
-"""strategy=megatron_fsdp: NVIDIA's Megatron-FSDP, for dp and cp: its names, defaults and rules."""
+"""strategy=megatron_fsdp: NVIDIA's Megatron-FSDP, with TP and CP: its names, defaults and rules."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _cuda_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Pat
     closest = paths.choose("strategy", "fsdp2")
     if conf["zero_dp_strategy"] in (0, 1) and not model_axes:
         closest = paths.choose("strategy", "ddp")
-    elif conf["zero_dp_strategy"] != 3:
+    elif conf["zero_dp_strategy"] == 2:
         closest = f"{closest} {paths.set('strategy.reshard_after_forward', False)}"
     return [
         Problem(
@@ -147,11 +147,11 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> l
                 )
             )
     if not problems:
-        problems += _contradictions(conf, paths)
+        problems += _contradictions(conf, sizes, paths)
     return problems + library_problems(paths) + _cuda_problems(conf, sizes, paths)
 
 
-def _contradictions(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def _contradictions(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
     """Options that the library would override without a word, or refuse in the middle of wrapping."""
     zero = conf["zero_dp_strategy"]
     stage = paths.set("strategy.zero_dp_strategy", zero)
@@ -171,6 +171,10 @@ def _contradictions(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
     if conf["init_fsdp_with_meta_device"] and zero == 0:
         why = "with zero_dp_strategy=0 every rank holds the whole model, so it is not built on the meta device"
         contradict("init_fsdp_with_meta_device", why, "false, or zero_dp_strategy of 1 to 3", stage)
+    if conf["init_fsdp_with_meta_device"] and (sizes.get("tp_size") or 1) > 1:
+        why = "tensor parallelism splits the model before the library sees it, so the library cannot fill it"
+        also = paths.set("parallelism.tp_size", sizes["tp_size"])
+        contradict("init_fsdp_with_meta_device", why, "false, or tp_size=1", also)
     if conf["average_in_collective"] and conf["calculate_per_token_loss"]:
         why = "gradients are either averaged over ranks or summed, for a loss that is divided by tokens elsewhere"
         also = paths.set("strategy.calculate_per_token_loss", True)
@@ -198,5 +202,5 @@ STRATEGY = Strategy(
     rules=_rules,
     manager="nemo_dist_conf.strategies.megatron_fsdp:MegatronFSDPManager",
     activation_checkpointing=(False, True),
-    executes=frozenset({"dp", "cp"}),
+    executes=frozenset({"dp", "tp", "cp"}),
 )

@@ -38,7 +38,9 @@ from tests.dist.pool import run_ranks
 pytestmark = pytest.mark.dist
 
 MEGATRON = "strategy=megatron_fsdp"
-CP = "parallelism.cp_size=2"
+CP, TP = "parallelism.cp_size=2", "parallelism.tp_size=2"
+#: The library splits tensors into equal parts only.
+EVEN = {**LLAMA, "vocab_size": 98}
 LENGTH = 16
 
 
@@ -70,14 +72,20 @@ def whole(parameter: Any) -> torch.Tensor:
     return torch.cat(parts).view(parameter.shape)
 
 
+def node_of(model: str) -> dict[str, Any]:
+    even = {"even": {"config": EVEN}, "even tied": {"config": {**EVEN, "tie_word_embeddings": True}}}
+    return {**MODELS, **even}[model]
+
+
 @functools.cache
 def expected(model: str, optimizer: str, length: int) -> Trajectory:
     weights = run_ranks(1, initial_weights, model)[0]
-    return run_ranks(1, single_process, model, {"sgd": SGD, "adamw": ADAMW}[optimizer], weights, length)[0]
+    kind = node_of(model)["config"] if model.startswith("even") else model
+    return run_ranks(1, single_process, kind, {"sgd": SGD, "adamw": ADAMW}[optimizer], weights, length)[0]
 
 
 def initial_weights(model: str) -> dict[str, torch.Tensor]:
-    wrapped = instantiate(composed("strategy=ddp", model=MODELS[model], optimizer=SGD))[1]
+    wrapped = instantiate(composed("strategy=ddp", model=node_of(model), optimizer=SGD))[1]
     return {name.removeprefix("module."): full_tensor(value) for name, value in wrapped.state_dict().items()}
 
 
@@ -111,12 +119,16 @@ CASES: dict[str, tuple[int, tuple[str, ...], int, str, str, int]] = {
     "zero 0, not overlapped": (2, (zero(0), "strategy.overlap_grad_reduce=false"), 2, "llama", "adamw", TOKENS),
     "cp 2": (2, (CP,), 1, "llama", "sgd", LENGTH),
     "cp 2 x dp 2": (4, (CP,), 2, "llama", "sgd", LENGTH),
+    "tp 2": (2, (TP,), 2, "even", "sgd", TOKENS),
+    "tp 2 x dp 2": (4, (TP,), 2, "even", "adamw", TOKENS),
+    "tp 2 x dp 2, zero 1, tied": (4, (TP, zero(1)), 2, "even tied", "sgd", TOKENS),
+    "tp 2 x cp 2, full checkpointing": (4, (TP, CP, "activation_checkpointing=true"), 1, "even", "sgd", LENGTH),
 }
 
 
 def run_case(name: str) -> Trajectory:
     _, words, microbatches, model, optimizer, length = CASES[name]
-    cfg = composed(MEGATRON, *words, model=MODELS[model], optimizer={"sgd": SGD, "adamw": ADAMW}[optimizer])
+    cfg = composed(MEGATRON, *words, model=node_of(model), optimizer={"sgd": SGD, "adamw": ADAMW}[optimizer])
     return train(cfg, microbatches, length=length)
 
 
@@ -229,6 +241,7 @@ LINEAR = "strategy.megatron_fsdp_unit_modules=[torch.nn.Conv2d]"
         (MODELS["llama"], (LINEAR,), "LlamaForCausalLM has no module of class torch.nn.Conv2d"),
         ({"_target_": f"{__name__}.Flat"}, (), "Flat shows no blocks"),
         (MODELS["tied"], ("strategy.init_fsdp_with_meta_device=true",), "are one parameter"),
+        (MODELS["llama"], (TP,), "has 97 rows or columns"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(model: dict[str, Any], words: tuple[str, ...], text: str) -> None:

@@ -1,0 +1,92 @@
+"""Tensor-parallel parameters for a library that cannot shard DTensors on: as local tensors that know how they were cut.
+
+megatron-fsdp 0.6 fails on DTensors that are split by rows ("chunk metadata is invalid"), while plain parameters with
+Megatron's own marks work. So each rank keeps its part as a plain parameter, and a module sees the DTensor that its
+tensor-parallel style expects during its forward only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from nemo_dist_conf.errors import ConfigError, Problem
+
+__all__ = ["keep_local_shards"]
+
+
+def keep_local_shards(model: nn.Module) -> None:
+    """Replace every DTensor parameter on a 1-D tensor-parallel mesh by this rank's part of it, in place.
+
+    Tied parameters stay tied. The parts carry Megatron's marks (tensor_model_parallel, partition_dim).
+    Raises ConfigError for parameters that do not split into equal parts, which the library takes for granted.
+    """
+    made: dict[int, nn.Parameter] = {}
+    problems: dict[str, Problem] = {}
+    for path, module in model.named_modules():
+        held = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
+        if not held:
+            continue
+        for key, parameter in held.items():
+            problem = _uneven(f"{path}.{key}", parameter)
+            if problem is not None:
+                problems.setdefault(problem.what, problem)
+            if id(parameter) not in made:
+                made[id(parameter)] = _local(parameter)
+            module._parameters[key] = made[id(parameter)]
+        # Replicated ones alone are those of the style that shows them to their module as plain tensors itself.
+        if any(not placement.is_replicate() for p in held.values() for placement in p.placements):
+            module.forward = _Presented(module, module.forward, {key: _Layout(p) for key, p in held.items()})
+    ConfigError.raise_if(problems.values())
+
+
+class _Layout:
+    """What a DTensor is besides its values."""
+
+    def __init__(self, parameter: DTensor) -> None:
+        self.mesh, self.placements = parameter.device_mesh, parameter.placements
+        self.shape, self.stride = parameter.shape, parameter.stride()
+
+    def present(self, local: Tensor) -> Tensor:
+        """The DTensor of these local values; gradients go to them."""
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+
+class _Presented:
+    """The forward of a module that sees its parameters as DTensors."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], layouts: dict[str, _Layout]) -> None:
+        self.module, self.forward, self.layouts = module, forward, layouts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        parameters: dict[str, Any] = self.module._parameters
+        held = {key: parameters[key] for key in self.layouts}
+        parameters.update({key: layout.present(held[key]) for key, layout in self.layouts.items()})
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            parameters.update(held)
+
+
+def _local(parameter: DTensor) -> nn.Parameter:
+    local: Any = nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
+    (placement,) = parameter.placements
+    if isinstance(placement, Shard):
+        local.tensor_model_parallel, local.partition_dim, local.partition_stride = True, placement.dim, 1
+        local._tensor_parallel_mode = "column" if placement.dim == 0 else "row"
+    return local
+
+
+def _uneven(name: str, parameter: DTensor) -> Problem | None:
+    size = parameter.device_mesh.size()
+    for placement in parameter.placements:
+        if isinstance(placement, Shard) and parameter.shape[placement.dim] % size:
+            count = parameter.shape[placement.dim]
+            what = f"{name} has {count} rows or columns, which {size} ranks cannot share equally under megatron-fsdp"
+            allowed = f"a number that {size} divides (model.config.vocab_size for the vocabulary), or strategy=fsdp2"
+            return Problem(what, f"parallelism.tp_size={size}", allowed, f"strategy=fsdp2 parallelism.tp_size={size}")
+    return None
