@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
@@ -34,6 +36,7 @@ from tests.dist.layouts import (
     train,
 )
 from tests.dist.pool import run_ranks
+from tests.train.test_recipe import TINY
 
 pytestmark = pytest.mark.dist
 
@@ -265,8 +268,33 @@ def test_gradients_that_are_not_finite_stop_all_ranks_unless_told_otherwise() ->
     assert all(value != value for value in run_shimmed(2, _not_finite, "strategy.check_for_nan_in_grad=false"))
 
 
-def _given(late: bool) -> None:
-    """Optimizers over parameters that are not the wrapped model's."""
+def _recipe(folder: str, *words: str) -> list[float]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from nemo_dist_conf.train.checks import config_folder
+    from nemo_dist_conf.train.loop import run
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        cfg = compose("train", overrides=[*TINY, "train.steps=4", "train.micro_batch_size=2", *words])
+    run(cfg, folder)
+    rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [value for row in rows for value in (json.loads(row)["loss"], json.loads(row)["grad_norm"])]
+
+
+def test_the_recipe_needs_nothing_else_changed(tmp_path: Path) -> None:
+    (one,) = run_ranks(1, _recipe, str(tmp_path), "strategy=ddp")
+    (tmp_path / "two").mkdir()
+    found = run_shimmed(2, _recipe, str(tmp_path / "two"), MEGATRON)[0]
+    assert found == pytest.approx(one, rel=1e-5)
+    (tmp_path / "low").mkdir()
+    low = run_shimmed(2, _recipe, str(tmp_path / "low"), MEGATRON, "train.dtype=bfloat16")[0]
+    assert low != found and low == pytest.approx(found, rel=0.05)
+
+
+def _given() -> None:
+    """An optimizer over parameters that are not the wrapped model's."""
     cfg = composed(MEGATRON, model=MODELS["llama"])
     stray = nn.Linear(2, 2)
     instantiate(cfg, optimizer=lambda parameters: torch.optim.SGD(stray.parameters(), lr=0.1))
@@ -274,7 +302,7 @@ def _given(late: bool) -> None:
 
 def test_an_optimizer_over_other_parameters_is_refused() -> None:
     with pytest.raises(ConfigError, match="not the wrapped model's"):
-        run_shimmed(1, _given, False)
+        run_shimmed(1, _given)
 
 
 def _by_manager() -> list[float]:

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: NCCL, the default device and dtype, pinned offload, async tensor parallelism."""
+"""What only a CUDA device can show: NCCL, the default device and dtype, pinned offload, Megatron-FSDP unshimmed."""
 
 import pytest
 import torch
@@ -55,19 +55,29 @@ def trained(*overrides):
         ["strategy=fsdp2"],
         ["strategy=fsdp2", "strategy.offload_policy.enabled=true"],
         ["strategy=fsdp2", "strategy.enable_compile=true", "activation_checkpointing=selective"],
+        ["strategy=megatron_fsdp", "activation_checkpointing=true"],
+        ["strategy=megatron_fsdp", "strategy.zero_dp_strategy=1", "strategy.preserve_fp32_weights=true"],
+        ["strategy=megatron_fsdp", "strategy.init_fsdp_with_meta_device=true"],
+        ["strategy=megatron_fsdp", "strategy.fsdp_double_buffer=true", "strategy.keep_fp8_transpose_cache=true"],
+        ["strategy=megatron_fsdp", "strategy.nccl_ub=true"],
     ],
     ids=" ".join,
 )
 def test_strategies_train_on_one_gpu(overrides):
+    if "strategy=megatron_fsdp" in overrides:
+        pytest.importorskip("megatron_fsdp")
     losses, device, _ = trained(*overrides)
     assert device.type == "cuda"
     assert losses[-1] < losses[0]
 
 
-def test_ddp_and_fsdp2_agree_in_float32():
+def test_strategies_agree_in_float32():
     ddp, _, _ = trained("strategy=ddp")
     fsdp2, _, _ = trained("strategy.mp_policy=null")
     assert fsdp2 == pytest.approx(ddp, rel=1e-5)
+    pytest.importorskip("megatron_fsdp")
+    megatron, _, _ = trained("strategy=megatron_fsdp")
+    assert megatron == pytest.approx(ddp, rel=1e-5)
 
 
 def test_auto_means_bfloat16_where_there_is_a_gpu():
