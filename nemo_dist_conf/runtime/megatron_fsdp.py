@@ -177,6 +177,7 @@ def finish_gradients(model: Any) -> None:
     """Let the gradients of a step be those of all ranks, in ``.grad`` of the sharded parameters; once a step."""
     if model.microbatch_count:
         model.finish_grad_sync()
+        model._gradient_norm = None  # an earlier step's
 
 
 def remember_norm(model: Any, norm: torch.Tensor) -> None:

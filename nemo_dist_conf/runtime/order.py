@@ -241,9 +241,7 @@ def parallelize_megatron_fsdp(
     _sync_from_rank0(model)
     parameters = dict(model.named_parameters())
     if device_mesh[A.TP.value].size() > 1:
-        from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
-
-        apply_tensor_parallel(model, device_mesh[A.TP.value])
+        _split_by_own_plan(model, device_mesh[A.TP.value])
     if fill is not None:
         fill(model)
     keep_local_shards(model)
@@ -252,6 +250,23 @@ def parallelize_megatron_fsdp(
         return wrapped
     _rebind(optimizer, parameters, wrapped.module)
     return wrapped, adopt_optimizer(wrapped, optimizer)
+
+
+def _split_by_own_plan(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """Tensor parallelism by the plan that a model comes with; a plan on the command line is an option of fsdp2."""
+    from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
+
+    try:
+        apply_tensor_parallel(model, tp_mesh)
+    except ConfigError as error:
+        raise ConfigError(
+            *(
+                dataclasses.replace(problem, type=f"strategy=fsdp2 {problem.type}")
+                if "strategy.tp_plan" in problem.type
+                else problem
+                for problem in error.problems
+            )
+        ) from None
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -224,6 +225,66 @@ def test_units_are_the_models_own_blocks_unless_told_otherwise() -> None:
     assert run_shimmed(1, _units, MODELS["llama"], word)[0] == ["LlamaMLP"]
 
 
+def _seen(word: str, look: str) -> Any:
+    """What the library made of an option: an attribute of the wrapper, by its path."""
+    cfg = composed(MEGATRON, *word.split(), optimizer=SGD)
+    model = Net().to(torch.bfloat16) if "fp32" in word else Net()
+    wrapped = instantiate(cfg, model=model)[1]
+    return functools.reduce(getattr, look.split("."), wrapped)
+
+
+@pytest.mark.parametrize(
+    ("word", "look", "default", "changed"),
+    [
+        ("zero_dp_strategy=1", "data_parallel_sharding_strategy", "optim_grads_params", "optim"),
+        ("grad_reduce_in_fp32=true", "mp_policy.main_grads_dtype", None, torch.float32),
+        ("preserve_fp32_weights=true", "mp_policy.main_params_dtype", None, torch.float32),
+        ("overlap_grad_reduce=false", "ddp_config.overlap_grad_reduce", True, False),
+        ("overlap_param_gather=false", "ddp_config.overlap_param_gather", True, False),
+        ("average_in_collective=true", "ddp_config.average_in_collective", False, True),
+        ("calculate_per_token_loss=true", "calculate_per_token_loss", False, True),
+        ("keep_fp8_transpose_cache=true", "ddp_config.keep_fp8_transpose_cache", False, True),
+    ],
+)
+def test_what_the_library_makes_of_an_option(word: str, look: str, default: Any, changed: Any) -> None:
+    stage = f" {zero(1)}" if word.startswith("overlap") else ""
+    assert run_shimmed(1, _seen, zero(1) if stage else zero(3), look) == [default]
+    assert run_shimmed(1, _seen, f"strategy.{word}{stage}", look) == [changed]
+
+
+def _optimized_in(*words: str) -> torch.dtype:
+    """What the optimizer updates of a model in bfloat16."""
+    cfg = composed(MEGATRON, *words, optimizer=SGD)
+    return next(instantiate(cfg, model=Net().to(torch.bfloat16))[1].parameters()).dtype
+
+
+def test_the_optimizer_updates_float32_weights_where_they_are_preserved() -> None:
+    assert run_shimmed(1, _optimized_in) == [torch.bfloat16]
+    assert run_shimmed(1, _optimized_in, "strategy.preserve_fp32_weights=true") == [torch.float32]
+
+
+class _Handed(Exception):
+    pass
+
+
+def _handed(*words: str) -> tuple[bool, bool, bool]:
+    """What is handed to the library that CPU ranks cannot run, or that shows nowhere else."""
+
+    def stop(module: nn.Module, **options: Any) -> None:
+        raise _Handed(options["nccl_ub"], options["fsdp_double_buffer"], options["disable_bucketing"])
+
+    with mock.patch("megatron_fsdp.fully_shard_model", stop), pytest.raises(_Handed) as handed:
+        instantiate(composed(MEGATRON, *words, optimizer=SGD), model=Net())
+    return handed.value.args  # type: ignore[return-value]
+
+
+def test_buffers_are_asked_for() -> None:
+    assert run_shimmed(1, _handed) == [(False, False, False)]
+    assert run_shimmed(1, _handed, "strategy.nccl_ub=true") == [(True, False, False)]
+    assert run_shimmed(1, _handed, "strategy.fsdp_double_buffer=true") == [(False, True, False)]
+    assert run_shimmed(1, _handed, "strategy.disable_bucketing=true") == [(False, False, True)]
+
+
 class Flat(nn.Module):
     """A model without blocks."""
 
@@ -245,6 +306,7 @@ LINEAR = "strategy.megatron_fsdp_unit_modules=[torch.nn.Conv2d]"
         ({"_target_": f"{__name__}.Flat"}, (), "Flat shows no blocks"),
         (MODELS["tied"], ("strategy.init_fsdp_with_meta_device=true",), "are one parameter"),
         (MODELS["llama"], (TP,), "has 97 rows or columns"),
+        (MODELS["module"], (TP,), "type     strategy=fsdp2 'strategy.tp_plan="),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(model: dict[str, Any], words: tuple[str, ...], text: str) -> None:
