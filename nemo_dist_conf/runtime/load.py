@@ -144,7 +144,8 @@ def load_weights(model: nn.Module, folder: Path, ties: list[list[str]], parts: M
     with torch.no_grad():
         whole = {stored.get(name, name): value for name, value in held.items() if name not in apart}
         dcp.load(whole, storage_reader=_ListedFiles(folder))
-        _load_experts({name: held[name] for name in held if name in apart}, folder, parts)
+        if apart:
+            _load_experts({name: held[name] for name in held if name in apart}, folder, parts)
     log.info("weights read from %s", folder)
 
 
