@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import DataError, Problem
-from nemo_dist_conf.runtime.materialise import local_part
+from nemo_dist_conf.runtime.boxes import box_of
 from nemo_dist_conf.runtime.stored_names import Part, stored_parts
 
 __all__ = ["check_weights", "load_weights", "read_shapes"]
@@ -156,7 +156,10 @@ def _load_experts(held: Mapping[str, Tensor], folder: Path, parts: Mapping[str, 
     """
     from safetensors import safe_open
 
-    boxes = {name: _box(value) for name, value in held.items()}
+    boxes = {}
+    for name, value in held.items():
+        box = box_of(value)
+        boxes[name] = [range(begin, begin + size) for begin, size in zip(box.offsets, box.sizes)][:2]
     by_file: dict[Path, list[str]] = {}
     for stored, path in _places(folder).items():
         if stored in parts and parts[stored].parameter in boxes:
@@ -172,15 +175,3 @@ def _load_experts(held: Mapping[str, Tensor], folder: Path, parts: Mapping[str, 
                 local = value.to_local() if isinstance(value, DTensor) else value
                 read = file.get_slice(stored)[first - part.first : last - part.first]
                 local[experts.index(part.expert), first - rows.start : last - rows.start] = read.to(local)
-
-
-def _box(value: Tensor) -> tuple[range, range]:
-    """Indices along the first two dimensions that this rank holds."""
-    shape = value.shape
-    numbers = torch.arange(shape[0] * shape[1]).view(shape[0], shape[1], 1)
-    if isinstance(value, DTensor):
-        numbers = local_part(numbers, value)
-    if not numbers.numel():
-        return range(0), range(0)
-    expert, row = divmod(int(numbers[0, 0, 0]), shape[1])
-    return range(expert, expert + numbers.size(0)), range(row, row + numbers.size(1))

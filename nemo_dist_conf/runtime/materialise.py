@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.boxes import local_part
 
 __all__ = [
     "Template",
     "Writes",
     "can_materialise",
     "initialise_in_turn",
-    "local_part",
     "materialise",
     "retie",
     "template_of",
@@ -255,20 +255,3 @@ def _copy_shard(target: torch.Tensor | None, full: torch.Tensor) -> None:
         target.to_local().copy_(local_part(full.detach(), target))
     else:
         target.copy_(full)
-
-
-def local_part(full: torch.Tensor, target: DTensor) -> torch.Tensor:
-    """The part of a whole tensor that ``target`` holds on this rank; every rank has the same values, so none is sent.
-
-    Cut as it was sharded: tensor parallelism first, on the mesh's last axis, then fully_shard on what that left.
-    distribute_tensor cuts from the first axis on, which is another part where sizes do not divide (torch 2.13).
-    """
-    mesh, part = target.device_mesh, full
-    for index in reversed(range(mesh.ndim)):
-        placement = target.placements[index]
-        if placement.is_replicate():
-            continue
-        pieces = part.chunk(mesh.size(index), placement.dim)  # type: ignore[attr-defined]
-        rank = mesh.get_local_rank(index)
-        part = pieces[rank] if rank < len(pieces) else part.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
-    return part

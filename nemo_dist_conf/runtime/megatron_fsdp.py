@@ -27,7 +27,17 @@ from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_che
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig, library_problems
 
-__all__ = ["ARGUMENTS", "adopt_optimizer", "finish_gradients", "is_wrapped", "microbatch", "remember_norm", "wrap"]
+__all__ = [
+    "ARGUMENTS",
+    "adopt_optimizer",
+    "finish_gradients",
+    "install_weights",
+    "is_wrapped",
+    "microbatch",
+    "remember_norm",
+    "show_shards",
+    "wrap",
+]
 
 log = logging.getLogger(__name__)
 
@@ -209,20 +219,41 @@ def adopt_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> torch.optim
         if torch.is_tensor(state.get("step")):
             state["step"].zero_()
     library_step: Any = optimizer.step
-    config = model._nemo_config
-    gathers = config.zero_dp_strategy in (1, 2) and not config.overlap_param_gather
 
     def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         finish_gradients(model)
-        if config.check_for_nan_in_grad:
+        if model._nemo_config.check_for_nan_in_grad:
             _check_finite(model)
-        result = library_step(*args, sync_grad_before_optimizer_step=False, **kwargs)
-        if gathers:
-            model.start_param_sync(force_sync=True)
+        result = library_step(
+            *args, sync_grad_before_optimizer_step=False, install_optimized_model_weights=False, **kwargs
+        )
+        install_weights(model)
         return result
 
     optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
     return optimizer
+
+
+def install_weights(model: Any) -> None:
+    """Let forward see what an optimizer, or a checkpoint, has put into the sharded parameters."""
+    model.install_optimized_model_weights()
+    config = model._nemo_config
+    if config.zero_dp_strategy in (1, 2) and not config.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
+
+
+def show_shards(model: Any) -> None:
+    """Put the sharded parameters into the model, each knowing which part of the whole it is; all ranks call it.
+
+    The library splits a unit's parameters as one, so a rank may hold all of one and nothing of another.
+    """
+    from megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
+
+    model._replace_param_with_distributed_if_needed()
+    for _, parameter in sorted(model.module.named_parameters()):
+        sharded = any(not placement.is_replicate() for placement in parameter.placements)
+        if sharded and not hasattr(parameter._local_tensor, "__create_chunk_list__"):
+            update_uneven_dtensor_chunk_metadata(parameter)
 
 
 def _check_finite(model: Any) -> None:

@@ -24,6 +24,7 @@ from nemo_dist_conf.runtime.loss import IGNORED
 from nemo_dist_conf.runtime.order import autocast_forward
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
 from nemo_dist_conf.runtime.routing import ExpertLoad
+from nemo_dist_conf.runtime.unwrap import unwrapped
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 from nemo_dist_conf.topology import Paths
 from nemo_dist_conf.topology.world import launched
@@ -34,7 +35,7 @@ from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed
 from nemo_dist_conf.train.learning_rate import LearningRate
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
 from nemo_dist_conf.train.report import header, not_finite, summary
-from nemo_dist_conf.train.step import StepResult, train_step, unwrapped
+from nemo_dist_conf.train.step import StepResult, train_step
 
 __all__ = ["run"]
 

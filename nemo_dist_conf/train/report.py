@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import TrainingError
+from nemo_dist_conf.runtime.unwrap import unwrapped
 from nemo_dist_conf.strategies import STRATEGIES
 from nemo_dist_conf.train.console import Console, duration
 from nemo_dist_conf.train.data import DataSource, TextData
 from nemo_dist_conf.train.metrics import METRICS_FILE, TENSORBOARD_FOLDER
-from nemo_dist_conf.train.step import StepResult, unwrapped
+from nemo_dist_conf.train.step import StepResult
 
 __all__ = ["header", "not_finite", "summary"]
 

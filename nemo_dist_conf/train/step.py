@@ -19,6 +19,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.runtime.loss import token_loss_sum
 from nemo_dist_conf.runtime.routing import ExpertLoad, balancing_loss
+from nemo_dist_conf.runtime.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline
@@ -29,7 +30,6 @@ __all__ = [
     "forward_backward",
     "run_pipeline",
     "train_step",
-    "unwrapped",
 ]
 
 Microbatches = Sequence[tuple[Tensor, Tensor]]
@@ -119,15 +119,6 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_value, norm_value, updated, dict(zip(more, others)))
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module below wrappers that replace it (DDP, Megatron-FSDP); FSDP2 wraps in place."""
-    while type(model).__module__.startswith(("torch.nn.parallel", "megatron_fsdp")):
-        inner = model.module
-        assert isinstance(inner, nn.Module)
-        model = inner
-    return model
 
 
 def _arguments(module: nn.Module, input_ids_BS: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

@@ -1,0 +1,229 @@
+"""The checkpoints of a run: where it goes on, what it saves as it goes, and which of them it keeps."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Mapping
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nemo_dist_conf.checkpoint.folder import checkpoints_in, find_checkpoint, read_manifest, step_folder
+from nemo_dist_conf.checkpoint.whole import PARTIAL, Restored, load, take_snapshot, write_snapshot
+from nemo_dist_conf.errors import ConfigError, DataError, Problem
+from nemo_dist_conf.runtime.agree import together
+
+__all__ = ["Checkpoints"]
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+_PATIENCE_S = 10.0
+_ASIDE = "set-aside-"
+
+
+class Checkpoints:
+    """What a training loop holds: ``restore`` once before the first step, ``save`` after some steps, ``close``.
+
+    Every rank makes one and calls the same methods. The folder belongs to one run at a time; a run that finds it in
+    use, or full of another run's checkpoints, is refused and changes nothing there.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        resume: str | os.PathLike[str] | None = "auto",
+        keep: int | None = None,
+        asynchronous: bool = False,
+        layout: str = "",
+    ) -> None:
+        """folder: made where missing; on several nodes one that all of them share.
+
+        resume: ``auto``: the newest checkpoint in ``folder``, if there is one; a folder: that checkpoint, or the newest
+        in it; None: none. keep: how many of the newest stay; None: all. asynchronous: ``save`` returns once the state is
+        copied to the CPU's memory, and writes it while training goes on. layout: shown to who reads the manifest.
+        Raises DataError where the folder cannot be written, is in use, or holds what this run would not go on from.
+        """
+        self.folder = Path(folder).expanduser().absolute()
+        self._keep, self._layout = keep, layout
+        self._copies: dict[str, Tensor] | None = {} if asynchronous else None
+        self._thread = ThreadPoolExecutor(1) if asynchronous else None
+        self._pending: Future[None] | None = None
+        self._group = _own_group(asynchronous)
+        self._lock: Any = None
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        try:
+            found, others = together(
+                lambda: self._claim(None if resume is None else str(resume)) if is_main else None,
+                lambda found: found if is_main else None,
+            )
+        except ConfigError:
+            self.close()
+            raise
+        self._start, self._run, self._origin = others[0] if found is None else found
+
+    def _claim(self, resume: str | None) -> tuple[str | None, str, str | None]:
+        """(checkpoint to go on from, id of the run, checkpoint that it was told to start from); on rank 0."""
+        self._take_lock()
+        for path in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(path, ignore_errors=True)  # nobody writes it: the lock is ours
+        there = checkpoints_in(self.folder)
+        if resume == "auto":
+            return self._going_on(there[0]) if there else (None, uuid.uuid4().hex, None)
+        origin = None if resume is None else str(_existing(resume).absolute())
+        if there and origin is not None and read_manifest(there[0]).origin == origin:
+            return self._going_on(there[0])  # the same command again, after a stop
+        if origin is not None and Path(origin).parent == self.folder:
+            self._set_aside([path for path in there if path.name > Path(origin).name])
+            return origin, read_manifest(Path(origin)).run, origin
+        if there:
+            what = f"{self.folder} holds checkpoints of another run, up to {there[0].name}"
+            asked = f"checkpoint.resume={'null' if resume is None else resume}"
+            allowed = "auto: go on with that run; or an output folder of its own (hydra.run.dir)"
+            raise DataError(Problem(what, asked, allowed, "checkpoint.resume=auto"))
+        return origin, uuid.uuid4().hex, origin
+
+    def _going_on(self, newest: Path) -> tuple[str, str, str | None]:
+        manifest = read_manifest(newest)
+        return str(newest), manifest.run, manifest.origin
+
+    def _take_lock(self) -> None:
+        """One run at a time; the lock ends with the process that holds it, however that ends."""
+        asked = f"checkpoints in {self.folder}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / _LOCK, "a")
+        except OSError as error:
+            what = f"{self.folder} cannot be written: {error.strerror}"
+            raise DataError(Problem(what, asked, "a folder that can be written", "hydra.run.dir=FOLDER")) from None
+        until = time.monotonic() + _PATIENCE_S  # a restarted run may meet the end of the one before it
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    what = f"another run that is still there writes its checkpoints to {self.folder}"
+                    problem = Problem(what, asked, "one run at a time, or another folder", "hydra.run.dir=FOLDER")
+                    raise DataError(problem) from None
+                time.sleep(0.1)
+            except OSError as error:
+                log.warning("%s has no locks (%s): two runs that use it will not see each other", asked, error.strerror)
+                return
+
+    def _set_aside(self, paths: list[Path]) -> None:
+        """Later checkpoints than the one to go on from: not lost, and not taken for this run's newest."""
+        for path in paths:
+            number = 1
+            while (aside := path.with_name(f"{_ASIDE}{number}-{path.name}")).exists():
+                number += 1
+            path.rename(aside)
+            log.warning("%s is later than the checkpoint to go on from; it is now %s", path.name, aside.name)
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint that ``restore`` will load."""
+        return None if self._start is None else Path(self._start)
+
+    def restore(
+        self, model: nn.Module, optimizer: Optimizer | None = None, *, objects: Mapping[str, Any] | None = None
+    ) -> Restored | None:
+        """Load where this run goes on (see ``load``); None where it starts anew."""
+        return None if self._start is None else load(self._start, model, optimizer, objects=objects)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        objects: Mapping[str, Any] | None = None,
+        config: Any = None,
+    ) -> None:
+        """Save the state after ``step`` steps (see ``save``). Waits for an earlier one that is still being written.
+
+        Raises TrainingError on all ranks where this one, or an earlier one, could not be written.
+        """
+        self.wait()
+        snapshot = take_snapshot(model, optimizer, step=step, objects=objects, config=config, copies=self._copies)
+
+        def write() -> None:
+            target = step_folder(self.folder, step)
+            write_snapshot(
+                snapshot, target, run=self._run, origin=self._origin, layout=self._layout, group=self._group
+            )
+            self._prune()
+
+        if self._thread is None:
+            write()
+        else:
+            self._pending = self._thread.submit(write)
+
+    def _prune(self) -> None:
+        """Remove this run's oldest ones; on rank 0."""
+        if self._keep is None or self._lock is None:
+            return
+        mine = [path for path in checkpoints_in(self.folder) if _run_of(path) == self._run]
+        for path in mine[self._keep :]:
+            gone = path.with_name(f"{PARTIAL}{path.name}")
+            path.rename(gone)  # so that a kill while files are removed leaves no half of a checkpoint
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises what went wrong with the last one."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """``wait``, and give the folder back."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _run_of(path: Path) -> str | None:
+    try:
+        return read_manifest(path).run
+    except DataError:
+        return None  # damaged: not ours to remove
+
+
+def _existing(asked: str) -> Path:
+    found = find_checkpoint(asked)
+    if found is None:
+        what = f"{asked} holds no checkpoint"
+        allowed = "auto, null, or a folder of a checkpoint or of several"
+        raise DataError(Problem(what, f"checkpoint.resume={asked}", allowed, "checkpoint.resume=auto"))
+    return found
+
+
+def _own_group(asynchronous: bool) -> dist.ProcessGroup | None:
+    """gloo ranks of its own where the default group's are busy training, or have no gloo."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    has_gloo = "gloo" in dist.get_backend_config()
+    return dist.new_group(backend="gloo") if asynchronous or not has_gloo else None

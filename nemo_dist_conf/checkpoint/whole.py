@@ -1,0 +1,380 @@
+"""One checkpoint: everything that a run needs to go on, put into a folder and taken from it.
+
+A checkpoint is written beside its place and renamed once it is complete, so that it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+
+from nemo_dist_conf.checkpoint.folder import (
+    CONFIG,
+    STATE,
+    Manifest,
+    damaged,
+    find_checkpoint,
+    read_json,
+    read_manifest,
+    write_file,
+    write_manifest,
+    wrong_bytes,
+    wrong_sizes,
+)
+from nemo_dist_conf.checkpoint.pieces import (
+    Piece,
+    Stored,
+    group_settings,
+    optimizer_pieces,
+    set_group_settings,
+    set_weights,
+    weight_pieces,
+)
+from nemo_dist_conf.checkpoint.storage import FolderReader, FolderWriter, Index, LoadPieces, SavePieces
+from nemo_dist_conf.checkpoint.values import from_json, random_state, set_random_state, to_json
+from nemo_dist_conf.errors import ConfigError, DataError, Problem, TrainingError
+from nemo_dist_conf.runtime.agree import together
+
+__all__ = ["PARTIAL", "Restored", "Snapshot", "load", "save", "take_snapshot", "write_snapshot"]
+
+log = logging.getLogger(__name__)
+
+#: Begins the name of a folder that is being written; what a killed run left under it is never read.
+PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What ``load`` found. config: the composed config of the run that saved, as data; nothing of it is called.
+
+    objects: the states that were saved, by name.
+    """
+
+    folder: Path
+    step: int
+    run: str
+    origin: str | None
+    world_size: int
+    config: DictConfig | None
+    objects: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run between two steps, as this rank holds it.
+
+    of_rank: texts that belong to this rank alone. summary: what the coordinator is told of this rank.
+    """
+
+    step: int
+    pieces: Mapping[str, Piece]
+    of_rank: Mapping[str, str]
+    summary: Mapping[str, Any]
+    optimizer: str | None
+    objects: Mapping[str, Any]
+    groups: list[dict[str, Any]]
+    config: str | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    step: int = 0,
+    objects: Mapping[str, Any] | None = None,
+    config: Any = None,
+) -> Path:
+    """Write one checkpoint into a folder that does not exist yet; every rank calls it. Returns the folder.
+
+    model, optimizer: as ``instantiate`` returned them, under any strategy. objects: whatever else is to go on (a
+    scheduler, a data loader), by name; each has state_dict and load_state_dict, or is a plain value.
+    Raises TrainingError where it cannot be written; nothing is left behind then.
+    """
+    snapshot = take_snapshot(model, optimizer, step=step, objects=objects, config=config)
+    write_snapshot(snapshot, Path(folder), run=uuid.uuid4().hex)
+    return Path(folder)
+
+
+def take_snapshot(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    *,
+    step: int,
+    objects: Mapping[str, Any] | None = None,
+    config: Any = None,
+    copies: dict[str, Tensor] | None = None,
+) -> Snapshot:
+    """The state as it is now. copies: where to copy tensors to, on the CPU, so that training can go on; kept for the
+    next time. None: the pieces share the memory of the model and the optimizer."""
+    pieces = weight_pieces(model)
+    groups: list[dict[str, Any]] = []
+    if optimizer is not None:
+        pieces.update(optimizer_pieces(model, optimizer))
+        groups = to_json(group_settings(model, optimizer), "optimizer.param_groups")
+    if copies is not None:
+        pieces = {name: _copied(piece, name, copies) for name, piece in pieces.items()}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    states = {name: to_json(_state_of(value), name) for name, value in (objects or {}).items()}
+    of_rank = {"objects": json.dumps(states), "random": json.dumps(to_json(random_state(), "random"))}
+    marks = {name: hashlib.sha256(json.dumps(state).encode()).hexdigest() for name, state in states.items()}
+    return Snapshot(
+        step,
+        pieces,
+        of_rank,
+        {"marks": marks, "groups": groups if hasattr(model, "pp_mesh") else []},
+        type(optimizer).__name__ if optimizer is not None else None,
+        states,
+        groups,
+        OmegaConf.to_yaml(_without_hydra(config)) if config is not None else None,
+    )
+
+
+def _state_of(value: Any) -> Any:
+    return value.state_dict() if hasattr(value, "state_dict") else value
+
+
+def _copied(piece: Piece, name: str, copies: dict[str, Tensor]) -> Piece:
+    held, values = copies.get(name), piece.values
+    if held is None or held.shape != values.shape or held.dtype != values.dtype:
+        held = copies[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    held.copy_(values, non_blocking=True)
+    return Piece(held, piece.box, piece.shape)
+
+
+def _without_hydra(config: Any) -> Any:
+    if OmegaConf.is_config(config):
+        return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return OmegaConf.create(config)
+
+
+def write_snapshot(
+    snapshot: Snapshot,
+    folder: Path,
+    *,
+    run: str,
+    origin: str | None = None,
+    layout: str = "",
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a snapshot to ``folder``, which must not exist; every rank calls it. See ``save``."""
+    is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+    rank = 0 if is_alone else dist.get_rank()
+    aside = [folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"]
+    if not is_alone:
+        dist.broadcast_object_list(aside, src=0, group=group)
+    partial = aside[0]
+    world_size = 1 if is_alone else dist.get_world_size()
+
+    def complete(files: dict[str, tuple[int, str]], summaries: list[Any]) -> None:
+        state = {
+            "step": snapshot.step,
+            "optimizer": snapshot.optimizer,
+            "groups": [group for one in summaries for group in one["groups"]] or snapshot.groups,
+            "objects": snapshot.objects,
+            "of_rank": [n for n, mark in snapshot.summary["marks"].items() if _differs(n, mark, summaries)],
+        }
+        files[STATE] = write_file(partial / STATE, json.dumps(state).encode())
+        if snapshot.config is not None:
+            files[CONFIG] = write_file(partial / CONFIG, snapshot.config.encode())
+        more = {"torch": str(torch.__version__)}
+        write_manifest(
+            partial,
+            step=snapshot.step,
+            run=run,
+            origin=origin,
+            world_size=world_size,
+            layout=layout,
+            files=files,
+            more=more,
+        )
+        _sync_folder(partial)
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists already; it was left as it is")
+        os.rename(partial, folder)
+        _sync_folder(folder.parent)
+
+    writer = FolderWriter(partial, rank, snapshot.of_rank, snapshot.summary, complete)
+    try:
+        with _told_in_full(f"the checkpoint {folder} could not be written", folder.parent):
+            dcp.save(
+                dict(snapshot.pieces),
+                storage_writer=writer,
+                planner=SavePieces(),
+                process_group=group,
+                no_dist=is_alone,
+            )
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _differs(name: str, mark: str, summaries: list[Any]) -> bool:
+    return any(summary["marks"].get(name) != mark for summary in summaries)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the names in a folder outlive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told_in_full(what: str, root: Path) -> Iterator[None]:
+    """What failed on some rank, raised on all of them, in words."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise TrainingError(_reason(what, cause, rank, root)) from cause
+    except OSError as error:
+        raise TrainingError(_reason(what, error, 0, root)) from error
+
+
+def _reason(what: str, cause: BaseException, rank: int, root: Path) -> str:
+    newest = find_checkpoint(root)
+    kept = f"\n  kept    {newest}" if newest else ""
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    return f"{what}: {reason} (rank {rank}){kept}"
+
+
+# ------------------------------------------------------------------------------------------------------------- load
+
+
+def load(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    objects: Mapping[str, Any] | None = None,
+) -> Restored:
+    """Fill a model, its optimizer and other objects from a checkpoint of any layout; every rank calls it.
+
+    folder: of a checkpoint, or of several, of which the newest is taken. Random states are restored where as many
+    ranks load as saved. An object that was another on each rank can be loaded by as many ranks only.
+    Raises DataError, on all ranks and before any value was changed, where the checkpoint is damaged or not of this
+    model and optimizer.
+    """
+    path = find_checkpoint(folder)
+    if path is None:
+        asked = f"checkpoint.resume={folder}"
+        what = f"{folder} holds no checkpoint"
+        raise DataError(Problem(what, asked, "a folder of a checkpoint or of several", "checkpoint.resume=null"))
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    (manifest, index, state), _ = together(lambda: _opened(path), lambda opened: opened[0].files)
+    together(lambda: _refuse(path, wrong_bytes(manifest, sorted(manifest.files)[rank::world_size])))
+    pieces = _wanted(path, index, state, model, optimizer)
+    reader = FolderReader(manifest, index)
+    with _told_in_full(f"the checkpoint {path} could not be read", path.parent), torch.no_grad():
+        dcp.load(pieces, storage_reader=reader, planner=LoadPieces(), no_dist=world_size == 1)
+    set_weights(model)
+    if optimizer is not None:
+        set_group_settings(model, optimizer, from_json(state["groups"]))
+    own = reader.file(f"rank_{rank:05}.safetensors").metadata if manifest.world_size == world_size else None
+    states = from_json(json.loads(own["objects"]) if own is not None else state["objects"])
+    for name, target in (objects or {}).items():
+        target.load_state_dict(_state_for(name, path, states, state["of_rank"] if own is None else [], manifest))
+    if own is not None:
+        set_random_state(from_json(json.loads(own["random"])))
+    elif rank == 0:
+        log.info("%d ranks saved, %d load: random states go on as they are", manifest.world_size, world_size)
+    config = OmegaConf.load(path / CONFIG) if CONFIG in manifest.files else None
+    assert config is None or isinstance(config, DictConfig)
+    return Restored(path, manifest.step, manifest.run, manifest.origin, manifest.world_size, config, states)
+
+
+def _opened(path: Path) -> tuple[Manifest, Index, dict[str, Any]]:
+    manifest = read_manifest(path)
+    _refuse(path, wrong_sizes(manifest))
+    return manifest, Index.read(manifest), read_json(path, STATE)
+
+
+def _refuse(path: Path, finding: str) -> None:
+    if finding:
+        raise damaged(path, finding)
+
+
+def _wanted(
+    path: Path, index: Index, state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer | None
+) -> dict[str, Piece]:
+    """The pieces to fill, all of which the checkpoint has as they are; raises DataError on all ranks otherwise."""
+    stored, weights = index.stored, weight_pieces(model)
+    names = set(weights)
+    if hasattr(model, "pp_mesh"):  # this rank holds some stages only
+        names = {name for held in together(lambda: sorted(weights), tuple)[1] for name in held}
+
+    def compare() -> dict[str, Piece]:
+        saved_weights = {name: entry for name, entry in stored.items() if name.startswith("model.")}
+        _compare(path, saved_weights, weights, names)
+        if optimizer is None:
+            return weights
+        kind = type(optimizer).__name__
+        if state["optimizer"] != kind:
+            saved = state["optimizer"] or "no optimizer"
+            what = f"{path} holds the state of {saved}, not of {kind}"
+            allowed = "the optimizer that saved it, or the weights alone (model.name_or_path of an exported folder)"
+            raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, "checkpoint.resume=null"))
+        return {**weights, **optimizer_pieces(model, optimizer, stored)}
+
+    pieces, _ = together(compare)
+    return pieces
+
+
+def _compare(path: Path, stored: Mapping[str, Stored], mine: Mapping[str, Piece], held: set[str]) -> None:
+    found = []
+    plain = str.removeprefix
+    missing = sorted(plain(name, "model.") for name in mine if name not in stored)
+    extra = sorted(plain(name, "model.") for name in stored if name not in held)
+    both = [(plain(name, "model."), stored[name], piece) for name, piece in mine.items() if name in stored]
+    shapes = sorted(f"{n}: {list(s.shape)}, here {list(p.shape)}" for n, s, p in both if s.shape != tuple(p.shape))
+    dtypes = sorted(f"{n}: {_word(s.dtype)}, here {_word(p.values.dtype)}" for n, s, p in both if s.dtype != p.values.dtype)
+    kinds = (("missing in it", missing), ("unknown to the model", extra), ("of other shape", shapes))
+    for title, names in (*kinds, ("of another dtype", dtypes)):
+        if names:
+            found.append(f"{len(names)} {title} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
+    if found:
+        what = f"the tensors of {path} are not those of this model: {'; '.join(found)}"
+        allowed = "the model that saved it, with the same sizes and dtype"
+        raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, "checkpoint.resume=null"))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _state_for(
+    name: str, path: Path, states: Mapping[str, Any], of_rank: Sequence[str], manifest: Manifest
+) -> Any:
+    if name not in states:
+        known = ", ".join(states) or "none"
+        what = f"{path} has no state of {name!r}"
+        raise DataError(Problem(what, f"objects={{{name!r}: ...}}", known, f"load(folder, ...) without {name!r}"))
+    if name in of_rank:
+        ranks = f"{manifest.world_size} ranks"
+        what = f"the state of {name!r} was another on each of the {ranks} that saved it"
+        raise DataError(Problem(what, f"checkpoint.resume={path}", ranks, f"load(folder, ...) without {name!r}"))
+    return states[name]

@@ -1,0 +1,69 @@
+"""Which part of a whole tensor this rank holds, whatever cut it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+__all__ = ["Box", "box_of", "local_part", "local_values"]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a whole tensor: where it begins along each dimension, and how far it reaches."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return math.prod(self.sizes) == 0
+
+    def of(self, full: Tensor) -> Tensor:
+        """This part of a whole tensor, a view."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes)):
+            full = full.narrow(dim, offset if size else 0, size)
+        return full
+
+
+def box_of(tensor: Tensor) -> Box:
+    """The part that this rank holds; of a plain tensor, all of it.
+
+    Cut as it was sharded: tensor parallelism first, on the mesh's last axis, then fully_shard on what that left.
+    torch's own answer cuts from the first axis on, which is another part where sizes do not divide (torch 2.13).
+    A tensor that was cut in another way says so itself (torch/distributed/_checkpointable.py).
+    """
+    if not isinstance(tensor, DTensor):
+        return Box((0,) * tensor.dim(), tuple(tensor.shape))
+    told: Any = getattr(tensor._local_tensor, "__create_chunk_list__", None)
+    if told is not None:
+        (chunk,) = told()
+        return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    mesh = tensor.device_mesh
+    for index in reversed(range(mesh.ndim)):
+        placement: Any = tensor.placements[index]
+        if placement.is_replicate():
+            continue
+        whole = sizes[placement.dim]
+        piece = -(-whole // mesh.size(index))
+        begin = min(mesh.get_local_rank(index) * piece, whole)
+        offsets[placement.dim] += begin
+        sizes[placement.dim] = min(piece, whole - begin)
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def local_part(full: Tensor, target: Tensor) -> Tensor:
+    """The part of a whole tensor that ``target`` holds on this rank; every rank has the same values, so none is sent."""
+    return box_of(target).of(full)
+
+
+def local_values(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, without gradient history; it shares the tensor's memory."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return torch.Tensor.detach(local)

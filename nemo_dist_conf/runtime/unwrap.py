@@ -1,0 +1,16 @@
+"""The user's module below the wrappers of a strategy."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's module below wrappers that replace it (DDP, Megatron-FSDP); FSDP2 wraps in place."""
+    while type(model).__module__.startswith(("torch.nn.parallel", "megatron_fsdp")):
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
