@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Iterable
 
-__all__ = ["ConfigError", "DataError", "NemoDistConfError", "Problem", "TrainingError"]
+__all__ = ["ConfigError", "DataError", "NemoDistConfError", "Preempted", "Problem", "TrainingError"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,7 @@ class DataError(ConfigError):
 
 class TrainingError(NemoDistConfError, RuntimeError):
     """Training cannot go on (a non-finite loss, for example); the run's folder is kept."""
+
+
+class Preempted(NemoDistConfError):
+    """A run was told to end (SIGTERM), saved its state and ended; the same command goes on from there."""

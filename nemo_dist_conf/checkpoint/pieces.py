@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import DataError, Problem
@@ -17,7 +16,15 @@ from nemo_dist_conf.runtime.boxes import Box, box_of, local_values
 from nemo_dist_conf.runtime.megatron_fsdp import install_weights, is_wrapped, show_shards
 from nemo_dist_conf.runtime.unwrap import unwrapped
 
-__all__ = ["Piece", "Stored", "group_settings", "optimizer_pieces", "set_group_settings", "set_weights", "weight_pieces"]
+__all__ = [
+    "Piece",
+    "Stored",
+    "group_settings",
+    "optimizer_pieces",
+    "set_group_settings",
+    "set_weights",
+    "weight_pieces",
+]
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
@@ -92,8 +99,8 @@ def optimizer_pieces(
     keys: dict[str, list[str]] = {}
     for full in stored or ():
         if full.startswith(_OPTIMIZER):
-            name, _, key = full.removeprefix(_OPTIMIZER).rpartition("/")
-            keys.setdefault(name, []).append(key)
+            owner, _, key = full.removeprefix(_OPTIMIZER).rpartition("/")
+            keys.setdefault(owner, []).append(key)
     pieces: dict[str, Piece] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -121,7 +128,7 @@ def _state_piece(parameter: Tensor, value: Tensor) -> Piece:
 
 def _make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, key: str, stored: Stored) -> None:
     """State for the checkpoint to fill, where torch.optim would make it in its first step."""
-    state = optimizer.state[parameter]  # type: ignore[index]
+    state = optimizer.state[parameter]
     found = state.get(key)
     if isinstance(found, Tensor) and tuple(found.shape) == stored.shape:
         return
@@ -163,9 +170,12 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
-def set_group_settings(model: nn.Module, optimizer: Optimizer, stored: Iterable[Mapping[str, Any]]) -> None:
-    """Give each of the optimizer's groups the settings that its parameters had.
+def set_group_settings(
+    model: nn.Module, optimizer: Optimizer, stored: Iterable[Mapping[str, Any]], only_values: bool = False
+) -> None:
+    """Give each of the optimizer's groups the settings that its parameters had, and parameters their ``values``.
 
+    only_values: groups keep the settings that they have.
     Raises DataError where the parameters of one group had different ones.
     """
     names = {id(parameter): name for name, parameter in _named_state(model).items()}
@@ -173,13 +183,13 @@ def set_group_settings(model: nn.Module, optimizer: Optimizer, stored: Iterable[
     for group in optimizer.param_groups:
         held = {names[id(p)]: p for p in group["params"] if names.get(id(p)) in of_name}
         found = [{k: v for k, v in of_name[name].items() if k not in ("params", "values")} for name in held]
-        if any(other != found[0] for other in found):
+        if any(other != found[0] for other in found) and not only_values:
             what = f"the optimizer has {next(iter(held))} in one group with others that had other settings when saved"
             raise DataError(Problem(what, "load(folder, model, optimizer)", "the groups saved", "load(folder, model)"))
-        for key, value in (found[0] if found else {}).items():
+        for key, value in (found[0] if found and not only_values else {}).items():
             if isinstance(group.get(key), Tensor):
                 group[key].fill_(value)
             else:
                 group[key] = value
         for name, parameter in held.items():
-            optimizer.state[parameter].update(of_name[name]["values"].get(name, {}))  # type: ignore[index]
+            optimizer.state[parameter].update(of_name[name]["values"].get(name, {}))

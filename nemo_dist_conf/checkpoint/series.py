@@ -21,6 +21,7 @@ from nemo_dist_conf.checkpoint.folder import checkpoints_in, find_checkpoint, re
 from nemo_dist_conf.checkpoint.whole import PARTIAL, Restored, load, take_snapshot, write_snapshot
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.runtime.process_group import host_group
 
 __all__ = ["Checkpoints"]
 
@@ -50,8 +51,8 @@ class Checkpoints:
         """folder: made where missing; on several nodes one that all of them share.
 
         resume: ``auto``: the newest checkpoint in ``folder``, if there is one; a folder: that checkpoint, or the newest
-        in it; None: none. keep: how many of the newest stay; None: all. asynchronous: ``save`` returns once the state is
-        copied to the CPU's memory, and writes it while training goes on. layout: shown to who reads the manifest.
+        in it; None: none. keep: how many of the newest stay; None: all. asynchronous: ``save`` returns once the state
+        is copied to the CPU's memory, and writes it while training goes on. layout: for whoever reads the manifest.
         Raises DataError where the folder cannot be written, is in use, or holds what this run would not go on from.
         """
         self.folder = Path(folder).expanduser().absolute()
@@ -59,7 +60,7 @@ class Checkpoints:
         self._copies: dict[str, Tensor] | None = {} if asynchronous else None
         self._thread = ThreadPoolExecutor(1) if asynchronous else None
         self._pending: Future[None] | None = None
-        self._group = _own_group(asynchronous)
+        self._group = host_group(apart=asynchronous)
         self._lock: Any = None
         is_main = not dist.is_initialized() or dist.get_rank() == 0
         try:
@@ -136,10 +137,17 @@ class Checkpoints:
         return None if self._start is None else Path(self._start)
 
     def restore(
-        self, model: nn.Module, optimizer: Optimizer | None = None, *, objects: Mapping[str, Any] | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        objects: Mapping[str, Any] | None = None,
+        settings: bool = True,
     ) -> Restored | None:
         """Load where this run goes on (see ``load``); None where it starts anew."""
-        return None if self._start is None else load(self._start, model, optimizer, objects=objects)
+        if self._start is None:
+            return None
+        return load(self._start, model, optimizer, objects=objects, settings=settings)
 
     def save(
         self,
@@ -219,11 +227,3 @@ def _existing(asked: str) -> Path:
         allowed = "auto, null, or a folder of a checkpoint or of several"
         raise DataError(Problem(what, f"checkpoint.resume={asked}", allowed, "checkpoint.resume=auto"))
     return found
-
-
-def _own_group(asynchronous: bool) -> dist.ProcessGroup | None:
-    """gloo ranks of its own where the default group's are busy training, or have no gloo."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    has_gloo = "gloo" in dist.get_backend_config()
-    return dist.new_group(backend="gloo") if asynchronous or not has_gloo else None

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from nemo_dist_conf.checkpoint.folder import INDEX, Manifest, damaged, read_json, write_file
-from nemo_dist_conf.checkpoint.pieces import Piece, Stored
+from nemo_dist_conf.checkpoint.pieces import Stored
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, TensorFile, write_tensors
 
 __all__ = ["FolderReader", "FolderWriter", "Index", "LoadPieces", "SavePieces"]

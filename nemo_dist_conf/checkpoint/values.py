@@ -67,7 +67,8 @@ def random_state() -> dict[str, Any]:
     if "numpy" in sys.modules:
         import numpy
 
-        kind, keys, position, has_gauss, cached = numpy.random.get_state()
+        words_of: Any = numpy.random.get_state()
+        kind, keys, position, has_gauss, cached = words_of
         state["numpy"] = [kind, keys.tolist(), position, has_gauss, cached]
     return state
 

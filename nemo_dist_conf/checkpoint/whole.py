@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import uuid
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
@@ -220,7 +221,7 @@ def write_snapshot(
                 storage_writer=writer,
                 planner=SavePieces(),
                 process_group=group,
-                no_dist=is_alone,
+                no_dist=not dist.is_initialized(),
             )
     finally:
         if rank == 0:
@@ -244,7 +245,9 @@ def _sync_folder(folder: Path) -> None:
 def _told_in_full(what: str, root: Path) -> Iterator[None]:
     """What failed on some rank, raised on all of them, in words."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+            yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, ConfigError):
@@ -270,11 +273,13 @@ def load(
     optimizer: Optimizer | None = None,
     *,
     objects: Mapping[str, Any] | None = None,
+    settings: bool = True,
 ) -> Restored:
     """Fill a model, its optimizer and other objects from a checkpoint of any layout; every rank calls it.
 
     folder: of a checkpoint, or of several, of which the newest is taken. Random states are restored where as many
     ranks load as saved. An object that was another on each rank can be loaded by as many ranks only.
+    settings: also give the optimizer's groups the learning rate and whatever else they had. False: they keep theirs.
     Raises DataError, on all ranks and before any value was changed, where the checkpoint is damaged or not of this
     model and optimizer.
     """
@@ -289,11 +294,12 @@ def load(
     together(lambda: _refuse(path, wrong_bytes(manifest, sorted(manifest.files)[rank::world_size])))
     pieces = _wanted(path, index, state, model, optimizer)
     reader = FolderReader(manifest, index)
-    with _told_in_full(f"the checkpoint {path} could not be read", path.parent), torch.no_grad():
-        dcp.load(pieces, storage_reader=reader, planner=LoadPieces(), no_dist=world_size == 1)
+    failed = f"the checkpoint {path} could not be read"
+    with _told_in_full(failed, path.parent), torch.no_grad():
+        dcp.load(pieces, storage_reader=reader, planner=LoadPieces(), no_dist=not dist.is_initialized())
     set_weights(model)
     if optimizer is not None:
-        set_group_settings(model, optimizer, from_json(state["groups"]))
+        set_group_settings(model, optimizer, from_json(state["groups"]), only_values=not settings)
     own = reader.file(f"rank_{rank:05}.safetensors").metadata if manifest.world_size == world_size else None
     states = from_json(json.loads(own["objects"]) if own is not None else state["objects"])
     for name, target in (objects or {}).items():
@@ -351,7 +357,8 @@ def _compare(path: Path, stored: Mapping[str, Stored], mine: Mapping[str, Piece]
     extra = sorted(plain(name, "model.") for name in stored if name not in held)
     both = [(plain(name, "model."), stored[name], piece) for name, piece in mine.items() if name in stored]
     shapes = sorted(f"{n}: {list(s.shape)}, here {list(p.shape)}" for n, s, p in both if s.shape != tuple(p.shape))
-    dtypes = sorted(f"{n}: {_word(s.dtype)}, here {_word(p.values.dtype)}" for n, s, p in both if s.dtype != p.values.dtype)
+    others = [(name, _word(entry.dtype), _word(piece.values.dtype)) for name, entry, piece in both]
+    dtypes = sorted(f"{name}: {theirs}, here {mine}" for name, theirs, mine in others if theirs != mine)
     kinds = (("missing in it", missing), ("unknown to the model", extra), ("of other shape", shapes))
     for title, names in (*kinds, ("of another dtype", dtypes)):
         if names:

@@ -59,7 +59,7 @@ def box_of(tensor: Tensor) -> Box:
 
 
 def local_part(full: Tensor, target: Tensor) -> Tensor:
-    """The part of a whole tensor that ``target`` holds on this rank; every rank has the same values, so none is sent."""
+    """The part of a whole tensor that ``target`` holds on this rank; all have the same values, so none is sent."""
     return box_of(target).of(full)
 
 

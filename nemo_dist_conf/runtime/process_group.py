@@ -15,7 +15,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.ranks.meeting import rank_store
 from nemo_dist_conf.topology.world import Launched, launched
 
-__all__ = ["DistInfo", "choose_device", "initialize_distributed", "shutdown_distributed"]
+__all__ = ["DistInfo", "choose_device", "host_group", "initialize_distributed", "shutdown_distributed"]
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,17 @@ def shutdown_distributed() -> None:
     """Leave the process group, if there is one. Safe to call twice."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def host_group(apart: bool = False) -> dist.ProcessGroup | None:
+    """A group of all ranks for values on the CPU; None: the default group, or there is none.
+
+    apart: one of its own, whose collectives may run beside the default group's. Every rank has to call this.
+    """
+    if not dist.is_initialized():
+        return None
+    has_gloo = "gloo" in str(dist.get_backend_config())
+    return dist.new_group(backend="gloo") if apart or not has_gloo else None
 
 
 def _store(place: Launched) -> dist.Store:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from nemo_dist_conf.errors import NemoDistConfError
+from nemo_dist_conf.errors import NemoDistConfError, Preempted
 from nemo_dist_conf.hooks import end
+from nemo_dist_conf.topology.world import launched
 from nemo_dist_conf.train.checks import check_recipe, config_folder, typed_model_config
 
 __all__ = ["main"]
@@ -25,6 +29,10 @@ def main(cfg: DictConfig) -> float:
         from nemo_dist_conf.train.loop import run
 
         return run(cfg)
+    except Preempted as stop:
+        if launched().rank == 0:
+            print(stop, file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except NemoDistConfError as error:
         end(error)
 

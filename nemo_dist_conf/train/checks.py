@@ -15,6 +15,7 @@ from nemo_dist_conf.hooks import DistributedCallback
 from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.world import planned_world_size
+from nemo_dist_conf.train.saving_checks import saving_problems
 
 __all__ = [
     "RecipeCallback",
@@ -54,6 +55,7 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
     """The checked recipe config (with or without its ``hydra`` node), or ConfigError with every problem."""
     checked = None
     problems = list(_stray_keys(config))
+    problems += saving_problems(config, OmegaConf.load(config_folder() / "train.yaml").checkpoint)
     facts = None
     model = config.get("model")
     if isinstance(model, DictConfig) and "_target_" not in model:
@@ -115,7 +117,8 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
     groups = ["strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "model", "data", "optimizer"]
     others = [str(key) for key in own if key not in (*groups, "defaults", "hydra")]
     known: dict[str, list[str]] = {"": [*groups, *others]}
-    known["train"] = [str(key) for key in own.train]
+    for section in ("train", "checkpoint"):
+        known[section] = [str(key) for key in own[section]]
     if "_target_" not in (config.get("data") or {}):
         known["data"] = [str(key) for key in OmegaConf.load(config_folder() / "data" / "text.yaml")]
     for section, names in known.items():

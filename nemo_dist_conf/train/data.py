@@ -57,6 +57,7 @@ class TextData:
         self.seq_len = seq_len
         self.global_batch_size = global_batch_size
         self.seed = seed
+        self._shift = 0  # rows
         self._windows_NS = corpus.tokens.unfold(0, seq_len + 1, seq_len)  # a view: nothing is copied
         self._orders: dict[int, Tensor] = {}  # epoch -> permutation; the last two used
 
@@ -77,11 +78,15 @@ class TextData:
             self._orders[epoch] = torch.randperm(self.num_windows, generator=generator)
         return self._orders[epoch]
 
+    def go_on(self, step: int, rows: int) -> None:
+        """Let the batch of ``step`` begin after so many rows, where the steps before it had batches of other sizes."""
+        self._shift = rows - step * self.global_batch_size
+
     def window_ids(self, step: int, rank: int = 0, size: int = 1) -> Tensor:
         """Which windows make up part ``rank`` of ``size`` of the global batch of ``step``, [B / size]."""
         assert 0 <= rank < size and self.global_batch_size % size == 0, (rank, size, self.global_batch_size)
         rows = self.global_batch_size // size
-        begin = step * self.global_batch_size + rank * rows
+        begin = self._shift + step * self.global_batch_size + rank * rows
         ids: list[Tensor] = []
         while rows:
             epoch, offset = divmod(begin, self.num_windows)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nemo_dist_conf.checkpoint import Restored
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.models.facts import facts_from_config
@@ -34,7 +35,9 @@ from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
 from nemo_dist_conf.train.learning_rate import LearningRate
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
+from nemo_dist_conf.train.preemption import Preemption
 from nemo_dist_conf.train.report import header, not_finite, summary
+from nemo_dist_conf.train.saving import Saving
 from nemo_dist_conf.train.step import StepResult, train_step
 
 __all__ = ["run"]
@@ -102,11 +105,14 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
     """
     began = time.perf_counter()
     joined = dist.is_available() and dist.is_initialized()
+    saving: Saving | None = None
     try:
         settings = _settings(cfg.train)
         warmup = settings.steps // 10 if settings.warmup_steps is None else settings.warmup_steps
         learning_rate = LearningRate(settings.schedule, steps=settings.steps, warmup_steps=warmup)
         data = _same_data(cfg, settings)  # before the model: a wrong path is told within a second
+        folder = _output_folder() if output_dir is None else Path(output_dir)
+        saving = Saving(cfg, folder, _layout(cfg), settings.steps)
         setup, model, optimizer = instantiate(cfg)
         if optimizer is None:
             what = "training needs an optimizer"
@@ -119,9 +125,14 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
         rows = micro or size // context.data_size
         _check_model_knows(cfg, data, model, context)
-        folder = _output_folder() if output_dir is None else Path(output_dir)
-        return _train(cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, began)
+        restored = saving.restore(model, optimizer, data, context.is_main)
+        if restored is not None and restored.step >= settings.steps:
+            return _nothing_left(restored, settings.steps, saving, context.is_main)
+        start = 0 if restored is None else restored.step
+        return _train(cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, saving, began, start)
     finally:
+        if saving is not None:
+            saving.close()
         if not joined:
             shutdown_distributed()
 
@@ -179,8 +190,9 @@ def _train(
     model: nn.Module,
     optimizer: Optimizer,
     folder: Path,
+    saving: Saving,
     began: float,
-    start: int = 0,
+    start: int,
 ) -> float:
     """Steps ``start`` (counted from 0) to the last; rows: of a microbatch on this rank."""
     context = setup.mesh_context
@@ -192,9 +204,10 @@ def _train(
     first: StepResult | None = None
     result: StepResult | None = None
     writer = MetricsWriter(folder, enabled=is_main, first_step=start + 1, tensorboard=settings.tensorboard)
-    with writer, console:
+    with writer, console, Preemption(saving.is_on) as preemption:
         for step in range(start, settings.steps):
             step_began = time.perf_counter()
+            preemption.begin_step()
             # Dropout too is a function of the step: a resumed run draws what an uninterrupted one does.
             torch.manual_seed(mix_seed(cfg.seed, step, context.data_rank))
             input_ids, labels = context.split_sequence(*data.batch(step, context.data_rank, context.data_size))
@@ -226,13 +239,33 @@ def _train(
                 more: dict[str, Any] = {"lr": lr, "tokens_per_second": tokens / seconds, **result.more}
                 writer.write(**numbers, **more)
             console.step(**numbers)
+            saving.after_step(step + 1, model, optimizer, data, result.loss, preemption.is_due())
+        saved = saving.finish()
     peak = _largest(peak_memory_bytes(context.device), context)
     assert first is not None and result is not None
     if result.more.get("expert_imbalance") and is_main:
         log.info("experts: the busiest had %.2f times the mean one's tokens", result.more["expert_imbalance"])
     seconds = time.perf_counter() - began
-    console.summary(summary(setup, model, first, result, peak, console, seconds, folder, settings.tensorboard))
+    facts = summary(setup, model, first, result, peak, console, seconds, folder, settings.tensorboard)
+    console.summary({**facts, **saved})
     return result.loss
+
+
+def _layout(cfg: Any) -> str:
+    """Strategy and sizes, for whoever reads a checkpoint's manifest."""
+    sizes = {key: value for key, value in (cfg.get("parallelism") or {}).items() if isinstance(value, int)}
+    name = str(cfg.strategy.get("_target_", "")).rpartition(".")[2] if "strategy" in cfg else ""
+    return " ".join([name, *(f"{key}={value}" for key, value in sizes.items() if value != 1)]).strip()
+
+
+def _nothing_left(restored: Restored, steps: int, saving: Saving, is_main: bool) -> float:
+    """The last loss of a run that has made all its steps already."""
+    if is_main:
+        log.info("all %d steps are made; train.steps=N with a larger number goes on", steps)
+    for name, path in saving.finish().items():
+        if is_main:
+            log.info("%s: %s", name, path)
+    return float(restored.objects["position"]["loss"])
 
 
 def _expert_load(model: nn.Module) -> ExpertLoad | None:

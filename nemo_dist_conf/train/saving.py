@@ -1,0 +1,161 @@
+"""What the recipe keeps of a run as it goes, and where it goes on after a stop."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nemo_dist_conf.checkpoint.folder import ROOT, checkpoints_in, step_folder
+from nemo_dist_conf.checkpoint.series import Checkpoints
+from nemo_dist_conf.checkpoint.whole import Restored
+from nemo_dist_conf.errors import Preempted
+from nemo_dist_conf.ranks.tree import different_keys, flat_config
+from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.train.data import DataSource, TextData
+
+__all__ = ["Saving", "SavingSettings"]
+
+log = logging.getLogger(__name__)
+
+#: Where the folder of an exported model lies in the output folder.
+_EXPORT = "hf"
+#: Sections that say how a run is executed; that they are others than before changes no number.
+_EXECUTION = ("parallelism.", "strategy.", "pipeline.", "checkpoint.", "device", "activation_checkpointing")
+
+
+@dataclass(frozen=True)
+class SavingSettings:
+    """The node ``checkpoint``, checked."""
+
+    every: int | None
+    keep: int | None
+    asynchronous: bool
+    resume: str | None
+    export: str | None
+
+    @classmethod
+    def of(cls, node: Mapping[str, Any]) -> SavingSettings:
+        resume = node.get("resume")
+        return cls(
+            node.get("every"),
+            node.get("keep"),
+            bool(node.get("async")),
+            None if resume is None else str(resume),
+            node.get("export"),
+        )
+
+
+class Saving:
+    """The checkpoints of a run of the recipe; every rank calls the same methods."""
+
+    def __init__(self, cfg: Any, folder: Path, layout: str, steps: int) -> None:
+        """folder: of the run's output. layout: in words. Raises DataError where the checkpoints cannot be used."""
+        self._cfg, self._folder, self._steps = cfg, folder, steps
+        self._settings = settings = SavingSettings.of(cfg.get("checkpoint") or {})
+        root = folder / ROOT
+        self._checkpoints: Checkpoints | None = None
+        saves = settings.every is not None or settings.export is not None
+        there = settings.resume == "auto" and any(together(lambda: bool(checkpoints_in(root)), bool)[1])
+        if saves or there or settings.resume not in (None, "auto"):
+            self._checkpoints = Checkpoints(
+                root,
+                resume=settings.resume,
+                keep=settings.keep,
+                asynchronous=settings.asynchronous,
+                layout=layout,
+            )
+        self._saved: int | None = None
+        self._rows = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this run saves anything."""
+        return self._settings.every is not None or self._settings.export is not None
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, data: DataSource, is_main: bool) -> Restored | None:
+        """Load where the run goes on, and say so; None where it starts anew.
+
+        The learning rate and the optimizer's other settings are the config's, not the checkpoint's.
+        """
+        if self._checkpoints is None:
+            return None
+        restored = self._checkpoints.restore(model, optimizer, objects=_own(data), settings=False)
+        if restored is None:
+            return None
+        self._saved = restored.step if restored.folder.parent == self._checkpoints.folder else None
+        position = restored.objects["position"]
+        self._rows = position["rows"]
+        if isinstance(data, TextData):
+            data.go_on(restored.step, self._rows)
+        if is_main:
+            log.info("goes on after step %d, from %s", restored.step, restored.folder)
+            changed = self._changed(restored)
+            if changed:
+                log.warning("other settings than when it was saved: %s", ", ".join(changed))
+            if isinstance(data, TextData) and position["text"] not in (None, str(data.corpus.fingerprint)):
+                log.warning("the text is another than when the checkpoint was saved; the run goes on in the new one")
+        return restored
+
+    def _changed(self, restored: Restored) -> list[str]:
+        if restored.config is None:
+            return []
+        then, now = flat_config(restored.config), flat_config(self._cfg)
+        keys = [key for key in different_keys(now, then) if not key.startswith(_EXECUTION)]
+        return [f"{key}={now.get(key, 'absent')} (was {then.get(key, 'absent')})" for key in keys]
+
+    def after_step(
+        self, step: int, model: nn.Module, optimizer: Optimizer, data: DataSource, loss: float, stop: bool
+    ) -> None:
+        """Save after ``step`` steps where it is due; raise Preempted where the run is to end there."""
+        self._rows += self._cfg.train.global_batch_size
+        every = self._settings.every
+        is_due = stop or step == self._steps or (every is not None and step % every == 0)
+        if self.is_on and is_due:
+            self._save(step, model, optimizer, data, loss)
+        if stop:
+            assert self._checkpoints is not None
+            self._checkpoints.wait()
+            raise Preempted(
+                f"stopped by SIGTERM after step {step} of {self._steps}\n"
+                f"  saved   {step_folder(self._checkpoints.folder, step)}\n"
+                f"  go on   the same command with hydra.run.dir={self._folder}"
+            )
+
+    def _save(self, step: int, model: nn.Module, optimizer: Optimizer, data: DataSource, loss: float) -> None:
+        assert self._checkpoints is not None
+        text = str(data.corpus.fingerprint) if isinstance(data, TextData) else None
+        position = {"rows": self._rows, "loss": loss, "text": text}
+        objects = {"position": position, **_own(data)}
+        self._checkpoints.save(step, model, optimizer, objects=objects, config=self._cfg)
+        self._saved = step
+
+    def finish(self) -> dict[str, str]:
+        """Wait for what is being written; export where that is asked for. Facts for the summary."""
+        if self._checkpoints is None:
+            return {}
+        self._checkpoints.wait()
+        facts = {}
+        if self._saved is not None:
+            newest = step_folder(self._checkpoints.folder, self._saved)
+            facts["checkpoint"] = str(newest)
+            if self._settings.export is not None:
+                from nemo_dist_conf.checkpoint.export import export_hf
+
+                tokenizer = self._cfg.data.get("tokenizer")
+                facts["export"] = str(export_hf(newest, self._folder / _EXPORT, tokenizer=tokenizer))
+        return facts
+
+    def close(self) -> None:
+        """Wait for what is being written and give the folder back."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+
+def _own(data: DataSource) -> dict[str, Any]:
+    """The user's own data where it has a state; ours follows from the step."""
+    return {"data": data} if hasattr(data, "state_dict") and hasattr(data, "load_state_dict") else {}
