@@ -27,6 +27,7 @@ from torch.futures import Future
 from nemo_dist_conf.checkpoint.folder import INDEX, Manifest, damaged, read_json, write_file
 from nemo_dist_conf.checkpoint.pieces import Stored
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, TensorFile, write_tensors
+from nemo_dist_conf.errors import DataError
 
 __all__ = ["FolderReader", "FolderWriter", "Index", "LoadPieces", "SavePieces"]
 
@@ -190,10 +191,7 @@ class FolderReader(StorageReader):
         for item in plan.items:
             name, number = item.storage_index.fqn, item.storage_index.index
             file = self.index.tensors[name]["parts"][number][0]
-            try:
-                part = self.file(file).read(name)
-            except (KeyError, ValueError, TypeError) as error:
-                raise damaged(self.folder, f"{file} does not hold {name} ({error})") from None
+            part = self.read(file, name)
             for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths)):
                 part = part.narrow(dim, begin, length)
             target = planner.resolve_tensor(item)
@@ -202,6 +200,15 @@ class FolderReader(StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def read(self, file: str, name: str) -> Tensor:
+        """The part of a tensor that a file holds, in the file's memory. Raises DataError where there is none."""
+        try:
+            return self.file(file).read(name)
+        except (KeyError, ValueError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise damaged(self.folder, f"{file} does not hold {name} ({error})") from None
 
     def file(self, name: str) -> TensorFile:
         """A file of the checkpoint, opened once."""

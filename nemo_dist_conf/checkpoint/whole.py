@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -51,6 +51,7 @@ from nemo_dist_conf.checkpoint.storage import FolderReader, FolderWriter, Index,
 from nemo_dist_conf.checkpoint.values import from_json, random_state, set_random_state, to_json
 from nemo_dist_conf.errors import ConfigError, DataError, Problem, TrainingError
 from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.runtime.unwrap import unwrapped
 
 __all__ = ["PARTIAL", "Restored", "Snapshot", "load", "save", "take_snapshot", "write_snapshot"]
 
@@ -80,7 +81,8 @@ class Restored:
 class Snapshot:
     """The state of a run between two steps, as this rank holds it.
 
-    of_rank: texts that belong to this rank alone. summary: what the coordinator is told of this rank.
+    of_rank: texts that belong to this rank alone. summary: what the coordinator is told of this rank. optimizer: its
+    class. model: the config of a model of transformers.
     """
 
     step: int
@@ -91,7 +93,7 @@ class Snapshot:
     objects: Mapping[str, Any]
     groups: list[dict[str, Any]]
     config: str | None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] | None
 
 
 def save(
@@ -146,7 +148,14 @@ def take_snapshot(
         states,
         groups,
         OmegaConf.to_yaml(_without_hydra(config)) if config is not None else None,
+        _transformers_config(model),
     )
+
+
+def _transformers_config(model: nn.Module) -> Mapping[str, Any] | None:
+    """What an export needs to know of a model of transformers; None for any other."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    return json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else None
 
 
 def _state_of(value: Any) -> Any:
@@ -191,6 +200,7 @@ def write_snapshot(
             "optimizer": snapshot.optimizer,
             "groups": [group for one in summaries for group in one["groups"]] or snapshot.groups,
             "objects": snapshot.objects,
+            "model": snapshot.model,
             "of_rank": [n for n, mark in snapshot.summary["marks"].items() if _differs(n, mark, summaries)],
         }
         files[STATE] = write_file(partial / STATE, json.dumps(state).encode())

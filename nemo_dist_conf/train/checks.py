@@ -113,7 +113,7 @@ def _pipeline_batch_problems(train: DictConfig, pp_batch_size: int, data_size: i
 
 def _stray_keys(config: DictConfig) -> Iterable[Problem]:
     """Keys that ``+`` added where nothing reads them."""
-    own = OmegaConf.load(config_folder() / "train.yaml")
+    own: Any = OmegaConf.load(config_folder() / "train.yaml")
     groups = ["strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "model", "data", "optimizer"]
     others = [str(key) for key in own if key not in (*groups, "defaults", "hydra")]
     known: dict[str, list[str]] = {"": [*groups, *others]}

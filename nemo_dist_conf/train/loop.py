@@ -26,6 +26,7 @@ from nemo_dist_conf.runtime.order import autocast_forward
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
 from nemo_dist_conf.runtime.routing import ExpertLoad
 from nemo_dist_conf.runtime.unwrap import unwrapped
+from nemo_dist_conf.strategies import strategy_of_target
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 from nemo_dist_conf.topology import Paths
 from nemo_dist_conf.topology.world import launched
@@ -254,8 +255,8 @@ def _train(
 def _layout(cfg: Any) -> str:
     """Strategy and sizes, for whoever reads a checkpoint's manifest."""
     sizes = {key: value for key, value in (cfg.get("parallelism") or {}).items() if isinstance(value, int)}
-    name = str(cfg.strategy.get("_target_", "")).rpartition(".")[2] if "strategy" in cfg else ""
-    return " ".join([name, *(f"{key}={value}" for key, value in sizes.items() if value != 1)]).strip()
+    strategy = strategy_of_target(str(cfg.strategy.get("_target_"))) if "strategy" in cfg else None
+    return " ".join([strategy.name if strategy else "", *(f"{k}={v}" for k, v in sizes.items() if v != 1)]).strip()
 
 
 def _nothing_left(restored: Restored, steps: int, saving: Saving, is_main: bool) -> float:

@@ -1,0 +1,214 @@
+"""A checkpoint of any layout as a folder of transformers, put together from the parts on disk.
+
+No model is built and no layout is needed: each tensor is read from the files that hold parts of it and written to its
+place, so that no process holds more than one tensor at a time. Ranks share the files to be written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_dist_conf.checkpoint.folder import (
+    STATE,
+    Manifest,
+    damaged,
+    read_json,
+    read_manifest,
+    wrong_bytes,
+    wrong_sizes,
+)
+from nemo_dist_conf.checkpoint.storage import FolderReader, Index
+from nemo_dist_conf.checkpoint.tensor_file import write_tensors
+from nemo_dist_conf.errors import DataError, Problem, TrainingError
+from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.runtime.boxes import Box
+from nemo_dist_conf.runtime.materialise import tied_names
+from nemo_dist_conf.runtime.stored_names import Part, stored_parts
+
+__all__ = ["export_hf"]
+
+log = logging.getLogger(__name__)
+
+_SHARD_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
+
+
+def export_hf(
+    checkpoint: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+) -> Path:
+    """Write the weights of a checkpoint as ``AutoModelForCausalLM.from_pretrained`` loads them; returns the folder.
+
+    checkpoint: of a model of transformers. folder: replaced where it exists, once the new one is complete.
+    tokenizer: a folder or tokenizer.json to be put beside the weights. shard_bytes: of a file, at most.
+    Every rank calls it where there are several; a single process does as well.
+    Raises DataError for a damaged checkpoint or one of another kind of model, TrainingError where it cannot be written.
+    """
+    source, target = Path(checkpoint), Path(folder).absolute()
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    (manifest, index, model), _ = together(lambda: _opened(source), lambda opened: opened[0].files)
+    together(lambda: _refuse(source, wrong_bytes(manifest, sorted(manifest.files)[rank::world_size])))
+    parts = stored_parts(model)
+    names = _names(index, model, parts)
+    files = _files(names, shard_bytes)
+    partial = [target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:8]}")]
+    if world_size > 1:
+        dist.broadcast_object_list(partial, src=0)
+    reader = FolderReader(manifest, index)
+
+    def write() -> str:
+        """What went wrong on this rank."""
+        try:
+            partial[0].mkdir(parents=True, exist_ok=True)
+            for file in sorted(files)[rank::world_size]:
+                layout = {name: (names[name].dtype, names[name].shape) for name in files[file]}
+                write_tensors(partial[0] / file, layout, _values(reader, names, files[file]), {"format": "pt"})
+            if rank == 0:
+                _write_rest(partial[0], model, names, files, tokenizer)
+        except OSError as error:
+            return f"{error.strerror} (rank {rank})"
+        return ""
+
+    failed = next((reason for reason in together(write, lambda reason: reason)[1] if reason), "")
+    if rank == 0:
+        if not failed:
+            _put_in_place(partial[0], target)
+        shutil.rmtree(partial[0], ignore_errors=True)
+    together(lambda: None)  # the folder is there when any rank returns
+    if failed:
+        raise TrainingError(f"{target} could not be written: {failed}\n  kept    {source}")
+    log.info("exported %s to %s", source, target)
+    return target
+
+
+class _Source:
+    """What a tensor of the exported folder is made of: a part of a tensor of the checkpoint."""
+
+    def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], box: Box) -> None:
+        self.name, self.dtype, self.shape, self.box = name, dtype, shape, box
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def _opened(source: Path) -> tuple[Manifest, Index, Any]:
+    """Manifest, index, and the model on meta."""
+    manifest = read_manifest(source)
+    _refuse(source, wrong_sizes(manifest))
+    fields = read_json(source, STATE).get("model")
+    if not fields:
+        what = f"{source} holds no model of transformers"
+        raise DataError(Problem(what, f"export of {source}", "a run with model.config.model_type", "model=llama_tiny"))
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**fields)
+    with torch.device("meta"):
+        return manifest, Index.read(manifest), transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _refuse(source: Path, finding: str) -> None:
+    if finding:
+        raise damaged(source, finding)
+
+
+def _names(index: Index, model: Any, parts: Mapping[str, Part]) -> dict[str, _Source]:
+    """Every tensor of the folder by its stored name; tied ones once, under the name that the checkpoint has."""
+    stored = {name.removeprefix("model."): entry for name, entry in index.stored.items() if name.startswith("model.")}
+    followers = {name for group in tied_names(model) for name in group if name not in stored}
+    wanted = parts or {name: Part(name, tuple(value.shape)) for name, value in model.state_dict().items()}
+    names = {}
+    for name, part in wanted.items():
+        if part.parameter in followers:
+            continue
+        entry = stored[part.parameter]
+        names[name] = _Source(f"model.{part.parameter}", entry.dtype, part.shape, _box(part, entry.shape))
+    return names
+
+
+def _box(part: Part, shape: tuple[int, ...]) -> Box:
+    if part.expert is None:
+        return Box((0,) * len(shape), shape)
+    return Box((part.expert, part.first, *[0] * (len(shape) - 2)), (1, part.rows, *shape[2:]))
+
+
+def _files(names: Mapping[str, _Source], shard_bytes: int) -> dict[str, list[str]]:
+    """File -> the tensors in it, in the model's order."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, source in names.items():
+        if shards[-1] and size + source.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += source.bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _values(reader: FolderReader, names: Mapping[str, _Source], wanted: list[str]) -> Iterator[Tensor]:
+    for name in wanted:
+        source = names[name]
+        value = torch.empty(source.box.sizes, dtype=source.dtype)
+        for file, offsets, sizes in reader.index.tensors[source.name]["parts"]:
+            _copy_overlap(value, source.box, reader, file, source.name, Box(tuple(offsets), tuple(sizes)))
+        yield value.view(source.shape)
+
+
+def _copy_overlap(value: Tensor, box: Box, reader: FolderReader, file: str, name: str, part: Box) -> None:
+    begins = [max(a, b) for a, b in zip(box.offsets, part.offsets)]
+    ends = [min(a + s, b + t) for a, s, b, t in zip(box.offsets, box.sizes, part.offsets, part.sizes)]
+    if any(begin >= end for begin, end in zip(begins, ends)):
+        return
+    sizes = tuple(end - begin for begin, end in zip(begins, ends))
+    theirs = Box(tuple(begin - offset for begin, offset in zip(begins, part.offsets)), sizes)
+    mine = Box(tuple(begin - offset for begin, offset in zip(begins, box.offsets)), sizes)
+    mine.of(value).copy_(theirs.of(reader.read(file, name)))
+
+
+def _write_rest(
+    folder: Path, model: Any, names: Mapping[str, _Source], files: Mapping[str, list[str]], tokenizer: Any
+) -> None:
+    """The config, the index where there are several files, and the tokenizer."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = next(iter(names.values())).dtype
+    model.config.use_cache = True
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if len(files) > 1:
+        total = sum(source.bytes for source in names.values())
+        places = {name: file for file, held in files.items() for name in held}
+        content = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / _INDEX).write_text(json.dumps(content, indent=2, sort_keys=True))
+    if tokenizer is not None:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        path = Path(tokenizer).expanduser()
+        if path.is_file():
+            PreTrainedTokenizerFast(tokenizer_file=str(path)).save_pretrained(folder)
+        else:
+            AutoTokenizer.from_pretrained(str(path), local_files_only=True).save_pretrained(folder)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """The new folder takes the old one's name; the old one goes only once the new one is there."""
+    old = target.with_name(f"{partial.name}-old")
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
