@@ -39,7 +39,7 @@ from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
 from nemo_dist_conf.train.preemption import Preemption
 from nemo_dist_conf.train.report import header, not_finite, summary
 from nemo_dist_conf.train.saving import Saving
-from nemo_dist_conf.train.step import StepResult, train_step
+from nemo_dist_conf.train.step import Microbatches, StepResult, settle, train_step
 
 __all__ = ["run"]
 
@@ -126,6 +126,8 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
         rows = micro or size // context.data_size
         _check_model_knows(cfg, data, model, context)
+        if saving.goes_on:
+            settle(model, optimizer, _microbatches(data, 0, rows, context)[0], context)
         restored = saving.restore(model, optimizer, data, context.is_main)
         if restored is not None and restored.step >= settings.steps:
             return _nothing_left(restored, settings.steps, saving, context.is_main)
@@ -211,10 +213,9 @@ def _train(
             preemption.begin_step()
             # Dropout too is a function of the step: a resumed run draws what an uninterrupted one does.
             torch.manual_seed(mix_seed(cfg.seed, step, context.data_rank))
-            input_ids, labels = context.split_sequence(*data.batch(step, context.data_rank, context.data_size))
+            microbatches, labels = _microbatches(data, step, rows, context)
             tokens = _global_tokens(data, labels, context)
             lr = learning_rate.apply(optimizer, step)
-            microbatches = split_microbatches(input_ids.to(context.device), labels.to(context.device), rows)
             last = result
             result = train_step(
                 model,
@@ -267,6 +268,12 @@ def _nothing_left(restored: Restored, steps: int, saving: Saving, is_main: bool)
         if is_main:
             log.info("%s: %s", name, path)
     return float(restored.objects["position"]["loss"])
+
+
+def _microbatches(data: DataSource, step: int, rows: int, context: Any) -> tuple[Microbatches, Tensor]:
+    """This rank's part of a step's batch, on its device; and all of its labels, on the CPU."""
+    input_ids, labels = context.split_sequence(*data.batch(step, context.data_rank, context.data_size))
+    return split_microbatches(input_ids.to(context.device), labels.to(context.device), rows), labels
 
 
 def _expert_load(model: nn.Module) -> ExpertLoad | None:

@@ -77,6 +77,11 @@ class Saving:
         """Whether this run saves anything."""
         return self._settings.every is not None or self._settings.export is not None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self._checkpoints is not None and self._checkpoints.start is not None
+
     def restore(self, model: nn.Module, optimizer: Optimizer, data: DataSource, is_main: bool) -> Restored | None:
         """Load where the run goes on, and say so; None where it starts anew.
 

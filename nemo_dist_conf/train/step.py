@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -29,6 +30,7 @@ __all__ = [
     "StepResult",
     "forward_backward",
     "run_pipeline",
+    "settle",
     "train_step",
 ]
 
@@ -74,6 +76,17 @@ def forward_backward(
             objective.backward()
         total += loss_sum.detach()
     return total, balance
+
+
+def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, context: Any) -> None:
+    """Bring a wrapped model, before a checkpoint is loaded into it, to where it is after its first step.
+
+    DDP sorts its buckets anew after its first backward, and the order of a sum of several ranks follows from the
+    bucket: a run that goes on would differ in the last bit from one that never stopped. Nothing is updated here.
+    """
+    if isinstance(model, DistributedDataParallel) and context.world_size > 1:
+        forward_backward(model, microbatches, 1.0, context)
+        optimizer.zero_grad(set_to_none=True)
 
 
 def run_pipeline(

@@ -1,0 +1,24 @@
+"""A checkpoint of any layout loads under any other: same bits, and the next losses of the run that saved it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.checkpoint.exchange import DENSE, EXPERTS, ODD, TABLE, Layout, exchange, worst
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize("layouts", [DENSE, EXPERTS, ODD], ids=["dense", "experts", "other numbers of ranks"])
+def test_every_layout_loads_every_layouts_checkpoint(layouts: dict[str, Layout]) -> None:
+    found = exchange(layouts)
+    assert len(found) == len(layouts) ** 2
+    assert not worst(found), "\n".join(worst(found))
+
+
+def test_the_committed_table_is_of_these_layouts() -> None:
+    text = TABLE.read_text()
+    for layouts in (DENSE, EXPERTS, ODD):
+        for name in layouts:
+            assert f"| {name} |" in text
+    assert "other bits" not in text
