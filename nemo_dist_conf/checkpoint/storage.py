@@ -215,6 +215,6 @@ class FolderReader(StorageReader):
         if name not in self._files:
             try:
                 self._files[name] = TensorFile(self.folder / name)
-            except (OSError, ValueError, AttributeError) as error:
+            except (OSError, ValueError) as error:
                 raise damaged(self.folder, f"{name} cannot be read ({error})") from None
         return self._files[name]

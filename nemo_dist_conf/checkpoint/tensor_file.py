@@ -108,6 +108,8 @@ class TensorFile:
         if not 2 <= length <= len(self._data) - 8:
             raise ValueError(f"{path.name} has no header")
         header = json.loads(self._data[8 : 8 + length])
+        if not isinstance(header, dict):
+            raise ValueError(f"{path.name} has no header")
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._entries: dict[str, Any] = header
         self._begin = 8 + length

@@ -21,9 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
+from yaml import YAMLError
 
 from nemo_dist_conf.checkpoint.folder import (
     CONFIG,
@@ -300,7 +302,7 @@ def load(
         raise DataError(Problem(what, asked, "a folder of a checkpoint or of several", "checkpoint.resume=null"))
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    (manifest, index, state), _ = together(lambda: _opened(path), lambda opened: opened[0].files)
+    (manifest, index, state, config), _ = together(lambda: _opened(path), lambda opened: opened[0].files)
     together(lambda: _refuse(path, wrong_bytes(manifest, sorted(manifest.files)[rank::world_size])))
     pieces = _wanted(path, index, state, model, optimizer)
     reader = FolderReader(manifest, index)
@@ -318,15 +320,21 @@ def load(
         set_random_state(from_json(json.loads(own["random"])))
     elif rank == 0:
         log.info("%d ranks saved, %d load: random states go on as they are", manifest.world_size, world_size)
-    config = OmegaConf.load(path / CONFIG) if CONFIG in manifest.files else None
-    assert config is None or isinstance(config, DictConfig)
     return Restored(path, manifest.step, manifest.run, manifest.origin, manifest.world_size, config, states)
 
 
-def _opened(path: Path) -> tuple[Manifest, Index, dict[str, Any]]:
+def _opened(path: Path) -> tuple[Manifest, Index, dict[str, Any], DictConfig | None]:
     manifest = read_manifest(path)
     _refuse(path, wrong_sizes(manifest))
-    return manifest, Index.read(manifest), read_json(path, STATE)
+    config = None
+    if CONFIG in manifest.files:
+        try:
+            config = OmegaConf.load(path / CONFIG)  # text only: a tag that would build an object is refused
+        except (ValueError, YAMLError, OmegaConfBaseException):
+            config = None
+        if not isinstance(config, DictConfig):
+            raise damaged(path, f"{CONFIG} is not a config")
+    return manifest, Index.read(manifest), read_json(path, STATE), config
 
 
 def _refuse(path: Path, finding: str) -> None:
