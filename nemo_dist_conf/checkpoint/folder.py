@@ -35,10 +35,10 @@ __all__ = [
     "read_json",
     "read_manifest",
     "step_folder",
-    "wrong_bytes",
-    "wrong_sizes",
     "write_file",
     "write_manifest",
+    "wrong_bytes",
+    "wrong_sizes",
 ]
 
 #: Name of a run's folder of checkpoints, inside its output folder.

@@ -21,11 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
-from yaml import YAMLError
 
 from nemo_dist_conf.checkpoint.folder import (
     CONFIG,
@@ -329,11 +327,12 @@ def _opened(path: Path) -> tuple[Manifest, Index, dict[str, Any], DictConfig | N
     config = None
     if CONFIG in manifest.files:
         try:
-            config = OmegaConf.load(path / CONFIG)  # text only: a tag that would build an object is refused
-        except (ValueError, YAMLError, OmegaConfBaseException):
-            config = None
-        if not isinstance(config, DictConfig):
+            found = OmegaConf.load(path / CONFIG)  # text only: a tag that would build an object is refused
+        except Exception as error:  # PyYAML's own kinds among them
+            raise damaged(path, f"{CONFIG} cannot be read ({type(error).__name__})") from None
+        if not isinstance(found, DictConfig):
             raise damaged(path, f"{CONFIG} is not a config")
+        config = found
     return manifest, Index.read(manifest), read_json(path, STATE), config
 
 

@@ -1,4 +1,4 @@
-"""Kills a run of two ranks again and again: ``python -m tests.checkpoint.faults`` makes 100 kills and writes docs/faults.md.
+"""Kills a run of two ranks again and again: ``python -m tests.checkpoint.faults``, 100 times, writes docs/faults.md.
 
 A run is started, killed (SIGKILL: one rank, or both) at a random moment, and started again with the same command, until
 it is through; its last weights and its metrics.jsonl must be those of a run that nobody disturbed, bit for bit.
@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 from nemo_dist_conf.checkpoint.folder import ROOT, checkpoints_in, read_manifest
 from nemo_dist_conf.checkpoint.tensor_file import TensorFile
@@ -111,18 +110,16 @@ def _killed_run(folder: Path, words: list[str], chance: random.Random, tally: Ta
 def _start(folder: Path, words: list[str]) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        cfg = compose("train", overrides=[*WORDS, *words])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = [context.Process(target=_rank, args=(rank, port, cfg, str(folder))) for rank in range(RANKS)]
+    made = [context.Process(target=_rank, args=(rank, port, words, str(folder))) for rank in range(RANKS)]
     for process in made:
         process.start()
     return made
 
 
-def _rank(rank: int, port: int, cfg: DictConfig, folder: str) -> None:
+def _rank(rank: int, port: int, words: list[str], folder: str) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.makedirs(folder, exist_ok=True)
@@ -132,6 +129,8 @@ def _rank(rank: int, port: int, cfg: DictConfig, folder: str) -> None:
     torch.set_num_threads(1)
     from nemo_dist_conf.train.loop import run
 
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        cfg = compose("train", overrides=[*WORDS, *words])
     run(cfg, folder)
 
 
@@ -205,8 +204,8 @@ def main() -> int:
     tally = disturb(asked.kills, asked.seed)
     text = f"""# Runs under fire
 
-{tally.kills} kills with SIGKILL (seed {asked.seed}; rank 0, rank 1 or both, at a random moment) of runs with 2 ranks, fsdp2,
-{STEPS} steps, a checkpoint every {EVERY} steps. After each kill the same command went on.
+{tally.kills} kills with SIGKILL (seed {asked.seed}; rank 0, rank 1 or both, at a random moment) of runs with 2 ranks,
+fsdp2, {STEPS} steps, a checkpoint every {EVERY} steps. After each kill the same command went on.
 
 | | |
 |---|---|
