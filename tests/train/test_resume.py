@@ -225,6 +225,7 @@ def test_a_killed_rank_is_started_again_and_the_run_goes_on(tmp_path: Path) -> N
 def test_sigterm_reaches_all_ranks_through_torchrun(tmp_path: Path) -> None:
     process = start(tmp_path, "train.steps=100000", "checkpoint.every=100000", ranks=2)
     wait_for("outputs/*/*/metrics.jsonl", tmp_path, process)
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=60)[0]
     assert "stopped by SIGTERM after step" in text
