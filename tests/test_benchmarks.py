@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
     ("name", "rows", "words"),
     [
         ("overhead", 1, ("wrap [ms]", "step [ms]", "memory [MB]")),
+        ("checkpoint", 7, ("save", "pause", "plain dcp")),
         ("compose", 8, ("show a plain app's config", "complete db= in bash", "refuse a combination")),
         ("layouts", 2, ("pp 2 x dp_shard 2", "dp_shard 2 x cp 2", "step [ms]")),
         ("launch", 2, ("torchrun, by hand", "hydra/launcher=torchrun, forkserver")),
