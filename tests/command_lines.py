@@ -181,6 +181,18 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (1, "strategy=null"),
     (1, "parallelism=null"),
     (1, "~parallelism"),
+    # Checkpoints.
+    (1, "checkpoint.every=100 checkpoint.keep=null checkpoint.async=true checkpoint.export=hf"),
+    (1, "checkpoint.resume=null"),
+    (1, "checkpoint.every=0"),
+    (1, "checkpoint.every=10 checkpoint.keep=0"),
+    (1, "checkpoint.every=10 checkpoint.async=later"),
+    (1, "checkpoint.async=true"),
+    (1, "checkpoint.keep=5"),
+    (1, "checkpoint.export=gguf"),
+    (1, "checkpoint.export=hf ~model.config +model._target_=tests.dist.layouts.Net"),
+    (1, "checkpoint.resume=no/such/folder"),
+    (1, "+checkpoint.evry=3"),
     # Many at once.
     (6, "strategy=ddp parallelism.tp_size=4 pipeline=gpipe strategy.bucket_cap_mb=0 activation_checkpointing=some"),
 )

@@ -83,11 +83,13 @@ def export_hf(
             return f"{error.strerror} (rank {rank})"
         return ""
 
-    failed = next((reason for reason in together(write, lambda reason: reason)[1] if reason), "")
-    if rank == 0:
-        if not failed:
+    try:
+        failed = next((reason for reason in together(write, lambda reason: reason)[1] if reason), "")
+        if rank == 0 and not failed:
             _put_in_place(partial[0], target)
-        shutil.rmtree(partial[0], ignore_errors=True)
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial[0], ignore_errors=True)
     together(lambda: None)  # the folder is there when any rank returns
     if failed:
         raise TrainingError(f"{target} could not be written: {failed}\n  kept    {source}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import DataError, Problem
@@ -93,7 +94,7 @@ def optimizer_pieces(
     """The optimizer's tensors by ``optimizer.``, the parameter's name, and the key of its state.
 
     stored: what a checkpoint holds; state that it has and the optimizer not yet is made, to be filled. None: as it is.
-    Raises DataError for state that is neither of its parameter's shape nor one number.
+    Raises DataError for state of a sharded parameter that is neither of its shape nor one number.
     """
     names = {id(parameter): name for name, parameter in _named_state(model).items()}
     keys: dict[str, list[str]] = {}
@@ -132,6 +133,10 @@ def _make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, key
     found = state.get(key)
     if isinstance(found, Tensor) and tuple(found.shape) == stored.shape:
         return
+    if isinstance(parameter, DTensor) and stored.shape not in ((), (1,), tuple(parameter.shape)):
+        kind = type(optimizer).__name__
+        what = f"{kind} keeps {key} in the shape {list(stored.shape)}, which cannot be split as its parameter is"
+        raise DataError(Problem(what, f"optimizer {kind}", "adamw, sgd; strategy=ddp", "strategy=ddp"))
     if stored.shape == tuple(parameter.shape):
         state[key] = torch.zeros_like(parameter.detach(), dtype=stored.dtype)
     else:

@@ -218,6 +218,9 @@ def write_snapshot(
             more=more,
         )
         _sync_folder(partial)
+        finding = wrong_sizes(read_manifest(partial))  # as this node sees what all nodes wrote
+        if finding:
+            raise OSError(finding)
         if folder.exists():
             raise FileExistsError(f"{folder} exists already; it was left as it is")
         os.rename(partial, folder)
@@ -255,8 +258,10 @@ def _sync_folder(folder: Path) -> None:
 def _told_in_full(what: str, root: Path) -> Iterator[None]:
     """What failed on some rank, raised on all of them, in words."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+        with contextlib.ExitStack() as stack:
+            if not dist.is_initialized():  # one process is meant
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())

@@ -69,7 +69,7 @@ class Saving:
                 asynchronous=settings.asynchronous,
                 layout=layout,
             )
-        self._saved: int | None = None
+        self._newest: Path | None = None
         self._rows = 0
 
     @property
@@ -92,7 +92,7 @@ class Saving:
         restored = self._checkpoints.restore(model, optimizer, objects=_own(data), settings=False)
         if restored is None:
             return None
-        self._saved = restored.step if restored.folder.parent == self._checkpoints.folder else None
+        self._newest = restored.folder
         position = restored.objects["position"]
         self._rows = position["rows"]
         if isinstance(data, TextData):
@@ -137,22 +137,21 @@ class Saving:
         position = {"rows": self._rows, "loss": loss, "text": text}
         objects = {"position": position, **_own(data)}
         self._checkpoints.save(step, model, optimizer, objects=objects, config=self._cfg)
-        self._saved = step
+        self._newest = step_folder(self._checkpoints.folder, step)
 
     def finish(self) -> dict[str, str]:
         """Wait for what is being written; export where that is asked for. Facts for the summary."""
         if self._checkpoints is None:
             return {}
         self._checkpoints.wait()
-        facts = {}
-        if self._saved is not None:
-            newest = step_folder(self._checkpoints.folder, self._saved)
-            facts["checkpoint"] = str(newest)
-            if self._settings.export is not None:
-                from nemo_dist_conf.checkpoint.export import export_hf
+        if self._newest is None:
+            return {}
+        facts = {"checkpoint": str(self._newest)}
+        if self._settings.export is not None:
+            from nemo_dist_conf.checkpoint.export import export_hf
 
-                tokenizer = self._cfg.data.get("tokenizer")
-                facts["export"] = str(export_hf(newest, self._folder / _EXPORT, tokenizer=tokenizer))
+            tokenizer = self._cfg.data.get("tokenizer")
+            facts["export"] = str(export_hf(self._newest, self._folder / _EXPORT, tokenizer=tokenizer))
         return facts
 
     def close(self) -> None:

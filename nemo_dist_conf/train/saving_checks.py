@@ -44,7 +44,7 @@ def _export_problems(config: DictConfig) -> Iterable[Problem]:
     if isinstance(model, DictConfig) and "_target_" in model:
         what = "checkpoint.export=hf writes a folder of transformers, and this model is not one of transformers"
         allowed = "null for a class of your own; its checkpoints hold safetensors too"
-        yield Problem(what, f"model._target_={model._target_}", allowed, "checkpoint.export=null")
+        yield Problem(what, "checkpoint.export=hf", allowed, "checkpoint.export=null")
     elif importlib.util.find_spec("transformers") is None:
         what = "checkpoint.export=hf needs transformers, which is not installed"
         yield Problem(what, "checkpoint.export=hf", "the extra hf", "pip install 'nemo_dist_conf[hf]'")

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from nemo_dist_conf.checkpoint import Checkpoints, load, series, whole
+from nemo_dist_conf.checkpoint import Checkpoints, load, series, storage, whole
 from nemo_dist_conf.checkpoint.folder import checkpoints_in, read_manifest
 from nemo_dist_conf.errors import DataError, TrainingError
 from tests.checkpoint.small import bits, make, train
@@ -88,6 +88,22 @@ def test_a_failure_is_raised_and_the_older_one_stays(tmp_path: Path, asynchronou
     checkpoints.save(3, model)  # there is room again
     checkpoints.close()
     assert names(tmp_path) == ["step_00000001", "step_00000003"]
+
+
+def test_a_file_that_did_not_arrive_is_noticed_before_the_checkpoint_counts(tmp_path: Path) -> None:
+    """As where another node's folder is not the same one."""
+    model, _ = make()
+    write = storage.write_tensors
+
+    def lost(path: Path, *args: Any) -> tuple[int, str]:
+        told = write(path, *args)
+        path.unlink()
+        return told
+
+    with mock.patch.object(storage, "write_tensors", lost), Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(TrainingError, match="rank_00000.safetensors is missing"):
+            checkpoints.save(1, model)
+    assert not names(tmp_path)
 
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:

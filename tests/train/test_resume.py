@@ -151,6 +151,10 @@ def test_an_exported_folder_trains_on(tmp_path: Path) -> None:
     done = train(tmp_path, "checkpoint.export=hf", "parallelism.tp_size=2", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "export" in done.stdout and (tmp_path / "run/hf/config.json").is_file()
+    again = train(tmp_path, "checkpoint.export=hf", "checkpoint.resume=run", "hydra.run.dir=other")
+    assert again.returncode == 0, again.stderr  # nothing is left to be trained
+    weights = [(tmp_path / name / "hf/model.safetensors").read_bytes() for name in ("run", "other")]
+    assert weights[0] == weights[1]
     on = train(tmp_path, "model.name_or_path=run/hf", "hydra.run.dir=on", "train.steps=1")
     assert on.returncode == 0, on.stderr
 
