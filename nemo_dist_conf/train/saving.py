@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from nemo_dist_conf.checkpoint.folder import ROOT, checkpoints_in, step_folder
 from nemo_dist_conf.checkpoint.series import Checkpoints
 from nemo_dist_conf.checkpoint.whole import Restored
-from nemo_dist_conf.errors import Preempted
+from nemo_dist_conf.errors import DataError, Preempted, Problem
 from nemo_dist_conf.ranks.tree import different_keys, flat_config
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.train.data import DataSource, TextData
@@ -93,7 +93,11 @@ class Saving:
         if restored is None:
             return None
         self._newest = restored.folder
-        position = restored.objects["position"]
+        position = restored.objects.get("position")
+        if position is None:
+            what = f"{restored.folder} was not saved by this recipe: it does not say where the data stand"
+            asked, allowed = f"checkpoint.resume={self._settings.resume}", "a checkpoint of the recipe, or null"
+            raise DataError(Problem(what, asked, allowed, "checkpoint.resume=null"))
         self._rows = position["rows"]
         if isinstance(data, TextData):
             data.go_on(restored.step, self._rows)
