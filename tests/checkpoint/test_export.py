@@ -61,7 +61,9 @@ def test_from_pretrained_gives_the_same_logits(tmp_path: Path, name: str) -> Non
     layout = CASES[name]
     run_ranks(layout.ranks, exported, layout, tmp_path, 60_000)
     (logits,) = run_ranks(1, expected, layout)
-    assert torch.equal(loaded(tmp_path / "hf"), logits)
+    # On a rank too: with another number of threads a product adds up in another order.
+    (again,) = run_ranks(1, loaded, tmp_path / "hf")
+    assert torch.equal(again, logits)
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
