@@ -21,7 +21,7 @@ from nemo_dist_conf.topology import MeshSpec, Paths, pipeline_problems, solve
 from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.world import launch_command, planned_world_size
 
-__all__ = ["Checked", "SECTIONS", "check", "find_roots", "is_root", "section_of", "typed_words"]
+__all__ = ["Checked", "SECTIONS", "check", "check_values", "find_roots", "is_root", "section_of", "typed_words"]
 
 #: The sibling nodes of ``strategy``, with their schema classes.
 SECTIONS: dict[str, type] = {"parallelism": ParallelismConf, "pipeline": PipelineConf, "moe": MoEConf}
@@ -89,10 +89,34 @@ def check(
     values = _section(root, "strategy", strategy.schema, paths, problems)
     sections = {name: _section(root, name, schema, paths, problems) for name, schema in SECTIONS.items()}
     ConfigError.raise_if(problems)  # the rules below need well-typed values
+    facts = facts or _facts(cfg, root) or ModelFacts()
+    mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
+    checked, found = check_values(strategy, values, sections, mode, world_size, facts, seq_len, paths)
+    problems += mode_problems + found
+    ConfigError.raise_if(problems)
+    if checked is None:
+        raise AssertionError("not checked, but no problem either")
+    return checked
+
+
+def check_values(
+    strategy: Strategy,
+    values: Mapping[str, Any],
+    sections: Mapping[str, Mapping[str, Any]],
+    mode: bool | str,
+    world_size: int | None = None,
+    facts: ModelFacts = ModelFacts(),
+    seq_len: int | None = None,
+    paths: Paths = Paths(),
+) -> tuple[Checked | None, list[Problem]]:
+    """What ``check`` does with well-typed values: the checked config, or None and every problem.
+
+    sections: values of the nodes in SECTIONS. mode: the one answer to ``activation_checkpointing``.
+    """
+    problems: list[Problem] = []
     sizes, pipeline, moe = sections["parallelism"], sections["pipeline"], sections["moe"]
     if world_size is None:
         world_size = planned_world_size()
-    facts = facts or _facts(cfg, root) or ModelFacts()
     mesh = None
     try:
         mesh = solve(sizes, world_size, strategy.axes, paths, launch_command())
@@ -100,18 +124,15 @@ def check(
         problems += error.problems
     # A size that was refused already must not be refused again by each rule that it meets.
     usable = {axis.size_field: _usable(sizes[axis.size_field], axis, strategy) for axis in AXES}
-    mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
-    problems += mode_problems
     problems += strategy.rules(values, usable, paths)
     answered = {**values, "activation_checkpointing": mode, "ep_size": usable["ep_size"], **moe}
     problems += _section_problems(pipeline, moe, sizes, usable, facts, paths, answered)
     problems += model_problems(facts, usable, world_size, seq_len, paths, moe)
     problems += _execution_problems(strategy, usable, paths)
-    ConfigError.raise_if(problems)
-    if mesh is None:
-        raise AssertionError("no mesh, but no problem either")
+    if problems or mesh is None:
+        return None, problems
     notes = _notes(values, sizes)
-    return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, paths, facts, notes)
+    return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, paths, facts, notes), []
 
 
 def _usable(size: Any, axis: Axis, strategy: Strategy) -> Any:

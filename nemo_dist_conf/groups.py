@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 from hydra.core.config_search_path import ConfigSearchPath
 
-from nemo_dist_conf.names import SCHEDULES, STRATEGY_NAMES
+from nemo_dist_conf.names import HARDWARE, SCHEDULES, STRATEGY_NAMES
 from nemo_dist_conf.store import (
     NODE_CLASSES,
     always_call_hooks,
@@ -42,7 +42,8 @@ def config_groups() -> dict[str, dict[str, Callable[[], Any]]]:
 def register_groups(search_path: ConfigSearchPath) -> None:
     """Register everything with Hydra; called by the plugin for every app, so it must cost next to nothing."""
     _register_resolvers()
-    register(config_groups(), search_path, {"activation_checkpointing": False})
+    hardware = {"hardware": {name: functools.partial(_hardware, name) for name in HARDWARE}}
+    register(config_groups(), search_path, {"activation_checkpointing": False}, hardware)
     register_launcher(_torchrun)
     if _RANK_COUNTS & os.environ.keys():
         from nemo_dist_conf.topology.world import several_ranks
@@ -84,6 +85,12 @@ def _moe() -> Any:
     from nemo_dist_conf.schema import MoEConf
 
     return typed_node(MoEConf, "nemo_dist_conf.config.MoEParallelizerConfig", __name__)
+
+
+def _hardware(name: str) -> Any:
+    from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
+
+    return HardwareConf(**PROFILES[name])
 
 
 def _torchrun() -> Any:

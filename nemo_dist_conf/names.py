@@ -10,6 +10,7 @@ from typing import Iterable
 __all__ = [
     "ACTIVATION_CHECKPOINTING_MODES",
     "DType",
+    "HARDWARE",
     "MeshAxisName",
     "SCHEDULES",
     "STRATEGY_NAMES",
@@ -23,6 +24,9 @@ STRATEGY_NAMES: dict[str, tuple[str, ...]] = {
     "megatron_fsdp": ("megatron-fsdp", "mfsdp"),
     "ddp": (),
 }
+
+#: Options of the group ``hardware``; their figures are in schema/hardware.py.
+HARDWARE: tuple[str, ...] = ("h100", "h200", "b200", "a100", "mi300x", "cpu")
 
 
 class MeshAxisName(str, Enum):

@@ -87,22 +87,25 @@ def register(
     groups: Mapping[str, Mapping[str, Callable[[], Any]]],
     search_path: ConfigSearchPath,
     plain_base: Mapping[str, Any],
+    beside: Mapping[str, Mapping[str, Callable[[], Any]]],
 ) -> None:
     """Store every entry under ``nemo_dist/``, and under the short name where the app has no such group.
 
     groups: group -> option -> maker of its node; the first option is the default of the base config, which brings
     all groups in with one line. plain_base: what the base config holds besides its defaults list.
+    beside: further groups, which an app takes in by name.
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = ConfigStore.instance()
     _put(store, NAMESPACE, "hooks", _hooks_node)
     short: list[Any] = []
     spaced: list[Any] = []
-    for group, options in groups.items():
+    for group, options in {**groups, **beside}.items():
         first = next(iter(options))
-        spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
         owned = _owned_by_app(store, search_path, group)
-        short.append(spaced[-1] if owned else {group: first})
+        if group in groups:
+            spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
+            short.append(spaced[-1] if owned else {group: first})
         if owned:
             _remove_ours(store, group)
         for name, make in options.items():

@@ -32,7 +32,7 @@ TORCH_FREE_MODULES = [
     "nemo_dist_conf.topology.world",
     "nemo_dist_conf.train",
     "nemo_dist_conf.train.__main__",
-    "nemo_dist_conf.train.checks",
+    "nemo_dist_conf.recipe.checks",
 ]
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_dist_conf.errors import NemoDistConfError, Preempted
 from nemo_dist_conf.hooks import end
 from nemo_dist_conf.topology.world import launched
-from nemo_dist_conf.train.checks import check_recipe, config_folder, typed_model_config
+from nemo_dist_conf.recipe.checks import check_recipe, config_folder, typed_model_config
 
 __all__ = ["main"]
 

@@ -30,7 +30,7 @@ from nemo_dist_conf.strategies import strategy_of_target
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 from nemo_dist_conf.topology import Paths
 from nemo_dist_conf.topology.world import launched
-from nemo_dist_conf.train.checks import batch_problems
+from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches

@@ -15,7 +15,7 @@ from nemo_dist_conf.hooks import DistributedCallback
 from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.world import planned_world_size
-from nemo_dist_conf.train.saving_checks import saving_problems
+from nemo_dist_conf.recipe.saving_checks import saving_problems
 
 __all__ = [
     "RecipeCallback",

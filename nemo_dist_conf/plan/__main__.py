@@ -1,0 +1,28 @@
+"""``python -m nemo_dist_conf.plan [overrides]``."""
+
+from __future__ import annotations
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from nemo_dist_conf.errors import NemoDistConfError
+from nemo_dist_conf.hooks import end
+from nemo_dist_conf.recipe.checks import config_folder
+
+__all__ = ["main"]
+
+
+@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="plan")
+def main(cfg: DictConfig) -> None:
+    """Print the plan of the config."""
+    from nemo_dist_conf.plan.app import run
+
+    try:
+        print(run(cfg, HydraConfig.get()))
+    except NemoDistConfError as error:
+        end(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Bytes that a microbatch keeps for its backward on one rank, operator by operator.
+
+Names of sizes: T tokens of the microbatch on this rank, H hidden, Q and K widths of queries and keys, I of the MLP,
+V ids. Each term is a tensor that autograd saves in the modules of transformers (modeling_llama.py and its kin) run
+without fused kernels; what torch.compile saves is estimated (see ``_norm`` and ``_mlp``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_dist_conf.models.shapes import block_weights
+from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
+
+__all__ = ["Kept", "block_bytes", "kept_by_stage", "loss_bytes", "stage_bytes"]
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of a microbatch's activations.
+
+    saved: from its forward to its backward. working: of the one block that backward is in: what is recomputed.
+    """
+
+    saved: int
+    working: int
+
+
+def _item(job: Job) -> int:
+    return DTYPE_BYTES[job.compute_dtype]
+
+
+def _stream(job: Job) -> int:
+    """Bytes of an element of the residual stream: autocast leaves it in the parameters' dtype."""
+    return DTYPE_BYTES[job.param_dtype]
+
+
+def _split(job: Job) -> int:
+    """Ranks that share the sequence outside of attention and MLP."""
+    return job.tp if job.sequence_parallel else 1
+
+
+def _norm(job: Job, readers_bytes: int) -> int:
+    """RMSNorm of the residual stream, and its output as the layers after it keep it.
+
+    In float32 its input, the normalised input and the output; in a narrower type the input is kept as its float32
+    copy. Under sequence parallelism the layers keep the gathered output. Compiled, what is elementwise is recomputed
+    from the input.
+    """
+    tokens, hidden, stream = job.tokens, job.model.hidden, _stream(job)
+    split = _split(job)
+    if job.options.get("enable_compile"):
+        return tokens * hidden * stream // split + tokens * _FP32 // split
+    own = tokens * hidden * (_FP32 + stream) // split + tokens * _FP32 // split
+    return own + tokens * hidden * readers_bytes
+
+
+def _attention(job: Job) -> int:
+    """q, k, v and the output as attention keeps them, with its log-sum-exp; k and v of all tokens under cp."""
+    model, item, tp = job.model, _item(job), job.tp
+    if job.autocast and job.hardware.device == "cpu":
+        item = _FP32  # rotary embeddings are float32 under autocast, and on a CPU attention takes them as they are
+    tokens = job.tokens
+    kept = tokens * model.q_width * 2 * item // tp + tokens * job.cp * model.kv_width * 2 * item // tp
+    kept += tokens * model.heads * _FP32 // tp
+    if job.cp > 1:  # the output is put together from two parts and laid out anew
+        kept += tokens * model.q_width * item // tp
+    if model.qk_norm and not job.options.get("enable_compile"):
+        kept += tokens * (model.q_width + model.kv_width) * (_FP32 + item) // tp
+    return kept
+
+
+def _mlp(job: Job, sparse: bool) -> int:
+    """Gate, its activation, up and their product; of experts for each token that they were sent."""
+    model, item = job.model, _item(job)
+    if not sparse:
+        per_token = (2 if job.options.get("enable_compile") else 4) * model.intermediate // job.tp
+        return job.tokens * per_token * item
+    rows = job.tokens * model.experts_per_token
+    # Tokens sorted by expert, gate and up, the activation, the product, and the output before its weight.
+    per_row = 2 * model.hidden + 4 * model.expert_width
+    if job.ep > 1:  # a copy on each side of the exchange, there and back
+        per_row += 2 * model.hidden
+    return rows * per_row * item + job.tokens * model.experts * 2 * _FP32
+
+
+def block_bytes(job: Job, sparse: bool) -> int:
+    """Everything that a block keeps where nothing is recomputed."""
+    reader = _item(job)
+    return 2 * _norm(job, reader) + _attention(job) + _mlp(job, sparse)
+
+
+def _selective_bytes(job: Job, sparse: bool) -> int:
+    """The block's input, results of matrix products and of attention. Products of grouped experts are recomputed."""
+    model, item, tokens, tp = job.model, _item(job), job.tokens, job.tp
+    kept = tokens * model.hidden * _stream(job) // _split(job)
+    kept += tokens * (model.q_width + 2 * model.kv_width) * item // tp  # projections
+    kept += tokens * model.q_width * item // tp + tokens * model.heads * _FP32 // tp  # attention
+    kept += tokens * model.hidden * item  # output projection, before ranks add up
+    if job.sequence_parallel:
+        kept += 2 * tokens * model.hidden * item // tp  # and after they have, as parts of the sequence
+    if not sparse:
+        kept += tokens * (2 * model.intermediate // tp + model.hidden) * item
+    else:
+        kept += tokens * model.experts * item
+    return kept
+
+
+def _block(job: Job, sparse: bool) -> Kept:
+    if job.checkpointing is False:
+        return Kept(block_bytes(job, sparse), 0)
+    saved = job.tokens * job.model.hidden * _stream(job) // _split(job)
+    if job.checkpointing == "selective":
+        saved = _selective_bytes(job, sparse)
+        return Kept(saved, max(0, block_bytes(job, sparse) - saved))
+    return Kept(saved, block_bytes(job, sparse))
+
+
+def loss_bytes(job: Job) -> tuple[int, int]:
+    """(kept, working): logits and their log-softmax in float32; the gradients of both."""
+    elements = job.tokens * job.model.vocab
+    item = DTYPE_BYTES[job.output_dtype]
+    return elements * (item + _FP32), 2 * elements * _FP32
+
+
+def stage_bytes(job: Job, stage: Stage) -> Kept:
+    """Of one microbatch on a stage: its blocks, the final norm, head and loss; on later stages what came in."""
+    saved = working = 0
+    for sparse, count in job.model.kinds(stage.first, stage.last).items():
+        kept = _block(job, sparse)
+        saved += count * kept.saved
+        working = max(working, kept.working)
+    if job.autocast:
+        saved += _narrow_weights(job, stage)
+    if "embedding" in stage.outer:
+        saved += job.tokens * 8  # the ids
+    if "final_norm" in stage.outer:
+        reader = _item(job)
+        saved += _norm(job, reader)
+        saved += loss_bytes(job)[0]
+    return Kept(saved, working)
+
+
+def _narrow_weights(job: Job, stage: Stage) -> int:
+    """autocast's copies of the weights of matrix products; inside blocks that are recomputed they do not last."""
+    item = DTYPE_BYTES[job.compute_dtype]
+    total = 0
+    if job.checkpointing is False:
+        for sparse, count in job.model.kinds(stage.first, stage.last).items():
+            total += count * sum(w.count for w in block_weights(job.model, sparse) if len(w.shape) > 1)
+    if "head" in stage.outer or (job.model.tied and "final_norm" in stage.outer):
+        total += job.model.vocab * job.model.hidden
+    return total * item // job.tp
+
+
+def kept_by_stage(job: Job) -> dict[int, Kept]:
+    return {stage.index: stage_bytes(job, stage) for stage in job.stages}

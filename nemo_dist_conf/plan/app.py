@@ -1,0 +1,109 @@
+"""``python -m nemo_dist_conf.plan [overrides]``: the words of the recipe, and what the machine would be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_dist_conf.compose import Checked
+from nemo_dist_conf.errors import ConfigError, DataError, Problem
+from nemo_dist_conf.names import nearest
+from nemo_dist_conf.plan.from_config import job_of, planned_start
+from nemo_dist_conf.plan.plan import make_plan
+from nemo_dist_conf.plan.report import found_table
+from nemo_dist_conf.plan.search import search
+from nemo_dist_conf.recipe.checks import RecipeCallback
+from nemo_dist_conf.topology.world import about_to_start
+
+__all__ = ["PlanCallback", "run"]
+
+_OWN = ("world_size", "hardware", "plan")
+_KNOBS = ("search", "top", "formulas", "json", "picture")
+
+
+class PlanCallback(RecipeCallback):
+    """Nothing to check before: the plan checks for the ranks that it is of, and says more."""
+
+    def check(self, config: DictConfig) -> Checked | None:
+        return None
+
+
+def run(cfg: DictConfig, hydra: Any = None) -> str:
+    """What the command prints for a composed config; writes the files that it asks for.
+
+    hydra: Hydra's node, for the words that were typed. Raises ConfigError, DataError for a file that cannot be written.
+    """
+    world_size = _whole(cfg, "world_size")
+    _check_knobs(cfg.plan)
+    with about_to_start(planned_start(world_size)):
+        recipe = _recipe_config(cfg, hydra)
+        if cfg.plan.search:
+            top = _whole(cfg.plan, "top", "plan.")
+            result = search(recipe, world_size, cfg.hardware, top)
+            found: Any = [{"overrides": one.words, **one.plan.to_dict()} for one in result.best]
+            text, best = found_table(result.best, result.allowed, result.fitting), result.best[0].plan
+        else:
+            best = make_plan(job_of(recipe, world_size, cfg.hardware))
+            text, found = best.table(bool(cfg.plan.formulas)), best.to_dict()
+    if cfg.plan.picture is not None:
+        from nemo_dist_conf.plan.picture import picture
+
+        text += f"\n\npicture  {_write('picture', cfg.plan.picture, picture(best))}"
+    if cfg.plan.json == "-":
+        return json.dumps(found, indent=1)
+    if cfg.plan.json is not None:
+        text += f"\n\njson  {_write('json', cfg.plan.json, json.dumps(found, indent=1))}"
+    return text
+
+
+def _recipe_config(cfg: DictConfig, hydra: Any) -> DictConfig:
+    """The config without what is the plan's own, as the recipe would have it; typed words stay known."""
+    recipe = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(recipe, DictConfig)
+    for key in _OWN:
+        recipe.pop(key, None)
+    words = OmegaConf.select(hydra, "overrides.task") if hydra is not None else None
+    with open_dict(recipe):
+        recipe.hydra = {"overrides": {"task": list(words or [])}}
+    return recipe
+
+
+def _whole(node: Any, key: str, prefix: str = "") -> int:
+    value = node[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        example = 10 if key == "top" else 8
+        what = f"{prefix}{key}={value} is not a number of {'layouts' if key == 'top' else 'ranks'}"
+        raise ConfigError(
+            Problem(what, f"{prefix}{key}={value}", "a whole number, 1 or more", f"{prefix}{key}={example}")
+        )
+    return value
+
+
+def _check_knobs(node: Any) -> None:
+    problems = []
+    for key in map(str, node):
+        if key not in _KNOBS:
+            likely = nearest(key, _KNOBS) or ["search"]
+            what = f"plan.{key} is not an option of the plan"
+            problems.append(Problem(what, f"+plan.{key}={node[key]}", ", ".join(_KNOBS), f"plan.{likely[0]}=..."))
+    for key in ("search", "formulas"):
+        if not isinstance(node[key], bool):
+            what = f"plan.{key}={node[key]} is not true or false"
+            problems.append(Problem(what, f"plan.{key}={node[key]}", "true, false", f"plan.{key}=true"))
+    ConfigError.raise_if(problems)
+
+
+def _write(key: str, path: Any, text: str) -> Path:
+    file = Path(str(path)).expanduser()
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        what = f"{file} cannot be written ({error.strerror})"
+        suffix = "html" if key == "picture" else "json"
+        raise DataError(
+            Problem(what, f"plan.{key}={path}", "a file in a folder that is there", f"plan.{key}=plan.{suffix}")
+        ) from None
+    return file

@@ -1,0 +1,141 @@
+"""A composed recipe config -> the job to plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Mapping
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_dist_conf.compose import Checked
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.models.shapes import ModelShape, shape_of
+from nemo_dist_conf.names import HARDWARE, nearest
+from nemo_dist_conf.plan.job import Job, Update
+from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
+from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
+from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
+
+__all__ = ["batch_of", "hardware_of", "job_of", "planned_start", "shape_of_config", "update_of"]
+
+
+def planned_start(world_size: int) -> Start:
+    """So many ranks, which need not exist here."""
+    return Start(world_size, launch_command(), elsewhere=True)
+
+
+def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None = None) -> Job:
+    """What a recipe config asks for on ``world_size`` ranks. hardware None: of the config's node.
+
+    Raises ConfigError for everything that the recipe refuses, and for a model or hardware that is not known.
+    """
+    machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
+    model = shape_of_config(cfg)
+    with about_to_start(planned_start(world_size)):
+        checked = check_recipe(cfg, world_size)
+        return _job(cfg, checked, machine, model)
+
+
+def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelShape) -> Job:
+    rows, micro, seq_len = batch_of(cfg, checked.mesh.size("dp"))
+    microbatches, calls = rows // micro, 1
+    if checked.mesh.size("pp") > 1:
+        batch, micro = checked.pipeline["pp_batch_size"], checked.pipeline["pp_microbatch_size"]
+        microbatches, calls = batch // micro, rows // batch
+    autocast = checked.strategy_values.get("autocast_dtype")
+    name = getattr(autocast, "name", autocast)
+    if checked.strategy.name == "megatron_fsdp":  # the strategy has no option for it; the recipe runs it so
+        from nemo_dist_conf.resolvers import autocast_dtype
+
+        name = autocast_dtype(OmegaConf.select(cfg, "train.dtype") or "auto", machine.device)
+    return Job(
+        strategy=checked.strategy.name,
+        options=checked.strategy_values,
+        mesh=checked.mesh,
+        model=model,
+        hardware=machine,
+        rows=micro,
+        seq_len=seq_len,
+        microbatches=microbatches,
+        calls=calls,
+        pipeline=checked.pipeline,
+        moe=checked.moe,
+        checkpointing=checked.activation_checkpointing,
+        autocast=name,
+        update=update_of(cfg.get("optimizer")),
+    )
+
+
+def batch_of(cfg: Any, data_size: int) -> tuple[int, int, int]:
+    """(rows of a data rank in a step, rows of a microbatch, tokens of a row)."""
+    rows = cfg.train.global_batch_size // data_size
+    return rows, cfg.train.micro_batch_size or rows, int(cfg.data.seq_len)
+
+
+def hardware_of(node: Any) -> HardwareConf:
+    """A profile by name, or the values of a node. Raises ConfigError for an unknown one and for missing figures."""
+    if isinstance(node, HardwareConf):
+        return node
+    if isinstance(node, str) or node is None:
+        if node not in PROFILES:
+            likely = nearest(str(node), HARDWARE) or ["h100"]
+            raise ConfigError(
+                Problem(
+                    f"there is no hardware profile {node!r}",
+                    f"hardware={node}",
+                    ", ".join([*likely, *(name for name in HARDWARE if name not in likely)]) + ", or a file of your own",
+                    f"hardware={likely[0]}",
+                )
+            )
+        return HardwareConf(**PROFILES[node])
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(HardwareConf), node)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(typed))
+        values: Any = None if missing else OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        what = f"hardware: {str(error).splitlines()[0]}"
+        raise ConfigError(Problem(what, "hardware", "numbers as in hardware=h100", "hardware=h100")) from None
+    if missing:
+        what = f"the hardware profile lacks {', '.join(missing)}"
+        raise ConfigError(Problem(what, "hardware", "every figure, or defaults: [h100] above them", "hardware=h100"))
+    numbers = {key: value for key, value in vars(values).items() if isinstance(value, (int, float))}
+    wrong = [key for key, value in numbers.items() if value < 0 or (value == 0 and "latency" not in key)]
+    if wrong:
+        asked = " ".join(f"hardware.{key}={numbers[key]:g}" for key in wrong if key != "reserved_gib" or numbers[key] < 0)
+        if asked:
+            what = "a figure of the hardware is not above 0"
+            raise ConfigError(Problem(what, asked, "numbers above 0", "hardware=h100"))
+    return values
+
+
+def shape_of_config(cfg: Any) -> ModelShape:
+    """The shape of ``cfg.model``: its config, or that of its folder with the fields that were typed."""
+    model = cfg.get("model")
+    if not isinstance(model, Mapping) and not isinstance(model, DictConfig):
+        raise ConfigError(Problem("there is no model to plan", "model=null", "model=llama3_8b, ...", "model=llama3_8b"))
+    if "_target_" in model:
+        what = "a plan needs a model's config, and a module of your own has none"
+        asked = f"model._target_={model['_target_']}"
+        raise ConfigError(Problem(what, asked, "a model of transformers", "model=llama3_8b"))
+    if not model.get("name_or_path"):
+        return shape_of(OmegaConf.to_container(model["config"], resolve=True))  # type: ignore[arg-type]
+    file = Path(str(model["name_or_path"])).expanduser() / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not JSON'})"
+        asked = f"model.name_or_path={model['name_or_path']}"
+        raise ConfigError(Problem(what, asked, "a folder with a config.json", "model.name_or_path=null")) from None
+    overrides = OmegaConf.select(cfg, "hydra.overrides.task") or []
+    return shape_of({**config, **typed_model_config(model.get("config"), overrides)})
+
+
+def update_of(node: Any) -> Update:
+    """The optimizer of the node ``optimizer``: AdamW keeps two states and a step count, SGD one with momentum."""
+    name = (node or {}).get("name", "adamw")
+    fused = bool((node or {}).get("fused"))
+    if name == "sgd":
+        return Update("sgd", 1 if (node or {}).get("momentum") else 0, 0, fused)
+    return Update("adamw", 2, 1, fused)

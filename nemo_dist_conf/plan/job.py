@@ -1,0 +1,260 @@
+"""What is planned: a checked config, a model's shape, a batch and a machine, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Mapping
+
+from nemo_dist_conf.models.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
+from nemo_dist_conf.models.shapes import ModelShape
+from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.schema.hardware import HardwareConf
+from nemo_dist_conf.topology import MeshSpec
+from nemo_dist_conf.topology.pipeline import find_schedule, stage_count
+from nemo_dist_conf.topology.schedule_file import read_schedule
+from nemo_dist_conf.topology.stages import rank_of_stage, spread_layers
+
+__all__ = ["DTYPE_BYTES", "Job", "Stage", "Styles", "Update"]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Update:
+    """The optimizer. states: float32 tensors that it keeps for each parameter; scalars: numbers of 4 bytes beside."""
+
+    name: str = "adamw"
+    states: int = 2
+    scalars: int = 1
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a pipeline stage holds: layers first to last - 1, and the parts outside of layers."""
+
+    index: int
+    rank: int
+    first: int
+    last: int
+    outer: tuple[str, ...]
+
+    @property
+    def layers(self) -> int:
+        return self.last - self.first
+
+
+class Styles:
+    """Tensor-parallel styles by the name of a module, each looked up once; equal only to itself, so quick to hash."""
+
+    def __init__(self, plan: Mapping[str, str]) -> None:
+        self.plan = plan
+        self._known: dict[str, str] = {}
+
+    def of(self, module: str) -> str:
+        """The style of a module; ``replicated`` where no pattern means it."""
+        if module not in self._known:
+            found = (unalias(style) for pattern, style in self.plan.items() if match_pattern(pattern, module))
+            self._known[module] = next(found, "replicated")
+        return self._known[module]
+
+    @cached_property
+    def splits_sequence(self) -> bool:
+        return any(unalias(style) in SEQUENCE_STYLES for style in self.plan.values())
+
+
+@lru_cache(maxsize=64)
+def _own_styles(model_type: str, sequence_parallel: bool) -> Styles:
+    return Styles(complete_plan(model_type, sequence_parallel=sequence_parallel) or {})
+
+
+_NO_STYLES = Styles({})
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the formulas of a plan need.
+
+    rows, seq_len: of a microbatch on a data rank, [rows, tokens]. microbatches: of a step on a data rank.
+    calls: times a step hands rows to a pipeline; 1 without one. options: values of the strategy node by field.
+    """
+
+    strategy: str
+    options: Mapping[str, Any]
+    mesh: MeshSpec
+    model: ModelShape
+    hardware: HardwareConf
+    rows: int = 1
+    seq_len: int = 1024
+    microbatches: int = 1
+    calls: int = 1
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
+    moe: Mapping[str, Any] = field(default_factory=dict)
+    checkpointing: bool | str = False
+    autocast: str | None = None
+    update: Update = Update()
+
+    # ------------------------------------------------------------------------------------------------ sizes
+
+    @cached_property
+    def tp(self) -> int:
+        return self.mesh.size("tp")
+
+    @cached_property
+    def cp(self) -> int:
+        return self.mesh.size("cp")
+
+    @cached_property
+    def pp(self) -> int:
+        return self.mesh.size("pp")
+
+    @cached_property
+    def ep(self) -> int:
+        return self.mesh.size("ep")
+
+    @cached_property
+    def ep_shard(self) -> int:
+        return self.mesh.size("ep_shard") if self.ep > 1 else 1
+
+    @cached_property
+    def replicas(self) -> int:
+        """Copies of the sharded model: HSDP's."""
+        return self.mesh.size("dp_replicate")
+
+    @cached_property
+    def data_size(self) -> int:
+        """Parts of the global batch."""
+        return self.mesh.size("dp")
+
+    @cached_property
+    def shards(self) -> int:
+        """Ranks over which parameters, or what ZeRO shards, are split."""
+        if self.strategy == "ddp":
+            return 1
+        return self.mesh.size("dp") * self.cp if self.strategy == "megatron_fsdp" else self.mesh.size("dp_shard") * self.cp
+
+    @cached_property
+    def shard_axis(self) -> str:
+        """The name of the axis that ``shards`` counts, as the runtime chooses it."""
+        if self.strategy == "megatron_fsdp":
+            return "dp_cp" if self.cp > 1 and self.mesh.size("dp") > 1 else "cp" if self.cp > 1 else "dp"
+        shard = self.mesh.size("dp_shard")
+        return "dp_shard_cp" if shard > 1 and self.cp > 1 else "cp" if self.cp > 1 else "dp_shard"
+
+    @cached_property
+    def global_rows(self) -> int:
+        return self.rows * self.microbatches * self.calls * self.data_size
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of a microbatch on one rank: rows x seq_len / cp."""
+        return self.rows * self.seq_len // self.cp
+
+    # ------------------------------------------------------------------------------------------------ dtypes
+
+    @cached_property
+    def policy(self) -> Mapping[str, Any] | None:
+        """Mixed precision of fsdp2, None where it is off."""
+        node = self.options.get("mp_policy")
+        return node if node and node.get("enabled", True) else None
+
+    def _dtype(self, key: str) -> str | None:
+        value = (self.policy or {}).get(key)
+        return getattr(value, "name", value)
+
+    @cached_property
+    def param_dtype(self) -> str:
+        """Of gathered parameters."""
+        return self._dtype("param_dtype") or "float32"
+
+    @cached_property
+    def compute_dtype(self) -> str:
+        """Of matrix products: the gathered parameters', or autocast's."""
+        return self.autocast or self.param_dtype
+
+    @cached_property
+    def reduce_dtype(self) -> str:
+        return self._dtype("reduce_dtype") or self.param_dtype
+
+    @cached_property
+    def output_dtype(self) -> str:
+        """Of the logits that the model returns."""
+        return self._dtype("output_dtype") or self.compute_dtype
+
+    # ------------------------------------------------------------------------------------------------ techniques
+
+    @cached_property
+    def sequence_parallel(self) -> bool:
+        return self.styles.splits_sequence
+
+    @cached_property
+    def styles(self) -> Styles:
+        """The plan of tensor parallelism: the user's, else the model's own; empty without it."""
+        if self.tp == 1:
+            return _NO_STYLES
+        given = self.options.get("tp_plan")
+        if given:
+            return Styles({str(key): str(style) for key, style in dict(given).items()})
+        return _own_styles(self.model.model_type, bool(self.options.get("sequence_parallel")))
+
+    def reshards(self, last: bool) -> bool:
+        """Whether a block's gathered parameters are freed after forward. last: it is the last block of its module."""
+        if self.strategy == "megatron_fsdp":
+            return self.options.get("zero_dp_strategy") == 3
+        asked = self.options.get("reshard_after_forward")
+        return bool(asked) if asked is not None else self.pp == 1 and not last
+
+    @cached_property
+    def splits_steps(self) -> bool:
+        """Whether gradients stay whole on a rank until a step's last microbatch."""
+        several = self.microbatches > 1
+        if self.strategy == "megatron_fsdp":
+            return several and self.options.get("zero_dp_strategy", 3) < 2
+        return several and bool(self.options.get("defer_fsdp_grad_sync", True))
+
+    # ------------------------------------------------------------------------------------------------ stages
+
+    @cached_property
+    def schedule(self) -> str:
+        """The option name of the pipeline's schedule, or ``file``."""
+        if self.pipeline.get("pp_schedule_csv") is not None:
+            return "file"
+        found = find_schedule(str(self.pipeline.get("pp_schedule") or "1f1b"))
+        return next(name for name, schedule in SCHEDULES.items() if schedule is found)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages of the pipeline; one that holds everything where there is none."""
+        outer = ("embedding", "final_norm") if self.model.tied else ("embedding", "final_norm", "head")
+        if self.pp == 1:
+            return (Stage(0, 0, 0, self.model.layers, outer),)
+        if self.schedule == "file":
+            ranks: tuple[int, ...] = read_schedule(self.pipeline["pp_schedule_csv"]).ranks
+            count = len(ranks)
+        else:
+            count = stage_count(self.pipeline, self.pp, self.model.layers) or self.pp
+            v_shaped = SCHEDULES[self.schedule].v_shaped
+            ranks = tuple(rank_of_stage(stage, count, self.pp, v_shaped) for stage in range(count))
+        parts = self.pipeline.get("module_fqns_per_model_part")
+        if parts is not None:
+            return tuple(_named_stage(index, ranks[index], list(part)) for index, part in enumerate(parts))
+        found, first = [], 0
+        weighted = self.pipeline.get("layers_per_stage") is None
+        for index, layers in enumerate(spread_layers(self.model.layers, count, weighted)):
+            held = ("embedding",) * (index == 0) + ("final_norm", "head") * (index == count - 1)
+            found.append(Stage(index, ranks[index], first, first + layers, held))
+            first += layers
+        return tuple(found)
+
+    def stages_of(self, pp_rank: int) -> list[Stage]:
+        return [stage for stage in self.stages if stage.rank == pp_rank]
+
+
+def _named_stage(index: int, rank: int, names: list[str]) -> Stage:
+    """A stage given by the names of its modules; layers are those whose last part is a number."""
+    numbers = sorted(int(leaf) for leaf in (name.rpartition(".")[2] for name in names) if leaf.isdigit())
+    leaves = {name.rpartition(".")[2] for name in names}
+    parts = (("embed_tokens", "embedding"), ("norm", "final_norm"), ("lm_head", "head"))
+    outer = tuple(part for leaf, part in parts if leaf in leaves)
+    return Stage(index, rank, numbers[0] if numbers else 0, numbers[-1] + 1 if numbers else 0, outer)

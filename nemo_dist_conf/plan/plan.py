@@ -1,0 +1,172 @@
+"""Everything that is known of a job before it runs, in one object."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Iterator
+
+from nemo_dist_conf.plan.activations import kept_by_stage
+from nemo_dist_conf.plan.held import Place
+from nemo_dist_conf.plan.job import Job
+from nemo_dist_conf.plan.memory import GIB, Memory, memory_of
+from nemo_dist_conf.plan.ranks import Groups, all_groups
+from nemo_dist_conf.plan.time import StepTime, step_time
+from nemo_dist_conf.plan.traffic import Collective, traffic_of
+
+__all__ = ["FITS", "NO", "TIGHT", "Plan", "make_plan"]
+
+FITS, TIGHT, NO = "fits", "tight", "does not fit"
+#: Above this part of the memory that is free for torch a plan is called tight.
+_TIGHT = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a job. memory: of the first and of the last rank of each pipeline stage's ranks."""
+
+    job: Job
+    memory: tuple[Memory, ...]
+    step: StepTime
+
+    @cached_property
+    def most(self) -> Memory:
+        return max(self.memory, key=lambda memory: memory.peak)
+
+    @cached_property
+    def least(self) -> Memory:
+        return min(self.memory, key=lambda memory: memory.peak)
+
+    @property
+    def room(self) -> float:
+        """Memory of a rank that torch can use [bytes]."""
+        return (self.job.hardware.memory_gib - self.job.hardware.reserved_gib) * GIB
+
+    @property
+    def verdict(self) -> str:
+        return NO if self.most.peak > self.room else TIGHT if self.most.peak > _TIGHT * self.room else FITS
+
+    @cached_property
+    def groups(self) -> list[Groups]:
+        return all_groups(self.job.mesh, self.job.hardware.ranks_per_node)
+
+    @cached_property
+    def traffic(self) -> list[Collective]:
+        """Of a rank of the first pipeline stage, calls of one kind added up."""
+        found: dict[tuple[str, str, int, str], Collective] = {}
+        for entry in traffic_of(self.job, 0):
+            key = (entry.axis, entry.kind, entry.size, entry.when)
+            known = found.get(key)
+            calls = entry.calls + (known.calls if known else 0)
+            found[key] = dataclasses.replace(entry, calls=calls)
+        return list(found.values())
+
+    def ways_out(self) -> list[str]:
+        """Words that make a job fit which does not, the least costly first; none where it fits."""
+        if self.verdict == FITS:
+            return []
+        found = []
+        for words, job in _smaller(self.job):
+            if make_plan(job).verdict != NO:
+                found.append(words)
+            if len(found) == 3:
+                break
+        return found
+
+    def table(self, formulas: bool = False) -> str:
+        from nemo_dist_conf.plan.report import table
+
+        return table(self, formulas)
+
+    def short(self) -> str:
+        """One line: memory, time and verdict."""
+        job, step = self.job, self.step
+        return (
+            f"{self.most.peak_gib:.2f} of {job.hardware.memory_gib:g} GiB ({self.verdict}), "
+            f"{_seconds(step.seconds)} a step, {step.tokens_per_second:,.0f} tokens/s, MFU {100 * step.mfu:.1f} %"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; bytes, seconds, counts."""
+        job = self.job
+        return {
+            "world_size": job.mesh.world_size,
+            "strategy": job.strategy,
+            "layout": job.mesh.describe(),
+            "mesh": dict(zip(job.mesh.axes, job.mesh.shape)),
+            "hardware": job.hardware.name,
+            "model": {"type": job.model.model_type, "parameters": job.model.parameters},
+            "verdict": self.verdict,
+            "change": self.ways_out(),
+            "memory_bytes": [dataclasses.asdict(memory) for memory in self.memory],
+            "groups": [
+                {"axis": g.axis, "size": g.size, "count": g.count, "nodes": g.nodes, "first": g.members(0)[:64]}
+                for g in self.groups
+            ],
+            "traffic": [
+                {"axis": e.axis, "kind": e.kind, "calls": e.calls, "bytes": e.bytes, "when": e.when, "why": e.why}
+                for e in self.traffic
+            ],
+            "step_seconds": self.step.seconds,
+            "seconds_by_part": dict(self.step.parts),
+            "bubble": self.step.bubble,
+            "mfu": self.step.mfu,
+            "tokens_per_second": self.step.tokens_per_second,
+        }
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def make_plan(job: Job) -> Plan:
+    """Memory of the first and last rank of every pipeline rank, and the time of a step."""
+    first = step_time(job)
+    saved = {index: kept.saved for index, kept in kept_by_stage(job).items()}
+    kept = None
+    if first.timeline is not None:
+        timeline = first.timeline
+
+        def kept(rank: int) -> int:
+            return timeline.kept(rank, saved.__getitem__)
+
+    last = Place(job.tp - 1, job.shards - 1, job.ep - 1, job.ep_shard - 1)
+    memory: list[Memory] = []
+    for rank in range(job.pp):
+        both = [memory_of(job, rank, place, kept) for place in (Place(), last)]
+        memory += both if both[0] != both[1] else both[:1]
+    return Plan(job, tuple(memory), step_time(job, {m.pp_rank: m for m in reversed(memory)}, first.timeline))
+
+
+def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
+    """Changes that save memory without another number of ranks, and two of them together."""
+    options = dict(job.options)
+    modes = [mode for mode in ("selective", True) if job.checkpointing is False or mode is True]
+    if job.strategy == "megatron_fsdp":
+        modes = [True]
+    lighter = [
+        (f"activation_checkpointing={str(mode).lower()}", {"checkpointing": mode})
+        for mode in modes
+        if mode != job.checkpointing
+    ]
+    split: list[tuple[str, dict[str, Any]]] = []
+    if job.rows > 1 and job.pp == 1:
+        changed = {"rows": 1, "microbatches": job.rows * job.microbatches}
+        split.append(("train.micro_batch_size=1", changed))
+    if job.strategy == "fsdp2" and job.tp > 1 and not job.sequence_parallel and job.model.experts == 0:
+        changed = {"options": {**options, "sequence_parallel": True}}
+        split.append(("strategy.sequence_parallel=true", changed))
+    if job.strategy == "fsdp2" and options.get("reshard_after_forward") is False:
+        split.append(("strategy.reshard_after_forward=null", {"options": {**options, "reshard_after_forward": None}}))
+    single = [*split, *lighter]
+    pairs = [(f"{a} {b}", {**x, **y}) for a, x in split for b, y in lighter]
+    if job.strategy == "fsdp2":
+        policy = {"enabled": True, "pin_memory": True}
+        words = "strategy.offload_policy.enabled=true"
+        everything = dict(change for _, changed in single for change in changed.items())
+        all_words = " ".join([*(word for word, _ in split), *(word for word, _ in lighter[-1:]), words])
+        offloaded = {**options, **everything.get("options", {}), "offload_policy": policy}
+        pairs.append((all_words, {**everything, "options": offloaded}))
+    for words, changed in (*single, *pairs):
+        yield words, dataclasses.replace(job, **changed)

@@ -1,0 +1,314 @@
+"""Every layout that the rules allow for a number of ranks, those that fit, and the fastest of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, Iterator, Mapping
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_dist_conf.compose import SECTIONS, check_values
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.models.facts import ModelFacts
+from nemo_dist_conf.models.shapes import ModelShape
+from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.plan.activations import stage_bytes
+from nemo_dist_conf.plan.from_config import hardware_of, planned_start, shape_of_config, update_of
+from nemo_dist_conf.plan.held import Place
+from nemo_dist_conf.plan.job import Job
+from nemo_dist_conf.plan.memory import memory_of, resting_bytes
+from nemo_dist_conf.plan.plan import NO, Plan, make_plan
+from nemo_dist_conf.plan.time import quick_seconds
+from nemo_dist_conf.recipe.checks import batch_problems
+from nemo_dist_conf.resolvers import autocast_dtype, compute_dtype
+from nemo_dist_conf.schema.hardware import HardwareConf
+from nemo_dist_conf.strategies import STRATEGIES, Strategy
+from nemo_dist_conf.topology.solve import divisors
+from nemo_dist_conf.topology.world import about_to_start
+
+__all__ = ["Found", "Result", "search"]
+
+#: Schedules that are tried; the others need more memory or time than one of these for the same layout.
+_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv_zero_bubble")
+#: So many of the quick estimates' best are planned in full.
+_REFINED = 2
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits. words: overrides that choose it."""
+
+    words: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best layouts, fastest first; how many the rules allow, and how many of those fit."""
+
+    best: tuple[Found, ...]
+    allowed: int
+    fitting: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes of the axes and what else is chosen with them."""
+
+    strategy: Strategy
+    values: Mapping[str, Any]
+    sizes: Mapping[str, Any]
+    schedule: str | None
+    sequence: bool
+
+
+def search(
+    cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None = None, top: int = 10
+) -> Result:
+    """The ``top`` fastest layouts of a recipe config on so many ranks, of all strategies.
+
+    Batch, model, optimizer and dtypes stay; strategy, sizes, schedule, sequence parallelism, activation checkpointing
+    and the microbatch are chosen.
+    Raises ConfigError where no layout is allowed, with the nearest number of ranks that one is, or none fits.
+    """
+    machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
+    model = shape_of_config(cfg)
+    seek = _Search(cfg, machine, model)
+    with about_to_start(planned_start(world_size)):
+        result = seek.best(world_size, top)
+        if not result.allowed:
+            raise _no_layout(seek, world_size)
+    if not result.fitting:
+        raise _none_fits(seek, world_size, result)
+    return result
+
+
+class _Search:
+    def __init__(self, cfg: DictConfig, machine: HardwareConf, model: ModelShape) -> None:
+        self.machine, self.model = machine, model
+        self.rows, self.seq_len = cfg.train.global_batch_size, int(cfg.data.seq_len)
+        problems = batch_problems(self.rows, None, 1)
+        ConfigError.raise_if(problems)
+        self.dtype = OmegaConf.select(cfg, "train.dtype") or "auto"
+        self.update = update_of(cfg.get("optimizer"))
+        self.sections = {name: _defaults(schema) for name, schema in SECTIONS.items()}
+        self.facts = ModelFacts(
+            model.model_type,
+            model.hidden,
+            None if model.experts else model.intermediate,
+            model.layers,
+            model.heads,
+            model.kv_heads,
+            model.vocab,
+            model.experts or None,
+            model.tied,
+        )
+
+    def best(self, world_size: int, top: int) -> Result:
+        quick: list[tuple[float, int, Job, _Layout, bool | str]] = []
+        allowed = 0
+        room = (self.machine.memory_gib - self.machine.reserved_gib) * 2**30
+        for layout in self.layouts(world_size):
+            job = self.job(layout, world_size)
+            if job is None:
+                continue
+            allowed += 1
+            if sum(resting_bytes(job, 0, Place())) > room:
+                continue
+            for mode in layout.strategy.activation_checkpointing:
+                for changed in self.batches(job, mode):
+                    if _quick_peak(changed) > room:
+                        break  # larger microbatches need more
+                    quick.append((quick_seconds(changed), len(quick), changed, layout, mode))
+        quick.sort(key=lambda entry: entry[:2])
+        found: list[Found] = []
+        for _, _, job, layout, mode in quick[: _REFINED * top]:
+            plan = make_plan(job)
+            if plan.verdict != NO:
+                found.append(Found(_words(layout, job, mode, self.rows), plan))
+        found.sort(key=lambda one: one.plan.step.seconds)
+        fitting = len({id(layout) for _, _, _, layout, _ in quick})
+        return Result(tuple(found[:top]), allowed, fitting)
+
+    def layouts(self, world_size: int) -> Iterator[_Layout]:
+        """All sizes whose product is world_size and that divide the model and the batch."""
+        for strategy in STRATEGIES:
+            axes = strategy.axes.allowed
+            values = self.values(strategy)
+            widths = [w for w in (self.model.heads, self.model.kv_heads, self.model.intermediate) if w]
+            for pp in divisors(world_size) if "pp" in axes else [1]:
+                if pp > self.model.layers:
+                    continue
+                for tp in divisors(world_size // pp) if "tp" in axes and not self.model.experts else [1]:
+                    if any(width % tp for width in widths):
+                        continue
+                    for cp in divisors(world_size // (pp * tp)) if "cp" in axes else [1]:
+                        dp = world_size // (pp * tp * cp)
+                        if self.rows % dp or (cp > 1 and self.seq_len % (2 * cp)):
+                            continue
+                        yield from self.with_data(strategy, values, pp, tp, cp, dp)
+
+    def with_data(
+        self, strategy: Strategy, values: Mapping[str, Any], pp: int, tp: int, cp: int, dp: int
+    ) -> Iterator[_Layout]:
+        replicas = [d for d in divisors(dp) if d < dp or d == 1] if "dp_replicate" in strategy.axes.allowed else [1]
+        experts = divisors(self.model.experts) if self.model.experts and "ep" in strategy.axes.allowed else [1]
+        for replicate in replicas:
+            for ep in experts:
+                sizes = {
+                    **self.sections["parallelism"],
+                    "dp_replicate_size": replicate if replicate > 1 else None,
+                    "tp_size": tp,
+                    "pp_size": pp,
+                    "cp_size": cp,
+                    "ep_size": ep,
+                }
+                for schedule in _SCHEDULES if pp > 1 else (None,):
+                    yield _Layout(strategy, values, sizes, schedule, tp > 1 and "sequence_parallel" in values)
+
+    def values(self, strategy: Strategy) -> dict[str, Any]:
+        """The strategy's defaults, in the dtype of the recipe."""
+        values = _defaults(strategy.schema)
+        device = self.machine.device
+        if "autocast_dtype" in values and strategy.name == "ddp":
+            values["autocast_dtype"] = autocast_dtype(self.dtype, device)
+        if "mp_policy" in values:
+            narrow = compute_dtype(self.dtype, device)
+            values["mp_policy"] = {**values["mp_policy"], "param_dtype": narrow, "output_dtype": "float32"}
+        return values
+
+    def job(self, layout: _Layout, world_size: int) -> Job | None:
+        """The layout's job with as small a microbatch as there is; None where a rule forbids it."""
+        sizes, pp = layout.sizes, layout.sizes["pp_size"]
+        data_size = world_size // (pp * sizes["tp_size"] * sizes["cp_size"])
+        rows = self.rows // data_size
+        pipeline = dict(self.sections["pipeline"])
+        if layout.schedule is not None:
+            pipeline |= {"pp_schedule": layout.schedule, "pp_batch_size": rows, "pp_microbatch_size": 1}
+        values = dict(layout.values)
+        if layout.sequence:
+            values["sequence_parallel"] = True
+        sections = {**self.sections, "parallelism": sizes, "pipeline": pipeline}
+        checked, _ = check_values(
+            layout.strategy, values, sections, False, world_size, facts=self.facts, seq_len=self.seq_len
+        )
+        if checked is None:
+            return None
+        autocast = values.get("autocast_dtype")
+        if layout.strategy.name == "megatron_fsdp":
+            autocast = autocast_dtype(self.dtype, self.machine.device)
+        return Job(
+            strategy=layout.strategy.name,
+            options=values,
+            mesh=checked.mesh,
+            model=self.model,
+            hardware=self.machine,
+            rows=1,
+            seq_len=self.seq_len,
+            microbatches=rows,
+            pipeline=pipeline,
+            moe=self.sections["moe"],
+            autocast=autocast,
+            update=self.update,
+        )
+
+    def batches(self, job: Job, mode: bool | str) -> Iterator[Job]:
+        """The job with this mode and every size of a microbatch that is a power of two and divides its rows."""
+        if mode and job.pp > 1 and SCHEDULES[job.schedule].splits_backward:
+            return
+        size = 1
+        while size <= job.microbatches and job.microbatches % size == 0:
+            pipeline = {**job.pipeline, "pp_microbatch_size": size} if job.pp > 1 else job.pipeline
+            if job.pp == 1 or _enough(job, job.microbatches // size):
+                yield dataclasses.replace(
+                    job, rows=size, microbatches=job.microbatches // size, pipeline=pipeline, checkpointing=mode
+                )
+            size *= 2
+
+
+def _enough(job: Job, microbatches: int) -> bool:
+    """Whether a schedule runs with so many microbatches."""
+    schedule = SCHEDULES[job.schedule]
+    needed = 2 * job.pp if job.schedule == "dualpipe_v" else job.pp
+    return microbatches >= needed and (not schedule.rounds or microbatches % max(1, microbatches // job.pp) == 0)
+
+
+def _quick_peak(job: Job) -> int:
+    """The peak of the first and of the last pipeline rank."""
+    per_rank = len(job.stages) // job.pp
+
+    def kept(rank: int) -> int:
+        flights = {
+            "1f1b": min(job.microbatches, job.pp - rank),
+            "interleaved_1f1b": min(
+                job.microbatches * per_rank, (per_rank - 1) * job.pp + 2 * (job.pp - 1 - rank) + 1
+            ),
+            "zbv_zero_bubble": min(job.microbatches * per_rank, 2 * job.pp),
+        }[job.schedule]
+        sizes = [stage_bytes(job, stage).saved for stage in job.stages_of(rank)]
+        return flights * sum(sizes) // len(sizes)
+
+    ranks = {0, job.pp - 1}
+    return max(memory_of(job, rank, Place(), kept if job.pp > 1 else None).peak for rank in ranks)
+
+
+@functools.cache
+def _defaults(schema: type) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.structured(schema), resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _words(layout: _Layout, job: Job, mode: bool | str, rows: int) -> str:
+    """The overrides that choose a layout in the recipe."""
+    words = [f"strategy={layout.strategy.name}"]
+    for name, size in layout.sizes.items():
+        if size not in (None, 1):
+            words.append(f"parallelism.{name}={size}")
+    if layout.sequence:
+        words.append("strategy.sequence_parallel=true")
+    if job.pp > 1:
+        words += [f"pipeline={job.schedule}"] if job.schedule != "1f1b" else []
+        words += [f"pipeline.pp_microbatch_size={job.rows}"] if job.rows > 1 else []
+    elif job.microbatches > 1:
+        words.append(f"train.micro_batch_size={job.rows}")
+    if mode:
+        words.append(f"activation_checkpointing={str(mode).lower()}")
+    return " ".join(words)
+
+
+def _no_layout(seek: _Search, world_size: int) -> ConfigError:
+    near = next((n for n in _outwards(world_size) if any(_legal(seek, n))), None)
+    what = f"no layout of {world_size} ranks divides {seek.rows} rows, {seek.model.heads} heads and {seek.seq_len} tokens"
+    allowed = "numbers of ranks that do, or another global_batch_size"
+    return ConfigError(
+        Problem(what, f"world_size={world_size}", allowed, f"world_size={near or 1}")
+    )
+
+
+def _legal(seek: _Search, world_size: int) -> Iterator[bool]:
+    with about_to_start(planned_start(world_size)):
+        for layout in seek.layouts(world_size):
+            if seek.job(layout, world_size) is not None:
+                yield True
+                return
+
+
+def _outwards(number: int) -> Iterator[int]:
+    """The numbers beside one, nearest first, the smaller before the larger."""
+    for step in range(1, number + 1):
+        if number - step > 0:
+            yield number - step
+        yield number + step
+
+
+def _none_fits(seek: _Search, world_size: int, result: Result) -> ConfigError:
+    what = (
+        f"none of the {result.allowed:,} layouts of {world_size} ranks fits into "
+        f"{seek.machine.memory_gib:g} GiB a rank"
+    )
+    asked = f"world_size={world_size} hardware={seek.machine.name!r}"
+    return ConfigError(Problem(what, asked, "more ranks, or ranks with more memory", f"world_size={2 * world_size}"))
+
