@@ -15,6 +15,7 @@ from nemo_dist_conf.store import (
     register,
     register_launcher,
     register_resolver,
+    register_sweeper,
     typed_node,
 )
 
@@ -45,6 +46,7 @@ def register_groups(search_path: ConfigSearchPath) -> None:
     hardware = {"hardware": {name: functools.partial(_hardware, name) for name in HARDWARE}}
     register(config_groups(), search_path, {"activation_checkpointing": False}, hardware)
     register_launcher(_torchrun)
+    register_sweeper(_layouts)
     if _RANK_COUNTS & os.environ.keys():
         from nemo_dist_conf.topology.world import several_ranks
 
@@ -55,7 +57,7 @@ def register_groups(search_path: ConfigSearchPath) -> None:
 def __getattr__(name: str) -> Any:
     """A node class by name: pickle asks for it in a process where Hydra has not asked for the node yet."""
     if name.endswith("Conf"):
-        for make in [make for options in config_groups().values() for make in options.values()] + [_torchrun]:
+        for make in [make for options in config_groups().values() for make in options.values()] + [_torchrun, _layouts]:
             make()
         if name in NODE_CLASSES:
             return NODE_CLASSES[name]
@@ -97,6 +99,12 @@ def _torchrun() -> Any:
     from nemo_dist_conf.schema.launcher import TorchrunConf
 
     return typed_node(TorchrunConf, "hydra_plugins.nemo_dist_conf.torchrun_launcher.TorchrunLauncher", __name__)
+
+
+def _layouts() -> Any:
+    from nemo_dist_conf.schema.sweeper import LayoutsConf
+
+    return typed_node(LayoutsConf, "hydra_plugins.nemo_dist_conf.layouts_sweeper.LayoutsSweeper", __name__)
 
 
 def _register_resolvers() -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "register",
     "register_launcher",
     "register_resolver",
+    "register_sweeper",
     "typed_node",
 ]
 
@@ -120,6 +121,11 @@ def register(
 def register_launcher(make: Callable[[], Any]) -> None:
     """Store ``hydra/launcher=torchrun``, a name that Hydra's plugins share, unless another plugin has it."""
     _put(ConfigStore.instance(), "hydra/launcher", "torchrun", make)
+
+
+def register_sweeper(make: Callable[[], Any]) -> None:
+    """Store ``hydra/sweeper=layouts``, likewise."""
+    _put(ConfigStore.instance(), "hydra/sweeper", "layouts", make)
 
 
 def always_call_hooks() -> None:

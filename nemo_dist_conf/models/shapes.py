@@ -82,7 +82,8 @@ class ModelShape:
 
 
 #: model_type -> what its config in transformers holds where the user says nothing.
-#: biases: which of these options the family heeds. Source: transformers 5.23, models/*/configuration_*.py; a test compares.
+#: biases: which of these options the family heeds.
+#: Source: transformers 5.23, models/*/configuration_*.py; a test compares.
 SHAPED_FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "biases": ("attention_bias", "mlp_bias")},
     "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},

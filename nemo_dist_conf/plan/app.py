@@ -27,7 +27,7 @@ _KNOBS = ("search", "top", "formulas", "json", "picture")
 class PlanCallback(RecipeCallback):
     """Nothing to check before: the plan checks for the ranks that it is of, and says more."""
 
-    def check(self, config: DictConfig) -> Checked | None:
+    def check(self, config: DictConfig) -> Checked | None:  # type: ignore[override]  # there is none to return yet
         return None
 
 

@@ -85,7 +85,7 @@ def hardware_of(node: Any) -> HardwareConf:
                 Problem(
                     f"there is no hardware profile {node!r}",
                     f"hardware={node}",
-                    ", ".join([*likely, *(name for name in HARDWARE if name not in likely)]) + ", or a file of your own",
+                    ", ".join([*likely, *(name for name in HARDWARE if name not in likely), "or a file of your own"]),
                     f"hardware={likely[0]}",
                 )
             )
@@ -101,12 +101,12 @@ def hardware_of(node: Any) -> HardwareConf:
         what = f"the hardware profile lacks {', '.join(missing)}"
         raise ConfigError(Problem(what, "hardware", "every figure, or defaults: [h100] above them", "hardware=h100"))
     numbers = {key: value for key, value in vars(values).items() if isinstance(value, (int, float))}
-    wrong = [key for key, value in numbers.items() if value < 0 or (value == 0 and "latency" not in key)]
+    may_be_0 = ("reserved_gib", "kernel_launch_us", "intra_node_latency_us", "inter_node_latency_us")
+    wrong = [key for key, value in numbers.items() if value < 0 or (value == 0 and key not in may_be_0)]
     if wrong:
-        asked = " ".join(f"hardware.{key}={numbers[key]:g}" for key in wrong if key != "reserved_gib" or numbers[key] < 0)
-        if asked:
-            what = "a figure of the hardware is not above 0"
-            raise ConfigError(Problem(what, asked, "numbers above 0", "hardware=h100"))
+        what = "a figure of the hardware is not above 0"
+        asked = " ".join(f"hardware.{key}={numbers[key]:g}" for key in wrong)
+        raise ConfigError(Problem(what, asked, "numbers above 0", "hardware=h100"))
     return values
 
 

@@ -132,7 +132,8 @@ class Job:
         """Ranks over which parameters, or what ZeRO shards, are split."""
         if self.strategy == "ddp":
             return 1
-        return self.mesh.size("dp") * self.cp if self.strategy == "megatron_fsdp" else self.mesh.size("dp_shard") * self.cp
+        data = "dp" if self.strategy == "megatron_fsdp" else "dp_shard"
+        return self.mesh.size(data) * self.cp
 
     @cached_property
     def shard_axis(self) -> str:

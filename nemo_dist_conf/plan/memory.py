@@ -11,7 +11,7 @@ from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = ["Memory", "memory_of", "resting_bytes"]
 
-GIB = 2**30
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Memory:
 
     @property
     def peak_gib(self) -> float:
-        return self.peak / GIB
+        return self.peak / _GIB
 
 
 def resting_bytes(job: Job, pp_rank: int, place: Place) -> tuple[int, int, int]:
@@ -96,7 +96,10 @@ def _gathered(job: Job, stages: list[Stage]) -> _Gathered:
 
 
 def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] | None = None) -> Memory:
-    """What a rank holds. kept: activations in flight on a pipeline rank (schedule.Timeline.kept), None: one microbatch."""
+    """What a rank holds.
+
+    kept: activations in flight on a pipeline rank (schedule.Timeline.kept), None: one microbatch's.
+    """
     parameters, gradients, optimizer = resting_bytes(job, pp_rank, place)
     stages = job.stages_of(pp_rank)
     saved: dict[int, Kept] = {stage.index: stage_bytes(job, stage) for stage in stages}

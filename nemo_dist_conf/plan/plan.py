@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Iterator
@@ -10,12 +11,12 @@ from typing import Any, Iterator
 from nemo_dist_conf.plan.activations import kept_by_stage
 from nemo_dist_conf.plan.held import Place
 from nemo_dist_conf.plan.job import Job
-from nemo_dist_conf.plan.memory import GIB, Memory, memory_of
+from nemo_dist_conf.plan.memory import Memory, memory_of
 from nemo_dist_conf.plan.ranks import Groups, all_groups
 from nemo_dist_conf.plan.time import StepTime, step_time
 from nemo_dist_conf.plan.traffic import Collective, traffic_of
 
-__all__ = ["FITS", "NO", "TIGHT", "Plan", "make_plan"]
+__all__ = ["FITS", "NO", "Plan", "TIGHT", "make_plan"]
 
 FITS, TIGHT, NO = "fits", "tight", "does not fit"
 #: Above this part of the memory that is free for torch a plan is called tight.
@@ -41,7 +42,7 @@ class Plan:
     @property
     def room(self) -> float:
         """Memory of a rank that torch can use [bytes]."""
-        return (self.job.hardware.memory_gib - self.job.hardware.reserved_gib) * GIB
+        return (self.job.hardware.memory_gib - self.job.hardware.reserved_gib) * 2**30
 
     @property
     def verdict(self) -> str:
@@ -124,13 +125,8 @@ def make_plan(job: Job) -> Plan:
     """Memory of the first and last rank of every pipeline rank, and the time of a step."""
     first = step_time(job)
     saved = {index: kept.saved for index, kept in kept_by_stage(job).items()}
-    kept = None
-    if first.timeline is not None:
-        timeline = first.timeline
-
-        def kept(rank: int) -> int:
-            return timeline.kept(rank, saved.__getitem__)
-
+    timeline = first.timeline
+    kept = None if timeline is None else functools.partial(timeline.kept, size=saved.__getitem__)
     last = Place(job.tp - 1, job.shards - 1, job.ep - 1, job.ep_shard - 1)
     memory: list[Memory] = []
     for rank in range(job.pp):
@@ -145,12 +141,13 @@ def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
     modes = [mode for mode in ("selective", True) if job.checkpointing is False or mode is True]
     if job.strategy == "megatron_fsdp":
         modes = [True]
-    lighter = [
+    lighter: list[tuple[str, dict[str, Any]]] = [
         (f"activation_checkpointing={str(mode).lower()}", {"checkpointing": mode})
         for mode in modes
         if mode != job.checkpointing
     ]
     split: list[tuple[str, dict[str, Any]]] = []
+    changed: dict[str, Any]
     if job.rows > 1 and job.pp == 1:
         changed = {"rows": 1, "microbatches": job.rows * job.microbatches}
         split.append(("train.micro_batch_size=1", changed))

@@ -96,7 +96,8 @@ def _traffic(plan: Plan) -> list[str]:
 def _time(plan: Plan) -> list[str]:
     step = plan.step
     parts = [f"{name} {100 * value / step.seconds:.0f} %" for name, value in step.parts.items() if value]
-    lines = [f"step  about {duration(step.seconds)}, {step.tokens_per_second:,.0f} tokens/s, MFU {100 * step.mfu:.1f} %"]
+    speed = f"{step.tokens_per_second:,.0f} tokens/s, MFU {100 * step.mfu:.1f} %"
+    lines = [f"step  about {duration(step.seconds)}, {speed}"]
     if step.timeline is not None:
         lines.append(f"  bubble of {plan.job.schedule}: {100 * step.bubble:.1f} % of the ranks' time")
     return [*lines, "  " + ", ".join(parts)]

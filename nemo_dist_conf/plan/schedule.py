@@ -1,8 +1,8 @@
 """A pipeline schedule played through: who computes what when, how long a rank waits, what it keeps meanwhile.
 
-The orders of gpipe, 1f1b, interleaved_1f1b and looped_bfs are torch's, action by action, and a schedule file's are its
-own. The three schedules that split backward are played greedily (a gradient for a neighbour first, then a forward where
-memory allows, then gradients of weights), which comes close to torch's tables without being them.
+The orders of gpipe, 1f1b, interleaved_1f1b and looped_bfs are torch's, action by action; a schedule file has its
+own. The three schedules that split backward are played greedily (a gradient for a neighbour first, then a forward
+where memory allows, then gradients of weights), which comes close to the tables of torch.
 Sources: GPipe (arXiv:1811.06965), 1F1B (arXiv:2104.04473), zero bubble (arXiv:2401.10241), torch/distributed/pipelining.
 """
 
@@ -98,7 +98,7 @@ def _looped_bfs(rank: int, ranks: int, stages: Sequence[int], count: int) -> Ite
 
 
 def _interleaved(rank: int, ranks: int, stages: Sequence[int], count: int) -> Iterator[Action]:
-    """Rounds of microbatches go through a rank's stages in turn. Source: torch's schedules.py, ScheduleInterleaved1F1B."""
+    """Rounds of microbatches go through a rank's stages in turn. Source: torch's ScheduleInterleaved1F1B."""
     here, rounds = len(stages), max(1, count // ranks)
     in_round, total = count // rounds, here * count
     warmup = min(total, (here - 1) * in_round + 2 * (ranks - 1 - rank))

@@ -117,16 +117,26 @@ class _Search:
             allowed += 1
             if sum(resting_bytes(job, 0, Place())) > room:
                 continue
+            largest = 0
             for mode in layout.strategy.activation_checkpointing:
                 for changed in self.batches(job, mode):
-                    if _quick_peak(changed) > room:
+                    if changed.rows <= largest:
+                        continue  # it fits without recomputing as much
+                    if not _may_fit(changed, room):
                         break  # larger microbatches need more
+                    largest = changed.rows
                     quick.append((quick_seconds(changed), len(quick), changed, layout, mode))
-        quick.sort(key=lambda entry: entry[:2])
+        quick.sort(key=lambda entry: (entry[0], -entry[2].rows, entry[1]))
         found: list[Found] = []
-        for _, _, job, layout, mode in quick[: _REFINED * top]:
+        planned: set[int] = set()
+        for _, _, job, layout, mode in quick:
+            if len(planned) == _REFINED * top:
+                break
+            if id(layout) in planned:
+                continue  # with another microbatch or mode, which is slower
             plan = make_plan(job)
             if plan.verdict != NO:
+                planned.add(id(layout))
                 found.append(Found(_words(layout, job, mode, self.rows), plan))
         found.sort(key=lambda one: one.plan.step.seconds)
         fitting = len({id(layout) for _, _, _, layout, _ in quick})
@@ -235,8 +245,8 @@ def _enough(job: Job, microbatches: int) -> bool:
     return microbatches >= needed and (not schedule.rounds or microbatches % max(1, microbatches // job.pp) == 0)
 
 
-def _quick_peak(job: Job) -> int:
-    """The peak of the first and of the last pipeline rank."""
+def _may_fit(job: Job, room: float) -> bool:
+    """Whether the first and the last pipeline rank fit, with what a schedule keeps by its formula."""
     per_rank = len(job.stages) // job.pp
 
     def kept(rank: int) -> int:
@@ -250,8 +260,8 @@ def _quick_peak(job: Job) -> int:
         sizes = [stage_bytes(job, stage).saved for stage in job.stages_of(rank)]
         return flights * sum(sizes) // len(sizes)
 
-    ranks = {0, job.pp - 1}
-    return max(memory_of(job, rank, Place(), kept if job.pp > 1 else None).peak for rank in ranks)
+    ranks = sorted({0, job.pp - 1})
+    return all(memory_of(job, rank, Place(), kept if job.pp > 1 else None).peak <= room for rank in ranks)
 
 
 @functools.cache
@@ -281,11 +291,10 @@ def _words(layout: _Layout, job: Job, mode: bool | str, rows: int) -> str:
 
 def _no_layout(seek: _Search, world_size: int) -> ConfigError:
     near = next((n for n in _outwards(world_size) if any(_legal(seek, n))), None)
-    what = f"no layout of {world_size} ranks divides {seek.rows} rows, {seek.model.heads} heads and {seek.seq_len} tokens"
+    model = seek.model
+    what = f"no layout of {world_size} ranks divides {seek.rows} rows, {model.heads} heads and {seek.seq_len} tokens"
     allowed = "numbers of ranks that do, or another global_batch_size"
-    return ConfigError(
-        Problem(what, f"world_size={world_size}", allowed, f"world_size={near or 1}")
-    )
+    return ConfigError(Problem(what, f"world_size={world_size}", allowed, f"world_size={near or 1}"))
 
 
 def _legal(seek: _Search, world_size: int) -> Iterator[bool]:
@@ -311,4 +320,3 @@ def _none_fits(seek: _Search, world_size: int, result: Result) -> ConfigError:
     )
     asked = f"world_size={world_size} hardware={seek.machine.name!r}"
     return ConfigError(Problem(what, asked, "more ranks, or ranks with more memory", f"world_size={2 * world_size}"))
-

@@ -25,9 +25,10 @@ FORMULAS: dict[str, str] = {
     "matmul": "2 x weights of matrix products x tokens / tp / (TFLOP/s x matmul_efficiency); backward twice that",
     "attention": "4 x tokens x keys x width / 2 (causal) / tp / (TFLOP/s x attention_efficiency); backward 2.5 times",
     "elementwise": "bytes that norms, rotary embeddings, activations, residuals and the loss read and write / GB/s",
+    "launches": "kernels of a layer (140 eager, 50 compiled, both ways) x launch time, beyond all of the above",
     "recompute": "forward of every block again (full), or what is not a matrix product (selective)",
-    "collective": "(n - 1) / n x bytes / GB/s x efficiency + log2(n) x latency; all_reduce twice; between nodes over as "
-    "many adapters as the group has ranks on a node (ring collectives, NCCL tests' bus bandwidth)",
+    "collective": "(n - 1) / n x bytes / (GB/s x efficiency) + log2(n) x latency; all_reduce twice; between nodes over "
+    "as many adapters as the group has ranks on a node (ring collectives, bus bandwidth of NCCL's tests)",
     "exposed": "tensor, context and expert collectives in full; gathers and reductions of parameters where they take "
     "longer than the computing beside them, and the first gather",
     "pipeline": "the schedule played through with these times (plan.schedule)",
@@ -42,6 +43,7 @@ _ROTARY = (48, 16)
 _GATED = (30, 18)
 _RESIDUAL = (12, 8)
 _LOGITS = (34, 24)
+_KERNELS = (140, 50)
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,15 @@ def stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
         matmul += 2 * model.vocab * model.hidden * tokens / job.tp
         bytes_moved += tokens * (model.vocab * _LOGITS[style] + model.hidden * _NORM[style])
     product, attend = peak * hardware.matmul_efficiency, peak * hardware.attention_efficiency
-    return {
+    parts = {
         "matmul": 3 * matmul / product,
         "attention": 3.5 * attention / attend,
         "elementwise": bytes_moved / memory,
         "recompute": again[0] / product + again[1] / attend + again[2] / memory,
     }
+    kernels = _KERNELS[style] * (4 / 3 if job.checkpointing else 1)
+    launches = 1e-6 * hardware.kernel_launch_us * kernels * (stage.layers + 1)
+    return {**parts, "launches": max(0.0, launches - sum(parts.values()))}
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ def _work(job: Job, ranks: Iterable[int]) -> _Work:
         for stage in stages:
             own = parts[stage.index]
             share = stage.layers / layers / runs
-            ahead = (own["matmul"] + own["elementwise"]) / 3 + own["attention"] / 3.5
+            ahead = (own["matmul"] + own["elementwise"] + own["launches"]) / 3 + own["attention"] / 3.5
             back = sum(own.values()) - ahead
             costs[stage.index] = (ahead + in_line[True] * share, back + in_line[False] * share)
     return _Work(parts, costs, exposed, hop, calls, groups)

@@ -105,7 +105,8 @@ def _buckets(job: Job) -> Iterator[Collective]:
     order = [outer[part] for part in ("head", "final_norm") if part in outer]
     order += [weight for sparse in reversed(model.sparse) for weight in block_weights(model, sparse)]
     order.append(outer["embedding"])
-    sizes, filled, first = [], 0, min(limit, _MIB)
+    sizes: list[int] = []
+    filled, first = 0, min(limit, _MIB)
     for weight in order:
         filled += 4 * weight.count
         if filled >= (limit if sizes else first):

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from nemo_dist_conf.schema.option import option
 
-__all__ = ["PROFILES", "HardwareConf", "profile_of_device"]
+__all__ = ["HardwareConf", "PROFILES", "profile_of_device"]
 
 
 @dataclass
@@ -28,6 +28,7 @@ class HardwareConf:
     inter_node_gb_s: float = option(MISSING, "bandwidth of a rank to other nodes, one direction [GB/s]")
     intra_node_latency_us: float = option(10.0, "time that a collective inside a node takes before its first byte [us]")
     inter_node_latency_us: float = option(25.0, "the same between nodes [us]")
+    kernel_launch_us: float = option(4.5, "time that the host takes to start a kernel [us]")
     matmul_efficiency: float = option(0.7, "part of the peak that large matrix products reach")
     attention_efficiency: float = option(0.5, "part of the peak that attention kernels reach")
     bandwidth_efficiency: float = option(0.8, "part of memory and link bandwidth that is reached")

@@ -35,6 +35,7 @@ from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
 from nemo_dist_conf.train.learning_rate import LearningRate
+from nemo_dist_conf.train.estimate import measured, plan_of_run
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
 from nemo_dist_conf.train.preemption import Preemption
 from nemo_dist_conf.train.report import header, not_finite, summary
@@ -201,7 +202,8 @@ def _train(
     context = setup.mesh_context
     is_main = context.is_main
     console = Console(settings.steps, enabled=is_main, first_step=start + 1)
-    console.header(header(data, setup, model, folder))
+    plan = plan_of_run(cfg, context) if is_main else None
+    console.header({**header(data, setup, model, folder), **({"plan": plan.short()} if plan is not None else {})})
     model.train()
     load = _expert_load(model)
     first: StepResult | None = None
@@ -249,7 +251,7 @@ def _train(
         log.info("experts: the busiest had %.2f times the mean one's tokens", result.more["expert_imbalance"])
     seconds = time.perf_counter() - began
     facts = summary(setup, model, first, result, peak, console, seconds, folder, settings.tensorboard)
-    console.summary({**facts, **saved})
+    console.summary({**facts, **measured(plan, console.tokens_per_second, peak, context), **saved})
     return result.loss
 
 
