@@ -94,19 +94,21 @@ def register(
 
     groups: group -> option -> maker of its node; the first option is the default of the base config, which brings
     all groups in with one line. plain_base: what the base config holds besides its defaults list.
-    beside: further groups, which an app takes in by name.
+    beside: further groups, which stand under ``nemo_dist/`` only.
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = ConfigStore.instance()
     _put(store, NAMESPACE, "hooks", _hooks_node)
     short: list[Any] = []
     spaced: list[Any] = []
-    for group, options in {**groups, **beside}.items():
+    for group, options in beside.items():
+        for name, make in options.items():
+            _put(store, f"{NAMESPACE}/{group}", name, make)
+    for group, options in groups.items():
         first = next(iter(options))
+        spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
         owned = _owned_by_app(store, search_path, group)
-        if group in groups:
-            spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
-            short.append(spaced[-1] if owned else {group: first})
+        short.append(spaced[-1] if owned else {group: first})
         if owned:
             _remove_ours(store, group)
         for name, make in options.items():
