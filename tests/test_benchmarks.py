@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
         ("overhead", 1, ("wrap [ms]", "step [ms]", "memory [MB]")),
         ("checkpoint", 7, ("save", "pause", "plain dcp")),
         ("compose", 8, ("show a plain app's config", "complete db= in bash", "refuse a combination")),
+        ("plan", 2, ("plan, 2,048 ranks", "search, 8 ranks", "Llama 3 70B, 64 A100, full")),
         ("layouts", 2, ("pp 2 x dp_shard 2", "dp_shard 2 x cp 2", "step [ms]")),
         ("launch", 2, ("torchrun, by hand", "hydra/launcher=torchrun, forkserver")),
     ],
