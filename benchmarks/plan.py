@@ -104,7 +104,7 @@ RUNS = (
     Run("Llama 2 70B, 64 A100, full", TITAN, "MFU", 50.5, LLAMA2_70B, "a100", 64, 2, 4096, True),
     Run("Llama 2 70B, 64 A100, selective", TITAN, "MFU", 50.8, LLAMA2_70B, "a100", 64, 1, 4096, "selective", why=HALF),
     Run("Llama 3.1 8B, 8 H100, selective", TITAN, "GiB", 82.4, LLAMA3_8B, "h100", 8, 2, 8192, "selective", why=HALF),
-    Run("Llama 3.1 8B, 128 H100, selective", TITAN, "GiB", 67.0, LLAMA3_8B, "h100", 128, 2, 8192, "selective", why=HALF),
+    Run("Llama 3.1 8B, 128 H100, select.", TITAN, "GiB", 67.0, LLAMA3_8B, "h100", 128, 2, 8192, "selective", why=HALF),
     Run("Llama 3.1 8B, 8 H100, selective", TITAN, "MFU", 33.0, LLAMA3_8B, "h100", 8, 2, 8192, "selective", why=POWER),
     Run("Llama 3.1 405B, 8,192 H100", PAPER, "MFU", 43.0, LLAMA3_405B, "h100", 64, 1, 8192, False, 8, 16, 1, 32),
     Run(
@@ -239,8 +239,8 @@ CPU seconds of a whole process, medians of {measured["repeats"]}; no process imp
 
 {first}
 
-Published runs computed again: {near} of {len(measured["published"])} within {100 * AIM:.0f} %. Sources, and what was fitted,
-stand at the top of [plan.py](../plan.py). Peak memory is that of torch's allocations, without the hardware's reserve.
+Published runs computed again: {near} of {len(measured["published"])} within {100 * AIM:.0f} %. Sources, and what was
+fitted, stand at the top of [plan.py](../plan.py). Peak memory is that of torch's allocations, without the hardware's reserve.
 
 {second}
 

@@ -21,9 +21,9 @@ from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
 __all__ = ["batch_of", "hardware_of", "job_of", "planned_start", "shape_of_config", "update_of"]
 
 
-def planned_start(world_size: int) -> Start:
-    """So many ranks, which need not exist here."""
-    return Start(world_size, launch_command(), elsewhere=True)
+def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start:
+    """So many ranks, which need not exist here; what CPUs cannot run is refused for them anywhere."""
+    return Start(world_size, launch_command(), elsewhere=machine is None or machine.device != "cpu")
 
 
 def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None = None) -> Job:
@@ -33,7 +33,7 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
     """
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
     model = shape_of_config(cfg)
-    with about_to_start(planned_start(world_size)):
+    with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
         return _job(cfg, checked, machine, model)
 

@@ -3,7 +3,7 @@
 The orders of gpipe, 1f1b, interleaved_1f1b and looped_bfs are torch's, action by action; a schedule file has its
 own. The three schedules that split backward are played greedily (a gradient for a neighbour first, then a forward
 where memory allows, then gradients of weights), which comes close to the tables of torch.
-Sources: GPipe (arXiv:1811.06965), 1F1B (arXiv:2104.04473), zero bubble (arXiv:2401.10241), torch/distributed/pipelining.
+Sources: GPipe (arXiv:1811.06965), 1F1B (arXiv:2104.04473), zero bubble (arXiv:2401.10241), torch's pipelining.
 """
 
 from __future__ import annotations

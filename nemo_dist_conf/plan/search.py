@@ -76,7 +76,7 @@ def search(
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
     model = shape_of_config(cfg)
     seek = _Search(cfg, machine, model)
-    with about_to_start(planned_start(world_size)):
+    with about_to_start(planned_start(world_size, machine)):
         result = seek.best(world_size, top)
         if not result.allowed:
             raise _no_layout(seek, world_size)
@@ -298,7 +298,7 @@ def _no_layout(seek: _Search, world_size: int) -> ConfigError:
 
 
 def _legal(seek: _Search, world_size: int) -> Iterator[bool]:
-    with about_to_start(planned_start(world_size)):
+    with about_to_start(planned_start(world_size, seek.machine)):
         for layout in seek.layouts(world_size):
             if seek.job(layout, world_size) is not None:
                 yield True

@@ -69,7 +69,8 @@ def main() -> int:
             wrong += bool(found)
             how = "all ranks, gloo" if layout.pp > 1 else "first and last rank, fake process group"
             rows.append((ranks, layout, how))
-            print(f"{ranks} ranks  {layout!s:40}  {layout.schedule or '':24}{'differs' if found else 'equal'}", flush=True)
+            said = "differs" if found else "equal"
+            print(f"{ranks} ranks  {layout!s:40}  {layout.schedule or '':24}{said}", flush=True)
             for text in found:
                 print(f"    {text}", flush=True)
             if number % 4 == 0:
@@ -84,8 +85,8 @@ def _page(rows: list[tuple[int, Layout, str]], seconds: float) -> str:
     lines = [
         "# The plan against the wrapped model",
         "",
-        "For every layout of [the parity matrix](parity.md): bytes of parameters, gradients and optimizer state (AdamW), "
-        "and kind, size and number of every collective of a step's forward and backward, as torch counts them "
+        "For every layout of [the parity matrix](parity.md): bytes of parameters, gradients and optimizer state "
+        "(AdamW), and kind, size and number of every collective of a step's forward and backward, as torch counts them "
         "(CommDebugMode, and a dispatch mode for sizes), against `nemo_dist_conf.plan`. No byte and no call differs.",
         "",
         f"{len(rows)} layouts, torch {torch.__version__}, CPU ({platform.machine()}), {date.today()}, "

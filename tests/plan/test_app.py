@@ -97,7 +97,7 @@ EFFECTS: dict[str, tuple[list[str], list[str], str]] = {
         "memory",
     ),
     "a faster machine takes less time": (["model=llama3_8b"], ["model=llama3_8b", "hardware=b200"], "time"),
-    "compiled blocks take less time": (["model=llama3_8b"], ["model=llama3_8b", "strategy.enable_compile=true"], "time"),
+    "compiled blocks take less time": (BIG[:1], [*BIG[:1], "strategy.enable_compile=true"], "time"),
     "a fused update takes less time": (["model=llama3_8b"], ["model=llama3_8b", "optimizer.fused=true"], "time"),
     "faster links take less time": (
         ["model=llama3_8b", "parallelism.tp_size=8", "hardware.intra_node_gb_s=50"],
@@ -136,6 +136,7 @@ REFUSED = {
     "model.name_or_path=/nowhere": "model.name_or_path=null",
     "hardware.memory_gib=-1": "hardware=h100",
     "parallelism.tp_size=3": "parallelism.tp_size=2",
+    "strategy=megatron_fsdp hardware=cpu": "strategy=fsdp2",
     "world_size=7 plan.search=true": "world_size=6",
     "world_size=2 plan.search=true model=llama3_405b train.global_batch_size=2": "world_size=4",
     "train.global_batch_size=9": "train.global_batch_size=16",

@@ -121,7 +121,7 @@ def megatron_elements(words: list[str], config: dict[str, Any]) -> tuple[int, in
 
 
 def test_megatron_fsdp_splits_over_ranks_what_its_stage_says() -> None:
-    """The library cuts flat buffers, so a rank has more or less than its part; together they have what is planned."""
+    """The library cuts flat buffers, so a rank has not just its part; together they have what is planned."""
     for zero in (1, 3):
         words = ["strategy=megatron_fsdp", f"strategy.zero_dp_strategy={zero}"]
         with cuda_shim():
