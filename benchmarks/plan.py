@@ -240,7 +240,7 @@ CPU seconds of a whole process, medians of {measured["repeats"]}; no process imp
 {first}
 
 Published runs computed again: {near} of {len(measured["published"])} within {100 * AIM:.0f} %. Sources, and what was
-fitted, stand at the top of [plan.py](../plan.py). Peak memory is that of torch's allocations, without the hardware's reserve.
+fitted, stand at the top of [plan.py](../plan.py). Peak memory is that of torch's allocations, without the reserve.
 
 {second}
 

@@ -13,6 +13,7 @@ from nemo_dist_conf.plan.held import Place
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import Memory, memory_of
 from nemo_dist_conf.plan.ranks import Groups, all_groups
+from nemo_dist_conf.plan.report import duration, table
 from nemo_dist_conf.plan.time import StepTime, step_time
 from nemo_dist_conf.plan.traffic import Collective, traffic_of
 
@@ -76,8 +77,6 @@ class Plan:
         return found
 
     def table(self, formulas: bool = False) -> str:
-        from nemo_dist_conf.plan.report import table
-
         return table(self, formulas)
 
     def short(self) -> str:
@@ -85,7 +84,7 @@ class Plan:
         job, step = self.job, self.step
         return (
             f"{self.most.peak_gib:.2f} of {job.hardware.memory_gib:g} GiB ({self.verdict}), "
-            f"{_seconds(step.seconds)} a step, {step.tokens_per_second:,.0f} tokens/s, MFU {100 * step.mfu:.1f} %"
+            f"{duration(step.seconds)} a step, {step.tokens_per_second:,.0f} tokens/s, MFU {100 * step.mfu:.1f} %"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,10 +114,6 @@ class Plan:
             "mfu": self.step.mfu,
             "tokens_per_second": self.step.tokens_per_second,
         }
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def make_plan(job: Job) -> Plan:

@@ -318,5 +318,5 @@ def _none_fits(seek: _Search, world_size: int, result: Result) -> ConfigError:
         f"none of the {result.allowed:,} layouts of {world_size} ranks fits into "
         f"{seek.machine.memory_gib:g} GiB a rank"
     )
-    asked = f"world_size={world_size} hardware={seek.machine.name!r}"
+    asked = f"world_size={world_size} hardware.memory_gib={seek.machine.memory_gib:g}"
     return ConfigError(Problem(what, asked, "more ranks, or ranks with more memory", f"world_size={2 * world_size}"))

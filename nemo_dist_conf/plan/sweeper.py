@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.hooks import end
 from nemo_dist_conf.launch.settings import read_settings
+from nemo_dist_conf.names import HARDWARE, nearest
 from nemo_dist_conf.plan.report import columns, duration
 from nemo_dist_conf.plan.search import Found, search
 from nemo_dist_conf.topology.device import cuda_present
@@ -78,8 +79,12 @@ class LayoutsSweep:
 
     def _hardware(self) -> str:
         name = self.options.get("hardware")
-        if name is not None:
+        if name in HARDWARE:
             return str(name)
+        if name is not None:
+            likely = nearest(str(name), HARDWARE) or ["h100"]
+            what, asked = f"there is no hardware profile {name!r}", f"hydra.sweeper.hardware={name}"
+            raise ConfigError(Problem(what, asked, ", ".join(HARDWARE), f"hydra.sweeper.hardware={likely[0]}"))
         if cuda_present():
             what = "which GPUs these are is not known before torch is imported"
             asked = "hydra.sweeper.hardware=null"

@@ -277,7 +277,7 @@ def test_the_sweeper_runs_the_best_and_compares(tmp_path: Path) -> None:
     [
         (["strategy=ddp"], "hydra/sweeper=basic"),
         (["hydra.sweeper.top=0"], "hydra.sweeper.top=3"),
-        (["hydra.sweeper.hardware=h10"], "hardware=h100"),
+        (["hydra.sweeper.hardware=h10"], "hydra.sweeper.hardware=h100"),
     ],
 )
 def test_the_sweeper_refuses(words: list[str], instead: str, tmp_path: Path) -> None:

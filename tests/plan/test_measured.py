@@ -121,7 +121,7 @@ def megatron_elements(words: list[str], config: dict[str, Any]) -> tuple[int, in
 
 
 def test_megatron_fsdp_splits_over_ranks_what_its_stage_says() -> None:
-    """The library cuts flat buffers, so a rank has not just its part; together they have what is planned."""
+    """The library cuts flat buffers, so a rank has not just its part; all together have what is planned."""
     for zero in (1, 3):
         words = ["strategy=megatron_fsdp", f"strategy.zero_dp_strategy={zero}"]
         with cuda_shim():
@@ -139,7 +139,7 @@ def test_megatron_fsdp_splits_over_ranks_what_its_stage_says() -> None:
 
 
 def tracked(words: list[str], config: dict[str, Any], ranks: int, rows: int, length: int) -> dict[str, dict[str, int]]:
-    """On one rank of many: torch's MemTracker after the loss and at the peak of backward, bytes by what they are for."""
+    """On one rank of many: what torch's MemTracker has after the loss and at the peak of backward, bytes by kind."""
     alone = contextlib.nullcontext() if ranks == 1 else fake_rank(0, ranks)
     with alone:
         setup, model, optimizer = instantiate(composed(*words, model={"config": config}, optimizer=ADAMW))
