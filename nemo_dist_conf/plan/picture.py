@@ -139,8 +139,10 @@ def _ink(colour: int) -> str:
 
 
 def _memory_bars(plan: Plan) -> Iterator[str]:
-    rows: list[tuple[str, Memory]] = [(f"pp rank {m.pp_rank}" if plan.job.pp > 1 else "rank", m) for m in plan.memory]
-    if plan.job.pp == 1 and len(rows) > 1:
+    rows: list[tuple[str, Memory]] = [("rank", memory) for memory in plan.memory]
+    if plan.job.pp > 1:  # the first rank of each, which has as much as any other
+        rows = list({m.pp_rank: (f"pp rank {m.pp_rank}", m) for m in reversed(plan.memory)}.values())[::-1]
+    elif len(rows) > 1:
         rows = [("first rank", rows[0][1]), ("last rank", rows[-1][1])]
     if len(rows) > 32:
         rows = rows[:16] + rows[-16:]

@@ -103,11 +103,15 @@ def groups_of(mesh: MeshSpec, axis: str, ranks_per_node: int) -> Groups:
 
 
 def all_groups(mesh: MeshSpec, ranks_per_node: int) -> list[Groups]:
-    """The groups of every axis above 1: root axes, then flattened ones that join several, then those of experts."""
+    """The groups of every axis above 1: root axes, then flattened ones that join several, then those of experts.
+
+    A flattened axis with the same ranks as one before it is left out.
+    """
     found = [groups_of(mesh, axis, ranks_per_node) for axis, size in zip(mesh.axes, mesh.shape) if size > 1]
     for name, axes in mesh.flattened:
-        if sum(mesh.size(axis) > 1 for axis in axes) > 1:
-            found.append(groups_of(mesh, name, ranks_per_node))
+        group = groups_of(mesh, name, ranks_per_node)
+        if sum(mesh.size(axis) > 1 for axis in axes) > 1 and all(group.steps != known.steps for known in found):
+            found.append(group)
     moe = [(axis, size) for axis, size in zip(mesh.moe_axes, mesh.moe_shape) if axis not in mesh.axes]
     return found + [groups_of(mesh, axis, ranks_per_node) for axis, size in moe if size > 1]
 
