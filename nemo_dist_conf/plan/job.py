@@ -199,8 +199,13 @@ class Job:
             return Styles({str(key): str(style) for key, style in dict(given).items()})
         return _own_styles(self.model.model_type, bool(self.options.get("sequence_parallel")))
 
-    def reshards(self, last: bool) -> bool:
-        """Whether a block's gathered parameters are freed after forward. last: it is the last block of its module."""
+    def reshards(self, last: bool, expert: bool = False) -> bool:
+        """Whether a block's gathered parameters are freed after forward.
+
+        last: it is the last block of its module. expert: of the block's experts, which have an option of their own.
+        """
+        if expert:
+            return bool(self.moe.get("reshard_after_forward"))
         if self.strategy == "megatron_fsdp":
             return self.options.get("zero_dp_strategy") == 3
         asked = self.options.get("reshard_after_forward")

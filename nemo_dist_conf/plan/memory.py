@@ -73,7 +73,8 @@ def _gathered(job: Job, stages: list[Stage]) -> _Gathered:
         buckets = 0 if job.options.get("gradient_as_bucket_view") else 4 * job.model.parameters
         return _Gathered(buckets, buckets, 0)
     narrow, wide = DTYPE_BYTES[job.param_dtype], DTYPE_BYTES[job.reduce_dtype]
-    at_loss = in_backward = accumulated = largest = 0
+    at_loss = in_backward = accumulated = 0
+    in_block: dict[int, int] = {}
     for stage in stages:
         for unit in units_of(job, stage):
             size = gathered_bytes(job, unit, narrow)
@@ -83,16 +84,19 @@ def _gathered(job: Job, stages: list[Stage]) -> _Gathered:
                 at_loss += 0 if freed else size
                 in_backward += size
             else:
-                at_loss += sum(0 if job.reshards(i == unit.count - 1) else size for i in range(unit.count))
-                in_backward += 0 if job.reshards(False) else unit.count * size
+                kept = [not job.reshards(index == unit.count - 1, unit.expert) for index in range(unit.count)]
+                frees = job.reshards(False, unit.expert)
+                at_loss += sum(kept) * size
+                in_backward += 0 if frees else unit.count * size
                 # In the backward of a block: its gradients as they come and as they are reduced, and the gathered
                 # parameters of this block and of the next one.
-                largest = max(largest, whole * (narrow + wide) + (2 * size if job.reshards(False) else 0))
+                once = whole * (narrow + wide) + (2 * size if frees else 0)
+                in_block[unit.layer] = in_block.get(unit.layer, 0) + once
             if job.splits_steps or job.pp > 1:
                 accumulated += unit.count * whole * wide
     if job.strategy == "megatron_fsdp" and job.options.get("zero_dp_strategy") != 3:
         return _Gathered(0, 0, 0)
-    return _Gathered(at_loss, in_backward + largest, accumulated)
+    return _Gathered(at_loss, in_backward + max(in_block.values(), default=0), accumulated)
 
 
 def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] | None = None) -> Memory:

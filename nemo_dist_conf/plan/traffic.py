@@ -14,6 +14,7 @@ from typing import Iterator
 from nemo_dist_conf.models.shapes import block_weights, outer_weights
 from nemo_dist_conf.plan.held import Unit, gathered_bytes, padded, tp_shape, units_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
+from nemo_dist_conf.plan.schedule import orders
 
 __all__ = ["Collective", "traffic_of"]
 
@@ -64,6 +65,7 @@ def _sharding(job: Job, stage: Stage, tp: int) -> Iterator[Collective]:
         return
     narrow, wide = DTYPE_BYTES[job.param_dtype], DTYPE_BYTES[job.reduce_dtype]
     forwards = job.calls if job.pp > 1 else job.microbatches
+    ahead, back = _gathers_of_stage(job, stage) if job.pp > 1 else (forwards, forwards)
     reductions = forwards if job.pp > 1 or not job.options.get("defer_fsdp_grad_sync", True) else 1
     if job.pp > 1 and not job.options.get("defer_fsdp_grad_sync", True):
         reductions = job.calls * job.microbatches
@@ -72,8 +74,8 @@ def _sharding(job: Job, stage: Stage, tp: int) -> Iterator[Collective]:
         again = _gathered_again(job, unit)
         if ranks > 1:
             size = gathered_bytes(job, unit, narrow, tp)
-            yield Collective(axis, "all_gather", unit.count * forwards, size, "forward", True, unit.title)
-            yield Collective(axis, "all_gather", again * forwards, size, "backward", True, unit.title)
+            yield Collective(axis, "all_gather", unit.count * ahead, size, "forward", True, unit.title)
+            yield Collective(axis, "all_gather", again * back, size, "backward", True, unit.title)
             size = gathered_bytes(job, unit, wide, tp)
             yield Collective(axis, "reduce_scatter", unit.count * reductions, size, "backward", True, unit.title)
         if job.replicas > 1 and not unit.expert:
@@ -81,13 +83,28 @@ def _sharding(job: Job, stage: Stage, tp: int) -> Iterator[Collective]:
             yield Collective("dp_replicate", "all_reduce", unit.count * reductions, size, "backward", True, unit.title)
 
 
+def _gathers_of_stage(job: Job, stage: Stage) -> tuple[int, int]:
+    """How often a stage gathers its parameters in a step, (before a forward, before a backward).
+
+    Once where they stay. Else a forward frees them, and a backward leaves them to whatever comes next.
+    """
+    rows = orders(job) if job.options.get("reshard_after_forward") else None
+    if rows is None:
+        return job.calls, job.calls
+    ahead = back = 0
+    is_whole = False
+    for action in (action for action in rows[stage.rank] if action.stage == stage.index):
+        ahead += action.kind == "F" and not is_whole
+        back += action.kind != "F" and not is_whole
+        is_whole = action.kind != "F"
+    return ahead * job.calls, back * job.calls
+
+
 def _gathered_again(job: Job, unit: Unit) -> int:
     """How many of a unit's kind free their parameters after forward."""
-    if unit.expert:
-        return unit.count if job.moe.get("reshard_after_forward") else 0
     if unit.layer < 0:
         return 1 if job.options.get("reshard_after_forward") else 0
-    return sum(job.reshards(index == unit.count - 1) for index in range(unit.count))
+    return sum(job.reshards(index == unit.count - 1, unit.expert) for index in range(unit.count))
 
 
 def _buckets(job: Job) -> Iterator[Collective]:

@@ -17,10 +17,10 @@ from nemo_dist_conf.plan.memory import memory_of
 from nemo_dist_conf.runtime.loss import token_loss_sum
 from tests.dist.cuda_shim import cuda_shim
 from tests.dist.layouts import ADAMW, LLAMA, SGD, composed
-from tests.dist.matrix import Layout, layouts
+from tests.dist.matrix import LENGTH, Layout, layouts, model_of
 from tests.dist.pool import close_pools, run_ranks
 from tests.plan.fake import fake_rank
-from tests.plan.matrix import check_fake, check_real
+from tests.plan.matrix import check_fake, check_real, words_of
 from tests.plan.measure import differences, job_for, seen_of_rank
 
 pytestmark = pytest.mark.dist
@@ -54,6 +54,26 @@ FOUR = [
 @pytest.mark.parametrize("layout", FOUR, ids=str)
 def test_four_ranks_hold_and_call_what_is_planned(layout: Layout) -> None:
     assert check_fake(layout) == []
+
+
+PIPELINE = Layout(pp=2, dp=2, schedule="1f1b")
+IN_STAGES: dict[str, tuple[Layout, str]] = {
+    "freed after each forward": (PIPELINE, "strategy.reshard_after_forward=true"),
+    "freed, two stages a rank": (Layout(pp=2, dp=2, schedule="looped_bfs"), "strategy.reshard_after_forward=true"),
+    "reduced in each backward": (PIPELINE, "strategy.defer_fsdp_grad_sync=false"),
+    "recomputed": (PIPELINE, "activation_checkpointing=true"),
+    "handed on in bf16": (PIPELINE, "pipeline.dtype=bfloat16"),
+    "experts freed": (Layout(dp=4, ep=2), "moe.reshard_after_forward=true"),
+}
+
+
+@pytest.mark.parametrize("name", IN_STAGES)
+def test_options_of_stages_and_experts_are_planned_as_they_run(name: str) -> None:
+    layout, word = IN_STAGES[name]
+    words, model = [*words_of(layout), word], model_of(layout)
+    job = job_for(words, 4, model["config"], ADAMW, 16, LENGTH)
+    for seen in run_ranks(4, seen_of_rank, words, model, ADAMW, LENGTH, 16):
+        assert list(differences(job, seen)) == []
 
 
 def test_stages_hand_on_whole_tensors_under_sequence_parallelism() -> None:
