@@ -212,6 +212,13 @@ class Job:
         return bool(asked) if asked is not None else self.pp == 1 and not last
 
     @cached_property
+    def prefetch_depth(self) -> int:
+        """Blocks that are gathered ahead in backward; torch gathers one by itself."""
+        if self.options.get("enable_fsdp2_prefetch"):
+            return int(self.options["fsdp2_backward_prefetch_depth"])
+        return 1
+
+    @cached_property
     def splits_steps(self) -> bool:
         """Whether gradients stay whole on a rank until a step's last microbatch."""
         several = self.microbatches > 1

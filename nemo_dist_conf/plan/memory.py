@@ -89,8 +89,8 @@ def _gathered(job: Job, stages: list[Stage]) -> _Gathered:
                 at_loss += sum(kept) * size
                 in_backward += 0 if frees else unit.count * size
                 # In the backward of a block: its gradients as they come and as they are reduced, and the gathered
-                # parameters of this block and of the next one.
-                once = whole * (narrow + wide) + (2 * size if frees else 0)
+                # parameters of this block and of those ahead.
+                once = whole * (narrow + wide) + ((1 + job.prefetch_depth) * size if frees else 0)
                 in_block[unit.layer] = in_block.get(unit.layer, 0) + once
             if job.splits_steps or job.pp > 1:
                 accumulated += unit.count * whole * wide

@@ -79,6 +79,8 @@ def test_formulas_name_their_sources() -> None:
     assert "data sheet" in run(composed("plan.formulas=true"))
 
 
+#: Layers so large that a step's peak is in a backward.
+_DEEP = ["model=llama3_405b", "world_size=64", "train.global_batch_size=64", "data.seq_len=128"]
 EFFECTS: dict[str, tuple[list[str], list[str], str]] = {
     "checkpointing saves memory": ([], ["activation_checkpointing=true"], "memory"),
     "selective saves memory": ([], ["activation_checkpointing=selective"], "memory"),
@@ -89,6 +91,11 @@ EFFECTS: dict[str, tuple[list[str], list[str], str]] = {
         "memory",
     ),
     "shards save memory": (["strategy=ddp"], ["strategy=fsdp2"], "memory"),
+    "gathering fewer blocks ahead saves memory": (
+        [*_DEEP, "strategy.enable_fsdp2_prefetch=true", "strategy.fsdp2_backward_prefetch_depth=4"],
+        _DEEP,
+        "memory",
+    ),
     "offloading saves memory": ([], ["strategy.offload_policy.enabled=true"], "memory"),
     "half the states save memory": (["optimizer=adamw"], ["optimizer=sgd"], "memory"),
     "views of buckets save memory": (
