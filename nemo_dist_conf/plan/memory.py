@@ -119,8 +119,8 @@ def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] |
     else:
         resting_gradients = gradients
     one = max((saved[stage.index].saved // max(1, stage.layers) for stage in stages), default=0)
-    earlier = gathered.accumulated
-    # Parameters of half the size or less are copied whole before they are updated, tensor by tensor or all at once.
+    earlier = _gradients_before(job, gathered.accumulated, resting_gradients)
+    # Without a fused kernel the denominators of all updates are tensors of their own (torch's foreach AdamW).
     update = 0 if job.update.fused else parameters
     moments = {
         "loss": (states + in_flight + gathered.at_loss + earlier, loss),
@@ -144,6 +144,15 @@ def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] |
         "backward" if moment == "first block" else moment,
         host,
     )
+
+
+def _gradients_before(job: Job, accumulated: int, resting: int) -> int:
+    """Gradients of earlier microbatches that are there at a later one's loss."""
+    if job.pp > 1:  # of this call whole, of earlier calls reduced
+        return accumulated + (resting if job.calls > 1 else 0)
+    if accumulated:
+        return accumulated
+    return resting if job.microbatches > 1 else 0
 
 
 def _offloaded(job: Job) -> bool:

@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from nemo_dist_conf.errors import ConfigError, DataError
 from nemo_dist_conf.plan import job_of, make_plan, search
 from nemo_dist_conf.plan.app import _recipe_config, run
-from nemo_dist_conf.plan.from_config import hardware_of
+from nemo_dist_conf.plan.from_config import hardware_of, planned_start
 from nemo_dist_conf.plan.plan import FITS, NO
 from nemo_dist_conf.recipe.checks import config_folder
+from nemo_dist_conf.topology.world import about_to_start
 from tests import warm
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +196,8 @@ def test_a_search_gives_layouts_that_pass_every_check_and_fit() -> None:
         words = ["model=qwen3_30b_a3b", "train.global_batch_size=32", "data.seq_len=4096", *one.words.split()]
         if "strategy=megatron_fsdp" in one.words:
             continue  # the check wants its package and the recipe's dtype elsewhere
-        again = make_plan(job_of(_recipe_config(composed(*words), None), 16, "h100"))
+        with about_to_start(planned_start(16)):
+            again = make_plan(job_of(_recipe_config(composed(*words), None), 16, "h100"))
         assert again.verdict != NO
         assert again.most.peak == pytest.approx(one.plan.most.peak, rel=0.02)
         assert again.step.seconds == pytest.approx(one.plan.step.seconds, rel=0.02)
