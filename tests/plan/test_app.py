@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from nemo_dist_conf.plan.app import _recipe_config, run
 from nemo_dist_conf.plan.from_config import hardware_of, planned_start
 from nemo_dist_conf.plan.plan import FITS, NO
 from nemo_dist_conf.recipe.checks import config_folder
+from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.world import about_to_start
 from tests import warm
 
@@ -124,6 +126,22 @@ def test_options_have_their_effect(name: str) -> None:
     else:
         peak = [max(memory["peak"] for memory in one["memory_bytes"]) for one in (first, second)]
         assert peak[1] < peak[0]
+
+
+FIGURES = [item.name for item in dataclasses.fields(HardwareConf) if item.name not in ("source", "device")]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_figure_of_the_hardware_counts(figure: str) -> None:
+    """Of sixteen ranks on two nodes, of which tp is inside a node and dp is not."""
+    words = ["model=llama3_8b", "world_size=16", "parallelism.tp_size=4", "train.global_batch_size=4", "data.seq_len=4096"]
+    if figure == "fp32_tflops":
+        words.append("train.dtype=float32")
+    if figure == "kernel_launch_us":
+        words = ["world_size=16", "train.global_batch_size=16"]  # a small model, which waits for its host
+    before = PROFILES["h100"].get(figure, getattr(HardwareConf, figure, None))
+    after = "another" if isinstance(before, str) else 2 * before
+    assert run(composed(*words, f"hardware.{figure}={after}")) != run(composed(*words))
 
 
 def test_what_does_not_fit_says_what_would() -> None:
