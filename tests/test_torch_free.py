@@ -33,6 +33,13 @@ TORCH_FREE_MODULES = [
     "nemo_dist_conf.train",
     "nemo_dist_conf.train.__main__",
     "nemo_dist_conf.recipe.checks",
+    "hydra_plugins.nemo_dist_conf.layouts_sweeper",
+    "nemo_dist_conf.models.shapes",
+    "nemo_dist_conf.plan",
+    "nemo_dist_conf.plan.__main__",
+    "nemo_dist_conf.plan.app",
+    "nemo_dist_conf.plan.picture",
+    "nemo_dist_conf.plan.sweeper",
 ]
 
 
