@@ -145,7 +145,7 @@ def _megatron(job: Job, stage: Stage) -> Iterator[Collective]:
         if zero == 0:
             yield Collective(axis, "all_reduce", unit.count, size, "backward", True, unit.title)
             continue
-        gathers = 2 * steps if zero == 3 and unit.layer >= 0 else steps if zero == 3 else 1
+        gathers = 2 * steps if zero == 3 and unit.layer >= 0 else 1  # what is outside of units stays until the update
         yield Collective(axis, "all_gather", unit.count * gathers, size, "forward", True, unit.title)
         reductions = steps if zero >= 2 else 1
         yield Collective(axis, "reduce_scatter", unit.count * reductions, size, "backward", True, unit.title)

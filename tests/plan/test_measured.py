@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.plan.activations import stage_bytes
 from nemo_dist_conf.plan.held import Place, units_of
 from nemo_dist_conf.plan.memory import memory_of
+from nemo_dist_conf.plan.traffic import traffic_of
 from nemo_dist_conf.runtime.loss import token_loss_sum
 from tests.dist.cuda_shim import cuda_shim
-from tests.dist.layouts import ADAMW, LLAMA, SGD, composed
+from tests.dist.layouts import ADAMW, LLAMA, SGD, composed, loss_sum
 from tests.dist.matrix import LENGTH, Layout, layouts, model_of
 from tests.dist.pool import close_pools, run_ranks
 from tests.plan.fake import fake_rank
@@ -153,6 +158,56 @@ def test_megatron_fsdp_splits_over_ranks_what_its_stage_says() -> None:
         assert sum(states for _, states in found) == sum(memory.optimizer - 4 * tensors for memory in planned) / 4
         if zero == 3:  # else parameters() shows what the optimizer has of them
             assert sum(held for held, _ in found) == sum(memory.parameters for memory in planned) / 4
+
+
+def megatron_calls(words: list[str], microbatches: int) -> list[tuple[str, int]]:
+    """On a rank: (function, bytes of its largest tensor) of every collective of a step that the library calls."""
+    calls: list[tuple[str, int]] = []
+
+    def counted(name: str) -> Any:
+        function = getattr(dist, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            tensors = [value for value in (*args, *options.values()) if torch.is_tensor(value)]
+            calls.append((name, max(tensor.numel() * tensor.element_size() for tensor in tensors)))
+            return function(*args, **options)
+
+        return patch.object(dist, name, call)
+
+    with cuda_shim(), contextlib.ExitStack() as stack:
+        _, model, optimizer = instantiate(composed(*words, model={"config": LLAMA}, optimizer=ADAMW))
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+            stack.enter_context(counted(name))
+        for _ in range(2):
+            calls.clear()
+            for index in range(microbatches):
+                ids = torch.randint(90, (2, 16))
+                with accumulate(model, last=index == microbatches - 1):
+                    loss_sum(model, ids, ids).backward()
+            clip_grad_norm_(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return [call for call in calls if call[1] > 8]  # the norm is a scalar
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_megatron_fsdp_calls_what_is_planned(zero: int, microbatches: int) -> None:
+    """As often; its buffers are padded, here by less than a hundredth."""
+    words = ["strategy=megatron_fsdp", f"strategy.zero_dp_strategy={zero}"]
+    with cuda_shim():
+        job = job_for(words, 2, LLAMA, ADAMW, 4, 16)
+    planned: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for entry in traffic_of(dataclasses.replace(job, microbatches=microbatches), 0):
+        planned[entry.kind] += entry.calls
+        sizes[entry.kind] += entry.bytes
+    kinds = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+    for calls in run_ranks(2, megatron_calls, words, microbatches):
+        assert Counter(kinds.get(name, name) for name, _ in calls) == planned
+        for kind, size in sizes.items():
+            found = sum(called for name, called in calls if kinds.get(name, name) == kind)
+            assert size <= found <= 1.01 * size
 
 
 # ---------------------------------------------------------------------------------------------------- activations
