@@ -105,6 +105,8 @@ def _selective_bytes(job: Job, sparse: bool) -> int:
         kept += tokens * (2 * model.intermediate // tp + model.hidden) * item
     else:
         kept += tokens * model.experts * item
+        if job.ep > 1:  # tokens as they came, and as they came back
+            kept += 2 * tokens * model.experts_per_token * model.hidden * item
     return kept
 
 

@@ -18,7 +18,7 @@ from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
 
-__all__ = ["batch_of", "hardware_of", "job_of", "planned_start", "shape_of_config", "update_of"]
+__all__ = ["batch_of", "hardware_of", "job_of", "model_config", "planned_start", "update_of"]
 
 
 def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start:
@@ -32,7 +32,7 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
     Raises ConfigError for everything that the recipe refuses, and for a model or hardware that is not known.
     """
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
-    model = shape_of_config(cfg)
+    model = shape_of(model_config(cfg))
     with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
         return _job(cfg, checked, machine, model)
@@ -110,8 +110,8 @@ def hardware_of(node: Any) -> HardwareConf:
     return values
 
 
-def shape_of_config(cfg: Any) -> ModelShape:
-    """The shape of ``cfg.model``: its config, or that of its folder with the fields that were typed."""
+def model_config(cfg: Any) -> dict[str, Any]:
+    """The fields of ``cfg.model``: its config, or that of its folder with the fields that were typed."""
     model = cfg.get("model")
     if not isinstance(model, Mapping) and not isinstance(model, DictConfig):
         raise ConfigError(Problem("there is no model to plan", "model=null", "model=llama3_8b, ...", "model=llama3_8b"))
@@ -120,7 +120,7 @@ def shape_of_config(cfg: Any) -> ModelShape:
         asked = f"model._target_={model['_target_']}"
         raise ConfigError(Problem(what, asked, "a model of transformers", "model=llama3_8b"))
     if not model.get("name_or_path"):
-        return shape_of(OmegaConf.to_container(model["config"], resolve=True))  # type: ignore[arg-type]
+        return dict(OmegaConf.to_container(model["config"], resolve=True))  # type: ignore[arg-type]
     file = Path(str(model["name_or_path"])).expanduser() / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -129,7 +129,7 @@ def shape_of_config(cfg: Any) -> ModelShape:
         asked = f"model.name_or_path={model['name_or_path']}"
         raise ConfigError(Problem(what, asked, "a folder with a config.json", "model.name_or_path=null")) from None
     overrides = OmegaConf.select(cfg, "hydra.overrides.task") or []
-    return shape_of({**config, **typed_model_config(model.get("config"), overrides)})
+    return {**config, **typed_model_config(model.get("config"), overrides)}
 
 
 def update_of(node: Any) -> Update:

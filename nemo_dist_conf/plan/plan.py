@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Iterator
 
+from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.plan.activations import kept_by_stage
 from nemo_dist_conf.plan.held import Place
 from nemo_dist_conf.plan.job import Job
@@ -76,6 +77,24 @@ class Plan:
                 break
         return found
 
+    @property
+    def notes(self) -> list[str]:
+        """What was asked for and is not in the numbers, a sentence each."""
+        job = self.job
+        found = []
+        if job.options.get("enable_async_tensor_parallel"):
+            found.append("strategy.enable_async_tensor_parallel: its overlap is not in the time")
+        policy = job.moe.get("mp_policy")
+        changed = {
+            "lm_head_precision": job.moe.get("lm_head_precision") is not None,
+            "wrap_outer_model": job.moe.get("wrap_outer_model") is False,
+            "mp_policy": bool(policy and policy.get("enabled")),
+        }
+        if job.ep > 1:
+            asked = [key for key, is_changed in changed.items() if is_changed]
+            found += [f"moe.{key}: its units and dtypes are not in memory and traffic" for key in asked]
+        return found
+
     def table(self, formulas: bool = False) -> str:
         return table(self, formulas)
 
@@ -99,6 +118,7 @@ class Plan:
             "model": {"type": job.model.model_type, "parameters": job.model.parameters},
             "verdict": self.verdict,
             "change": self.ways_out(),
+            "notes": self.notes,
             "memory_bytes": [dataclasses.asdict(memory) for memory in self.memory],
             "groups": [
                 {"axis": g.axis, "size": g.size, "count": g.count, "nodes": g.nodes, "first": g.members(0)[:64]}
@@ -136,6 +156,8 @@ def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
     modes = [mode for mode in ("selective", True) if job.checkpointing is False or mode is True]
     if job.strategy == "megatron_fsdp":
         modes = [True]
+    if job.pp > 1 and job.schedule != "file" and SCHEDULES[job.schedule].splits_backward:
+        modes = []  # a rule forbids both together
     lighter: list[tuple[str, dict[str, Any]]] = [
         (f"activation_checkpointing={str(mode).lower()}", {"checkpointing": mode})
         for mode in modes
@@ -156,9 +178,12 @@ def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
     if job.strategy == "fsdp2":
         policy = {"enabled": True, "pin_memory": True}
         words = "strategy.offload_policy.enabled=true"
-        everything = dict(change for _, changed in single for change in changed.items())
-        all_words = " ".join([*(word for word, _ in split), *(word for word, _ in lighter[-1:]), words])
-        offloaded = {**options, **everything.get("options", {}), "offload_policy": policy}
-        pairs.append((all_words, {**everything, "options": offloaded}))
+        together = [*split, *lighter[-1:]]
+        everything = {key: value for _, changed in together for key, value in changed.items()}
+        merged = dict(options)
+        for _, changed in together:
+            merged |= {key: value for key, value in changed.get("options", {}).items() if value != options.get(key)}
+        everything["options"] = {**merged, "offload_policy": policy}
+        pairs.append((" ".join([*(word for word, _ in together), words]), everything))
     for words, changed in (*single, *pairs):
         yield words, dataclasses.replace(job, **changed)

@@ -106,6 +106,7 @@ def _time(plan: Plan) -> list[str]:
 def _verdict(plan: Plan) -> list[str]:
     room = plan.job.hardware.memory_gib - plan.job.hardware.reserved_gib
     lines = [f"{plan.verdict}: {plan.most.peak_gib:.1f} of {room:.1f} GiB that are free for torch"]
+    lines += [f"  not counted  {note}" for note in plan.notes]
     ways = plan.ways_out()
     if ways:
         lines += [f"  type  {way}" for way in ways]

@@ -11,11 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.compose import SECTIONS, check_values
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.models.facts import ModelFacts
-from nemo_dist_conf.models.shapes import ModelShape
-from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.models.facts import facts_from_config
+from nemo_dist_conf.models.shapes import shape_of
 from nemo_dist_conf.plan.activations import stage_bytes
-from nemo_dist_conf.plan.from_config import hardware_of, planned_start, shape_of_config, update_of
+from nemo_dist_conf.plan.from_config import hardware_of, model_config, planned_start, update_of
 from nemo_dist_conf.plan.held import Place
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import memory_of, resting_bytes
@@ -25,6 +24,7 @@ from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.resolvers import autocast_dtype, compute_dtype
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.strategies import STRATEGIES, Strategy
+from nemo_dist_conf.topology import Paths, pipeline_problems
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.topology.world import about_to_start
 
@@ -32,6 +32,8 @@ __all__ = ["Found", "Result", "search"]
 
 #: Schedules that are tried; the others need more memory or time than one of these for the same layout.
 _SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv_zero_bubble")
+#: What the search chooses; words for it would be overruled.
+_CHOSEN = ("strategy", "parallelism.", "pipeline", "moe.", "activation_checkpointing", "train.micro_batch_size")
 #: So many of the quick estimates' best are planned in full.
 _REFINED = 2
 
@@ -65,17 +67,26 @@ class _Layout:
 
 
 def search(
-    cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None = None, top: int = 10
+    cfg: DictConfig,
+    world_size: int,
+    hardware: HardwareConf | str | None = None,
+    top: int = 10,
+    instead: str = "plan.search=false",
 ) -> Result:
     """The ``top`` fastest layouts of a recipe config on so many ranks, of all strategies.
 
     Batch, model, optimizer and dtypes stay; strategy, sizes, schedule, sequence parallelism, activation checkpointing
-    and the microbatch are chosen.
-    Raises ConfigError where no layout is allowed, with the nearest number of ranks that one is, or none fits.
+    and the microbatch are chosen. instead: what to type for a layout of one's own.
+    Raises ConfigError where no layout is allowed, with the nearest number of ranks that one is, where none fits, and
+    for typed words that the search would overrule.
     """
+    typed = [str(word) for word in OmegaConf.select(cfg, "hydra.overrides.task") or []]
+    taken = [word for word in typed if word.lstrip("+~").startswith(_CHOSEN)]
+    if taken:
+        what, allowed = "a search chooses layouts itself", "words for the model, the data, the batch and the optimizer"
+        raise ConfigError(Problem(what, " ".join(taken), allowed, instead))
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
-    model = shape_of_config(cfg)
-    seek = _Search(cfg, machine, model)
+    seek = _Search(cfg, machine, model_config(cfg))
     with about_to_start(planned_start(world_size, machine)):
         result = seek.best(world_size, top)
         if not result.allowed:
@@ -86,24 +97,22 @@ def search(
 
 
 class _Search:
-    def __init__(self, cfg: DictConfig, machine: HardwareConf, model: ModelShape) -> None:
-        self.machine, self.model = machine, model
+    def __init__(self, cfg: DictConfig, machine: HardwareConf, config: Mapping[str, Any]) -> None:
+        self.machine, self.model = machine, shape_of(config)
         self.rows, self.seq_len = cfg.train.global_batch_size, int(cfg.data.seq_len)
         problems = batch_problems(self.rows, None, 1)
         ConfigError.raise_if(problems)
         self.dtype = OmegaConf.select(cfg, "train.dtype") or "auto"
         self.update = update_of(cfg.get("optimizer"))
         self.sections = {name: _defaults(schema) for name, schema in SECTIONS.items()}
-        self.facts = ModelFacts(
-            model.model_type,
-            model.hidden,
-            None if model.experts else model.intermediate,
-            model.layers,
-            model.heads,
-            model.kv_heads,
-            model.vocab,
-            model.experts or None,
-            model.tied,
+        # What the config leaves to transformers' defaults is known from the shape.
+        self.facts = dataclasses.replace(
+            facts_from_config(config),
+            num_layers=self.model.layers,
+            num_heads=self.model.heads,
+            num_kv_heads=self.model.kv_heads,
+            intermediate_size=self.model.intermediate,
+            num_experts=self.model.experts or None,
         )
 
     def best(self, world_size: int, top: int) -> Result:
@@ -226,23 +235,15 @@ class _Search:
 
     def batches(self, job: Job, mode: bool | str) -> Iterator[Job]:
         """The job with this mode and every size of a microbatch that is a power of two and divides its rows."""
-        if mode and job.pp > 1 and SCHEDULES[job.schedule].splits_backward:
-            return
+        asked = {**job.options, "activation_checkpointing": mode, "ep_size": job.ep, **job.moe}
         size = 1
         while size <= job.microbatches and job.microbatches % size == 0:
             pipeline = {**job.pipeline, "pp_microbatch_size": size} if job.pp > 1 else job.pipeline
-            if job.pp == 1 or _enough(job, job.microbatches // size):
+            if job.pp == 1 or not pipeline_problems(pipeline, job.pp, self.model.layers, Paths(), asked):
                 yield dataclasses.replace(
                     job, rows=size, microbatches=job.microbatches // size, pipeline=pipeline, checkpointing=mode
                 )
             size *= 2
-
-
-def _enough(job: Job, microbatches: int) -> bool:
-    """Whether a schedule runs with so many microbatches."""
-    schedule = SCHEDULES[job.schedule]
-    needed = 2 * job.pp if job.schedule == "dualpipe_v" else job.pp
-    return microbatches >= needed and (not schedule.rounds or microbatches % max(1, microbatches // job.pp) == 0)
 
 
 def _may_fit(job: Job, room: float) -> bool:

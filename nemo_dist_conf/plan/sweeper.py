@@ -23,9 +23,6 @@ from nemo_dist_conf.topology.world import planned_world_size
 
 __all__ = ["LayoutsSweep"]
 
-#: What the search chooses; words for it would be overruled.
-_CHOSEN = ("strategy", "parallelism.", "pipeline", "activation_checkpointing", "train.micro_batch_size")
-
 
 class LayoutsSweep:
     """What the sweeper plugin does. options: of LayoutsConf."""
@@ -53,12 +50,7 @@ class LayoutsSweep:
         return results
 
     def _search(self, arguments: list[str]) -> Sequence[Found]:
-        taken = [word for word in arguments if word.lstrip("+~").startswith(_CHOSEN)]
         top = self.options.get("top")
-        if taken:
-            what = "the sweeper layouts chooses layouts itself"
-            asked, allowed = " ".join(taken), "words for the model, the data, the batch and the optimizer"
-            raise ConfigError(Problem(what, asked, allowed, "hydra/sweeper=basic"))
         if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             what = f"hydra.sweeper.top={top} is not a number of layouts"
             asked = f"hydra.sweeper.top={top}"
@@ -66,7 +58,7 @@ class LayoutsSweep:
         cfg = self.context.config_loader.load_sweep_config(self.config, arguments)
         with open_dict(cfg):
             cfg.hydra.overrides.task = arguments
-        return search(cfg, self._world_size(), self._hardware(), top).best
+        return search(cfg, self._world_size(), self._hardware(), top, instead="hydra/sweeper=basic").best
 
     def _world_size(self) -> int:
         """The ranks that the launcher starts for a job."""

@@ -216,8 +216,10 @@ def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
     times = layers * job.microbatches * job.calls
     size = job.tokens * job.model.experts_per_token * job.model.hidden * DTYPE_BYTES[job.compute_dtype]
     counts = 8 * job.model.experts
-    passes = [("forward", 2), ("backward", 2)] + ([("recompute", 2)] if job.checkpointing else [])
-    for when, calls in passes:
+    passes = {"forward": 2, "backward": 2}
+    if job.checkpointing:  # selective keeps what all_to_all returned
+        passes["recompute"] = 2 if job.checkpointing is True else 0
+    for when, calls in passes.items():
         yield Collective("ep", "all_to_all", calls * times, size, when, why="tokens")
         if when != "backward":
             yield Collective("ep", "all_to_all", times, counts, when, why="token counts")

@@ -153,6 +153,33 @@ def test_what_does_not_fit_says_what_would() -> None:
         assert planned(*[w for w in words if w.split("=")[0] not in change], *change.split())["verdict"] != NO
 
 
+def test_ways_out_are_none_that_a_rule_forbids() -> None:
+    """A schedule that splits backward cannot be recomputed."""
+    big = ["model=llama3_70b", "data.seq_len=8192", "train.global_batch_size=64", "world_size=16"]
+    found = planned(*big, "parallelism.pp_size=4", "parallelism.tp_size=4", "pipeline=zbv_zero_bubble")
+    assert found["verdict"] == NO and not any("checkpointing" in words for words in found["change"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "moe.lm_head_precision=float32",
+        "moe.wrap_outer_model=false",
+        "moe.mp_policy.enabled=true",
+    ],
+)
+def test_what_is_not_in_the_numbers_is_said(words: str) -> None:
+    base = ["model=mixtral_tiny", "parallelism.ep_size=2"]
+    assert planned(*base)["notes"] == []
+    text = run(composed(*base, words))
+    assert f"not counted  {'.'.join(words.partition('=')[0].split('.')[:2])}:" in text
+
+
+def test_async_tensor_parallelism_is_said_to_be_left_out() -> None:
+    words = ["parallelism.tp_size=2", "strategy.sequence_parallel=true", "strategy.enable_compile=true"]
+    assert "not counted  strategy.enable_async" in run(composed(*words, "strategy.enable_async_tensor_parallel=true"))
+
+
 REFUSED = {
     "world_size=0": "world_size=8",
     "world_size=many": "world_size=8",
@@ -167,13 +194,17 @@ REFUSED = {
     "world_size=7 plan.search=true": "world_size=6",
     "world_size=2 plan.search=true model=llama3_405b train.global_batch_size=2": "world_size=4",
     "train.global_batch_size=9": "train.global_batch_size=16",
+    "plan.search=true strategy=ddp": "plan.search=false",
+    "plan.search=true strategy.enable_compile=true": "plan.search=false",
+    "plan.search=true train.micro_batch_size=1": "plan.search=false",
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_planned_is_refused_with_what_to_type(words: str) -> None:
+    typed = OmegaConf.create({"overrides": {"task": words.split()}})
     with pytest.raises(ConfigError) as caught:
-        run(composed(*words.split()))
+        run(composed(*words.split()), typed)
     assert caught.value.type.startswith(REFUSED[words])
 
 
@@ -225,6 +256,15 @@ def test_a_search_gives_layouts_that_pass_every_check_and_fit() -> None:
 def test_a_search_finds_every_layout_of_the_rules() -> None:
     """On two ranks, by hand: ddp; fsdp2 with dp, cp, tp, pp (three schedules); megatron_fsdp with dp, cp, tp."""
     assert search(composed(), 2).allowed == 1 + 3 + 3 + 3
+
+
+def test_a_search_keeps_to_what_the_model_asks_for() -> None:
+    """A loss that balances experts needs all layers on a rank, so no pipeline is allowed."""
+    words = ["model=mixtral_tiny", "train.global_batch_size=16"]
+    found = search(composed(*words), 4, top=50)
+    other = search(composed(*words, "model.config.output_router_logits=false"), 4, top=50)
+    assert found.allowed < other.allowed
+    assert not any("pp_size" in one.words for one in found.best) and any("pp_size" in one.words for one in other.best)
 
 
 def test_more_memory_lets_more_layouts_in() -> None:
