@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Iterator
 
 from nemo_dist_conf.models.shapes import ModelShape, Weight, block_weights, outer_weights
 from nemo_dist_conf.plan.job import Job, Stage, Styles
@@ -114,18 +115,26 @@ def held_elements(job: Job, unit: Unit, place: Place) -> int:
 
 @lru_cache(maxsize=65536)
 def _held(unit: Unit, split: _Split, place: Place) -> int:
-    total = 0
+    index = place.ep_shard if unit.expert else place.shard
+    rests_whole = not unit.expert and not split.rests_sharded
+    return sum(
+        outer * (size if rests_whole else chunk(size, parts, index))
+        for outer, size, parts in _dimensions(unit, split, place.tp, place.ep)
+    )
+
+
+def _dimensions(unit: Unit, split: _Split, tp: int, ep: int) -> Iterator[tuple[int, int, int]]:
+    """Of each weight after tp and ep: elements beside the dimension that shards cut, its size, and the shards.
+
+    Shards cut experts along the second dimension, because ep cuts the first, and everything else along the first.
+    """
     for name, weight in unit.weights:
         if unit.expert:
-            experts, second, *rest = weight.shape
-            shape: tuple[int, ...] = (chunk(experts, split.ep, place.ep), second, *rest)
-            shape = (shape[0], chunk(second, split.ep_shard, place.ep_shard), *rest)
+            experts, size, *rest = weight.shape
+            yield chunk(experts, split.ep, ep) * prod(rest), size, split.ep_shard
         else:
-            shape = tp_shape(split.styles, split.tp, name, weight, place.tp)
-            if split.rests_sharded:
-                shape = (chunk(shape[0], split.shards, place.shard), *shape[1:])
-        total += prod(shape)
-    return total
+            size, *rest = tp_shape(split.styles, split.tp, name, weight, tp)
+            yield prod(rest), size, split.shards
 
 
 def gathered_bytes(job: Job, unit: Unit, item: int, tp: int = 0) -> int:
@@ -138,13 +147,4 @@ def gathered_bytes(job: Job, unit: Unit, item: int, tp: int = 0) -> int:
 
 @lru_cache(maxsize=65536)
 def _gathered(unit: Unit, split: _Split, tp: int) -> int:
-    total = 0
-    for name, weight in unit.weights:
-        if unit.expert:
-            experts, second, *rest = weight.shape
-            shape: tuple[int, ...] = (chunk(experts, split.ep, 0), padded(second, split.ep_shard), *rest)
-        else:
-            local = tp_shape(split.styles, split.tp, name, weight, tp)
-            shape = (padded(local[0], split.shards), *local[1:])
-        total += prod(shape)
-    return total
+    return sum(outer * padded(size, parts) for outer, size, parts in _dimensions(unit, split, tp, 0))

@@ -146,7 +146,7 @@ class _Search:
             plan = make_plan(job)
             if plan.verdict != NO:
                 planned.add(id(layout))
-                found.append(Found(_words(layout, job, mode, self.rows), plan))
+                found.append(Found(_words(layout, job, mode), plan))
         found.sort(key=lambda one: one.plan.step.seconds)
         fitting = len({id(layout) for _, _, _, layout, _ in quick})
         return Result(tuple(found[:top]), allowed, fitting)
@@ -272,7 +272,7 @@ def _defaults(schema: type) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _words(layout: _Layout, job: Job, mode: bool | str, rows: int) -> str:
+def _words(layout: _Layout, job: Job, mode: bool | str) -> str:
     """The overrides that choose a layout in the recipe."""
     words = [f"strategy={layout.strategy.name}"]
     for name, size in layout.sizes.items():

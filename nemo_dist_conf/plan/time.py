@@ -30,8 +30,8 @@ FORMULAS: dict[str, str] = {
     "collective": "(n - 1) / n x bytes / (GB/s x efficiency) + log2(n) x latency; all_reduce twice; between nodes over "
     "as many adapters as the group has ranks on a node (ring collectives, bus bandwidth of NCCL's tests)",
     "exposed": "tensor, context and expert collectives in full; gathers and reductions of parameters where they take "
-    "longer than the computing beside them, and the first gather",
-    "pipeline": "the schedule played through with these times (plan.schedule)",
+    "longer than nine tenths of the computing beside them, and the first gather",
+    "pipeline": "the schedule played through with these times (nemo_dist_conf/plan/schedule.py)",
     "update": "bytes of parameters, gradients and states that the optimizer and clipping read and write / GB/s",
     "MFU": "model FLOPs (6 N + 12 L H S a token, PaLM) / (seconds x ranks x TFLOP/s)",
 }
@@ -95,7 +95,7 @@ def collective_seconds(entry: Collective, groups: Groups, job: Job) -> float:
 
 
 def stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
-    """Of one microbatch on a stage, computing only: by part, forward and backward apart."""
+    """Of one microbatch on a stage, computing only: by part, forward and backward together."""
     model, hardware, tokens = job.model, job.hardware, job.tokens
     peak, memory = _peak(job), 1e9 * hardware.memory_gb_s * hardware.bandwidth_efficiency
     matmul = attention = bytes_moved = 0.0
@@ -234,7 +234,7 @@ def _unhidden(job: Job, calls: list[Collective], groups: Mapping[str, Groups], b
 
 
 def _update_seconds(job: Job, memory: Memory) -> float:
-    """Reading and writing parameters, gradients and states; three times as much where kernels are not fused."""
+    """Reading and writing parameters, gradients and states; twice as much where kernels are not fused."""
     touched = 2 * memory.parameters + memory.gradients + 2 * memory.optimizer
     clipped = 3 * memory.gradients
     rate = 1e9 * job.hardware.memory_gb_s * job.hardware.bandwidth_efficiency
