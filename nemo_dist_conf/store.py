@@ -68,9 +68,6 @@ class LazyNode(ConfigNode):
         self.name, self.group, self.package, self.provider = f"{name}.yaml", group, None, PROVIDER
         self._make = make
 
-    def __deepcopy__(self, memo: Any) -> LazyNode:
-        return self  # ConfigStore.load copies the entry and its node itself; --help copies the whole store
-
     @property
     def node(self) -> Any:
         made = self.__dict__.get("_node")
@@ -82,6 +79,23 @@ class LazyNode(ConfigNode):
     @node.setter
     def node(self, value: Any) -> None:  # ConfigStore.load puts a copy here
         self.__dict__["_node"] = value
+
+
+class SharedEntries(dict):  # type: ignore[type-arg]
+    """The ConfigStore's tree; a copy of it has levels of its own and shares the entries.
+
+    Hydra copies its repository, and with it the whole store, once a composition, once a completion and several times
+    a group for ``--help`` (config_repository.py, CachingConfigRepository), in order to keep its list of sources. Nodes
+    of a store are copied again when one is loaded (config_store.py, load), so nothing is lost by sharing them, and
+    the time of a help page does not grow with groups times nodes.
+    """
+
+    def __deepcopy__(self, memo: Any) -> SharedEntries:
+        return SharedEntries(_levels(self))
+
+
+def _levels(level: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _levels(value) if isinstance(value, dict) else value for key, value in level.items()}
 
 
 def register(
@@ -98,6 +112,8 @@ def register(
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = ConfigStore.instance()
+    if not isinstance(store.repo, SharedEntries):
+        store.repo = SharedEntries(store.repo)
     _put(store, NAMESPACE, "hooks", _hooks_node)
     short: list[Any] = []
     spaced: list[Any] = []

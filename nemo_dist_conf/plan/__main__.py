@@ -7,8 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from nemo_dist_conf.errors import NemoDistConfError
-from nemo_dist_conf.hooks import end
-from nemo_dist_conf.recipe.checks import config_folder
+from nemo_dist_conf.recipe.folder import config_folder
 
 __all__ = ["main"]
 
@@ -16,6 +15,7 @@ __all__ = ["main"]
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="plan")
 def main(cfg: DictConfig) -> None:
     """Print the plan of the config."""
+    from nemo_dist_conf.hooks import end
     from nemo_dist_conf.plan.app import run
 
     try:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Iterable
 
 from omegaconf import DictConfig, OmegaConf
 
-import nemo_dist_conf
 from nemo_dist_conf.compose import SECTIONS, Checked, check, section_of, typed_words
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hooks import DistributedCallback
 from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.world import planned_world_size
+from nemo_dist_conf.recipe.folder import config_folder
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 
 __all__ = [
     "RecipeCallback",
     "batch_problems",
     "check_recipe",
-    "config_folder",
     "legal_batch_sizes",
     "typed_model_config",
 ]
@@ -32,13 +30,6 @@ class RecipeCallback(DistributedCallback):
 
     def check(self, config: DictConfig) -> Checked:
         return check_recipe(config)
-
-
-def config_folder() -> Path:
-    """The recipe's YAML: inside the package when installed, beside it in a checkout."""
-    package = Path(nemo_dist_conf.__file__).parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def typed_model_config(config: Any, overrides: Iterable[str]) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""``python -m nemo_dist_conf.train [overrides]``; torch is imported only after the config has passed its checks."""
+"""``python -m nemo_dist_conf.train [overrides]``.
+
+What checks a config is imported only when there is one to check, not for --help, --cfg and completion; torch only
+after the config has passed.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import NemoDistConfError, Preempted
-from nemo_dist_conf.hooks import end
-from nemo_dist_conf.topology.world import launched
-from nemo_dist_conf.recipe.checks import check_recipe, config_folder, typed_model_config
+from nemo_dist_conf.recipe.folder import config_folder
 
 __all__ = ["main"]
 
@@ -20,6 +22,10 @@ __all__ = ["main"]
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
 def main(cfg: DictConfig) -> float:
     """Train as the config says; the last loss is the job's value for sweepers."""
+    from nemo_dist_conf.hooks import end
+    from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
+    from nemo_dist_conf.topology.world import launched
+
     try:
         check_recipe(cfg)
         if cfg.model.get("name_or_path"):

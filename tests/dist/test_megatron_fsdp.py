@@ -334,7 +334,7 @@ def _recipe(folder: str, *words: str) -> list[float]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from nemo_dist_conf.recipe.checks import config_folder
+    from nemo_dist_conf.recipe.folder import config_folder
     from nemo_dist_conf.train.loop import run
 
     GlobalHydra.instance().clear()

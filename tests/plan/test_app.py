@@ -21,7 +21,7 @@ from nemo_dist_conf.plan import job_of, make_plan, search
 from nemo_dist_conf.plan.app import _recipe_config, run
 from nemo_dist_conf.plan.from_config import hardware_of, planned_start
 from nemo_dist_conf.plan.plan import FITS, NO
-from nemo_dist_conf.recipe.checks import config_folder
+from nemo_dist_conf.recipe.folder import config_folder
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.world import about_to_start
 from tests import warm
