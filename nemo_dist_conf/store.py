@@ -81,7 +81,7 @@ class LazyNode(ConfigNode):
         self.__dict__["_node"] = value
 
 
-class SharedEntries(dict):  # type: ignore[type-arg]
+class _SharedEntries(dict):
     """The ConfigStore's tree; a copy of it has levels of its own and shares the entries.
 
     Hydra copies its repository, and with it the whole store, once a composition, once a completion and several times
@@ -90,8 +90,8 @@ class SharedEntries(dict):  # type: ignore[type-arg]
     the time of a help page does not grow with groups times nodes.
     """
 
-    def __deepcopy__(self, memo: Any) -> SharedEntries:
-        return SharedEntries(_levels(self))
+    def __deepcopy__(self, memo: Any) -> _SharedEntries:
+        return _SharedEntries(_levels(self))
 
 
 def _levels(level: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def register(
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = ConfigStore.instance()
-    if not isinstance(store.repo, SharedEntries):
-        store.repo = SharedEntries(store.repo)
+    if not isinstance(store.repo, _SharedEntries):
+        store.repo = _SharedEntries(store.repo)
     _put(store, NAMESPACE, "hooks", _hooks_node)
     short: list[Any] = []
     spaced: list[Any] = []

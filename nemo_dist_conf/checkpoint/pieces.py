@@ -29,6 +29,9 @@ __all__ = [
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
+#: Settings of a group that say how its update is computed, not what it is; what one layout can run another may not.
+_EXECUTION = ("foreach", "fused")
+
 
 class Piece:
     """This rank's part of a tensor, as torch.distributed.checkpoint asks for it.
@@ -180,6 +183,7 @@ def set_group_settings(
 ) -> None:
     """Give each of the optimizer's groups the settings that its parameters had, and parameters their ``values``.
 
+    Which of torch's kernels make the update stays as this run chose it.
     only_values: groups keep the settings that they have.
     Raises DataError where the parameters of one group had different ones.
     """
@@ -192,6 +196,8 @@ def set_group_settings(
             what = f"the optimizer has {next(iter(held))} in one group with others that had other settings when saved"
             raise DataError(Problem(what, "load(folder, model, optimizer)", "the groups saved", "load(folder, model)"))
         for key, value in (found[0] if found and not only_values else {}).items():
+            if key in _EXECUTION:
+                continue
             if isinstance(group.get(key), Tensor):
                 group[key].fill_(value)
             else:

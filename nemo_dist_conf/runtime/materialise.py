@@ -57,6 +57,10 @@ def _copy(module: nn.Module) -> nn.Module:
     return copied
 
 
+#: Writes of values alone. A tensor on meta has none, and torch takes a millisecond of Python to "draw" them.
+_VALUES_ONLY = frozenset(f"aten::{name}_" for name in ("normal", "uniform", "fill", "zero", "copy", "mul", "add", "div"))
+
+
 class Writes(TorchDispatchMode):
     """Counts, while it is entered, how often each tensor's storage is written to; meta tensors count like others."""
 
@@ -68,6 +72,8 @@ class Writes(TorchDispatchMode):
         if func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
             key = args[0].untyped_storage()._cdata
             self._counts[key] = self._counts.get(key, 0) + 1
+            if args[0].is_meta and func._schema.name in _VALUES_ONLY:
+                return args[0]
         return func(*args, **(kwargs or {}))
 
     def of(self, tensor: torch.Tensor) -> int:
@@ -203,14 +209,15 @@ def _fill(
     followers: set[str],
 ) -> None:
     owned: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+    slots: tuple[dict[str, Any], dict[str, Any]] = (target._parameters, target._buffers)
     shapes = [dict(tensors) for tensors in owned]
-    for tensors in owned:
+    for tensors, targets in zip(owned, slots):
         for key, tensor in tensors.items():
             if tensor is None:
                 continue
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            drawn = _storage_for(tensor, targets.get(key), device, f"{name}.{key}" in followers)
             is_parameter = tensors is module._parameters
-            tensors[key] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            tensors[key] = nn.Parameter(drawn, tensor.requires_grad) if is_parameter else drawn
     initialise = _initialiser(model, module)
     if initialise is None:
         raise AssertionError(f"{name} cannot initialise itself; can_materialise was not asked")
@@ -220,7 +227,6 @@ def _fill(
     given: list[dict[str, Any]] = [dict(tensors) for tensors in owned]
     with Writes() as writes:
         initialise()
-    slots: tuple[dict[str, Any], dict[str, Any]] = (target._parameters, target._buffers)
     for tensors, before, targets in zip(owned, given, slots):
         for key, value in tensors.items():
             if value is not None and value is before[key] and not writes.of(value):
@@ -248,9 +254,20 @@ def _unset(name: str, key: str, module: nn.Module) -> ConfigError:
     )
 
 
+def _storage_for(meta: torch.Tensor, target: torch.Tensor | None, device: torch.device, follows: bool) -> torch.Tensor:
+    """Where a tensor is drawn: at once into the model's own where that is whole, else beside it."""
+    if target is None or follows or isinstance(target, DTensor) or target.device != device:
+        return torch.empty(meta.shape, dtype=meta.dtype, device=device)
+    if target.shape != meta.shape or target.dtype != meta.dtype:
+        return torch.empty(meta.shape, dtype=meta.dtype, device=device)
+    return target.detach()
+
+
 def _copy_shard(target: torch.Tensor | None, full: torch.Tensor) -> None:
     if target is None:
         raise AssertionError("a tensor of the template is missing in the model")
+    if not isinstance(target, DTensor) and target.data_ptr() == full.data_ptr() and target.shape == full.shape:
+        return  # drawn there
     if isinstance(target, DTensor):
         target.to_local().copy_(local_part(full.detach(), target))
     else:

@@ -48,7 +48,7 @@ _NOT_NEGATIVE = _Option("a number, at least 0", lambda v: _number(v) and v >= 0,
 _EPS = _Option("a number above 0", lambda v: _number(v) and v > 0, "1e-8")
 _BETAS = _Option("two numbers, each 0 to below 1", _betas, "[0.9,0.95]")
 _BOOL = _Option("true, false", lambda v: isinstance(v, bool), "false")
-_SWITCH = _Option("true, false; null: torch decides", _flag_or_null, "null")
+_SWITCH = _Option("true, false; null: the fastest that these parameters allow", _flag_or_null, "null")
 _DECAY_1D = _Option("true: norms and biases decay too; false: they do not", lambda v: isinstance(v, bool), "false")
 
 _COMMON = {
@@ -64,11 +64,11 @@ _ADAM = {**_COMMON, "betas": _BETAS, "eps": _EPS, "amsgrad": _BOOL}
 
 @dataclass(frozen=True)
 class _Kind:
-    """An optimizer of torch, the settings it takes, and whether torch can fuse its update of DTensors."""
+    """An optimizer of torch, the settings it takes, and whether torch can fuse its update, also of DTensors."""
 
     build: Callable[..., torch.optim.Optimizer]
     options: Mapping[str, _Option]
-    fuses_dtensors: bool = True
+    fuses: bool = True
 
 
 #: What ``optimizer.name`` accepts. Every option but lr may be left out: torch's default holds then.
@@ -78,7 +78,7 @@ OPTIMIZERS: Mapping[str, _Kind] = {
     "sgd": _Kind(
         torch.optim.SGD,
         {**_COMMON, "momentum": _FRACTION, "dampening": _NOT_NEGATIVE, "nesterov": _BOOL},
-        fuses_dtensors=False,
+        fuses=False,
     ),
 }
 
@@ -112,7 +112,9 @@ def build_optimizer(
     options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    _settle_fast_paths(kind, options, trainable, paths)
+    _refuse_impossible(kind, options, trainable, paths)
+    if kind.fuses and options.get("foreach") is None and options.get("fused") is None and _can_fuse(trainable):
+        options["fused"] = True
     groups = _groups(trainable, options.get("weight_decay"), values.get("decay_1d", False))
     return kind.build(groups, **options)
 
@@ -225,10 +227,30 @@ def _unknown(key: str, value: Any, name: str, kind: _Kind, asked: str, paths: Pa
     return Problem(f"optimizer.{key}: {name} has no such setting{hint}", asked, ", ".join(kind.options), type_)
 
 
-def _settle_fast_paths(
+def _can_fuse(trainable: list[tuple[str, torch.nn.Parameter]]) -> bool:
+    """Whether torch updates all of these in one kernel: fewer passes over memory, and no dispatch for each DTensor.
+
+    Left to itself torch loops over parameters on the CPU and groups their operations on a GPU. Parameters that rest
+    elsewhere than their mesh (CPU offload) are left to it.
+    """
+    if any(_on_mesh(parameter) != _on_mesh(trainable[0][1]) for _, parameter in trainable):
+        return False
+    return all(
+        parameter.is_floating_point()
+        and parameter.device.type in ("cpu", "cuda")
+        and _on_mesh(parameter) in (None, parameter.device.type)
+        for _, parameter in trainable
+    )
+
+
+def _on_mesh(parameter: torch.nn.Parameter) -> str | None:
+    return parameter.device_mesh.device_type if isinstance(parameter, DTensor) else None
+
+
+def _refuse_impossible(
     kind: _Kind, options: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]], paths: Paths
 ) -> None:
-    """Use the plain loop, or refuse a faster update that was asked for, where torch has none for these parameters.
+    """Refuse a faster update that was asked for where torch has none for these parameters; else use the plain loop.
 
     Seen with torch 2.13: foreach and fused refuse lists that mix DTensors with plain tensors ("got mixed
     torch.Tensor and DTensor"), and fused SGD has no sharding strategy; DTensors on several meshes are fine.
@@ -240,7 +262,7 @@ def _settle_fast_paths(
     if sharded < len(trainable):
         counts = f"{sharded} of {len(trainable)} are distributed"
         reasons = dict.fromkeys(("foreach", "fused"), f"plain and distributed parameters together ({counts})")
-    elif not kind.fuses_dtensors:
+    elif not kind.fuses:
         reasons = {"fused": "distributed parameters with this optimizer"}
     ConfigError.raise_if(
         Problem(

@@ -65,6 +65,19 @@ def test_settings_of_groups_come_back_or_stay(tmp_path: Path) -> None:
     assert others.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("saved, now", [(True, False), (False, True), (None, True)])
+def test_a_checkpoint_does_not_choose_the_kernels_of_the_update(tmp_path: Path, saved: Any, now: bool) -> None:
+    """What one layout could fuse, another one may not be able to."""
+    model, optimizer = make(fused=saved, weight_decay=0.3)
+    train(model, optimizer, 0, 2)
+    folder = save(tmp_path / "a", model, optimizer, step=2)
+    expected = train(model, optimizer, 2, 5)
+    other, its = make(fused=now)
+    load(folder, other, its)
+    assert its.param_groups[0]["fused"] is now and its.param_groups[0]["weight_decay"] == 0.3
+    assert train(other, its, 2, 5) == pytest.approx(expected, rel=1e-5)
+
+
 def test_random_states_go_on(tmp_path: Path) -> None:
     model, _ = make()
     random.seed(3), numpy.random.seed(3), torch.manual_seed(3)

@@ -40,16 +40,18 @@ def train(optimizer: torch.optim.Optimizer, module: torch.nn.Module, steps: int 
 @pytest.mark.parametrize(
     "node, reference",
     [
-        ({"name": "adamw", "lr": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.1)),
-        ({"name": "adam", "lr": 0.1, "amsgrad": True}, lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True)),
+        ({"name": "adamw", "lr": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)),
+        ({"name": "adam", "lr": 0.1, "amsgrad": True}, lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, fused=True)),
         (
             {"name": "adamw", "lr": 0.1, "betas": [0.5, 0.6], "eps": 1e-3, "weight_decay": 0.3},
-            lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3),
+            lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3, fused=True),
         ),
         (
             {"name": "sgd", "lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
             lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
         ),
+        ({"name": "adamw", "lr": 0.1, "fused": False}, lambda p: torch.optim.AdamW(p, lr=0.1)),
+        ({"name": "adamw", "lr": 0.1, "foreach": True}, lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True)),
         ({"name": "sgd", "lr": 0.01, "foreach": True}, lambda p: torch.optim.SGD(p, lr=0.01, foreach=True)),
     ],
 )
@@ -262,6 +264,20 @@ def test_distributed_parameters_are_updated_as_plain_ones(mesh: Any, which: str,
     want = stepped({**node, "fused": None, "foreach": False}, distributed(mesh, "plain"))
     for ours, theirs in zip(got, want):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("which", ["plain", "one mesh", "two meshes", "mixed"])
+def test_the_update_is_fused_wherever_torch_can(mesh: Any, which: str) -> None:
+    adamw = build_optimizer({"name": "adamw", "lr": 0.1}, distributed(mesh, which))
+    sgd = build_optimizer({"name": "sgd", "lr": 0.1}, distributed(mesh, which))
+    assert adamw is not None and sgd is not None
+    assert adamw.defaults["fused"] is (None if which == "mixed" else True) and sgd.defaults["fused"] is None
+
+
+def test_complex_parameters_are_not_fused() -> None:
+    whole = [("w", torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64)))]
+    optimizer = build_optimizer({"name": "adamw", "lr": 0.1}, whole)
+    assert optimizer is not None and optimizer.defaults["fused"] is None
 
 
 def test_groups_do_not_depend_on_the_layout(mesh: Any) -> None:
