@@ -58,7 +58,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 #: Writes of values alone: a tensor on meta has none, and torch takes up to a millisecond of Python for each.
-_VALUES_ONLY = frozenset(f"aten::{name}_" for name in ("normal", "uniform", "fill", "zero", "copy", "mul", "add", "div"))
+_VALUES_ONLY = frozenset(f"aten::{name}_" for name in ("normal", "uniform", "fill", "zero", "copy", "mul", "add"))
 
 
 class Writes(TorchDispatchMode):

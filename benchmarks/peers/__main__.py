@@ -1,0 +1,407 @@
+"""This package beside hand-written torch, Hugging Face Accelerate and Lightning Fabric, doing the same work.
+
+    python benchmarks/peers --environments .peers --json benchmarks/results/peers.json \\
+        --markdown benchmarks/results/peers.md --chart benchmarks/results/peers.svg
+
+Each side runs in an environment of its own, made from environments/*.txt in the folder of --environments (kept for the
+next time); without it all sides run in this one. A job is one strategy, model size, dtype and number of ranks. In each
+of its runs every side starts new ranks, and the sides take turns: wrap, then rounds of steps, then the peak.
+
+wrap    seconds from the config (ours: composed) to the wrapped model and its optimizer, the first time in a process.
+        Imports are done and the process group exists. Slowest rank; median of the runs.
+step    seconds of forward, backward, clipping and optimizer step of the slowest rank, and CPU seconds of all ranks.
+        Median over steps of a run, then over runs; ratios are taken run by run before their median.
+memory  peak resident MB (on a GPU: allocated) of the fullest rank, median of the runs.
+start   CPU seconds of a process until its framework, torch and transformers' Llama are imported; median.
+show    CPU seconds of whole commands that only show help or a config; median.
+
+Weights and batches are the same on all sides, and so must be the losses of every step: otherwise it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any, Iterator
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import chart  # noqa: E402  (found through the line above)
+import report  # noqa: E402
+from work import SIZES, Job  # noqa: E402
+
+TIMEOUT_S = 300
+STRATEGIES = ("ddp", "fsdp2", "tp")
+BASE = "hand"
+#: How far losses may be from those of the hand-written side, relative.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A module of sides/, its environment's file, how it is called in tables, and a command that shows help."""
+
+    module: str
+    environment: str
+    title: str
+    help: tuple[str, ...] = ()
+
+
+SIDES = (
+    Side("hand", "hand", "by hand"),
+    Side("hand_fused", "hand", "by hand, fused AdamW"),
+    Side("ours", "ours", "nemo_dist_conf", ("-m", "nemo_dist_conf.train", "--help")),
+    Side("accelerate_side", "accelerate", "Accelerate", ("-m", "accelerate.commands.launch", "--help")),
+    Side("fabric_side", "fabric", "Fabric", ("-m", "lightning_fabric.cli", "run", "--help")),
+)
+#: Commands of our environment that only show something, besides each side's help.
+PLAIN_HYDRA = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    pass
+
+main()
+"""
+
+
+class Running:
+    """A side's process in its environment, which forks ranks for one job after the other."""
+
+    def __init__(self, side: Side, python: str) -> None:
+        self.side, self._folder = side, tempfile.TemporaryDirectory()
+        with Listener(f"{self._folder.name}/side") as listener:
+            command = [python, str(HERE / "rank.py"), side.module, listener.address]
+            self._process = subprocess.Popen(list(map(str, command)), env=_environment())
+            self._connection = _accept(listener, self._process, side.title)
+        self.imported = _answer(self._connection, side.title)
+
+    def end(self) -> None:
+        self._connection.send(None)
+        self._process.wait()
+        self._folder.cleanup()
+
+    @contextlib.contextmanager
+    def ranks(self, job: Job) -> Iterator[list[Connection]]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as open_listeners:
+            listeners = [open_listeners.enter_context(Listener(f"{folder}/rank{i}")) for i in range(job.world)]
+            self._connection.send({"job": job.to_dict(), "folder": folder})
+            ranks = [_accept(listener, self._process, self.side.title) for listener in listeners]
+            for rank in ranks:
+                _answer(rank, self.side.title)
+            yield ranks
+            for rank in ranks:
+                rank.send(("end",))
+
+    def ask(self, ranks: list[Connection], *word: Any) -> list[Any]:
+        """Every rank's answer."""
+        for rank in ranks:
+            rank.send(word)
+        return [_answer(rank, self.side.title) for rank in ranks]
+
+
+def _environment() -> dict[str, str]:
+    dropped = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def _accept(listener: Listener, process: subprocess.Popen[bytes], title: str) -> Connection:
+    import selectors
+
+    with selectors.DefaultSelector() as ready:
+        ready.register(listener._listener._socket, selectors.EVENT_READ)  # type: ignore[attr-defined]
+        for _ in range(TIMEOUT_S):
+            if ready.select(1.0):
+                return listener.accept()
+            if process.poll() is not None:
+                break
+    raise SystemExit(f"{title}: its process ended or did not answer (exit status {process.poll()})")
+
+
+def _answer(connection: Connection, title: str) -> Any:
+    if not connection.poll(TIMEOUT_S):
+        raise SystemExit(f"{title}: no answer in {TIMEOUT_S} s")
+    try:
+        answer = connection.recv()
+    except EOFError:
+        raise SystemExit(f"{title}: a rank died") from None
+    if isinstance(answer, dict) and "error" in answer:
+        raise SystemExit(f"{title}: {answer['error']}")
+    return answer
+
+
+# --------------------------------------------------------------------------------------- environments
+
+
+def python_of(environment: str, folder: Path | None) -> str:
+    """The interpreter of an environment, which is made where it is missing or its file has changed."""
+    if folder is None:
+        return sys.executable
+    wanted = (HERE / "environments" / f"{environment}.txt").read_text()
+    home = folder.resolve() / environment
+    python, stamp = home / "bin" / "python", home / "installed.txt"
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        print(f"environment {environment}: {home}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        pip = [str(python), "-m", "pip", "install", "-q"]
+        subprocess.run([*pip, "-r", str(HERE / "environments" / f"{environment}.txt")], check=True)
+        stamp.write_text(wanted)
+    if environment == "ours":  # this checkout as it is now
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", str(HERE.parents[1])], check=True)
+    return str(python)
+
+
+def cpu_of(command: list[str]) -> float:
+    """CPU seconds of a whole process and its children."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def sides_of(job: Job, running: dict[str, Running]) -> list[Running]:
+    """Accelerate has no tensor parallelism for a model built from a config."""
+    left_out = {"accelerate_side"} if job.strategy == "tp" else set()
+    return [one for name, one in running.items() if name not in left_out]
+
+
+def one_run(job: Job, sides: list[Running], rounds: int, steps: int, warm_up: int) -> dict[str, dict[str, Any]]:
+    """A run of a job: of each side its wrap, its steps' times and losses, and its peak."""
+    found: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        ranks = {side.side.module: stack.enter_context(side.ranks(job)) for side in sides}
+        for side in sides:
+            wraps = side.ask(ranks[side.side.module], "wrap")
+            found[side.side.module] = {"wrap_s": max(wraps), "wall_s": [], "cpu_s": [], "loss": []}
+        for number in range(rounds + 1):
+            for side in sides if number % 2 else reversed(sides):
+                name = side.side.module
+                count = steps if number else warm_up
+                for step in zip(*side.ask(ranks[name], "steps", count)):
+                    found[name]["loss"].append(statistics.mean(loss for _, _, loss in step))
+                    if number:
+                        found[name]["wall_s"].append(max(wall for wall, _, _ in step))
+                        found[name]["cpu_s"].append(sum(cpu for _, cpu, _ in step))
+        for side in sides:
+            found[side.side.module]["peak_mb"] = max(side.ask(ranks[side.side.module], "peak"))
+    return found
+
+
+def check_losses(job: Job, found: dict[str, dict[str, Any]]) -> float:
+    """The largest relative difference from the hand-written side's losses."""
+    want, worst = found[BASE]["loss"], 0.0
+    for name, one in found.items():
+        for number, (loss, other) in enumerate(zip(one["loss"], want, strict=True)):
+            worst = max(worst, abs(loss - other) / other)
+            if worst > TOLERANCE[job.dtype]:
+                raise SystemExit(f"{job}: {name}, step {number}: loss {loss}, by hand {other}")
+    return worst
+
+
+def measure(job: Job, running: dict[str, Running], options: argparse.Namespace) -> dict[str, Any]:
+    sides = sides_of(job, running)
+    runs, worst = [], 0.0
+    for number in range(options.runs):
+        order = sides if number % 2 else sides[::-1]
+        run = one_run(job, order, options.rounds, options.steps, options.warm_up)
+        worst = max(worst, check_losses(job, run))
+        runs.append(run)
+    tokens = SIZES[job.size]["rows"] * SIZES[job.size]["tokens"] * (job.world // job.tp)
+    result: dict[str, Any] = {**job.to_dict(), "loss_difference": worst, "sides": {}}
+    for side in sides:
+        name = side.side.module
+        row = {
+            "wrap_s": statistics.median(run[name]["wrap_s"] for run in runs),
+            "step_s": statistics.median(statistics.median(run[name]["wall_s"]) for run in runs),
+            "step_cpu_s": statistics.median(statistics.median(run[name]["cpu_s"]) for run in runs),
+            "peak_mb": statistics.median(run[name]["peak_mb"] for run in runs),
+        }
+        for key, of in (("step", "wall_s"), ("step_cpu", "cpu_s")):
+            ratios = [statistics.median(run[name][of]) / statistics.median(run[BASE][of]) for run in runs]
+            row[f"{key}_ratio"], row[f"{key}_ratios"] = statistics.median(ratios), ratios
+        for key in ("wrap_s", "peak_mb"):
+            ratios = [run[name][key] / run[BASE][key] for run in runs]
+            row[f"{key.split('_')[0]}_ratio"] = statistics.median(ratios)
+        row["tokens_per_s"] = tokens / row["step_s"]
+        result["sides"][name] = row
+    return result
+
+
+def starts(pythons: dict[str, str], sides: list[Side], repeats: int) -> dict[str, dict[str, float]]:
+    """CPU seconds of importing each side, and of showing help where it has a command."""
+    cpu: dict[str, dict[str, list[float]]] = {side.module: {"import": [], "help": []} for side in sides}
+    plain: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        app = Path(folder, "app.py")
+        app.write_text(PLAIN_HYDRA)
+        for number in range(repeats + 1):  # the first one compiles and fills the disk's cache
+            for side in sides:
+                fresh = Running(side, pythons[side.environment])
+                fresh.end()
+                shown = cpu_of([pythons[side.environment], *side.help]) if side.help else 0.0
+                if number:
+                    cpu[side.module]["import"].append(fresh.imported["import_cpu_s"])
+                    cpu[side.module]["help"] += [shown] if side.help else []
+            if number:
+                plain.append(cpu_of([pythons["ours"], str(app), "--help"]))
+    found = {
+        name: {key: statistics.median(values) for key, values in both.items() if values} for name, both in cpu.items()
+    }
+    return {**found, "plain_hydra": {"help": statistics.median(plain)}}
+
+
+# --------------------------------------------------------------------------------------- tables
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    columns = ("job", "side", "wrap s", "step ms", "ratio", "step CPU ms", "ratio", "tokens/s", "peak MB", "ratio")
+    rows = []
+    for result in results:
+        for side in SIDES:
+            row = result["sides"].get(side.module)
+            if row is None:
+                continue
+            rows.append(
+                (
+                    f"{result['strategy']} {result['size']} {result['dtype']} x{result['world']}",
+                    side.title,
+                    f"{row['wrap_s']:.3f}",
+                    f"{1e3 * row['step_s']:.1f}",
+                    f"{row['step_ratio']:.3f}",
+                    f"{1e3 * row['step_cpu_s']:.1f}",
+                    f"{row['step_cpu_ratio']:.3f}",
+                    f"{row['tokens_per_s']:,.0f}",
+                    f"{row['peak_mb']:.0f}",
+                    f"{row['peak_ratio']:.3f}",
+                )
+            )
+    return report.table(columns, rows)
+
+
+def start_table(found: dict[str, dict[str, float]]) -> str:
+    titles = {**{side.module: side.title for side in SIDES}, "plain_hydra": "an empty Hydra app"}
+    rows = [
+        (titles[name], *(f"{values[key]:.2f}" if key in values else "" for key in ("import", "help")))
+        for name, values in found.items()
+    ]
+    return report.table(("side", "import, CPU s", "--help, CPU s"), rows)
+
+
+def markdown(measured: dict[str, Any]) -> str:
+    machine = measured["hardware"]
+    differences = {dtype: 0.0 for dtype in TOLERANCE}
+    for result in measured["results"]:
+        differences[result["dtype"]] = max(differences[result["dtype"]], result["loss_difference"])
+    worst = ", ".join(f"{dtype} {value:.1e}" for dtype, value in differences.items() if value)
+    return f"""# Beside hand-written torch and its peers
+
+{__doc__.splitlines()[0]}
+What each measure means stands at the top of [peers](../peers/__main__.py), what each side does in
+[sides](../peers/sides), its pinned versions in [environments](../peers/environments). Ratios are to "by hand": DDP,
+or fully_shard on each block and the root with torch's defaults. A job is strategy, size of the model, dtype and ranks;
+`tp` is tensor parallelism over 2 ranks and fully_shard over the others (not by Accelerate, which takes it from
+transformers' loading of a checkpoint).
+
+{table(measured["results"])}
+
+Every side starts from the same weights and has the same losses in every step; the largest relative difference:
+{worst}.
+
+Ours updates with AdamW's fused kernel by default, the others with what `torch.optim.AdamW(parameters)` chooses; the
+second row of each job is the same choice made by hand.
+
+## Starting
+
+{start_table(measured["starts"])}
+
+Measured {measured["date"]} on {machine["cpu"]}, {machine["cores"]} cores, {machine["ram_gib"]} GiB; gloo, 1 thread
+a rank, {measured["runs"]} runs of {measured["steps"]} steps, load before the first {machine["load_before"]}.
+Versions: {report.used(measured)}; the peers' stand in environments.
+
+    {measured["command"]}
+"""
+
+
+def draw(measured: dict[str, Any], path: Path) -> None:
+    """Step time and memory of every side relative to by hand, of the jobs in fp32 on the fewest ranks."""
+    fewest = min(result["world"] for result in measured["results"])
+    shown = [r for r in measured["results"] if r["dtype"] == "fp32" and r["world"] == fewest]
+    titles = {side.module: side.title for side in SIDES if side.module != BASE}
+    for result in shown:
+        result["title"] = f"{result['strategy']}, {result['size']}"
+    panels = [
+        chart.Panel(
+            f"{what} (by hand = 1)",
+            [r["title"] for r in shown],
+            {t: [r["sides"].get(m, {}).get(key) for r in shown] for m, t in titles.items()},
+        )
+        for what, key in (("Step time", "step_ratio"), ("Peak memory of a rank", "peak_ratio"))
+    ]
+    path.write_text(chart.bars(panels))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--environments", type=Path, help="folder for each side's environment (default: this one)")
+    parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["0.4M", "12M"])
+    parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
+    parser.add_argument("--world", nargs="+", type=int, default=[2, 4], help="ranks (default 2 and 4)")
+    parser.add_argument("--side", nargs="+", choices=[side.module for side in SIDES], help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: with --world 1")
+    parser.add_argument("--runs", type=int, default=5, help="new ranks of every side (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side in a run (default 3)")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a turn (default 3)")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before the first turn (default 3)")
+    parser.add_argument("--quick", action="store_true", help="the smallest model, one run of one step: a smoke test")
+    parser.add_argument("--chart", type=Path, help="write the chart (SVG) here")
+    report.add_files(parser)
+    options = parser.parse_args()
+    if options.quick:
+        options.size, options.dtype, options.world = ["0.04M"], ["fp32"], [2]
+        options.runs = options.rounds = options.steps = options.warm_up = 1
+    wanted = [side for side in SIDES if options.side is None or side.module in {BASE, *options.side}]
+    pythons = {side.environment: python_of(side.environment, options.environments) for side in wanted}
+    pythons.setdefault("ours", sys.executable)
+    measured = report.new_report(__file__, runs=options.runs, steps=options.rounds * options.steps)
+    measured["starts"] = starts(pythons, wanted, 1 if options.quick else 5)
+    running = {side.module: Running(side, pythons[side.environment]) for side in wanted}
+    for strategy in options.strategy:
+        for size in options.size:
+            for dtype in options.dtype:
+                for world in options.world:
+                    job = Job(strategy, size, dtype, world, options.device)
+                    if world % job.tp or (strategy == "tp" and world < 4 and not options.quick):
+                        continue  # tp over 2 ranks leaves nothing to shard over
+                    start = time.perf_counter()
+                    measured["results"].append(measure(job, running, options))
+                    print(f"{job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    for one in running.values():
+        one.end()
+    shown = f"{table(measured['results'])}\n\n{start_table(measured['starts'])}"
+    report.finish(measured, options, shown, markdown)
+    if options.chart:
+        draw(measured, options.chart)
+
+
+if __name__ == "__main__":
+    main()
