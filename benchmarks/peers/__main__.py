@@ -7,8 +7,9 @@ Each side runs in an environment of its own, made from environments/*.txt in the
 next time); without it all sides run in this one. A job is one strategy, model size, dtype and number of ranks. In each
 of its runs every side starts new ranks, and the sides take turns: wrap, then rounds of steps, then the peak.
 
-wrap    seconds from the config (ours: composed) to the wrapped model and its optimizer, the first time in a process.
-        Imports are done and the process group exists. Slowest rank; median of the runs.
+wrap    seconds from the config (ours: composed) to the wrapped model and its optimizer, the first time in a process,
+        which is a fresh copy of one that did the imports, and once more at the end of the run. The process group
+        exists. Slowest rank; median of the runs.
 step    seconds of forward, backward, clipping and optimizer step of the slowest rank, and CPU seconds of all ranks.
         Median over steps of a run, then over runs; ratios are taken run by run before their median.
 memory  peak resident MB (on a GPU: allocated) of the fullest rank, median of the runs.
@@ -203,6 +204,8 @@ def one_run(job: Job, sides: list[Running], rounds: int, steps: int, warm_up: in
                         found[name]["cpu_s"].append(sum(cpu for _, cpu, _ in step))
         for side in sides:
             found[side.side.module]["peak_mb"] = max(side.ask(ranks[side.side.module], "peak"))
+        for side in sides:
+            found[side.side.module]["rewrap_s"] = max(side.ask(ranks[side.side.module], "wrap"))
     return found
 
 
@@ -231,6 +234,7 @@ def measure(job: Job, running: dict[str, Running], options: argparse.Namespace) 
         name = side.side.module
         row = {
             "wrap_s": statistics.median(run[name]["wrap_s"] for run in runs),
+            "rewrap_s": statistics.median(run[name]["rewrap_s"] for run in runs),
             "step_s": statistics.median(statistics.median(run[name]["wall_s"]) for run in runs),
             "step_cpu_s": statistics.median(statistics.median(run[name]["cpu_s"]) for run in runs),
             "peak_mb": statistics.median(run[name]["peak_mb"] for run in runs),
@@ -238,7 +242,7 @@ def measure(job: Job, running: dict[str, Running], options: argparse.Namespace) 
         for key, of in (("step", "wall_s"), ("step_cpu", "cpu_s")):
             ratios = [statistics.median(run[name][of]) / statistics.median(run[BASE][of]) for run in runs]
             row[f"{key}_ratio"], row[f"{key}_ratios"] = statistics.median(ratios), ratios
-        for key in ("wrap_s", "peak_mb"):
+        for key in ("wrap_s", "rewrap_s", "peak_mb"):
             ratios = [run[name][key] / run[BASE][key] for run in runs]
             row[f"{key.split('_')[0]}_ratio"] = statistics.median(ratios)
         row["tokens_per_s"] = tokens / row["step_s"]
@@ -273,7 +277,8 @@ def starts(pythons: dict[str, str], sides: list[Side], repeats: int) -> dict[str
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    columns = ("job", "side", "wrap s", "step ms", "ratio", "step CPU ms", "ratio", "tokens/s", "peak MB", "ratio")
+    timed = ("wrap s", "again", "step ms", "ratio", "step CPU ms", "ratio", "tokens/s")
+    columns = ("job", "side", *timed, "peak MB", "ratio")
     rows = []
     for result in results:
         for side in SIDES:
@@ -285,6 +290,7 @@ def table(results: list[dict[str, Any]]) -> str:
                     f"{result['strategy']} {result['size']} {result['dtype']} x{result['world']}",
                     side.title,
                     f"{row['wrap_s']:.3f}",
+                    f"{row['rewrap_s']:.3f}",
                     f"{1e3 * row['step_s']:.1f}",
                     f"{row['step_ratio']:.3f}",
                     f"{1e3 * row['step_cpu_s']:.1f}",

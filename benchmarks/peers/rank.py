@@ -85,6 +85,9 @@ def _serve(connection: Connection, module: Any, job: work.Job, rank: int, folder
     stream = work.batches(job, rank // job.tp)
     while (word := connection.recv())[0] != "end":
         if word[0] == "wrap":
+            model = step = None
+            gc.collect()
+            gc.enable()
             dist.barrier()
             start = time.perf_counter()
             model, step = make()

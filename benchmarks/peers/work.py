@@ -110,7 +110,7 @@ def check_sharded(model: Any, job: Job) -> None:
     whole = sum(parameter.numel() for parameter in model.parameters())
     parts = 1 if job.strategy == "ddp" else job.world
     if held * parts > 1.1 * whole or held * parts < 0.9 * whole:
-        raise RuntimeError(f"{held} of {whole} parameters are on this rank, {job.strategy} on {job.world} leaves 1/{parts}")
+        raise RuntimeError(f"{held} of {whole} parameters are on this rank; {job.strategy} leaves 1/{parts}")
 
 
 def batches(job: Job, data_rank: int) -> Iterator[Any]:

@@ -126,7 +126,7 @@ def materialise(
     model: the one that the template was made of, or a pipeline stage of it.
     store: where parameters live (the CPU under offload); None: on ``device``.
     """
-    model.to_empty(device=store or device)
+    _give_storage(model, store or device)
     targets = dict(model.named_modules())
     followers = {name for group in template.ties for name in group[1:]}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
@@ -136,6 +136,21 @@ def materialise(
             _fill(targets[name], name, module, template.model, seed, device, followers)
     retie(model, template.ties)
     log.debug("materialised on %s, seed %d", store or device, seed)
+
+
+def _give_storage(model: nn.Module, device: torch.device) -> None:
+    """``model.to_empty``, without asking DTensor how an empty tensor is sharded: like the one in whose place it is."""
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, DTensor):
+            return torch.empty_like(tensor, device=device)
+        local = torch.empty_like(tensor._local_tensor, device=device)
+        return DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+
+    with torch.no_grad():
+        model._apply(empty)
 
 
 def initialise_in_turn(model: nn.Module, template: Template, seed: int, device: torch.device) -> None:
