@@ -1,5 +1,6 @@
 """Registration: every entry is in Hydra's ConfigStore, and an app's own entries and folders stay its own."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -45,6 +46,17 @@ def test_a_loaded_entry_is_a_copy(store):
     _registered()
     store.load("parallelism/default.yaml").node.tp_size = 7
     assert store.load("parallelism/default.yaml").node.tp_size == 1
+
+
+def test_hydras_copies_of_the_store_share_nodes_and_nothing_else(store):
+    """Hydra copies the whole store for each group of a help page; entries put into a copy stay there."""
+    _registered()
+    copied = copy.deepcopy(store)
+    assert copied.repo["strategy"]["ddp.yaml"] is store.repo["strategy"]["ddp.yaml"]
+    assert copied.repo["hydra"]["config.yaml"] is store.repo["hydra"]["config.yaml"]
+    copied.store(name="new", node={"x": 1}, group="strategy")
+    assert "new.yaml" in copied.repo["strategy"] and "new.yaml" not in store.repo["strategy"]
+    assert copy.deepcopy(copied).repo["strategy"]["new.yaml"] is copied.repo["strategy"]["new.yaml"]
 
 
 @pytest.mark.parametrize("alias", ["megatron-fsdp", "mfsdp"])
