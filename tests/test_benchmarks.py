@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+WORDS = {"result.json": "json", "result.md": "markdown", "chart.svg": "chart"}
 
 
 @pytest.mark.slow
@@ -33,3 +35,20 @@ def test_quick_run(tmp_path, name, rows, words):
     text = files[1].read_text()
     assert all(word in done.stdout and word in text for word in words)
     assert report["versions"]["hydra-core"] in text
+
+
+@pytest.mark.slow
+def test_peers_do_the_same_work(tmp_path):
+    """Those whose packages the extra test brings, in this environment; the benchmark itself compares every loss."""
+    names = ("result.json", "result.md", "chart.svg")
+    written = [word for name in names for word in (f"--{WORDS[name]}", str(tmp_path / name))]
+    command = [sys.executable, "benchmarks/peers", "--quick", "--side", "ours", "fabric_side", *written]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert [result["strategy"] for result in report["results"]] == ["ddp", "fsdp2", "tp"]
+    assert all(set(result["sides"]) == {"hand", "ours", "fabric_side"} for result in report["results"])
+    text = (tmp_path / "result.md").read_text()
+    assert all(title in text for title in ("by hand", "nemo_dist_conf", "Fabric", "an empty Hydra app"))
+    bars = ElementTree.parse(tmp_path / "chart.svg").getroot().iter("{http://www.w3.org/2000/svg}rect")
+    assert len(list(bars)) == 2 * 3 * 2 + 4  # measures, jobs, sides beside the base; one for each name of the legend

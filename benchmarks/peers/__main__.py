@@ -191,8 +191,8 @@ def one_run(job: Job, sides: list[Running], rounds: int, steps: int, warm_up: in
     with contextlib.ExitStack() as stack:
         ranks = {side.side.module: stack.enter_context(side.ranks(job)) for side in sides}
         for side in sides:
-            wraps = side.ask(ranks[side.side.module], "wrap")
-            found[side.side.module] = {"wrap_s": max(wraps), "wall_s": [], "cpu_s": [], "loss": []}
+            seconds, held = zip(*side.ask(ranks[side.side.module], "wrap"))
+            found[side.side.module] = {"wrap_s": max(seconds), "held": max(held), "wall_s": [], "cpu_s": [], "loss": []}
         for number in range(rounds + 1):
             for side in sides if number % 2 else reversed(sides):
                 name = side.side.module
@@ -205,14 +205,19 @@ def one_run(job: Job, sides: list[Running], rounds: int, steps: int, warm_up: in
         for side in sides:
             found[side.side.module]["peak_mb"] = max(side.ask(ranks[side.side.module], "peak"))
         for side in sides:
-            found[side.side.module]["rewrap_s"] = max(side.ask(ranks[side.side.module], "wrap"))
+            found[side.side.module]["rewrap_s"] = max(s for s, _ in side.ask(ranks[side.side.module], "wrap"))
     return found
 
 
-def check_losses(job: Job, found: dict[str, dict[str, Any]]) -> float:
-    """The largest relative difference from the hand-written side's losses."""
+def check_work(job: Job, found: dict[str, dict[str, Any]]) -> float:
+    """The largest relative difference from the hand-written side's losses.
+
+    Nobody wins by leaving parameters whole that are sharded by hand, or by computing something else.
+    """
     want, worst = found[BASE]["loss"], 0.0
     for name, one in found.items():
+        if one["held"] > found[BASE]["held"]:
+            raise SystemExit(f"{job}: {name} keeps {one['held']} parameters on a rank, by hand {found[BASE]['held']}")
         for number, (loss, other) in enumerate(zip(one["loss"], want, strict=True)):
             worst = max(worst, abs(loss - other) / other)
             if worst > TOLERANCE[job.dtype]:
@@ -226,7 +231,7 @@ def measure(job: Job, running: dict[str, Running], options: argparse.Namespace) 
     for number in range(options.runs):
         order = sides if number % 2 else sides[::-1]
         run = one_run(job, order, options.rounds, options.steps, options.warm_up)
-        worst = max(worst, check_losses(job, run))
+        worst = max(worst, check_work(job, run))
         runs.append(run)
     tokens = SIZES[job.size]["rows"] * SIZES[job.size]["tokens"] * (job.world // job.tp)
     result: dict[str, Any] = {**job.to_dict(), "loss_difference": worst, "sides": {}}

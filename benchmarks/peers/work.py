@@ -16,8 +16,8 @@ __all__ = [
     "Job",
     "batches",
     "build",
-    "check_sharded",
     "fill",
+    "held",
     "loss_of",
     "model_fields",
     "peak_mb",
@@ -104,13 +104,9 @@ def fill(model: Any) -> None:
             local.copy_(full)
 
 
-def check_sharded(model: Any, job: Job) -> None:
-    """Nobody wins by leaving every parameter whole on every rank."""
-    held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    parts = 1 if job.strategy == "ddp" else job.world
-    if held * parts > 1.1 * whole or held * parts < 0.9 * whole:
-        raise RuntimeError(f"{held} of {whole} parameters are on this rank; {job.strategy} leaves 1/{parts}")
+def held(model: Any) -> int:
+    """Elements of parameters on this rank."""
+    return sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in model.parameters())
 
 
 def batches(job: Job, data_rank: int) -> Iterator[Any]:
