@@ -10,7 +10,23 @@ from typing import Iterator
 from nemo_dist_conf.models.shapes import ModelShape, Weight, block_weights, outer_weights
 from nemo_dist_conf.plan.job import Job, Stage, Styles
 
-__all__ = ["Place", "Unit", "chunk", "gathered_bytes", "held_elements", "padded", "tp_shape", "units_of"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "Place",
+    "Unit",
+    "chunk",
+    "gathered_bytes",
+    "held_elements",
+    "padded",
+    "tp_shape",
+    "units_of",
+]
+
+#: Layers of units that are outside of layers: the root, or in its place an embedding and a head with the final norm.
+ROOT, EMBEDDING, HEAD = -1, -2, -3
+#: Elements from which FSDP2 gathers embedding and head on their own (runtime/fsdp_units.py, which imports torch).
+_OUTER_UNIT_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Parameters that are gathered and reduced together. layer: -1 for what is outside of layers.
+    """Parameters that are gathered and reduced together. layer: ROOT, EMBEDDING or HEAD for what is outside of layers.
 
     count: how many such units a stage has. weights: (name in the whole model of one of them, weight).
     expert: split over ep first, then over ep_shard along the second dimension.
@@ -65,12 +81,18 @@ def padded(size: int, parts: int) -> int:
 
 
 def units_of(job: Job, stage: Stage) -> tuple[Unit, ...]:
-    """The units of a stage: one for each block, of its experts where they are split apart, and one for the rest."""
-    return _units(job.model, stage, job.ep > 1)
+    """The units of a stage: one for each block, of its experts where they are split apart, and for the rest.
+
+    That is one unit, or two where FSDP2 shards a large embedding by itself: without stages and split experts.
+    """
+    model = job.model
+    is_large = not model.tied and model.vocab * model.hidden >= _OUTER_UNIT_ELEMENTS
+    splits_outer = is_large and job.strategy == "fsdp2" and job.pp == 1 and job.ep == 1
+    return _units(model, stage, job.ep > 1, splits_outer)
 
 
 @lru_cache(maxsize=4096)
-def _units(model: ModelShape, stage: Stage, splits_experts: bool) -> tuple[Unit, ...]:
+def _units(model: ModelShape, stage: Stage, splits_experts: bool, splits_outer: bool) -> tuple[Unit, ...]:
     found: list[Unit] = []
     for sparse, count in model.kinds(stage.first, stage.last).items():
         layer = next(i for i in range(stage.first, stage.last) if model.sparse[i] is sparse)
@@ -81,7 +103,9 @@ def _units(model: ModelShape, stage: Stage, splits_experts: bool) -> tuple[Unit,
         if experts:
             found.append(Unit("experts", layer, count, experts, expert=True))
     outer = tuple((w.name, w) for w in outer_weights(model) if w.part in stage.outer)
-    return (*found, Unit("root", -1, 1, outer)) if outer else tuple(found)
+    if splits_outer:
+        return (*found, Unit("embedding", EMBEDDING, 1, outer[:1]), Unit("head", HEAD, 1, outer[1:]))
+    return (*found, Unit("root", ROOT, 1, outer)) if outer else tuple(found)
 
 
 def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:

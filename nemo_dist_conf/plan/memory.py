@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from nemo_dist_conf.plan.activations import Kept, loss_bytes, stage_bytes
-from nemo_dist_conf.plan.held import Place, gathered_bytes, held_elements, units_of
+from nemo_dist_conf.plan.held import EMBEDDING, HEAD, Place, gathered_bytes, held_elements, units_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = ["Memory", "memory_of", "resting_bytes"]
@@ -79,10 +79,14 @@ def _gathered(job: Job, stages: list[Stage]) -> _Gathered:
         for unit in units_of(job, stage):
             size = gathered_bytes(job, unit, narrow)
             whole = gathered_bytes(job, unit, 1)
-            if unit.layer < 0:
+            if unit.layer == EMBEDDING:
+                kept_whole = job.options.get("reshard_after_forward") is False
+                at_loss += size if kept_whole else 0
+                in_backward += size if kept_whole else 0
+            elif unit.layer < 0:
                 freed = job.options.get("reshard_after_forward") is True and job.pp == 1
                 at_loss += 0 if freed else size
-                in_backward += size
+                in_backward += 0 if unit.layer == HEAD else size  # a head is done before the blocks
             else:
                 kept = [not job.reshards(index == unit.count - 1, unit.expert) for index in range(unit.count)]
                 frees = job.reshards(False, unit.expert)

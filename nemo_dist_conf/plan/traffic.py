@@ -12,7 +12,7 @@ from math import prod
 from typing import Iterator
 
 from nemo_dist_conf.models.shapes import block_weights, outer_weights
-from nemo_dist_conf.plan.held import Unit, gathered_bytes, padded, tp_shape, units_of
+from nemo_dist_conf.plan.held import EMBEDDING, Unit, gathered_bytes, padded, tp_shape, units_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.schedule import orders
 
@@ -101,7 +101,9 @@ def _gathers_of_stage(job: Job, stage: Stage) -> tuple[int, int]:
 
 
 def _gathered_again(job: Job, unit: Unit) -> int:
-    """How many of a unit's kind free their parameters after forward."""
+    """How many of a unit's kind free their parameters after forward and need them in backward."""
+    if unit.layer == EMBEDDING:  # backward does not need it
+        return 0
     if unit.layer < 0:
         return 1 if job.options.get("reshard_after_forward") else 0
     return sum(job.reshards(index == unit.count - 1, unit.expert) for index in range(unit.count))

@@ -23,6 +23,10 @@ __all__ = ["Experts", "shard_blocks"]
 
 log = logging.getLogger(__name__)
 
+#: Elements from which an embedding and a head are gathered and reduced on their own (plan/held.py: the same).
+#: Below, two more collectives cost more than 1 MiB of float32 that waits for the end of backward.
+OUTER_UNIT_ELEMENTS = 2**18
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -46,9 +50,13 @@ def shard_blocks(
 ) -> None:
     """Shard the model in place: each block is gathered, computed and freed on its own, the root takes the rest.
 
+    A large embedding is freed before the blocks compute and not gathered for backward, which needs only its indices; a
+    large head, with the final norm, is reduced as soon as backward has passed it. Inside a pipeline a stage has one of
+    them at most, and with split experts the group moe says how the outer modules are sharded: there the root has both.
+
     mesh: 1-D to shard over, or 2-D (replicate, shard) for HSDP.
-    reshard_after_forward None: blocks free their gathered parameters after forward, all but the last one, which
-    backward needs first; inside a pipeline none does, because the next microbatch needs them at once.
+    reshard_after_forward None: blocks free their gathered parameters after forward, all but the last one and the head,
+    which backward needs first; inside a pipeline none does, because the next microbatch needs them at once.
     experts: what of the blocks is sharded over ep_shard in units of its own, as the group moe says.
     Source: torch.distributed.fsdp.fully_shard.
     """
@@ -63,12 +71,22 @@ def shard_blocks(
             reshard = not in_pipeline and index < len(units) - 1
         held = _shard_experts(block, experts, inner, shared) if experts is not None else None
         fully_shard(block, mp_policy=held or inner, reshard_after_forward=reshard, **shared)
+    embedding, last = None, []
     if experts is not None:
         _shard_outer(model, experts.config, inner, config.reshard_after_forward, shared)
+    elif not in_pipeline:
+        embedding, last = _large_outer(model, units)
+    if embedding is not None:
+        reshard = config.reshard_after_forward is not False
+        front: Any = fully_shard(embedding, mp_policy=inner, reshard_after_forward=reshard, **shared)
+        front.set_unshard_in_backward(False)
+    if last:
+        fully_shard(last, mp_policy=inner, reshard_after_forward=bool(config.reshard_after_forward), **shared)
     # None: torch keeps the root's parameters gathered, since backward starts with them.
     fully_shard(model, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **shared)
     if config.enable_fsdp2_prefetch:
-        _chain_prefetch(units, config.fsdp2_forward_prefetch_depth, config.fsdp2_backward_prefetch_depth)
+        in_order = [*([embedding] if embedding is not None else []), *units, *last[-1:]]
+        _chain_prefetch(in_order, config.fsdp2_forward_prefetch_depth, config.fsdp2_backward_prefetch_depth)
     shape = " x ".join(f"{name} {mesh.size(i)}" for i, name in enumerate(mesh.mesh_dim_names or ("ranks",)))
     log.info("fully_shard: %d blocks and the root over %s", len(units), shape)
 
@@ -124,6 +142,30 @@ def _shard_outer(
     decoder = getattr(model, "base_model", model)
     if not config.wrap_outer_model and decoder is not model:
         fully_shard(decoder, mp_policy=inner, reshard_after_forward=reshard, **shared)
+
+
+def _large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
+    """The embedding, and the final norm with the head, of a language model in which they are large and not tied."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Module) or not isinstance(head, nn.Module) or _share(embedding, head):
+        return None, []
+    inside = {id(module) for block in blocks for module in block.modules()}
+    if any(id(module) in inside or _elements(module) < OUTER_UNIT_ELEMENTS for module in (embedding, head)):
+        return None, []
+    after: list[nn.Module] = []
+    for child in getattr(model, "base_model", model).children():
+        if any(id(module) in inside for module in child.modules()):
+            after = []
+        elif _elements(child) and child is not head:
+            after.append(child)
+    # A norm is known by its place and its shape; anything else stays with the root.
+    is_norm = len(after) == 1 and all(parameter.dim() == 1 for parameter in after[0].parameters())
+    return embedding, [*(after if is_norm else []), head]
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _share(one: nn.Module, other: nn.Module) -> bool:

@@ -66,6 +66,8 @@ LLAMA: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"config": LLAMA},
     "tied": {"config": {**LLAMA, "tie_word_embeddings": True}},
+    # FSDP2 shards its embedding and head in units of their own.
+    "wide": {"config": {**LLAMA, "vocab_size": 4096}},
     "module": {"_target_": "tests.dist.layouts.Net"},
 }
 #: eps: at the default 1e-8 Adam makes full steps out of gradients that are rounding errors.

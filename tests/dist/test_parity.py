@@ -73,6 +73,13 @@ FSDP2 = {
     "keep": Case((KEEP,)),
     "4 microbatches, each reduced": Case((NOT_DEFERRED,), 4, sgd=True),
 }
+#: Embedding and head in units of their own.
+WIDE = {
+    "wide": Case(model="wide", whole=True),
+    "wide, prefetch, offload, reshard": Case((PREFETCH, OFFLOAD, RESHARD), model="wide"),
+    "wide, keep, 4 microbatches, each reduced": Case((KEEP, NOT_DEFERRED), 4, model="wide", sgd=True),
+    "wide, prefetch, 4 microbatches": Case((PREFETCH,), 4, model="wide"),
+}
 #: The rest of FSDP2's, several at a time: with tensor parallelism there are twice as many runs.
 PAIRED = {
     "prefetch, offload, reshard": Case((PREFETCH, OFFLOAD, RESHARD)),
@@ -106,11 +113,11 @@ CASES: dict[str, dict[str, Case]] = {
     "ddp 2": DDP,
     "ddp 4": DDP,
     "fsdp2 1": COMBINED,
-    "fsdp2 2": {**FSDP2, "sequence parallel with nothing to split": Case((SEQUENCE,))},
+    "fsdp2 2": {**FSDP2, **WIDE, "sequence parallel with nothing to split": Case((SEQUENCE,))},
     "fsdp2 4": COMBINED,
     "hsdp 2x2": COMBINED,
     "tp 2": _with_tensor_parallel({**DDP, **PAIRED}),
-    "tp 2 x dp 2": _with_tensor_parallel(COMBINED),
+    "tp 2 x dp 2": _with_tensor_parallel({**COMBINED, "wide": Case(model="wide", whole=True)}),
 }
 
 
@@ -162,7 +169,8 @@ def test_equals_one_process(layout: str, name: str) -> None:
     want = expected(case.model, case.sgd)
     first, *others = ranks_of(layout, name)
     assert first.losses == pytest.approx(want.losses, rel=1e-5)
-    assert first.norms == pytest.approx(want.norms, rel=1e-5)
+    # Of 2^18 elements in one tensor a float32 norm on one process is itself no more exact.
+    assert first.norms == pytest.approx(want.norms, rel=2e-5 if case.model == "wide" else 1e-5)
     # Every rank has to decide alike on what it sees.
     assert all((rank.losses, rank.norms) == (first.losses, first.norms) for rank in others)
 

@@ -117,6 +117,25 @@ def test_options_change_what_is_planned_as_they_change_the_run(name: str) -> Non
         assert list(differences(job, seen)) == []
 
 
+WIDE: dict[str, list[str]] = {
+    "plain": [PLAIN],
+    "bf16": [],
+    "resharded": [PLAIN, "strategy.reshard_after_forward=true"],
+    "not resharded": [PLAIN, "strategy.reshard_after_forward=false"],
+    "tp": [PLAIN, TP],
+    "sp": [PLAIN, TP, SEQUENCE],
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_large_embedding_is_gathered_once_and_apart_from_the_head(name: str) -> None:
+    config = {**LLAMA, "vocab_size": 4096, "num_key_value_heads": 8}
+    job = job_for(WIDE[name], 2, config, ADAMW, 8, 16)
+    assert [unit.title for unit in units_of(job, job.stages[0])] == ["block", "embedding", "head"]
+    for seen in run_ranks(2, seen_of_rank, WIDE[name], {"config": config}, ADAMW, 16, 8):
+        assert list(differences(job, seen)) == []
+
+
 @pytest.mark.parametrize("config", [QWEN, {**QWEN, "tie_word_embeddings": True}], ids=["qwen3", "tied"])
 def test_other_models(config: dict[str, Any]) -> None:
     words = [PLAIN, TP]
