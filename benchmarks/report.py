@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
-__all__ = ["add_files", "finish", "new_report", "table", "used"]
+__all__ = ["add_files", "finish", "new_report", "table", "used", "write"]
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,11 @@ def finish(
 ) -> None:
     """Print the table and write the files that were asked for."""
     print(shown)
+    write(report, options, markdown)
+
+
+def write(report: dict[str, Any], options: argparse.Namespace, markdown: Callable[[dict[str, Any]], str]) -> None:
+    """The files that were asked for."""
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.markdown:

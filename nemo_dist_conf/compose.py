@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import ModelFacts, facts_from_config, facts_from_folder
+from nemo_dist_conf.models.plan_rules import plan_problems
 from nemo_dist_conf.models.rules import model_problems
 from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, nearest
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, ParallelismConf, PipelineConf
@@ -128,6 +129,7 @@ def check_values(
     answered = {**values, "activation_checkpointing": mode, "ep_size": usable["ep_size"], **moe}
     problems += _section_problems(pipeline, moe, sizes, usable, facts, paths, answered)
     problems += model_problems(facts, usable, world_size, seq_len, paths, moe)
+    problems += plan_problems(values.get("tp_plan"), facts, paths)
     problems += _execution_problems(strategy, usable, paths)
     if problems or mesh is None:
         return None, problems

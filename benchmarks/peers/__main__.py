@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -396,16 +397,15 @@ def main() -> None:
     measured = report.new_report(__file__, runs=options.runs, steps=options.rounds * options.steps)
     measured["starts"] = starts(pythons, wanted, 1 if options.quick else 5)
     running = {side.module: Running(side, pythons[side.environment]) for side in wanted}
-    for strategy in options.strategy:
-        for size in options.size:
-            for dtype in options.dtype:
-                for world in options.world:
-                    job = Job(strategy, size, dtype, world, options.device)
-                    if world % job.tp or (strategy == "tp" and world < 4 and not options.quick):
-                        continue  # tp over 2 ranks leaves nothing to shard over
-                    start = time.perf_counter()
-                    measured["results"].append(measure(job, running, options))
-                    print(f"{job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    every = itertools.product(options.dtype, options.strategy, options.size, options.world)
+    for dtype, strategy, size, world in every:
+        job = Job(strategy, size, dtype, world, options.device)
+        if world % job.tp or (strategy == "tp" and world < 4 and not options.quick):
+            continue  # tp over 2 ranks leaves nothing to shard over
+        start = time.perf_counter()
+        measured["results"].append(measure(job, running, options))
+        print(f"{job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        report.write(measured, options, markdown)  # all of it takes an hour, and may be stopped
     for one in running.values():
         one.end()
     shown = f"{table(measured['results'])}\n\n{start_table(measured['starts'])}"

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 #: Layers of units that are outside of layers: the root, or in its place an embedding and a head with the final norm.
-ROOT, EMBEDDING, HEAD = -1, -2, -3
+_ROOT, EMBEDDING, HEAD = -1, -2, -3
 #: Elements from which FSDP2 gathers embedding and head on their own (runtime/fsdp_units.py, which imports torch).
 _OUTER_UNIT_ELEMENTS = 2**18
 
@@ -41,7 +41,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Parameters that are gathered and reduced together. layer: ROOT, EMBEDDING or HEAD for what is outside of layers.
+    """Parameters that are gathered and reduced together. layer: _ROOT, EMBEDDING or HEAD for what is outside of layers.
 
     count: how many such units a stage has. weights: (name in the whole model of one of them, weight).
     expert: split over ep first, then over ep_shard along the second dimension.
@@ -105,7 +105,7 @@ def _units(model: ModelShape, stage: Stage, splits_experts: bool, splits_outer: 
     outer = tuple((w.name, w) for w in outer_weights(model) if w.part in stage.outer)
     if splits_outer:
         return (*found, Unit("embedding", EMBEDDING, 1, outer[:1]), Unit("head", HEAD, 1, outer[1:]))
-    return (*found, Unit("root", ROOT, 1, outer)) if outer else tuple(found)
+    return (*found, Unit("root", _ROOT, 1, outer)) if outer else tuple(found)
 
 
 def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:

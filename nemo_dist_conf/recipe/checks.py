@@ -15,6 +15,7 @@ from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.world import planned_world_size
 from nemo_dist_conf.recipe.folder import config_folder
 from nemo_dist_conf.recipe.saving_checks import saving_problems
+from nemo_dist_conf.recipe.value_checks import value_problems
 
 __all__ = [
     "RecipeCallback",
@@ -47,6 +48,7 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
     checked = None
     problems = list(_stray_keys(config))
     problems += saving_problems(config, OmegaConf.load(config_folder() / "train.yaml").checkpoint)
+    problems += value_problems(config)
     facts = None
     model = config.get("model")
     if isinstance(model, DictConfig) and "_target_" not in model:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -163,7 +164,9 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
         if model_type is None:
             asked, known = "model.config without model_type", "llama, qwen3, mistral, ..."
             raise ConfigError(Problem("no model_type", asked, known, "model.config.model_type=llama"))
-        return transformers.AutoConfig.for_model(model_type, **fields)
+        config = transformers.AutoConfig.for_model(model_type, **fields)
+        _tell_unread(config, fields)
+        return config
     except ConfigError:
         raise
     except Exception as error:  # transformers raises many types for a bad field; the text is the user's
@@ -172,6 +175,15 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
         raise (DataError if folder else ConfigError)(
             Problem(what, asked, "fields and values of that model's config class", "model=llama_tiny")
         ) from None
+
+
+def _tell_unread(config: Any, fields: Mapping[str, Any]) -> None:
+    """transformers keeps any field that it is given, also one that no model reads."""
+    known = type(config)()
+    unread = [key for key in fields if not hasattr(known, key)]
+    if unread and (not dist.is_initialized() or dist.get_rank() == 0):
+        names = ", ".join(f"model.config.{key}" for key in unread)
+        log.warning("%s: no field of %s, so probably read by nothing", names, type(config).__name__)
 
 
 def _first(error: Exception) -> str:

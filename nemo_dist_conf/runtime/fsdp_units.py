@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 #: Elements from which an embedding and a head are gathered and reduced on their own (plan/held.py: the same).
 #: Below, two more collectives cost more than 1 MiB of float32 that waits for the end of backward.
-OUTER_UNIT_ELEMENTS = 2**18
+_OUTER_UNIT_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def shard_blocks(
             reshard = not in_pipeline and index < len(units) - 1
         held = _shard_experts(block, experts, inner, shared) if experts is not None else None
         fully_shard(block, mp_policy=held or inner, reshard_after_forward=reshard, **shared)
-    embedding, last = None, []
+    embedding: nn.Module | None = None
+    last: list[nn.Module] = []
     if experts is not None:
         _shard_outer(model, experts.config, inner, config.reshard_after_forward, shared)
     elif not in_pipeline:
@@ -151,7 +152,7 @@ def _large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Modu
     if not isinstance(embedding, nn.Module) or not isinstance(head, nn.Module) or _share(embedding, head):
         return None, []
     inside = {id(module) for block in blocks for module in block.modules()}
-    if any(id(module) in inside or _elements(module) < OUTER_UNIT_ELEMENTS for module in (embedding, head)):
+    if any(id(module) in inside or _elements(module) < _OUTER_UNIT_ELEMENTS for module in (embedding, head)):
         return None, []
     after: list[nn.Module] = []
     for child in getattr(model, "base_model", model).children():

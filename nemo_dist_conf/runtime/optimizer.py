@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping
 
@@ -11,10 +10,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
+from nemo_dist_conf.optimizers import optimizer_problems
 from nemo_dist_conf.topology import Paths
 
-__all__ = ["OPTIMIZERS", "build_optimizer"]
+__all__ = ["build_optimizer"]
 
 log = logging.getLogger(__name__)
 
@@ -22,64 +21,18 @@ _NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 
 @dataclass(frozen=True)
-class _Option:
-    """A setting: what fits, in words and as a predicate, and a value to suggest."""
-
-    allowed: str
-    fits: Callable[[Any], bool]
-    example: str
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _flag_or_null(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _betas(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
-
-
-_LR = _Option("a number, at least 0", lambda v: _number(v) and v >= 0, "0.001")
-_FRACTION = _Option("0 to below 1", lambda v: _number(v) and 0 <= v < 1, "0.9")
-_NOT_NEGATIVE = _Option("a number, at least 0", lambda v: _number(v) and v >= 0, "0.0")
-_EPS = _Option("a number above 0", lambda v: _number(v) and v > 0, "1e-8")
-_BETAS = _Option("two numbers, each 0 to below 1", _betas, "[0.9,0.95]")
-_BOOL = _Option("true, false", lambda v: isinstance(v, bool), "false")
-_SWITCH = _Option("true, false; null: the fastest that these parameters allow", _flag_or_null, "null")
-_DECAY_1D = _Option("true: norms and biases decay too; false: they do not", lambda v: isinstance(v, bool), "false")
-
-_COMMON = {
-    "lr": _LR,
-    "weight_decay": _NOT_NEGATIVE,
-    "decay_1d": _DECAY_1D,
-    "foreach": _SWITCH,
-    "fused": _SWITCH,
-    "maximize": _BOOL,
-}
-_ADAM = {**_COMMON, "betas": _BETAS, "eps": _EPS, "amsgrad": _BOOL}
-
-
-@dataclass(frozen=True)
 class _Kind:
-    """An optimizer of torch, the settings it takes, and whether torch can fuse its update, also of DTensors."""
+    """An optimizer of torch, and whether torch can fuse its update, also of DTensors."""
 
     build: Callable[..., torch.optim.Optimizer]
-    options: Mapping[str, _Option]
     fuses: bool = True
 
 
-#: What ``optimizer.name`` accepts. Every option but lr may be left out: torch's default holds then.
-OPTIMIZERS: Mapping[str, _Kind] = {
-    "adamw": _Kind(torch.optim.AdamW, _ADAM),
-    "adam": _Kind(torch.optim.Adam, _ADAM),
-    "sgd": _Kind(
-        torch.optim.SGD,
-        {**_COMMON, "momentum": _FRACTION, "dampening": _NOT_NEGATIVE, "nesterov": _BOOL},
-        fuses=False,
-    ),
+#: What ``optimizer.name`` accepts; nemo_dist_conf/optimizers.py has their settings.
+_OPTIMIZERS: Mapping[str, _Kind] = {
+    "adamw": _Kind(torch.optim.AdamW),
+    "adam": _Kind(torch.optim.Adam),
+    "sgd": _Kind(torch.optim.SGD, fuses=False),
 }
 
 
@@ -108,7 +61,8 @@ def build_optimizer(
         if values.get("_partial_"):
             return _from_factory(instantiate(values, _convert_="all"), trainable)
         return _an_optimizer(instantiate(values, [parameter for _, parameter in trainable], _convert_="all"))
-    kind = _check(values, paths)
+    ConfigError.raise_if(optimizer_problems(values, paths))
+    kind = _OPTIMIZERS[values["name"]]
     options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
@@ -161,70 +115,6 @@ def _nothing_to_train(paths: Paths) -> ConfigError:
             paths.set("optimizer", None),
         )
     )
-
-
-def _text(value: Any) -> str:
-    """As typed on the command line."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_text, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def _check(values: Mapping[str, Any], paths: Paths) -> _Kind:
-    name = values.get("name")
-    kind = OPTIMIZERS.get(name) if isinstance(name, str) else None
-    if kind is None:
-        best = nearest(str(name).lower(), OPTIMIZERS) or ["adamw"]
-        raise ConfigError(
-            Problem(
-                f"optimizer.name={_text(name)} is not an optimizer",
-                paths.set("optimizer.name", _text(name)),
-                f"{', '.join(OPTIMIZERS)}; any other: a node with _target_",
-                paths.set("optimizer.name", best[0]),
-            )
-        )
-    problems: list[Problem] = []
-    for key, value in values.items():
-        if key == "name":
-            continue
-        option = kind.options.get(key)
-        asked = paths.set(f"optimizer.{key}", _text(value))
-        if option is None:
-            problems.append(_unknown(str(key), value, str(name), kind, asked, paths))
-        elif not option.fits(value):
-            what = f"optimizer.{key}={_text(value)} does not fit"
-            problems.append(Problem(what, asked, option.allowed, paths.set(f"optimizer.{key}", option.example)))
-    if "lr" not in values:
-        what = "optimizer.lr is missing"
-        problems.append(
-            Problem(what, f"optimizer.name={name}", _LR.allowed, "+" + paths.set("optimizer.lr", _LR.example))
-        )
-    nesterov_alone = values.get("nesterov") is True and (not values.get("momentum") or values.get("dampening"))
-    if not problems and nesterov_alone:
-        problems.append(
-            Problem(
-                "optimizer.nesterov=true needs a momentum and no dampening",
-                paths.set("optimizer.nesterov", True),
-                "true with optimizer.momentum above 0 and optimizer.dampening=0; false",
-                paths.set("optimizer.nesterov", False),
-            )
-        )
-    ConfigError.raise_if(problems)
-    return kind
-
-
-def _unknown(key: str, value: Any, name: str, kind: _Kind, asked: str, paths: Paths) -> Problem:
-    others = [other for other, its in OPTIMIZERS.items() if key in its.options]
-    alike = nearest(key, kind.options)
-    type_ = f"~{paths.key(f'optimizer.{key}')}"
-    if alike:
-        type_ = paths.set(f"optimizer.{alike[0]}", _text(value))
-    elif others:
-        type_ = paths.choose("optimizer", others[0])
-    hint = f" ({', '.join(others)} has it)" if others else ""
-    return Problem(f"optimizer.{key}: {name} has no such setting{hint}", asked, ", ".join(kind.options), type_)
 
 
 def _can_fuse(trainable: list[tuple[str, torch.nn.Parameter]]) -> bool:

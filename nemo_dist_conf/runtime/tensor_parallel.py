@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import facts_from_config
+from nemo_dist_conf.models.plan_rules import style_names
 from nemo_dist_conf.models.plans import FAMILIES, SEQUENCE_STYLES, STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.models.rules import model_problems
 from nemo_dist_conf.names import nearest
@@ -135,9 +136,7 @@ def _resolve(model: nn.Module, plan: _Plan, tp_size: int, own: bool) -> tuple[di
         if isinstance(style, str) and unalias(style) in STYLES:
             style = unalias(style)
         elif not isinstance(style, ParallelStyle):
-            near = nearest(str(style), STYLES)
-            known = (*near, *(name for name in STYLES if name not in near))
-            allowed = f"{', '.join(known)}; in Python also a torch ParallelStyle"
+            near, allowed = style_names(style)
             wrong.append((f"tp_plan: {style!r} is not the name of a style", f"{pattern}: {style}", allowed))
             fixed[pattern] = style = near[0] if near else "replicated"
         matched = [name for name in modules if match_pattern(pattern, name)]

@@ -5,25 +5,22 @@ from __future__ import annotations
 import codecs
 import glob
 import os
-import re
 import sysconfig
 import zlib
 from array import array
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.recipe.value_checks import PATH_ALLOWED, TOKENIZER_ALLOWED, as_typed
 
 __all__ = [
     "BYTE_VOCABULARY",
     "Corpus",
-    "PATH_ALLOWED",
-    "TOKENIZER_ALLOWED",
-    "as_typed",
     "check_vocabulary",
     "data_error",
     "load_corpus",
@@ -41,9 +38,6 @@ _SEPARATOR_BYTE = 0
 
 #: Folders of the standard library that hold no source of its own, or deliberately broken ones.
 _STANDARD_LIBRARY_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-
-PATH_ALLOWED = "a text file, a folder of text files, or a glob; null: the sources of Python's standard library"
-TOKENIZER_ALLOWED = "a local tokenizer folder, or a tokenizer.json file; null: bytes"
 
 
 @dataclass
@@ -390,16 +384,3 @@ def check_vocabulary(corpus: Corpus, vocabulary: int, *, checkpoint: str | None 
         raise data_error(what, asked, f"a model with at least {need} ids", f"model.config.vocab_size={need}")
     allowed = f"a tokenizer with at most {vocabulary:,} ids"
     raise data_error(what, asked, allowed, f"data.tokenizer={as_typed(checkpoint)}")
-
-
-def as_typed(value: Any) -> str:
-    """A value as one types it on Hydra's command line, quoted where its grammar needs it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(value)
-    if re.fullmatch(r"[\w/\-+.%*@?|~]+", text, re.ASCII):
-        return text
-    # In a quoted value only a quote is escaped, and backslashes only where they stand right before one.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"

@@ -6,14 +6,14 @@ Shapes: N windows, B rows (sequences) of a batch, S tokens of a sequence.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any, Mapping, Protocol
 
 import torch
 from torch import Tensor
 
-from nemo_dist_conf.errors import DataError, Problem
-from nemo_dist_conf.train.corpus import PATH_ALLOWED, TOKENIZER_ALLOWED, Corpus, as_typed, data_error, load_corpus
+from nemo_dist_conf.errors import DataError
+from nemo_dist_conf.recipe.value_checks import data_problems
+from nemo_dist_conf.train.corpus import Corpus, data_error, load_corpus
 
 __all__ = ["DataSource", "TextData", "build_data", "mix_seed", "split_microbatches"]
 
@@ -137,29 +137,6 @@ def build_data(node: Any, *, global_batch_size: int, seed: int) -> DataSource:
                 "data=text",
             )
         return built
-    _check_node(values)
+    DataError.raise_if(data_problems(values))
     corpus = load_corpus(values.get("path"), values.get("tokenizer"), values.get("max_mb"))
     return TextData(corpus, seq_len=values["seq_len"], global_batch_size=global_batch_size, seed=seed)
-
-
-def _check_node(values: Mapping[Any, Any]) -> None:
-    problems: list[Problem] = []
-
-    def wrong(key: str, what: str, allowed: str, type_: str) -> None:
-        asked = f"data.{key}={as_typed(values.get(key))}"
-        problems.append(Problem(f"data.{key}: {what}", asked, allowed, type_))
-
-    for key, allowed in (("path", PATH_ALLOWED), ("tokenizer", TOKENIZER_ALLOWED)):
-        if not isinstance(values.get(key), (str, Path, type(None))):
-            wrong(key, f"expected a path, got {values[key]!r}", allowed, f"data.{key}=null")
-    if not _is_positive_int(values.get("seq_len")):
-        wrong("seq_len", "expected a whole number of tokens, at least 1", "1, 2, 3, ...", "data.seq_len=128")
-    max_mb = values.get("max_mb")
-    if max_mb is not None and (isinstance(max_mb, bool) or not isinstance(max_mb, (int, float)) or not max_mb > 0):
-        wrong("max_mb", "expected a size above 0", "MB of text to read; null: all of it", "data.max_mb=null")
-    if problems:
-        raise DataError(*problems)
-
-
-def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -7,13 +7,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.recipe.value_checks import schedule_problems
 
-__all__ = ["FINAL_FRACTION", "LEARNING_RATE_SCHEDULES", "LearningRate"]
-
-LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+__all__ = ["FINAL_FRACTION", "LearningRate"]
 
 #: Where the cosine ends, as a fraction of the optimizer's learning rate.
 FINAL_FRACTION = 0.1
@@ -31,29 +28,7 @@ class LearningRate:
         warmup_steps: the factor of step s < warmup_steps is (s + 1) / warmup_steps; 0: none.
         Raises ConfigError for an unknown name, or a warmup that is not a whole number from 0 on.
         """
-        problems: list[Problem] = []
-        if schedule not in LEARNING_RATE_SCHEDULES:
-            best = nearest(schedule or "", LEARNING_RATE_SCHEDULES) or ["constant"]
-            asked = Paths().set("train.schedule", schedule)
-            problems.append(
-                Problem(
-                    f"{asked} is not a schedule",
-                    asked,
-                    ", ".join(LEARNING_RATE_SCHEDULES),
-                    f"train.schedule={best[0]}",
-                )
-            )
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-            asked = Paths().set("train.warmup_steps", warmup_steps)
-            problems.append(
-                Problem(
-                    f"{asked} does not fit",
-                    asked,
-                    "0, 1, 2, ...; longer than the run: the rate rises to its end",
-                    f"train.warmup_steps={steps // 10}",
-                )
-            )
-        ConfigError.raise_if(problems)
+        ConfigError.raise_if(schedule_problems(schedule, warmup_steps, steps))
         self.schedule = schedule
         self.steps = steps
         self.warmup_steps = warmup_steps

@@ -31,6 +31,7 @@ from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 from nemo_dist_conf.topology import Paths
 from nemo_dist_conf.topology.world import launched
 from nemo_dist_conf.recipe.checks import batch_problems
+from nemo_dist_conf.recipe.value_checks import train_problems
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
@@ -63,27 +64,8 @@ class _Settings:
 
 def _settings(node: Any) -> _Settings:
     """The checked settings. Raises ConfigError with every wrong one at once."""
-    problems: list[Problem] = []
-
-    def wrong(key: str, allowed: str, example: str) -> None:
-        asked = Paths().set(f"train.{key}", node.get(key))
-        problems.append(Problem(f"{asked} does not fit", asked, allowed, f"train.{key}={example}"))
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-    if not whole(node.get("steps")):
-        wrong("steps", "1, 2, 3, ...", "200")
-    norm = node.get("max_grad_norm")
-    if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm >= 0):
-        wrong("max_grad_norm", "a number above 0; 0 or null: gradients are measured, not clipped", "1.0")
-    if not whole(node.get("log_every")):
-        wrong("log_every", "1, 2, 3, ...", "1")
-    if not isinstance(node.get("tensorboard"), bool):
-        wrong("tensorboard", "true, false", "false")
-    # How it splits over the ranks is checked again once there are any.
-    problems += batch_problems(node.get("global_batch_size"), None, 1)
-    ConfigError.raise_if(problems)
+    # How the batch splits over the ranks is checked again once there are any.
+    ConfigError.raise_if([*train_problems(node), *batch_problems(node.get("global_batch_size"), None, 1)])
     if node["tensorboard"]:
         require_tensorboard()
     values: dict[str, Any] = {key: node.get(key) for key in _Settings.__dataclass_fields__}

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.runtime.optimizer import OPTIMIZERS, build_optimizer
+from nemo_dist_conf.optimizers import SETTINGS
+from nemo_dist_conf.runtime.optimizer import build_optimizer
 from nemo_dist_conf.topology import Paths
 
 
@@ -202,8 +203,8 @@ def test_a_word_is_refused() -> None:
 
 def test_every_setting_offered_is_one_that_torch_takes() -> None:
     values = {"lr": 0.1, "betas": [0.9, 0.95], "momentum": 0.9, "eps": 1e-8}
-    for name, kind in OPTIMIZERS.items():
-        for key in kind.options:
+    for name, settings in SETTINGS.items():
+        for key in settings:
             value = values.get(key, None if key in ("foreach", "fused") else 0.0)
             value = False if key in ("decay_1d", "amsgrad", "nesterov", "maximize") else value
             build({"name": name, "lr": 0.1, key: value})

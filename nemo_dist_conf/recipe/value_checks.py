@@ -1,0 +1,181 @@
+"""What is refused of the recipe's own values before a process is spent: train, data, optimizer, model, seed, device."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.names import nearest
+from nemo_dist_conf.optimizers import optimizer_problems
+from nemo_dist_conf.topology import Paths
+
+__all__ = [
+    "PATH_ALLOWED",
+    "TOKENIZER_ALLOWED",
+    "as_typed",
+    "data_problems",
+    "schedule_problems",
+    "train_problems",
+    "value_problems",
+]
+
+PATH_ALLOWED = "a text file, a folder of text files, or a glob; null: the sources of Python's standard library"
+TOKENIZER_ALLOWED = "a local tokenizer folder, or a tokenizer.json file; null: bytes"
+_DEVICES = ("auto", "cpu", "cuda")
+_SCHEDULES = ("constant", "cosine")
+#: Fields of the configs of the families that the presets use (transformers 5), also under their older names.
+_MODEL_FIELDS = frozenset(
+    """attention_bias attention_dropout bos_token_id decoder_sparse_step dtype eos_token_id head_dim hidden_act
+    hidden_size initializer_range intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias
+    mlp_only_layers model_type moe_intermediate_size norm_topk_prob num_attention_heads num_experts num_experts_per_tok
+    num_hidden_layers num_key_value_heads num_local_experts output_router_logits pad_token_id pretraining_tp
+    rms_norm_eps rope_parameters rope_scaling rope_theta router_aux_loss_coef router_jitter_noise sliding_window
+    tie_word_embeddings torch_dtype use_cache use_sliding_window vocab_size""".split()
+)
+_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+
+
+def value_problems(config: DictConfig) -> Iterable[Problem]:
+    """Every wrong value that is no matter of the layout; nodes with ``_target_`` are the user's own."""
+    device, seed = config.get("device"), config.get("seed")
+    if str(device).partition(":")[0] not in _DEVICES:
+        near = nearest("cuda" if str(device) == "gpu" else str(device), _DEVICES) or ["auto"]
+        yield Problem(f"device={device} is not supported", f"device={device}", ", ".join(_DEVICES), f"device={near[0]}")
+    if not _is_whole(seed, 0):
+        yield Problem(f"seed={as_typed(seed)} does not fit", f"seed={as_typed(seed)}", "0, 1, 2, ...", "seed=0")
+    if isinstance(config.get("train"), DictConfig):
+        yield from train_problems(config.train)
+        steps, warmup = config.train.get("steps"), config.train.get("warmup_steps")
+        yield from schedule_problems(config.train.get("schedule"), 0 if warmup is None else warmup, steps)
+    data, optimizer, model = (_values(config.get(key)) for key in ("data", "optimizer", "model"))
+    if data is not None:
+        yield from data_problems(data)
+    if optimizer is not None:
+        yield from optimizer_problems(optimizer)
+    elif config.get("optimizer") is None:
+        what = "training needs an optimizer"
+        yield Problem(what, "optimizer=null", "optimizer=adamw, optimizer=sgd", "optimizer=adamw")
+    if model is not None and isinstance(model.get("config"), Mapping) and not model.get("name_or_path"):
+        yield from _model_problems(model["config"])
+
+
+def _values(node: Any) -> dict[str, Any] | None:
+    """The node's values, or None where it is no group, or builds something of the user's."""
+    values: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else None
+    return values if isinstance(values, dict) and "_target_" not in values else None
+
+
+def train_problems(node: Any) -> list[Problem]:
+    """Wrong values of ``train``, but for the batch sizes, which depend on the ranks, and the schedule."""
+    problems: list[Problem] = []
+
+    def wrong(key: str, allowed: str, example: str) -> None:
+        asked = Paths().set(f"train.{key}", node.get(key))
+        problems.append(Problem(f"{asked} does not fit", asked, allowed, f"train.{key}={example}"))
+
+    if not _is_whole(node.get("steps"), 1):
+        wrong("steps", "1, 2, 3, ...", "200")
+    norm = node.get("max_grad_norm")
+    if norm is not None and not (_is_number(norm) and norm >= 0):
+        wrong("max_grad_norm", "a number above 0; 0 or null: gradients are measured, not clipped", "1.0")
+    if not _is_whole(node.get("log_every"), 1):
+        wrong("log_every", "1, 2, 3, ...", "1")
+    if not isinstance(node.get("tensorboard"), bool):
+        wrong("tensorboard", "true, false", "false")
+    return problems
+
+
+def schedule_problems(schedule: Any, warmup_steps: Any, steps: Any) -> list[Problem]:
+    """What is wrong with the learning rate's schedule over so many steps."""
+    problems = []
+    if schedule not in _SCHEDULES:
+        best = nearest(schedule or "", _SCHEDULES) or ["constant"]
+        asked = Paths().set("train.schedule", schedule)
+        what = f"{asked} is not a schedule"
+        problems.append(Problem(what, asked, ", ".join(_SCHEDULES), f"train.schedule={best[0]}"))
+    if not _is_whole(warmup_steps, 0):
+        asked = Paths().set("train.warmup_steps", warmup_steps)
+        allowed = "0, 1, 2, ...; longer than the run: the rate rises to its end"
+        example = steps // 10 if _is_whole(steps, 1) else 0
+        problems.append(Problem(f"{asked} does not fit", asked, allowed, f"train.warmup_steps={example}"))
+    return problems
+
+
+def data_problems(values: Mapping[Any, Any]) -> list[Problem]:
+    """Wrong values of ``data``, as far as they can be told without reading any."""
+    problems: list[Problem] = []
+
+    def wrong(key: str, what: str, allowed: str, type_: str) -> None:
+        asked = f"data.{key}={as_typed(values.get(key))}"
+        problems.append(Problem(f"data.{key}: {what}", asked, allowed, type_))
+
+    for key, allowed in (("path", PATH_ALLOWED), ("tokenizer", TOKENIZER_ALLOWED)):
+        if not isinstance(values.get(key), (str, Path, type(None))):
+            wrong(key, f"expected a path, got {values[key]!r}", allowed, f"data.{key}=null")
+    if not _is_whole(values.get("seq_len"), 1):
+        wrong("seq_len", "expected a whole number of tokens, at least 1", "1, 2, 3, ...", "data.seq_len=128")
+    max_mb = values.get("max_mb")
+    if max_mb is not None and not (_is_number(max_mb) and max_mb > 0):
+        wrong("max_mb", "expected a size above 0", "MB of text to read; null: all of it", "data.max_mb=null")
+    return problems
+
+
+def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
+    """Misspelt fields, which transformers keeps without a word, and heads that do not fit each other."""
+    family = fields.get("model_type")
+    if family in _FAMILIES:
+        for key in map(str, fields):
+            near = nearest(key, _MODEL_FIELDS, cutoff=0.85)
+            if key not in _MODEL_FIELDS and near:
+                what = f"model.config.{key} is no field of a {family} config; did you mean {near[0]}?"
+                typed = f"model.config.{key}={as_typed(fields[key])}"
+                yield Problem(what, f"+{typed}", ", ".join(near), f"model.config.{near[0]}={as_typed(fields[key])}")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    given = [key for key in (*sizes, "num_key_value_heads") if fields.get(key) is not None]
+    wrong = [key for key in given if not _is_whole(fields[key], 1)]
+    for key in wrong:
+        asked = f"model.config.{key}={as_typed(fields[key])}"
+        yield Problem(f"{asked} does not fit", asked, "1, 2, 3, ...", f"~model.config.{key}")
+    if wrong:
+        return
+    hidden, heads, shared = (fields.get(key) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    # Rotary embeddings turn pairs, so a head of these families has an even width.
+    unit = 2 * heads if heads and family in _FAMILIES else heads
+    if hidden and heads and not fields.get("head_dim") and hidden % unit:
+        parts = "pairs" if hidden % heads == 0 else "parts"
+        what = f"the hidden size {hidden} does not split into {parts} for the model's {heads} attention heads"
+        asked = f"model.config.hidden_size={hidden} model.config.num_attention_heads={heads}"
+        fits = max(1, round(hidden / unit)) * unit
+        yield Problem(what, asked, f"hidden_size: a multiple of {unit}", f"model.config.hidden_size={fits}")
+    if heads and shared and heads % shared:
+        what = f"the model's {shared} key/value heads do not divide its {heads} attention heads"
+        asked = f"model.config.num_attention_heads={heads} model.config.num_key_value_heads={shared}"
+        legal = [size for size in range(1, heads + 1) if heads % size == 0]
+        best = max(size for size in legal if size <= max(1, shared))
+        allowed = f"num_key_value_heads: {', '.join(map(str, legal))}"
+        yield Problem(what, asked, allowed, f"model.config.num_key_value_heads={best}")
+
+
+def as_typed(value: Any) -> str:
+    """A value as one types it on Hydra's command line, quoted where its grammar needs it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    if re.fullmatch(r"[\w/\-+.%*@?|~]+", text, re.ASCII):
+        return text
+    # In a quoted value only a quote is escaped, and backslashes only where they stand right before one.
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
