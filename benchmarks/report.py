@@ -25,12 +25,17 @@ def new_report(script: str, **more: Any) -> dict[str, Any]:
     """What is known before anything is measured. script: path of the benchmark, to tell how to run it again."""
     return {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{_shown(Path(script))}", *sys.argv[1:]]),
         "hardware": _hardware(),
         "versions": _versions(),
         **more,
         "results": [],
     }
+
+
+def _shown(script: Path) -> str:
+    """As it is typed: a folder with a __main__ by its own name."""
+    return script.parent.name if script.name == "__main__.py" else script.name
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -221,7 +221,8 @@ def _flat_defaults(schema: type) -> dict[str, Any]:
 
 
 def _defaults(schema: type) -> dict[str, Any]:
-    return _plain(OmegaConf.structured(schema))
+    # Not through OmegaConf, which takes milliseconds to type what is typed: every rank's start checks its config.
+    return {key: value for key, value in dataclasses.asdict(schema()).items() if key not in _BOOKKEEPING}
 
 
 def _already_typed(node: DictConfig, schema: type) -> dict[str, Any] | None:
@@ -348,8 +349,8 @@ def _misspelt_sections(root: DictConfig, paths: Paths) -> list[Problem]:
     names = ["strategy", *SECTIONS, "activation_checkpointing"]
     problems = []
     for key in map(str, root):
-        likely = nearest(key, names, cutoff=0.8)
-        if key in names or not likely or likely[0] in _closer(root, key, likely[0]):
+        likely = [] if key in names else nearest(key, names, cutoff=0.8)
+        if not likely or likely[0] in _closer(root, key, likely[0]):
             continue
         words = typed_words(root, key)
         problems.append(

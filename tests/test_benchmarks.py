@@ -21,6 +21,8 @@ WORDS = {"result.json": "json", "result.md": "markdown", "chart.svg": "chart"}
         ("compose", 8, ("show a plain app's config", "complete db= in bash", "refuse a combination")),
         ("plan", 2, ("plan, 2,048 ranks", "search, 8 ranks", "Llama 3 70B, 64 A100, full")),
         ("layouts", 2, ("pp 2 x dp_shard 2", "dp_shard 2 x cp 2", "step [ms]")),
+        ("scaling", 9, ("fsdp2, tp 8", "last fifth")),
+        ("startup", 2, ("the recipe", "by hand")),
         ("launch", 2, ("torchrun, by hand", "hydra/launcher=torchrun, forkserver")),
     ],
 )
@@ -40,15 +42,39 @@ def test_quick_run(tmp_path, name, rows, words):
 @pytest.mark.slow
 def test_peers_do_the_same_work(tmp_path):
     """Those whose packages the extra test brings, in this environment; the benchmark itself compares every loss."""
+    peers = ("ours", "accelerate_side", "fabric_side")
     names = ("result.json", "result.md", "chart.svg")
     written = [word for name in names for word in (f"--{WORDS[name]}", str(tmp_path / name))]
-    command = [sys.executable, "benchmarks/peers", "--quick", "--side", "ours", "fabric_side", *written]
+    command = [sys.executable, "benchmarks/peers", "--quick", "--side", *peers, *written]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "result.json").read_text())
     assert [result["strategy"] for result in report["results"]] == ["ddp", "fsdp2", "tp"]
-    assert all(set(result["sides"]) == {"hand", "ours", "fabric_side"} for result in report["results"])
+    for result in report["results"]:
+        left_out = {"accelerate_side"} if result["strategy"] == "tp" else set()
+        assert set(result["sides"]) == {"hand", *peers} - left_out
     text = (tmp_path / "result.md").read_text()
-    assert all(title in text for title in ("by hand", "nemo_dist_conf", "Fabric", "an empty Hydra app"))
+    assert all(title in text for title in ("by hand", "nemo_dist_conf", "Accelerate", "an empty Hydra app"))
     bars = ElementTree.parse(tmp_path / "chart.svg").getroot().iter("{http://www.w3.org/2000/svg}rect")
-    assert len(list(bars)) == 2 * 3 * 2 + 4  # measures, jobs, sides beside the base; one for each name of the legend
+    assert len(list(bars)) == 2 * (3 * 3 - 1) + 4  # measures, jobs and sides beside the base; each name of the legend
+
+
+@pytest.mark.slow
+def test_bad_input_is_refused_before_anything_starts(tmp_path):
+    """Three cases in this environment; every one of ours is refused or runs, whatever the others do."""
+    files = [tmp_path / "result.json", tmp_path / "result.md"]
+    command = [sys.executable, "benchmarks/bad_input.py", "--quick", "--json", files[0], "--markdown", files[1]]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {result["intent"]: result for result in json.loads(files[0].read_text())["results"]}
+    misspelt, stages, doubtful = results.values()
+    assert [one["ours"]["outcome"] for one in (misspelt, stages, doubtful)] == ["refused", "refused", "runs"]
+    assert misspelt["ours"]["helps"] and stages["ours"]["helps"]
+    assert {side: found["outcome"] for side, found in misspelt["others"].items()} == {
+        "hand": "error in wrapping",
+        "accelerate": "error in wrapping",
+        "fabric": "error in wrapping",
+    }
+    held = {side: found["held"] for side, found in doubtful["others"].items()}
+    assert held["hand"] == held["fabric"] == pytest.approx(0.5, abs=0.02)
+    assert "FSDP2Conf" in files[1].read_text()
