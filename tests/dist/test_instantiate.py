@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.runtime.build import build_model
 from tests.dist.layouts import ADAMW, LLAMA, MODELS, Net, batch, composed, full_state, loss_sum
 from tests.dist.pool import run_ranks
 
@@ -404,6 +406,17 @@ def test_a_config_that_is_no_tree_of_ours_is_refused(cfg: Any) -> None:
     with pytest.raises(ConfigError):
         instantiate(cfg)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("field, is_read", [("rope_colour", False), ("attention_bias", True), ("rope_theta", True)])
+def test_a_field_that_no_model_reads_is_told(field: str, is_read: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers itself takes it without a word."""
+    config: dict[str, Any] = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}
+    config[field] = {"attention_bias": True, "rope_theta": 5000.0}.get(field, "red")
+    with caplog.at_level(logging.WARNING):
+        build_model({"config": config}, None, 0, torch.device("cpu"))
+    assert (f"model.config.{field}: no field of LlamaConfig" in caplog.text) is not is_read
 
 
 def returns_no_module() -> Any:
