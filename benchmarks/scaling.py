@@ -221,10 +221,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="processes of each wrap (default 3)")
     parser.add_argument("--jobs", type=int, default=100, help="jobs of the sweep (default 100)")
-    parser.add_argument("--quick", action="store_true", help="two models, two worlds, five jobs: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="a small model, two worlds, five jobs: a smoke test")
     report.add_files(parser)
     options = parser.parse_args()
-    layers, ranks = ((2, 4), (8, 16)) if options.quick else (LAYERS, RANKS)
+    layers, ranks = ((2,), (8, 16)) if options.quick else (LAYERS, RANKS)
     repeats, jobs = (1, 5) if options.quick else (options.repeats, options.jobs)
     measured = report.new_report(__file__, repeats=repeats)
     measured["results"] = [*wraps(layers, ranks, repeats), sweep(jobs)]

@@ -114,17 +114,17 @@ def by_hand() -> None:
     raise FirstStep
 
 
-def measure(runs: int) -> list[dict[str, Any]]:
+def measure(runs: int, warm_up: int) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for number in range(runs + 1):  # the first one compiles and fills the disk's cache
+    for number in range(warm_up + runs):  # the first compiles and fills the disk's cache
         for side in SIDES if number % 2 else reversed(SIDES):
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, str(Path(__file__).resolve()), "--side", side]
                 done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
             if done.returncode or not done.stdout.strip():
                 raise SystemExit(done.stdout + done.stderr)
-            if number:
+            if number >= warm_up:
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
     results: list[dict[str, Any]] = []
     for side, rows in found.items():
@@ -174,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = 1 if options.quick else options.runs
     measured = report.new_report(__file__, runs=runs)
-    measured["results"] = measure(runs)
+    measured["results"] = measure(runs, warm_up=0 if options.quick else 1)
     report.finish(measured, options, table(measured["results"]), markdown)
 
 

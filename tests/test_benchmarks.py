@@ -21,7 +21,7 @@ WORDS = {"result.json": "json", "result.md": "markdown", "chart.svg": "chart"}
         ("compose", 8, ("show a plain app's config", "complete db= in bash", "refuse a combination")),
         ("plan", 2, ("plan, 2,048 ranks", "search, 8 ranks", "Llama 3 70B, 64 A100, full")),
         ("layouts", 2, ("pp 2 x dp_shard 2", "dp_shard 2 x cp 2", "step [ms]")),
-        ("scaling", 9, ("fsdp2, tp 8", "last fifth")),
+        ("scaling", 5, ("fsdp2, tp 8", "last fifth")),
         ("startup", 2, ("the recipe", "by hand")),
         ("launch", 2, ("torchrun, by hand", "hydra/launcher=torchrun, forkserver")),
     ],
