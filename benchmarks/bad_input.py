@@ -20,6 +20,7 @@ helps     the error names what was asked, what is allowed and what to type inste
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -54,16 +55,27 @@ def _run(command: list[str], folder: str) -> tuple[int | None, str, str]:
     dropped = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
     env["OMP_NUM_THREADS"] = "1"
-    process = subprocess.Popen(
-        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        out, err = process.communicate(timeout=TIMEOUT_S)
-        return process.returncode, out, err
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        return None, out, err
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=err)
+        status: int | None
+        try:
+            status = process.wait(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            # torchrun's ranks are in sessions of their own, so no signal to a group reaches them.
+            for pid in reversed([process.pid, *_descendants(process.pid)]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+            status = None
+        out.seek(0)
+        err.seek(0)
+        return status, out.read(), err.read()
+
+
+def _descendants(pid: int) -> list[int]:
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for path in files for child in path.read_text().split()]
+    return [found for child in children for found in (child, *_descendants(child))]
 
 
 def ours(case: Case, folder: str) -> dict[str, Any]:

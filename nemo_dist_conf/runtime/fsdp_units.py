@@ -146,10 +146,16 @@ def _shard_outer(
 
 
 def _large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
-    """The embedding, and the final norm with the head, of a language model in which they are large and not tied."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(embedding, nn.Module) or not isinstance(head, nn.Module) or _share(embedding, head):
+    """The embedding, and the final norm with the head, of a language model in which they are large and not tied.
+
+    Of transformers' own models only: a forward of somebody else's (a fused loss patched in) may use the head's weight
+    without calling the head, and then only the root gathers it.
+    """
+    kind: Any = type(model)
+    if not kind.__module__.startswith("transformers.") or kind.forward.__module__ != kind.__module__:
+        return None, []
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _share(embedding, head):
         return None, []
     inside = {id(module) for block in blocks for module in block.modules()}
     if any(id(module) in inside or _elements(module) < _OUTER_UNIT_ELEMENTS for module in (embedding, head)):
