@@ -66,7 +66,6 @@ CASES = (
         others={
             "hand": _shard("reshard_after_foward=True"),
             "accelerate": _PLUGIN.format("reshard_after_foward=True"),
-            "fabric": _fabric("FSDPStrategy(reshard_after_foward=True)", 1),
         },
     ),
     Case("the same, forced in with +", 1, "+strategy.reshard_after_foward=true"),
@@ -80,7 +79,7 @@ CASES = (
         },
     ),
     Case(
-        "a dtype by its short name",
+        "a dtype of no known name",
         1,
         "strategy.mp_policy.param_dtype=bf16",
         others={
@@ -205,7 +204,6 @@ CASES = (
         "strategy=megatron_fsdp strategy.megatron_fsdp_unit_modules=[absent.Block]",
         others={
             "accelerate": _PLUGIN.format(_WRAPS.format("Absent")),
-            "fabric": _fabric("FSDPStrategy(auto_wrap_policy={'Absent'})", 1),
         },
     ),
     Case(
@@ -293,7 +291,7 @@ CASES = (
         others={
             "hand": _shard("mesh=init_device_mesh('cpu', (2,))"),
             "accelerate": _PLUGIN.format(_WRAPS.format("LlamaDecoderLayer")),
-            "fabric": _fabric(f"ModelParallelStrategy({_WHOLE})", 2),
+            "fabric": _fabric(f"ModelParallelStrategy({_WHOLE}, data_parallel_size=2, tensor_parallel_size=1)", 2),
         },
     ),
     Case("sequence parallelism without tensor parallelism", 1, "strategy.sequence_parallel=true", doubtful=True),

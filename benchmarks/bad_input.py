@@ -95,7 +95,7 @@ def ours(case: Case, folder: str) -> dict[str, Any]:
     else:
         outcome = "warned" if "warning" in text.lower() else "runs"
     helps = bool(status) and _helps(text, case)
-    return {"outcome": outcome, "helps": helps, "message": _shown(text), "text": text}
+    return {"outcome": outcome, "helps": helps, "message": "" if outcome == "runs" else _shown(text)}
 
 
 def _helps(text: str, case: Case) -> bool:
@@ -113,7 +113,8 @@ def _shown(text: str) -> str:
     if at:
         return lines[at - 1]
     told = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b|.*WARNING|Could not|Key |In '", line)]
-    return (told or lines or [""])[0 if not told else -1]
+    shown = (told or lines or [""])[0 if not told else -1]
+    return re.sub(r"^\[\d.*?\[WARNING\] - |^\d+\. ", "", shown)
 
 
 def other(side: str, case: Case, python: str, folder: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ NAMES = {
     },
     "fabric": {
         "lightning_fabric": ("Fabric",),
-        "lightning_fabric.strategies": ("DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"),
+        "lightning_fabric.strategies": ("DDPStrategy", "ModelParallelStrategy"),
         "torch.distributed.fsdp": ("fully_shard",),
     },
 }
