@@ -201,9 +201,9 @@ def markdown(measured: dict[str, Any]) -> str:
     machine = measured["hardware"]
     return f"""# How our own work grows
 
-How it is measured stands at the top of [scaling.py](../scaling.py). The last column is ours. What grows with the ranks is
-torch's: fully_shard cuts each parameter into as many chunks as there are shards, by hand too, and a mesh makes its groups;
-ours has more axes than the one by hand.
+How it is measured stands at the top of [scaling.py](../scaling.py). The last column is ours. What grows with the ranks
+is torch's: fully_shard cuts each parameter into as many chunks as there are shards, by hand too, and a mesh makes its
+groups; ours has more axes than the one by hand.
 
 {table(measured["results"])}
 
