@@ -179,9 +179,11 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
 
 def _tell_unread(config: Any, fields: Mapping[str, Any]) -> None:
     """transformers keeps any field that it is given, also one that no model reads."""
-    known = type(config)()
     # Older names (rope_theta) are turned into newer ones.
-    unread = [key for key in fields if not hasattr(known, key) and key in vars(config)]
+    unread = [key for key in fields if not hasattr(type(config), key) and key in vars(config)]
+    if unread:  # some fields are given their defaults by the constructor only
+        known = type(config)()
+        unread = [key for key in unread if not hasattr(known, key)]
     if unread and (not dist.is_initialized() or dist.get_rank() == 0):
         names = ", ".join(f"model.config.{key}" for key in unread)
         log.warning("%s: no field of %s, so probably read by nothing", names, type(config).__name__)
