@@ -419,6 +419,16 @@ def test_a_field_that_no_model_reads_is_told(field: str, is_read: bool, caplog: 
     assert (f"model.config.{field}: no field of LlamaConfig" in caplog.text) is not is_read
 
 
+def test_a_field_that_only_a_constructor_sets_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    """The class has no attribute of that name."""
+    config: dict[str, Any] = {"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 8, "vocab_size": 8}
+    config |= {"num_experts_per_tok": 1, "num_local_experts": 4}
+    with caplog.at_level(logging.WARNING):
+        build_model({"config": config}, None, 0, torch.device("cpu"))
+    assert "no field of" not in caplog.text
+
+
 def returns_no_module() -> Any:
     return {"weight": torch.ones(2)}
 
