@@ -56,7 +56,7 @@ def instantiate(
 
     def build() -> Built | None:
         nothing = model is None and node is None
-        return None if nothing else build_model(node, model, seed, info.device)
+        return None if nothing else build_model(node, model, seed, info.device, checked.strategy.name == "ddp")
 
     built, marks = together(build, lambda _: config_mark(cfg))
     agree_on_config(cfg, marks)  # before the meshes: different ones would be made in different order, and hang

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from dataclasses import dataclass, field
@@ -27,8 +28,9 @@ log = logging.getLogger(__name__)
 class Built:
     """A model before it is parallelised.
 
-    template: what it takes to fill it when it was built on meta, else None. weights: folder to fill it from; parts:
-    what its tensors are, where they are stored otherwise than the model holds them.
+    template: what it takes to fill it when it was built without values, else None.
+    weights: folder to fill it from; parts: what its tensors are, where they are stored otherwise than the model holds
+    them.
     blocks: path of its blocks as the config declared it.
     """
 
@@ -40,13 +42,20 @@ class Built:
     blocks: Any = None
 
 
-def build_model(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device) -> Built:
+def build_model(
+    node: Any,
+    given: nn.Module | Callable[[], nn.Module] | None,
+    seed: int,
+    device: torch.device,
+    is_whole: bool = False,
+) -> Built:
     """From a module or a factory the caller gave, else from the config node ``model``.
 
     node: ``_target_`` with arguments (the user's own class), or ``config`` (fields of a transformers config, with
     model_type) and ``name_or_path`` (a local checkpoint folder whose config and weights are taken).
     A factory's module is built on meta, so that no rank holds all of it, unless its modules' own initialisers do not
     give what its constructor gives; then it is built on the CPU, with the same random numbers on every rank.
+    is_whole: every rank will hold all of the model, so one of transformers gets its storage on ``device`` at once.
     Raises ConfigError or DataError for what cannot be built.
     """
     blocks = node.get("blocks") if isinstance(node, (Mapping, DictConfig)) else None
@@ -62,7 +71,7 @@ def build_model(node: Any, given: nn.Module | Callable[[], nn.Module] | None, se
 
         return _from_factory(lambda: instantiate(node), seed, device, None)
     if node.get("name_or_path") or node.get("config"):
-        return _from_transformers(node, seed, device, blocks)
+        return _from_transformers(node, seed, device, blocks, is_whole)
     raise _not_a_model(node)
 
 
@@ -108,13 +117,17 @@ def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, b
     on_meta = model is not None and all(t.is_meta for t in (*model.parameters(), *model.buffers()))
     if model is not None and on_meta and can_materialise(model, construction):
         return Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
+    return _with_values(factory, seed, device, blocks)
+
+
+def _with_values(factory: Callable[[], Any], seed: int, device: torch.device, blocks: Any) -> Built:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factory()
     return Built(model.to(device), ties=tied_names(model), blocks=blocks)
 
 
-def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) -> Built:
+def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any, is_whole: bool) -> Built:
     try:
         import transformers
     except ImportError:
@@ -136,7 +149,11 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
         config.use_cache = False  # for generation only: in training it would keep keys and values of every layer
 
     try:
-        built = _from_factory(factory, seed, device, blocks)
+        model = _without_values(factory, device if is_whole else torch.device("meta"), device)
+        if model is not None and can_materialise(model):
+            built = Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
+        else:
+            built = _with_values(factory, seed, device, blocks)
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
@@ -148,6 +165,28 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
         return built
     parts = check_weights(built.model, folder, built.ties)
     return dataclasses.replace(built, weights=folder, parts=parts)
+
+
+def _without_values(factory: Callable[[], Any], on: torch.device, device: torch.device) -> Any:
+    """A transformers model that draws no weights while it is built; None where it cannot be built like that.
+
+    on: where its tensors are made. One that computes with values while it is built is made on the CPU, and moved to
+    ``device``: how a model is filled must not depend on where it was made, because that depends on the strategy.
+    Source: transformers.initialization.no_init_weights, which leaves tying out too.
+    """
+    from transformers.initialization import no_init_weights
+
+    for place in (on, torch.device("cpu")):
+        context: Any = contextlib.nullcontext() if place.type == "cpu" else place
+        try:
+            with torch.random.fork_rng(devices=[]), no_init_weights(), context:
+                model = factory()
+        except Exception as error:  # mostly it computes with values; any other error comes again where they are drawn
+            log.info("not built on %s without values: %s", place, _first(error))
+            continue
+        model.tie_weights()
+        return model if place == on else model.to(device)
+    return None
 
 
 def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> Any:

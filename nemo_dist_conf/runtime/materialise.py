@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.boxes import local_part
 
 __all__ = [
     "Template",
     "Writes",
     "can_materialise",
+    "give_storage",
     "initialise_in_turn",
     "materialise",
     "retie",
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Template:
-    """What a model on meta was before it was parallelised: full shapes and initialisers, module by module.
+    """What a model was before it was parallelised: full shapes and initialisers, module by module.
 
-    owners: copies of the modules that own tensors, by name. ties: names that are one parameter.
+    owners: copies of the modules that own tensors, on meta, by name. ties: names that are one parameter.
     """
 
     model: nn.Module
@@ -43,18 +43,25 @@ class Template:
 
 
 def template_of(model: nn.Module) -> Template:
-    """The template of a model on meta. Call it before any wrapping."""
+    """The template of a model whose values do not matter (on meta, or not initialised). Call it before any wrapping."""
     return Template(model, {name: _copy(module) for name, module in _owners(model)}, tied_names(model))
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A module with tensor slots of its own; without children the rest can be shared, which is much cheaper."""
+    """A module with tensor slots of its own, on meta; without children the rest can be shared, which is much cheaper."""
     if module._modules:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module).to("meta")
     copied = copy.copy(module)
-    copied.__dict__["_parameters"] = dict(module._parameters)
-    copied.__dict__["_buffers"] = dict(module._buffers)
+    copied.__dict__["_parameters"] = {key: _on_meta(tensor) for key, tensor in module._parameters.items()}
+    copied.__dict__["_buffers"] = {key: _on_meta(tensor) for key, tensor in module._buffers.items()}
     return copied
+
+
+def _on_meta(tensor: Any) -> Any:
+    if tensor is None or tensor.is_meta:
+        return tensor
+    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 #: Writes of values alone: a tensor on meta has none, and torch takes up to a millisecond of Python for each.
@@ -81,27 +88,45 @@ class Writes(TorchDispatchMode):
 
 
 def can_materialise(model: nn.Module, construction: Writes | None = None) -> bool:
-    """Whether a model on meta can be filled module by module with the values that its constructor would give.
+    """Whether a model can be filled module by module with the values that its constructor would give.
 
     Each module that owns tensors must have an initialiser that sets all of them. A constructor of the user's own may
     do more than its modules' initialisers (a smaller scale for one layer, a mask): where ``construction`` counted
     more writes than those make, or a buffer was computed, the model has to be built with values.
     """
+    construction = None if _is_transformers(model) else construction
+    alike: set[Any] = set()
     for _, module in _owners(model):
+        kind = _kind(module)
+        if construction is None and kind in alike:
+            continue
+        alike.add(kind)
         copied = _copy(module)
         initialise = _initialiser(model, copied)
         if initialise is None:
             return False
-        with torch.device("meta"), Writes() as writes, torch.no_grad():
+        given = (dict(copied._parameters), dict(copied._buffers))
+        # Buffers are small and computed, for which torch takes milliseconds of Python on meta; parameters are drawn.
+        place: Any = torch.device("meta") if module._parameters else torch.random.fork_rng(devices=[])
+        with place, Writes() as writes, torch.no_grad():
             initialise()
-        for tensors, before in ((copied._parameters, module._parameters), (copied._buffers, module._buffers)):
+        for tensors, before, owned in zip(
+            (copied._parameters, copied._buffers), given, (module._parameters, module._buffers)
+        ):
             for key, tensor in before.items():
                 if tensor is None or tensors[key] is not tensor:
                     continue
-                exact = construction is None or _is_transformers(model) or construction.of(tensor) == writes.of(tensor)
+                exact = construction is None or construction.of(owned[key]) == writes.of(tensor)
                 if not exact or not writes.of(tensor):
                     return False
     return True
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What an initialiser can tell of a module; modules that are equal here set the same of their tensors."""
+    tensors = [(key, t if t is None else t.shape) for key, t in (*module._parameters.items(), *module._buffers.items())]
+    plain = [(key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str, type(None)))]
+    return type(module), tuple(tensors), tuple(plain)
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -119,14 +144,14 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 def materialise(
     model: nn.Module, template: Template, seed: int, device: torch.device, store: torch.device | None = None
 ) -> None:
-    """Give a parallelised model on meta its storage and its initial weights, the same for every layout.
+    """Give a parallelised model its storage, where it is on meta, and its initial weights, the same for every layout.
 
     Each module's tensors are drawn in full on ``device`` from a generator seeded by (seed, module name), one module
     at a time, and every rank keeps its own shard; no rank ever holds the whole model.
     model: the one that the template was made of, or a pipeline stage of it.
     store: where parameters live (the CPU under offload); None: on ``device``.
     """
-    _give_storage(model, store or device)
+    give_storage(model, store or device)
     targets = dict(model.named_modules())
     followers = {name for group in template.ties for name in group[1:]}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
@@ -138,16 +163,18 @@ def materialise(
     log.debug("materialised on %s, seed %d", store or device, seed)
 
 
-def _give_storage(model: nn.Module, device: torch.device) -> None:
-    """``model.to_empty``, without asking DTensor how an empty tensor is sharded: like the one in whose place it is."""
+def give_storage(model: nn.Module, device: torch.device) -> None:
+    """``model.to_empty`` for what is on meta, without asking DTensor how an empty tensor is sharded: like that one."""
+    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, DTensor):
-            return torch.empty_like(tensor, device=device)
-        local = torch.empty_like(tensor._local_tensor, device=device)
-        return DTensor.from_local(
-            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
+        if not tensor.is_meta:
+            return tensor
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        # Not empty_like, for which torch runs a millisecond of Python when the tensor is on meta.
+        made = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=device)
+        return DTensor(made, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else made
 
     with torch.no_grad():
         model._apply(empty)
@@ -239,13 +266,9 @@ def _fill(
     # Not torch.manual_seed: on a CPU it queues a seed and a stack trace for each kind of device that may come later.
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
     generator.manual_seed(_seed(seed, name))
-    given: list[dict[str, Any]] = [dict(tensors) for tensors in owned]
-    with Writes() as writes:
-        initialise()
-    for tensors, before, targets in zip(owned, given, slots):
+    initialise()
+    for tensors, targets in zip(owned, slots):
         for key, value in tensors.items():
-            if value is not None and value is before[key] and not writes.of(value):
-                raise _unset(name, key, module)
             # A tied parameter has the values drawn for its first name, whether or not it is still tied here.
             if value is not None and f"{name}.{key}" not in followers:
                 _copy_shard(targets[key], value)
@@ -255,18 +278,6 @@ def _fill(
 
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-
-
-def _unset(name: str, key: str, module: nn.Module) -> ConfigError:
-    what = f"{type(module).__name__} does not set its {key} ({name}.{key}) when it is initialised"
-    return ConfigError(
-        Problem(
-            what,
-            "a model built on the meta device",
-            "reset_parameters that sets every parameter and buffer of the module",
-            "nemo_dist_conf.instantiate(cfg, model=built_module)",
-        )
-    )
 
 
 def _storage_for(meta: torch.Tensor, target: torch.Tensor | None, device: torch.device, follows: bool) -> torch.Tensor:
@@ -281,9 +292,7 @@ def _storage_for(meta: torch.Tensor, target: torch.Tensor | None, device: torch.
 def _copy_shard(target: torch.Tensor | None, full: torch.Tensor) -> None:
     if target is None:
         raise AssertionError("a tensor of the template is missing in the model")
-    if not isinstance(target, DTensor) and target.data_ptr() == full.data_ptr() and target.shape == full.shape:
-        return  # drawn there
     if isinstance(target, DTensor):
-        target.to_local().copy_(local_part(full.detach(), target))
-    else:
+        target._local_tensor.copy_(local_part(full, target))
+    elif target.data_ptr() != full.data_ptr() or target.shape != full.shape:  # else it was drawn there
         target.copy_(full)

@@ -1,6 +1,19 @@
 """One file per strategy, and the registry of them. Torch is imported by the managers only, when they act."""
 
-from nemo_dist_conf.strategies.registry import STRATEGIES, find_strategy, strategy_names, strategy_of_target
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_dist_conf.strategies import registry
+from nemo_dist_conf.strategies.registry import find_strategy, strategy_names, strategy_of_target
 from nemo_dist_conf.strategies.spec import Strategy
 
 __all__ = ["STRATEGIES", "Strategy", "find_strategy", "strategy_names", "strategy_of_target"]
+
+STRATEGIES: tuple[Strategy, ...]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "STRATEGIES":
+        return registry.STRATEGIES
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

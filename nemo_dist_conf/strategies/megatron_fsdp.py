@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Union
 
@@ -89,6 +88,8 @@ class MegatronFSDPManager:
 
 def library_problems(paths: Paths = Paths()) -> list[Problem]:
     """That the megatron-fsdp package is there, in a version whose arguments are known. Imports nothing of it."""
+    import importlib.metadata  # longer than all of our modules, and most configs are of other strategies
+
     try:
         version = importlib.metadata.version("megatron-fsdp")
     except importlib.metadata.PackageNotFoundError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from typing import Any
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import STRATEGY_NAMES, nearest
@@ -11,21 +13,33 @@ from nemo_dist_conf.topology import Paths
 
 __all__ = ["STRATEGIES", "find_strategy", "strategy_names", "strategy_of_target"]
 
-STRATEGIES: tuple[Strategy, ...] = tuple(
-    importlib.import_module(f"nemo_dist_conf.strategies.{name}").STRATEGY for name in STRATEGY_NAMES
-)
+STRATEGIES: tuple[Strategy, ...]
+
+
+@functools.cache
+def _load(name: str) -> Strategy:
+    strategy: Strategy = importlib.import_module(f"nemo_dist_conf.strategies.{name}").STRATEGY
+    return strategy
+
+
+def __getattr__(name: str) -> Any:
+    """STRATEGIES when it is first asked for: composing needs the chosen one only."""
+    if name != "STRATEGIES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = tuple(map(_load, STRATEGY_NAMES))
+    return globals()[name]
 
 
 def strategy_names() -> list[str]:
     """Every name that selects a strategy, aliases included."""
-    return [name for strategy in STRATEGIES for name in strategy.names]
+    return [name for strategy, aliases in STRATEGY_NAMES.items() for name in (strategy, *aliases)]
 
 
 def find_strategy(name: str, paths: Paths = Paths()) -> Strategy:
     """The strategy of this name or alias. Raises ConfigError, the nearest name first."""
-    for strategy in STRATEGIES:
-        if name in strategy.names:
-            return strategy
+    for strategy, aliases in STRATEGY_NAMES.items():
+        if name in (strategy, *aliases):
+            return _load(strategy)
     known = strategy_names()
     likely = nearest(name, known)
     ordered = likely + [k for k in known if k not in likely]
@@ -41,4 +55,4 @@ def find_strategy(name: str, paths: Paths = Paths()) -> Strategy:
 
 def strategy_of_target(target: str) -> Strategy | None:
     """The strategy whose composed nodes carry this ``_target_``; None for any other."""
-    return next((strategy for strategy in STRATEGIES if strategy.target == target), None)
+    return next((strategy for strategy in map(_load, STRATEGY_NAMES) if strategy.target == target), None)

@@ -44,6 +44,8 @@ class ScheduleFile:
 
 def read_schedule(path: str | Path) -> ScheduleFile:
     """The schedule in a CSV file. Raises ValueError, in one line, for what torch could not run to its end."""
+    import csv
+
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = tuple(tuple(_row(number, cells)) for number, cells in enumerate(csv.reader(file)))
