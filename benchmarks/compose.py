@@ -3,6 +3,7 @@
     python benchmarks/compose.py --json benchmarks/results/compose.json --markdown benchmarks/results/compose.md
 
 CPU seconds (user and system) of whole child processes, taken in turns so that a busy machine slows all of them alike.
+The recipe's side "without" is its config in plain Hydra: the same groups, options and defaults as a tree of YAML.
 "without" is the same interpreter and the same packages with this one left out: both sides run with `-S` from folders
 of links, the second of which holds the plugin and is on one side's path only. Bytecode is compiled beforehand.
 """
@@ -13,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,6 +43,10 @@ TREE = {
     "db/postgresql.yaml": "name: postgresql\nport: 5432\n",
 }
 COMPLETION = {"COMP_LINE": "python app.py db=", "COMP_POINT": "17"}
+#: Hydra 1.3 completes no `python -m`, so this line stands for both.
+STRATEGY_COMPLETION = {"COMP_LINE": "python recipe.py strategy=", "COMP_POINT": "26"}
+RECIPE = ("-m", "nemo_dist_conf.train")
+COMPLETE = ("-sc", "query=bash")
 AIM = 1.10
 
 
@@ -61,12 +67,17 @@ CASES = (
     Case("show a plain app's config", ("app.py", "--cfg", "job"), True, expect="name: mysql"),
     Case("a plain app's help", ("app.py", "--help"), False, expect="db: mysql, postgresql"),
     Case("a plain app's help", ("app.py", "--help"), True, expect="db: mysql, postgresql"),
-    Case("complete db= in bash", ("app.py", "-sc", "query=bash"), False, tuple(COMPLETION.items()), expect="db=mysql"),
-    Case("complete db= in bash", ("app.py", "-sc", "query=bash"), True, tuple(COMPLETION.items()), expect="db=mysql"),
-    Case("show the recipe's config", ("-m", "nemo_dist_conf.train", "--cfg", "job"), True, expect="tp_size: 1"),
+    Case("complete db= in bash", ("app.py", *COMPLETE), False, tuple(COMPLETION.items()), expect="db=mysql"),
+    Case("complete db= in bash", ("app.py", *COMPLETE), True, tuple(COMPLETION.items()), expect="db=mysql"),
+    Case("show the recipe's config", ("recipe.py", "--cfg", "job"), False, expect="tp_size: 1"),
+    Case("show the recipe's config", (*RECIPE, "--cfg", "job"), True, expect="tp_size: 1"),
+    Case("the recipe's help", ("recipe.py", "--help"), False, expect="strategy: ddp, fsdp2"),
+    Case("the recipe's help", (*RECIPE, "--help"), True, expect="strategy: ddp, fsdp2"),
+    Case("complete strategy=", ("recipe.py", *COMPLETE), False, tuple(STRATEGY_COMPLETION.items()), expect="=ddp"),
+    Case("complete strategy=", (*RECIPE, *COMPLETE), True, tuple(STRATEGY_COMPLETION.items()), expect="=ddp"),
     Case(
         "refuse a combination",
-        ("-m", "nemo_dist_conf.train", "strategy=ddp", "parallelism.tp_size=2"),
+        (*RECIPE, "strategy=ddp", "parallelism.tp_size=2"),
         True,
         code=1,
         expect="tp_size=2 is not possible",
@@ -110,6 +121,33 @@ def plain_app(folder: Path) -> None:
         path.write_text(text)
 
 
+def yaml_recipe(folder: Path) -> None:
+    """The recipe's config as an app of plain Hydra would hold it, everything in YAML."""
+    from omegaconf import OmegaConf
+
+    from nemo_dist_conf.groups import config_groups
+    from nemo_dist_conf.recipe.folder import config_folder
+
+    app = textwrap.dedent(APP).replace('"conf"', '"recipe"').replace('"config"', '"train"')
+    (folder / "recipe.py").write_text(app)
+    tree = folder / "recipe"
+    left_out = shutil.ignore_patterns("plan.yaml", "*.py", "__pycache__", "hardware")
+    shutil.copytree(config_folder(), tree, ignore=left_out)
+    defaults: list[Any] = []
+    for group, options in config_groups().items():
+        (tree / group).mkdir()
+        defaults.append({group: next(iter(options))})
+        for name, make in options.items():
+            node: Any = OmegaConf.to_container(OmegaConf.structured(make()), enum_to_str=True)
+            node.pop("defaults", None)
+            (tree / group / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(node)))
+    root: Any = OmegaConf.to_container(OmegaConf.load(tree / "train.yaml"))
+    root["defaults"] = [*defaults, *root["defaults"][1:]]  # in place of the base config
+    root["activation_checkpointing"] = False
+    del root["hydra"]["callbacks"], root["hydra"]["help"]["footer"]
+    (tree / "train.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(root)))
+
+
 def run(case: Case, folder: Path, others: Path, ours: Path) -> tuple[float, float]:
     """CPU and wall seconds of the child."""
     dropped = ("PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -144,6 +182,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
         folder = Path(name)
         others, ours = links(folder)
         plain_app(folder)
+        yaml_recipe(folder)
         verify(folder, others, ours)
         for number in range(repeats + 1):
             order = list(range(len(CASES)))

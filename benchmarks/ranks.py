@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -16,6 +17,13 @@ __all__ = ["SIDES", "joined", "largest", "on_ranks", "pair_ratio", "peak_mb", "t
 
 SIDES = ("hand", "ours")
 _GROUPS: list[Any] = []
+_PRELOAD = [
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 @contextlib.contextmanager
@@ -64,11 +72,15 @@ def peak_mb() -> float:
 
 
 def on_ranks(world_size: int, work: Callable[..., None], *args: Any) -> Any:
-    """What rank 0 wrote into found.json. work: called with the rank, a folder for all ranks, and ``args``."""
+    """What rank 0 wrote into found.json. work: called with the rank, a folder for all ranks, and ``args``.
+
+    Each rank is a new process, a fork of one that has imported torch and transformers' Llama: no side's cost.
+    """
     import torch.multiprocessing as mp
 
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_one_rank, (folder, work, *args), nprocs=world_size)
+        mp.start_processes(_one_rank, (folder, work, *args), nprocs=world_size, start_method="forkserver")
         return json.loads(Path(folder, "found.json").read_text())
 
 

@@ -256,22 +256,29 @@ def measure(job: Job, running: dict[str, Running], options: argparse.Namespace) 
     return result
 
 
-def starts(pythons: dict[str, str], sides: list[Side], repeats: int) -> dict[str, dict[str, float]]:
-    """CPU seconds of importing each side, and of showing help where it has a command."""
+def starts(
+    pythons: dict[str, str], running: dict[str, Running], repeats: int, warm_up: int
+) -> dict[str, dict[str, float]]:
+    """CPU seconds of importing each side, and of showing help where it has a command.
+
+    The first ones compile and fill the disk's cache. repeats 1: what is running already is the one import.
+    """
+    sides = [one.side for one in running.values()]
     cpu: dict[str, dict[str, list[float]]] = {side.module: {"import": [], "help": []} for side in sides}
     plain: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         app = Path(folder, "app.py")
         app.write_text(PLAIN_HYDRA)
-        for number in range(repeats + 1):  # the first one compiles and fills the disk's cache
+        for number in range(repeats + warm_up):
             for side in sides:
-                fresh = Running(side, pythons[side.environment])
-                fresh.end()
+                fresh = running[side.module] if repeats == 1 else Running(side, pythons[side.environment])
+                if fresh is not running[side.module]:
+                    fresh.end()
                 shown = cpu_of([pythons[side.environment], *side.help]) if side.help else 0.0
-                if number:
+                if number >= warm_up:
                     cpu[side.module]["import"].append(fresh.imported["import_cpu_s"])
                     cpu[side.module]["help"] += [shown] if side.help else []
-            if number:
+            if number >= warm_up:
                 plain.append(cpu_of([pythons["ours"], str(app), "--help"]))
     found = {
         name: {key: statistics.median(values) for key, values in both.items() if values} for name, both in cpu.items()
@@ -395,8 +402,8 @@ def main() -> None:
     pythons = {side.environment: python_of(side.environment, options.environments) for side in wanted}
     pythons.setdefault("ours", sys.executable)
     measured = report.new_report(__file__, runs=options.runs, steps=options.rounds * options.steps)
-    measured["starts"] = starts(pythons, wanted, 1 if options.quick else 5)
     running = {side.module: Running(side, pythons[side.environment]) for side in wanted}
+    measured["starts"] = starts(pythons, running, *((1, 0) if options.quick else (5, 1)))
     every = itertools.product(options.dtype, options.strategy, options.size, options.world)
     for dtype, strategy, size, world in every:
         job = Job(strategy, size, dtype, world, options.device)

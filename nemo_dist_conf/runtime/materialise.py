@@ -48,7 +48,7 @@ def template_of(model: nn.Module) -> Template:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A module with tensor slots of its own, on meta; without children the rest can be shared, which is much cheaper."""
+    """A module with tensor slots of its own, on meta; without children the rest is shared, which is much cheaper."""
     if module._modules:
         return copy.deepcopy(module).to("meta")
     copied = copy.copy(module)
@@ -105,14 +105,14 @@ def can_materialise(model: nn.Module, construction: Writes | None = None) -> boo
         initialise = _initialiser(model, copied)
         if initialise is None:
             return False
-        given = (dict(copied._parameters), dict(copied._buffers))
+        given: tuple[dict[str, Any], dict[str, Any]] = (dict(copied._parameters), dict(copied._buffers))
         # Buffers are small and computed, for which torch takes milliseconds of Python on meta; parameters are drawn.
         place: Any = torch.device("meta") if module._parameters else torch.random.fork_rng(devices=[])
         with place, Writes() as writes, torch.no_grad():
             initialise()
-        for tensors, before, owned in zip(
-            (copied._parameters, copied._buffers), given, (module._parameters, module._buffers)
-        ):
+        found: tuple[Any, Any] = (copied._parameters, copied._buffers)
+        own: tuple[Any, Any] = (module._parameters, module._buffers)
+        for tensors, before, owned in zip(found, given, own):
             for key, tensor in before.items():
                 if tensor is None or tensors[key] is not tensor:
                     continue
@@ -167,6 +167,7 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
     """``model.to_empty`` for what is on meta, without asking DTensor how an empty tensor is sharded: like that one."""
     if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return
+    ties = tied_names(model)
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
@@ -178,6 +179,7 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
 
     with torch.no_grad():
         model._apply(empty)
+    retie(model, ties)
 
 
 def initialise_in_turn(model: nn.Module, template: Template, seed: int, device: torch.device) -> None:
@@ -210,7 +212,7 @@ def _holds(target: nn.Module, module: nn.Module) -> bool:
 
 
 def retie(model: nn.Module, ties: list[list[str]]) -> None:
-    """Make each group of names one parameter again (to_empty makes copies)."""
+    """Make each group of names one parameter again (giving storage makes copies)."""
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for first, *others in ties:
         if not present.issuperset((first, *others)):  # on another pipeline stage

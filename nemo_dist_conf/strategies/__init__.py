@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_dist_conf.strategies import registry
 from nemo_dist_conf.strategies.registry import find_strategy, strategy_names, strategy_of_target
 from nemo_dist_conf.strategies.spec import Strategy
 
@@ -15,5 +14,7 @@ STRATEGIES: tuple[Strategy, ...]
 
 def __getattr__(name: str) -> Any:
     if name == "STRATEGIES":
-        return registry.STRATEGIES
+        from nemo_dist_conf.strategies.registry import STRATEGIES
+
+        return STRATEGIES
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,6 @@ an empty cell is a bubble. Source: torch/distributed/pipelining/schedules.py, _A
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -160,8 +160,6 @@ def test_every_layout_starts_from_the_same_weights(ranks: int, words: tuple[str,
 
 def weights_of_large(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tensor], bool]:
     """As for a model that is too large to have its storage before it is sharded."""
-    kept = order._SMALL_ELEMENTS
-    order._SMALL_ELEMENTS = 0
     gave_storage: list[bool] = []
     shard_blocks = order.shard_blocks
 
@@ -169,18 +167,18 @@ def weights_of_large(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tenso
         gave_storage.append(not any(parameter.is_meta for parameter in model.parameters()))
         shard_blocks(model, *args, **kwargs)
 
-    order.shard_blocks = watched
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "_SMALL_ELEMENTS", 0)
+        patch.setattr(order, "shard_blocks", watched)
         return weights(words, kind, 3), any(gave_storage)
-    finally:
-        order._SMALL_ELEMENTS, order.shard_blocks = kept, shard_blocks
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks, words", LAYOUTS[3:], ids=[f"{ranks} {' '.join(words)}" for ranks, words in LAYOUTS[3:]])
-def test_storage_after_sharding_has_the_same_weights(ranks: int, words: tuple[str, ...]) -> None:
-    expected = filled(plain_model, "llama", seed=3).state_dict()
-    for found, gave_storage in run_ranks(ranks, weights_of_large, words, "llama"):
+@pytest.mark.parametrize("ranks, words", LAYOUTS[3:], ids=[" ".join(words) or str(r) for r, words in LAYOUTS[3:]])
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_storage_after_sharding_has_the_same_weights(ranks: int, words: tuple[str, ...], kind: str) -> None:
+    expected = filled(plain_model, kind, seed=3).state_dict()
+    for found, gave_storage in run_ranks(ranks, weights_of_large, words, kind):
         assert not gave_storage
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
