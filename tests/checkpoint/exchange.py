@@ -73,6 +73,7 @@ DENSE: dict[str, Layout] = {
 }
 _MIXTRAL: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / "mixtral_tiny.yaml"))
 _MIXTRAL["config"]["output_router_logits"] = False  # its loss is not there under pipelines
+_MIXTRAL["config"]["num_hidden_layers"] = 2
 EXPERTS: dict[str, Layout] = {
     "ddp 4": Layout(4, ("strategy=ddp",), _MIXTRAL),
     "fsdp2 4": Layout(4, FSDP2, _MIXTRAL),
