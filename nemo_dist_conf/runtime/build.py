@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping
@@ -223,6 +225,11 @@ def _tell_unread(config: Any, fields: Mapping[str, Any]) -> None:
     if unread:  # some fields are given their defaults by the constructor only
         known = type(config)()
         unread = [key for key in unread if not hasattr(known, key)]
+    if unread:  # and some are asked for by the model only
+        home = Path(inspect.getfile(type(config)))
+        model = home.with_name(home.name.replace("configuration_", "modeling_"))
+        text = model.read_text(encoding="utf-8") if model.is_file() else ""
+        unread = [key for key in unread if not re.search(rf"\b{re.escape(key)}\b", text)]
     if unread and (not dist.is_initialized() or dist.get_rank() == 0):
         names = ", ".join(f"model.config.{key}" for key in unread)
         log.warning("%s: no field of %s, so probably read by nothing", names, type(config).__name__)

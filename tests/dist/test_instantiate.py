@@ -425,7 +425,7 @@ def test_a_field_that_only_a_constructor_sets_is_known(caplog: pytest.LogCapture
     """The class has no attribute of that name."""
     config: dict[str, Any] = {"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 8, "vocab_size": 8}
-    config |= {"num_experts_per_tok": 1, "num_local_experts": 4}
+    config |= {"num_experts_per_tok": 1, "num_local_experts": 4, "head_dim": 8}  # head_dim: the model asks for it
     with caplog.at_level(logging.WARNING):
         build_model({"config": config}, None, 0, torch.device("cpu"))
     assert "no field of" not in caplog.text
