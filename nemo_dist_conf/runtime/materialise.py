@@ -94,7 +94,8 @@ def can_materialise(model: nn.Module, construction: Writes | None = None) -> boo
     do more than its modules' initialisers (a smaller scale for one layer, a mask): where ``construction`` counted
     more writes than those make, or a buffer was computed, the model has to be built with values.
     """
-    construction = None if _is_transformers(model) else construction
+    is_transformers = _is_transformers(model)
+    construction = None if is_transformers else construction
     alike: set[Any] = set()
     for _, module in _owners(model):
         kind = _kind(module)
@@ -106,8 +107,9 @@ def can_materialise(model: nn.Module, construction: Writes | None = None) -> boo
         if initialise is None:
             return False
         given: tuple[dict[str, Any], dict[str, Any]] = (dict(copied._parameters), dict(copied._buffers))
-        # Buffers are small and computed, for which torch takes milliseconds of Python on meta; parameters are drawn.
-        place: Any = torch.device("meta") if module._parameters else torch.random.fork_rng(devices=[])
+        # Frequencies are computed and copied into buffers, for which torch takes milliseconds of Python on meta.
+        computes = is_transformers and not module._parameters
+        place: Any = torch.random.fork_rng(devices=[]) if computes else torch.device("meta")
         with place, Writes() as writes, torch.no_grad():
             initialise()
         found: tuple[Any, Any] = (copied._parameters, copied._buffers)
