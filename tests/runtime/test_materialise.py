@@ -158,8 +158,8 @@ def test_every_layout_starts_from_the_same_weights(ranks: int, words: tuple[str,
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def weights_of_large(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tensor], bool]:
-    """As for a model that is too large to have its storage before it is sharded."""
+def weights_of_large(words: tuple[str, ...], kind: str, small: int = 0) -> tuple[dict[str, Tensor], bool]:
+    """As for a model that is too large to have its storage before it is sharded; whether it had."""
     gave_storage: list[bool] = []
     shard_blocks = order.shard_blocks
 
@@ -168,7 +168,7 @@ def weights_of_large(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tenso
         shard_blocks(model, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "_SMALL_ELEMENTS", 0)
+        patch.setattr(order, "_SMALL_ELEMENTS", small)
         patch.setattr(order, "shard_blocks", watched)
         return weights(words, kind, 3), any(gave_storage)
 
@@ -181,6 +181,11 @@ def test_storage_after_sharding_has_the_same_weights(ranks: int, words: tuple[st
     for found, gave_storage in run_ranks(ranks, weights_of_large, words, kind):
         assert not gave_storage
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.dist
+def test_a_small_model_has_its_storage_before_it_is_sharded() -> None:
+    assert [early for _, early in run_ranks(2, weights_of_large, (), "llama", order._SMALL_ELEMENTS)] == [True] * 2
 
 
 class NeedsValues:
