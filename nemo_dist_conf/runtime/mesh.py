@@ -189,13 +189,28 @@ def build_meshes(spec: MeshSpec, device_type: str) -> tuple[DeviceMesh, DeviceMe
 
     A collective over all ranks: every rank calls it, with the same spec.
     """
-    root = init_device_mesh(device_type, spec.shape, mesh_dim_names=spec.axes)
+    root = _mesh(device_type, spec.shape, spec.axes)
     for name, axes in spec.flattened:
         # One axis above 1 has a group already; flattening it again would only make a second.
         if sum(spec.size(axis) > 1 for axis in axes) > 1:
             root[axes]._flatten(name)
-    moe = init_device_mesh(device_type, spec.moe_shape, mesh_dim_names=spec.moe_axes) if spec.moe_axes else None
+    moe = _mesh(device_type, spec.moe_shape, spec.moe_axes) if spec.moe_axes else None
     return root, moe
+
+
+def _mesh(device_type: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> DeviceMesh:
+    """``init_device_mesh``, but the axes of size 1 share one group, which each rank makes for itself.
+
+    torch makes every rank's group of one on every rank, once for each such axis: with a strategy's five axes that is
+    most of what meshes cost on a few ranks, and four times the number of ranks on many.
+    """
+    wide = [(size, axis) for size, axis in zip(shape, axes) if size > 1]
+    if len(wide) == len(shape) or not wide:  # with a single rank all axes have the default group
+        return init_device_mesh(device_type, shape, mesh_dim_names=axes)
+    inner = init_device_mesh(device_type, tuple(size for size, _ in wide), mesh_dim_names=tuple(axis for _, axis in wide))
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, group_desc="mesh_alone")
+    groups = [inner.get_group(axis) if size > 1 else alone for size, axis in zip(shape, axes)]
+    return DeviceMesh.from_group(groups, device_type, mesh=inner.mesh.view(shape), mesh_dim_names=axes)
 
 
 def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_dist_conf import (
     ConfigError,
@@ -60,6 +62,34 @@ def test_meshes_of_four_ranks(sizes, layout, data_ranks, reached_by_rank_0):
         assert all(found[rank][0][name] == size for rank in range(4)), name
     assert all(found[rank][0]["world_size"] == 4 for rank in range(4))
     assert found[0][0]["data_size"] == found[0][0]["dp_size"] == max(data_ranks) + 1
+
+
+def groups_by_axis(**sizes):
+    """Of every axis its group's name and ranks, what a sum over it gives, and the same for torch's own mesh."""
+    context = DistributedSetup.build("fsdp2", ParallelismSizes(**sizes)).mesh_context
+    found = {}
+    for mesh in (context.device_mesh, context.moe_mesh):
+        for axis in mesh.mesh_dim_names if mesh is not None else ():
+            group, ones = mesh.get_group(axis), torch.ones(1)
+            dist.all_reduce(ones, group=group)
+            usual = init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
+            assert mesh.get_coordinate() == usual.get_coordinate() and (mesh.mesh == usual.mesh).all()
+            assert mesh[axis].get_group() is group
+            assert dist.get_process_group_ranks(group) == dist.get_process_group_ranks(usual.get_group(axis))
+            found[mesh, axis] = group.group_name, mesh.size(mesh.mesh_dim_names.index(axis)), ones.item()
+    return {(names.ndim, axis): value for (names, axis), value in found.items()}
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(), dict(tp_size=2), dict(tp_size=4), dict(pp_size=2, ep_size=2), dict(cp_size=2, ep_size=4)], ids=str
+)
+def test_axes_of_one_rank_share_one_group_and_the_others_have_the_ranks_that_torch_gives_them(sizes):
+    for found in run_ranks(4, groups_by_axis, **sizes):
+        assert all(total == size for _, size, total in found.values())
+        alone = {name for name, size, _ in found.values() if size == 1}
+        wide = {name for name, size, _ in found.values() if size > 1}
+        assert len(alone) <= 2 and not alone & wide  # the root mesh's and the experts'
+        assert sum(size == 1 for _, size, _ in found.values()) > len(alone) or not alone
 
 
 def flattened_sizes():
