@@ -25,7 +25,7 @@ from nemo_dist_conf.models.shapes import shape_of
 from nemo_dist_conf.plan import Job, Plan, Update, make_plan
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.strategies import find_strategy
-from nemo_dist_conf.topology import MeshSpec
+from nemo_dist_conf.topology.solve import MeshSpec
 
 LLAMA3_8B: dict[str, Any] = {
     "model_type": "llama",

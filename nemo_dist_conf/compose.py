@@ -18,7 +18,9 @@ from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, nearest
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, ParallelismConf, PipelineConf
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy, strategy_of_target
 from nemo_dist_conf.strategies.common import off_but_changed
-from nemo_dist_conf.topology import MeshSpec, Paths, pipeline_problems, solve
+from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.topology.pipeline import pipeline_problems
+from nemo_dist_conf.topology.solve import MeshSpec, solve
 from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.world import launch_command, planned_world_size
 

@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["SETTINGS", "Setting", "optimizer_problems"]
 

@@ -11,7 +11,7 @@ import pytest
 from nemo_dist_conf.strategies import find_strategy
 from nemo_dist_conf.strategies.common import unknown_class
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConf
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.world import Start, about_to_start
 
 RULES = find_strategy("mfsdp").rules

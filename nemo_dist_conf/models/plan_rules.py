@@ -11,7 +11,7 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.models.facts import ModelFacts
 from nemo_dist_conf.models.plans import FAMILIES, STYLES, match_pattern, unalias
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["plan_problems", "style_names"]
 

@@ -6,7 +6,7 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.models.facts import ModelFacts
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.solve import divisors
 
 __all__ = ["model_problems", "tensor_parallel_sizes", "tied_head_problems"]

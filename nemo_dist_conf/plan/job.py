@@ -10,7 +10,7 @@ from nemo_dist_conf.models.plans import SEQUENCE_STYLES, complete_plan, match_pa
 from nemo_dist_conf.models.shapes import ModelShape
 from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.schema.hardware import HardwareConf
-from nemo_dist_conf.topology import MeshSpec
+from nemo_dist_conf.topology.solve import MeshSpec
 from nemo_dist_conf.topology.pipeline import find_schedule, stage_count
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.stages import rank_of_stage, spread_layers

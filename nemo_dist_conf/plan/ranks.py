@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Iterator, Sequence
 
-from nemo_dist_conf.topology import MeshSpec
+from nemo_dist_conf.topology.solve import MeshSpec
 
 __all__ = ["Groups", "all_groups", "groups_of"]
 

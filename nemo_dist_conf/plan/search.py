@@ -24,7 +24,8 @@ from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.resolvers import autocast_dtype, compute_dtype
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.strategies import STRATEGIES, Strategy
-from nemo_dist_conf.topology import Paths, pipeline_problems
+from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.topology.pipeline import pipeline_problems
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.topology.world import about_to_start
 

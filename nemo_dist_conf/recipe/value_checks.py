@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.optimizers import optimizer_problems
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 
 __all__ = [
     "PATH_ALLOWED",

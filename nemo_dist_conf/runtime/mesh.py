@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.topology import MeshSpec
+from nemo_dist_conf.topology.solve import MeshSpec
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.configs import ParallelismSizes
@@ -61,7 +61,7 @@ class MeshContext:
         from nemo_dist_conf.runtime.configs import ParallelismSizes
         from nemo_dist_conf.runtime.process_group import initialize_distributed
         from nemo_dist_conf.strategies import STRATEGIES
-        from nemo_dist_conf.topology import solve
+        from nemo_dist_conf.topology.solve import solve
 
         sizes = dataclasses.asdict(parallelism_sizes or ParallelismSizes())
         strategy = next(s for s in STRATEGIES if isinstance(strategy_config, s.config))
@@ -207,7 +207,8 @@ def _mesh(device_type: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> De
     wide = [(size, axis) for size, axis in zip(shape, axes) if size > 1]
     if len(wide) == len(shape) or not wide:  # with a single rank all axes have the default group
         return init_device_mesh(device_type, shape, mesh_dim_names=axes)
-    inner = init_device_mesh(device_type, tuple(size for size, _ in wide), mesh_dim_names=tuple(axis for _, axis in wide))
+    sizes, names = zip(*wide)
+    inner = init_device_mesh(device_type, sizes, mesh_dim_names=names)
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, group_desc="mesh_alone")
     groups = [inner.get_group(axis) if size > 1 else alone for size, axis in zip(shape, axes)]
     return DeviceMesh.from_group(groups, device_type, mesh=inner.mesh.view(shape), mesh_dim_names=axes)

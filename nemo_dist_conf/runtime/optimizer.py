@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.optimizers import optimizer_problems
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["build_optimizer"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["autocast_problems", "off_but_changed", "unknown_class"]
 

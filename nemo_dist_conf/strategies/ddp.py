@@ -10,7 +10,8 @@ from nemo_dist_conf.names import DType
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.strategies.common import autocast_problems
 from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
-from nemo_dist_conf.topology import AxisRules, Paths
+from nemo_dist_conf.topology.axes import AxisRules
+from nemo_dist_conf.topology.paths import Paths
 
 if TYPE_CHECKING:
     import torch

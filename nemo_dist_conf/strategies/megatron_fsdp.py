@@ -9,7 +9,8 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.strategies.common import unknown_class
 from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
-from nemo_dist_conf.topology import AxisRules, Paths
+from nemo_dist_conf.topology.axes import AxisRules
+from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.device import cuda_present
 from nemo_dist_conf.topology.world import runs_here
 

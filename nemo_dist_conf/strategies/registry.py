@@ -9,7 +9,7 @@ from typing import Any
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import STRATEGY_NAMES, nearest
 from nemo_dist_conf.strategies.spec import Strategy
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["STRATEGIES", "find_strategy", "strategy_names", "strategy_of_target"]
 

@@ -8,7 +8,8 @@ from typing import Any, Callable, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, STRATEGY_NAMES
-from nemo_dist_conf.topology import AxisRules, Paths
+from nemo_dist_conf.topology.axes import AxisRules
+from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["Rules", "Strategy", "shallow_dict"]
 

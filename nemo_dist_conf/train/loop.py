@@ -28,7 +28,7 @@ from nemo_dist_conf.runtime.routing import ExpertLoad
 from nemo_dist_conf.runtime.unwrap import unwrapped
 from nemo_dist_conf.strategies import strategy_of_target
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
-from nemo_dist_conf.topology import Paths
+from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.world import launched
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.recipe.value_checks import train_problems

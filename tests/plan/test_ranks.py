@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_dist_conf.plan.ranks import Groups, all_groups, groups_of
 from nemo_dist_conf.strategies import find_strategy
-from nemo_dist_conf.topology import MeshSpec, solve
+from nemo_dist_conf.topology.solve import MeshSpec, solve
 from tests.dist.pool import close_pools, run_ranks
 from tests.plan.fake import fake_rank
 

@@ -11,7 +11,7 @@ from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.plan import Job
 from nemo_dist_conf.plan.schedule import Costs, Timeline, orders, play
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
-from nemo_dist_conf.topology import MeshSpec
+from nemo_dist_conf.topology.solve import MeshSpec
 from tests.dist.pool import run_ranks
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")

@@ -7,7 +7,8 @@ import pytest
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.strategies import STRATEGIES, find_strategy
-from nemo_dist_conf.topology import Paths, solve
+from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.topology.solve import solve
 
 FSDP2, MEGATRON, DDP = (find_strategy(name).axes for name in ("fsdp2", "megatron_fsdp", "ddp"))
 
