@@ -175,7 +175,7 @@ def verify(folder: Path, others: Path, ours: Path) -> None:
     run(Case("", words, False, expect="strategy: ddp"), folder, others, ours)
 
 
-def measure(repeats: int) -> list[dict[str, Any]]:
+def measure(repeats: int, warm_up: int) -> list[dict[str, Any]]:
     cpu: list[list[float]] = [[] for _ in CASES]
     wall: list[list[float]] = [[] for _ in CASES]
     with tempfile.TemporaryDirectory() as name:
@@ -184,11 +184,11 @@ def measure(repeats: int) -> list[dict[str, Any]]:
         plain_app(folder)
         yaml_recipe(folder)
         verify(folder, others, ours)
-        for number in range(repeats + 1):
+        for number in range(warm_up + repeats):
             order = list(range(len(CASES)))
             for index in order if number % 2 else reversed(order):
                 used, waited = run(CASES[index], folder, others, ours)
-                if number:  # the first compiles and warms the file cache
+                if number >= warm_up:  # the first compiles and warms the file cache
                     cpu[index].append(used)
                     wall[index].append(waited)
     results = []
@@ -247,7 +247,7 @@ def main() -> None:
     options = parser.parse_args()
     repeats = 1 if options.quick else options.repeats
     measured = report.new_report(__file__, repeats=repeats)
-    measured["results"] = measure(repeats)
+    measured["results"] = measure(repeats, warm_up=0 if options.quick else 1)
     report.finish(measured, options, table(measured["results"]), markdown)
 
 
