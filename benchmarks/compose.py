@@ -3,7 +3,8 @@
     python benchmarks/compose.py --json benchmarks/results/compose.json --markdown benchmarks/results/compose.md
 
 CPU seconds (user and system) of whole child processes, taken in turns so that a busy machine slows all of them alike.
-The recipe's side "without" is its config in plain Hydra: the same groups, options and defaults as a tree of YAML.
+The recipe's side "without" is its config in plain Hydra: the same groups, options and defaults as a tree of YAML, or
+("typed") its groups as dataclasses in the ConfigStore, which check types as ours do (typed_recipe.py writes them).
 "without" is the same interpreter and the same packages with this one left out: both sides run with `-S` from folders
 of links, the second of which holds the plugin and is on one side's path only. Bytecode is compiled beforehand.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+from typed_recipe import typed_groups
 
 APP = """
     import hydra
@@ -71,6 +73,8 @@ CASES = (
     Case("complete db= in bash", ("app.py", *COMPLETE), True, tuple(COMPLETION.items()), expect="db=mysql"),
     Case("show the recipe's config", ("recipe.py", "--cfg", "job"), False, expect="tp_size: 1"),
     Case("show the recipe's config", (*RECIPE, "--cfg", "job"), True, expect="tp_size: 1"),
+    Case("the same, groups typed", ("typed.py", "--cfg", "job"), False, expect="tp_size: 1"),
+    Case("the same, groups typed", (*RECIPE, "--cfg", "job"), True, expect="tp_size: 1"),
     Case("the recipe's help", ("recipe.py", "--help"), False, expect="strategy: ddp, fsdp2"),
     Case("the recipe's help", (*RECIPE, "--help"), True, expect="strategy: ddp, fsdp2"),
     Case("complete strategy=", ("recipe.py", *COMPLETE), False, tuple(STRATEGY_COMPLETION.items()), expect="=ddp"),
@@ -121,31 +125,35 @@ def plain_app(folder: Path) -> None:
         path.write_text(text)
 
 
-def yaml_recipe(folder: Path) -> None:
-    """The recipe's config as an app of plain Hydra would hold it, everything in YAML."""
+def plain_recipe(folder: Path) -> None:
+    """The recipe's config as two apps of plain Hydra would hold it: everything in YAML, and with its groups typed."""
     from omegaconf import OmegaConf
 
     from nemo_dist_conf.groups import config_groups
     from nemo_dist_conf.recipe.folder import config_folder
 
     app = textwrap.dedent(APP).replace('"conf"', '"recipe"').replace('"config"', '"train"')
-    (folder / "recipe.py").write_text(app)
     tree = folder / "recipe"
     left_out = shutil.ignore_patterns("plan.yaml", "*.py", "__pycache__", "hardware")
     shutil.copytree(config_folder(), tree, ignore=left_out)
-    defaults: list[Any] = []
-    for group, options in config_groups().items():
-        (tree / group).mkdir()
-        defaults.append({group: next(iter(options))})
-        for name, make in options.items():
-            node: Any = OmegaConf.to_container(OmegaConf.structured(make()), enum_to_str=True)
-            node.pop("defaults", None)
-            (tree / group / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(node)))
     root: Any = OmegaConf.to_container(OmegaConf.load(tree / "train.yaml"))
+    defaults = [{group: next(iter(options))} for group, options in config_groups().items()]
     root["defaults"] = [*defaults, *root["defaults"][1:]]  # in place of the base config
     root["activation_checkpointing"] = False
     del root["hydra"]["callbacks"], root["hydra"]["help"]["footer"]
     (tree / "train.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(root)))
+
+    (folder / "typed.py").write_text("import groups\n" + app.replace('"recipe"', '"typed"'))
+    (folder / "groups.py").write_text(typed_groups())
+    shutil.copytree(tree, folder / "typed")
+
+    (folder / "recipe.py").write_text(app)
+    for group, options in config_groups().items():
+        (tree / group).mkdir()
+        for name, make in options.items():
+            node: Any = OmegaConf.to_container(OmegaConf.structured(make()), enum_to_str=True)
+            node.pop("defaults", None)
+            (tree / group / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(node)))
 
 
 def run(case: Case, folder: Path, others: Path, ours: Path) -> tuple[float, float]:
@@ -182,7 +190,7 @@ def measure(repeats: int, warm_up: int) -> list[dict[str, Any]]:
         folder = Path(name)
         others, ours = links(folder)
         plain_app(folder)
-        yaml_recipe(folder)
+        plain_recipe(folder)
         verify(folder, others, ours)
         for number in range(warm_up + repeats):
             order = list(range(len(CASES)))
