@@ -86,6 +86,24 @@ def test_showing_a_config_does_not_import_torch(words, shown, tmp_path):
     assert shown in run.stdout
 
 
+def test_a_config_is_composed_with_the_chosen_strategy_alone():
+    """Without the rules of others, of sizes, of checks: each is imported by what asks for it."""
+    code = """
+import sys
+from hydra import compose, initialize
+with initialize(config_path=None, version_base="1.3"):
+    cfg = compose("nemo_dist_conf", ["strategy=ddp"])
+assert cfg.strategy.find_unused_parameters is False
+print(*(name for name in sys.modules if name.startswith("nemo_dist_conf.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = set(done.stdout.split())
+    assert "nemo_dist_conf.strategies.ddp" in found
+    others = ("strategies.fsdp2", "strategies.megatron_fsdp", "topology.solve", "topology.pipeline", "compose", "models")
+    assert not found & {f"nemo_dist_conf.{name}" for name in others}
+
+
 def test_tab_completion_lists_our_options_without_torch(tmp_path):
     line = "train.py strategy="
     env = {"COMP_LINE": line, "COMP_POINT": str(len(line))}

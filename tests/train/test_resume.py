@@ -216,13 +216,13 @@ def test_sigterm_saves_and_ends_in_time(tmp_path: Path) -> None:
 
 def test_a_killed_rank_is_started_again_and_the_run_goes_on(tmp_path: Path) -> None:
     """torchrun --max-restarts: the same folder, though its name was made of the time; no person types anything."""
-    process = start(tmp_path, "train.steps=60", ranks=2)
+    process = start(tmp_path, "train.steps=40", ranks=2)
     wait_for("outputs/*/*/checkpoints/step_00000006", tmp_path, process)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     text = process.communicate(timeout=150)[0]
     assert process.returncode == 0, text
     lines = [json.loads(line)["step"] for line in (output(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, 61))
+    assert lines == list(range(1, 41))
     assert "goes on after step" in (output(tmp_path) / "train.log").read_text()
 
 
@@ -243,7 +243,7 @@ def test_the_group_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = (FOLDER, "strategy=fsdp2", FP32, "train.steps=80")
+    words = (FOLDER, "strategy=fsdp2", FP32, "train.steps=50")
     stays = start(tmp_path, *words, ranks=2, nodes="1:2", port=port)
     time.sleep(1)
     lost = start(tmp_path, *words, ranks=2, nodes="1:2", port=port)
@@ -255,5 +255,5 @@ def test_the_group_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     lost.communicate()
     assert stays.returncode == 0, text
     steps = [line[0] for line in numbers(tmp_path)]
-    last = json.loads((tmp_path / "run/checkpoints/step_00000080/manifest.json").read_text())
-    assert steps == list(range(1, 81)) and (first["world_size"], last["world_size"]) == (4, 2)
+    last = json.loads((tmp_path / "run/checkpoints/step_00000050/manifest.json").read_text())
+    assert steps == list(range(1, 51)) and (first["world_size"], last["world_size"]) == (4, 2)
