@@ -133,7 +133,7 @@ class _Pool:
                 except (EOFError, OSError):
                     self.processes[rank].join(5)
                     died = RuntimeError(f"rank {rank} died, exit code {self.processes[rank].exitcode}")
-                    ok, value = False, (died, str(died))
+                    ok, value = False, (died, f"{died}\n{self._written([rank])}")
                 if ok:
                     results[rank] = value
                 else:
@@ -153,6 +153,10 @@ class _Pool:
             with contextlib.suppress(OSError):
                 os.kill(self.processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
+        return self._written(ranks)
+
+    def _written(self, ranks: list[int]) -> str:
+        """Stacks that ranks wrote when they were asked, or when a signal like SIGSEGV ended them."""
         files = [(rank, self.folder / f"stack{rank}") for rank in ranks]
         return "\n".join(f"rank {rank}:\n{file.read_text()}" for rank, file in files if file.exists())
 
@@ -170,6 +174,7 @@ def _serve(rank: int, world_size: int, folder: Path, connection: Connection) -> 
     """A rank's side: answer calls until the test's side closes the connection."""
     stacks = (folder / f"stack{rank}").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.enable(file=stacks, all_threads=True)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have children
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test's side, which ends the ranks
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
