@@ -1,36 +1,36 @@
-"""Composed tree -> checked config: stray keys, types and every cross-field rule, all problems at once. No torch."""
+"""Composed tree -> checked config: its sections, and every rule between fields, all problems at once. No torch."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.models.plan_rules import plan_problems
 from nemo_dist_conf.models.rules import model_problems
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, nearest
-from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, ParallelismConf, PipelineConf
+from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES
+from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
+from nemo_dist_conf.sections import (
+    SECTIONS,
+    default_choice,
+    flat_defaults,
+    inline_text,
+    leaves,
+    misspelt_sections,
+    read_section,
+)
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy, strategy_of_target
 from nemo_dist_conf.strategies.common import off_but_changed
+from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.pipeline import pipeline_problems
 from nemo_dist_conf.topology.solve import MeshSpec, solve
-from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.world import launch_command, planned_world_size
 
-__all__ = ["Checked", "SECTIONS", "check", "check_values", "find_roots", "is_root", "section_of", "typed_words"]
-
-#: The sibling nodes of ``strategy``, with their schema classes.
-SECTIONS: dict[str, type] = {"parallelism": ParallelismConf, "pipeline": PipelineConf, "moe": MoEConf}
-
-#: Keys that Hydra or we add to a typed node; they are not options.
-_BOOKKEEPING = ("_target_", "defaults")
+__all__ = ["Checked", "check", "check_values", "find_roots", "is_root"]
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def check(
     """
     root = _single_root(cfg)
     paths = Paths(_prefix(root))
-    problems = _misspelt_sections(root, paths)
+    problems = misspelt_sections(root, paths)
     strategy = strategy_of_target(str(root.strategy._target_))
     if strategy is None:
         raise AssertionError(f"{root.strategy._target_} was found as a strategy node")
-    values = _section(root, "strategy", strategy.schema, paths, problems)
-    sections = {name: _section(root, name, schema, paths, problems) for name, schema in SECTIONS.items()}
+    values = read_section(root, "strategy", strategy.schema, paths, problems)
+    sections = {name: read_section(root, name, schema, paths, problems) for name, schema in SECTIONS.items()}
     ConfigError.raise_if(problems)  # the rules below need well-typed values
     facts = facts or _facts(cfg, root) or ModelFacts()
     mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
@@ -184,212 +184,6 @@ def _single_root(cfg: Any) -> DictConfig:
     raise ConfigError(Problem(what, f"strategy={'null' if shown is None else shown}", allowed, instead))
 
 
-def _section(root: DictConfig, name: str, schema: type, paths: Paths, problems: list[Problem]) -> dict[str, Any]:
-    """The node's values by field, typed as its schema; problems are appended, defaults stand in for what is wrong."""
-    node = root.get(name) if name in root else None
-    if node is None and name not in root:
-        return _defaults(schema)
-    if isinstance(node, DictConfig):
-        values = _already_typed(node, schema)
-        if values is not None:
-            return values
-    typed = OmegaConf.structured(schema)
-    if node is None:
-        problems.append(
-            Problem(
-                f"{paths.key(name)} is null",
-                f"{paths.key(name)}=null",
-                "its own defaults are the way to leave it alone",
-                _default_choice(name, paths),
-            )
-        )
-    elif node is not None and not isinstance(node, DictConfig):
-        problems.append(
-            Problem(
-                f"{paths.key(name)} is {node!r}, not a group of options",
-                f"{paths.key(name)}={node}",
-                ", ".join(item.name for item in dataclasses.fields(schema)),
-                _default_choice(name, paths),
-            )
-        )
-    elif node is not None:
-        _merge(typed, node, schema, name, paths, problems)
-    return _plain(typed)
-
-
-@functools.cache
-def _flat_defaults(schema: type) -> dict[str, Any]:
-    return _leaves(_defaults(schema))
-
-
-def _defaults(schema: type) -> dict[str, Any]:
-    # Not through OmegaConf, which takes milliseconds to type what is typed: every rank's start checks its config.
-    return {key: value for key, value in dataclasses.asdict(schema()).items() if key not in _BOOKKEEPING}
-
-
-def _already_typed(node: DictConfig, schema: type) -> dict[str, Any] | None:
-    """The values of a node that Hydra composed from our schema and that holds no stray key; None for any other.
-
-    Such a node needs no second typing, which takes ten times as long.
-    """
-    kind = OmegaConf.get_type(node)
-    if not (isinstance(kind, type) and issubclass(kind, schema)):
-        return None
-    try:
-        values = OmegaConf.to_container(node, resolve=True)
-    except OmegaConfBaseException:
-        return None
-    if not isinstance(values, dict):
-        return None
-    plain = {str(key): value for key, value in values.items() if key not in _BOOKKEEPING}
-    known = {item.name: _nested_schema(item) for item in dataclasses.fields(schema)}
-    for key, value in plain.items():
-        inner = known.get(key)
-        if key not in known or (inner and value is not None and set(value) != _names(inner)):
-            return None
-    return plain if set(plain) == set(known) else None
-
-
-@functools.cache
-def _names(schema: type) -> frozenset[str]:
-    return frozenset(item.name for item in dataclasses.fields(schema))
-
-
-def _merge(typed: DictConfig, node: DictConfig, schema: type, name: str, paths: Paths, problems: list[Problem]) -> None:
-    known = {item.name: item for item in dataclasses.fields(schema)}
-    for key in map(str, node):
-        if key in _BOOKKEEPING and "." not in name:
-            continue
-        if key not in known:
-            problems.append(_stray(f"{name}.{key}", _raw(node, key), known, paths))
-            continue
-        try:
-            value = node[key]
-            inner = getattr(known[key].default_factory, "__call__", None) and _nested_schema(known[key])
-            if inner and isinstance(value, DictConfig):
-                _merge(typed[key], value, inner, f"{name}.{key}", paths, problems)
-            else:
-                typed[key] = value
-        except OmegaConfBaseException as error:
-            refusal = _resolvers_refusal(error)
-            if refusal is not None:  # it says more than OmegaConf's wrapping
-                problems += [problem for problem in refusal.problems if problem not in problems]
-                continue
-            problems.append(
-                Problem(
-                    f"{paths.key(f'{name}.{key}')}: {str(error).splitlines()[0]}",
-                    paths.set(f"{name}.{key}", _raw(node, key)),
-                    known[key].metadata.get("help", "a value of its type"),
-                    paths.set(f"{name}.{key}", _default_text(known[key])),
-                )
-            )
-
-
-def _resolvers_refusal(error: BaseException | None) -> ConfigError | None:
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _raw(node: DictConfig, key: str) -> Any:
-    """What was written at a key, not resolved; a nested node as its inline text."""
-    value = node._get_node(key)
-    if OmegaConf.is_config(value):
-        return _shown(OmegaConf.to_container(value))
-    return value._value() if value is not None else None
-
-
-def _nested_schema(item: dataclasses.Field[Any]) -> type | None:
-    if item.default_factory is dataclasses.MISSING:
-        return None
-    value = item.default_factory()
-    return type(value) if dataclasses.is_dataclass(value) else None
-
-
-def _default_text(item: dataclasses.Field[Any]) -> Any:
-    value = item.default if item.default is not dataclasses.MISSING else None
-    return getattr(value, "name", value)
-
-
-def _default_choice(section: str, paths: Paths) -> str:
-    return paths.choose(section, {"pipeline": "1f1b", "strategy": "fsdp2"}.get(section, "default"))
-
-
-def _plain(typed: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(typed, resolve=True)
-    if not isinstance(values, dict):
-        raise AssertionError(f"{typed} is not a mapping")
-    return {str(key): value for key, value in values.items()}
-
-
-def _stray(path: str, value: Any, known: Mapping[str, Any], paths: Paths) -> Problem:
-    """A key that ``+`` or ``++`` slipped in: the nearest option, or the strategy or section that has it."""
-    key = path.rsplit(".", 1)[-1]
-    asked = f"+{paths.set(path, value)}"
-    section = path.split(".", 1)[0]
-    owners = [s.name for s in STRATEGIES if key in {item.name for item in dataclasses.fields(s.schema)}]
-    other = section_of(key)
-    likely = nearest(key, known)
-    if section == "strategy" and owners:
-        what = f"{paths.key(path)} is not an option of this strategy; {' and '.join(owners)} has it"
-        instead = f"{paths.choose('strategy', owners[0])} {paths.set(path, value)}"
-    elif other and other != section:
-        what = f"{paths.key(path)} is not an option; {other} has it"
-        instead = paths.set(f"{other}.{key}", value)
-    elif likely:
-        what = f"{paths.key(path)} is not an option; did you mean {likely[0]}?"
-        instead = paths.set(f"{path.rsplit('.', 1)[0]}.{likely[0]}", value)
-    else:
-        what = f"{paths.key(path)} is not an option"
-        instead = f"~{paths.key(path)}"
-    ordered = likely + [name for name in known if name not in likely]
-    return Problem(what, asked, ", ".join(ordered), instead)
-
-
-def _misspelt_sections(root: DictConfig, paths: Paths) -> list[Problem]:
-    """Siblings of ours that look like one of our sections but are not, so that their values would be ignored."""
-    names = ["strategy", *SECTIONS, "activation_checkpointing"]
-    problems = []
-    for key in map(str, root):
-        likely = [] if key in names else nearest(key, names, cutoff=0.8)
-        if not likely or likely[0] in _closer(root, key, likely[0]):
-            continue
-        words = typed_words(root, key)
-        problems.append(
-            Problem(
-                f"{paths.key(key)} is not a section of nemo_dist_conf; did you mean {likely[0]}?",
-                " ".join(f"+{paths.key(word)}" for word in words),
-                ", ".join(names),
-                " ".join(paths.key(word.replace(key, likely[0], 1)) for word in words),
-            )
-        )
-    return problems
-
-
-def typed_words(node: DictConfig, key: str) -> list[str]:
-    """The overrides that would set a key, one for each value below it."""
-    value = node._get_node(key)
-    if isinstance(value, DictConfig) and not value._is_none() and len(value):
-        return [f"{key}.{word}" for inner in value for word in typed_words(value, str(inner))]
-    return [Paths().set(key, _raw(node, key))]
-
-
-def section_of(option: str) -> str | None:
-    """The section that has an option of this name, if exactly one has."""
-    owners = [name for name, schema in SECTIONS.items() if option in {item.name for item in dataclasses.fields(schema)}]
-    return owners[0] if len(owners) == 1 else None
-
-
-def _closer(root: DictConfig, key: str, likely: str) -> list[str]:
-    """An app may own a key that merely resembles ours; ours is meant only where the key holds our options."""
-    schema = SECTIONS.get(likely)
-    node = root._get_node(key)
-    if schema is None or not isinstance(node, DictConfig) or node._is_none():
-        return [likely] if likely in SECTIONS else []
-    options = {item.name for item in dataclasses.fields(schema)}
-    return [] if options & {str(k) for k in node} else [likely]
-
-
 def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:
     """The model's shape, where ``model`` is a transformers config or names a local checkpoint folder."""
     for tree in (root, cfg):
@@ -455,33 +249,19 @@ def _section_problems(
 def _changed_while_off(
     section: str, values: Mapping[str, Any], schema: type, size: str, paths: Paths
 ) -> list[Problem]:
-    defaults = _flat_defaults(schema)
-    changed = {key: value for key, value in _leaves(dict(values)).items() if value != defaults.get(key)}
+    defaults = flat_defaults(schema)
+    changed = {key: value for key, value in leaves(dict(values)).items() if value != defaults.get(key)}
     if not changed:
         return []
-    shown = [paths.set(f"{section}.{key}", _shown(value)) for key, value in changed.items()]
+    shown = [paths.set(f"{section}.{key}", inline_text(value)) for key, value in changed.items()]
     return [
         Problem(
             f"{section} settings were changed, but {size} is 1, so they would do nothing",
             " ".join(shown),
             f"the defaults while {size}=1, or {size} of 2 or more",
-            _default_choice(section, paths),
+            default_choice(section, paths),
         )
     ]
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_shown(v)}" for k, v in value.items()) + "}"
-    value = getattr(value, "name", value)
-    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:

@@ -6,11 +6,11 @@ import sys
 import textwrap
 from typing import Sequence
 
-from nemo_dist_conf.compose import SECTIONS
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema import documented
 from nemo_dist_conf.schema.launcher import TorchrunConf
+from nemo_dist_conf.sections import SECTIONS
 from nemo_dist_conf.strategies import STRATEGIES, find_strategy
 
 __all__ = ["explain", "main"]

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from nemo_dist_conf.compose import SECTIONS
 from nemo_dist_conf.explain import explain, main
+from nemo_dist_conf.sections import SECTIONS
 from nemo_dist_conf.strategies import STRATEGIES, strategy_names
 
 

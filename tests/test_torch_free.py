@@ -100,7 +100,7 @@ print(*(name for name in sys.modules if name.startswith("nemo_dist_conf.")))
     assert done.returncode == 0, done.stderr
     found = set(done.stdout.split())
     assert "nemo_dist_conf.strategies.ddp" in found
-    others = ("strategies.fsdp2", "strategies.megatron_fsdp", "topology.solve", "topology.pipeline", "compose", "models")
+    others = ("strategies.fsdp2", "strategies.megatron_fsdp", "topology.solve", "topology.pipeline", "compose")
     assert not found & {f"nemo_dist_conf.{name}" for name in others}
 
 

@@ -9,7 +9,7 @@ from typing import Any, Iterator, Mapping
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.compose import SECTIONS, check_values
+from nemo_dist_conf.compose import check_values
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import facts_from_config
 from nemo_dist_conf.models.shapes import shape_of
@@ -23,6 +23,7 @@ from nemo_dist_conf.plan.time import quick_seconds
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.resolvers import autocast_dtype, compute_dtype
 from nemo_dist_conf.schema.hardware import HardwareConf
+from nemo_dist_conf.sections import SECTIONS
 from nemo_dist_conf.strategies import STRATEGIES, Strategy
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.pipeline import pipeline_problems

@@ -7,15 +7,16 @@ from typing import Any, Iterable
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.compose import SECTIONS, Checked, check, section_of, typed_words
+from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hooks import DistributedCallback
 from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.topology.world import planned_world_size
 from nemo_dist_conf.recipe.folder import config_folder
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
+from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
+from nemo_dist_conf.topology.world import planned_world_size
 
 __all__ = [
     "RecipeCallback",
