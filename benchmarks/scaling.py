@@ -202,8 +202,8 @@ def markdown(measured: dict[str, Any]) -> str:
     return f"""# How our own work grows
 
 How it is measured stands at the top of [scaling.py](../scaling.py). The last column is ours. What grows with the ranks
-is torch's: fully_shard cuts each parameter into as many chunks as there are shards, by hand too, and a mesh makes its
-groups; ours has more axes than the one by hand.
+is torch's: fully_shard cuts each parameter into as many chunks as there are shards, by hand too. A mesh makes a group
+for each part of each axis on every rank; ours does so for axes above 1 only (decision 14).
 
 {table(measured["results"])}
 
