@@ -18,7 +18,7 @@ __all__ = ["typed_groups"]
 _HEAD = """\
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Union
 
 from hydra.core.config_store import ConfigStore
 

@@ -50,8 +50,8 @@ def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: An
 
 def explain_target(target: str) -> str:
     """Help texts of the composed strategy and of the other sections, for an app's ``--help``."""
-    from nemo_dist_conf.sections import SECTIONS
     from nemo_dist_conf.explain import explain
+    from nemo_dist_conf.sections import SECTIONS
     from nemo_dist_conf.strategies import strategy_of_target
 
     strategy = strategy_of_target(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 
@@ -79,6 +80,17 @@ def test_a_failure_is_raised_with_its_rank_and_the_others_do_not_wait() -> None:
     assert "rank 1:" in str(caught.value.__cause__) and "in fail_on" in str(caught.value.__cause__)
     assert time.monotonic() - start < 30
     assert [value for _, _, value in run_ranks(2, total, 1)] == [3.0, 3.0]
+
+
+def crash(rank: int) -> None:
+    if dist.get_rank() == rank:
+        ctypes.string_at(0)
+
+
+def test_a_rank_that_a_signal_ended_shows_where_it_was() -> None:
+    with pytest.raises(RuntimeError, match="rank 1 died, exit code -11") as caught:
+        run_ranks(2, crash, 1)
+    assert "Segmentation fault" in str(caught.value.__cause__) and "in crash" in str(caught.value.__cause__)
 
 
 def test_a_rank_that_dies_or_hangs_is_replaced() -> None:
