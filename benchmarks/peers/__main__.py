@@ -3,6 +3,11 @@
     python benchmarks/peers --environments .peers --json benchmarks/results/peers.json \\
         --markdown benchmarks/results/peers.md --chart benchmarks/results/peers.svg
 
+On one GPU, where all sides have to fit at once (about 100 GiB with the model of 1.2 B):
+
+    python benchmarks/peers --device cuda --world 1 --strategy ddp fsdp2 --size 1.2B --dtype bf16 \\
+        --side ours accelerate_side --compile off on --checkpointing off on --runs 1 --rounds 5 --no-starts
+
 Each side runs in an environment of its own, made from environments/*.txt in the folder of --environments (kept for the
 next time); without it all sides run in this one. A job is one strategy, model size, dtype and number of ranks. In each
 of its runs every side starts new ranks, and the sides take turns: wrap, then rounds of steps, then the peak.
@@ -13,6 +18,7 @@ wrap    seconds from the config (ours: composed) to the wrapped model and its op
 step    seconds of forward, backward, clipping and optimizer step of the slowest rank, and CPU seconds of all ranks.
         Median over steps of a run, then over runs; ratios are taken run by run before their median.
 memory  peak resident MB (on a GPU: allocated) of the fullest rank, median of the runs.
+MFU     on a GPU: what the model's arithmetic takes of the GPU's dense bf16 rate, by the count in work.py.
 start   CPU seconds of a process until its framework, torch and transformers' Llama are imported; median.
 show    CPU seconds of whole commands that only show help or a config; median.
 
@@ -30,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from importlib import metadata
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any, Iterator
@@ -38,34 +44,16 @@ from typing import Any, Iterator
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import chart  # noqa: E402  (found through the line above)
-import report  # noqa: E402
-from work import SIZES, Job  # noqa: E402
+import report  # noqa: E402  (found through the line above)
+from members import BASE, SIDES, Side  # noqa: E402
+from tables import draw, markdown, start_table, table  # noqa: E402
+from work import SIZES, TOLERANCE, Job, flops_per_token  # noqa: E402
 
 TIMEOUT_S = 300
 STRATEGIES = ("ddp", "fsdp2", "tp")
-BASE = "hand"
-#: How far losses may be from those of the hand-written side, relative.
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-
-
-@dataclass(frozen=True)
-class Side:
-    """A module of sides/, its environment's file, how it is called in tables, and a command that shows help."""
-
-    module: str
-    environment: str
-    title: str
-    help: tuple[str, ...] = ()
-
-
-SIDES = (
-    Side("hand", "hand", "by hand"),
-    Side("hand_fused", "hand", "by hand, fused AdamW"),
-    Side("ours", "ours", "nemo_dist_conf", ("-m", "nemo_dist_conf.train", "--help")),
-    Side("accelerate_side", "accelerate", "Accelerate", ("-m", "accelerate.commands.launch", "--help")),
-    Side("fabric_side", "fabric", "Fabric", ("-m", "lightning_fabric.cli", "run", "--help")),
-)
+SWITCH = {"off": False, "on": True}
+#: Dense bf16 TFLOP/s by what the GPU's name contains (NVIDIA's data sheets, SXM).
+BF16_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
 #: Commands of our environment that only show something, besides each side's help.
 PLAIN_HYDRA = """
 import hydra
@@ -114,7 +102,7 @@ class Running:
 
 
 def _environment() -> dict[str, str]:
-    dropped = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    dropped = ("PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "OMP_NUM_THREADS": "1"}
 
@@ -175,6 +163,14 @@ def cpu_of(command: list[str]) -> float:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def gpu_name() -> str:
+    """As the driver tells it, so that this process need not import torch."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    name, memory, driver = found[0].split(", ")
+    return f"{name}, {memory}, driver {driver}"
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -252,6 +248,9 @@ def measure(job: Job, running: dict[str, Running], options: argparse.Namespace) 
             ratios = [run[name][key] / run[BASE][key] for run in runs]
             row[f"{key.split('_')[0]}_ratio"] = statistics.median(ratios)
         row["tokens_per_s"] = tokens / row["step_s"]
+        if job.device == "cuda":
+            peak = next((1e12 * rate for name, rate in BF16_TFLOPS.items() if name in options.gpu), None)
+            row["mfu"] = row["tokens_per_s"] * flops_per_token(job.size) / (peak * job.world) if peak else None
         result["sides"][name] = row
     return result
 
@@ -286,98 +285,6 @@ def starts(
     return {**found, "plain_hydra": {"help": statistics.median(plain)}}
 
 
-# --------------------------------------------------------------------------------------- tables
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    timed = ("wrap s", "again", "step ms", "ratio", "step CPU ms", "ratio", "tokens/s")
-    columns = ("job", "side", *timed, "peak MB", "ratio")
-    rows = []
-    for result in results:
-        for side in SIDES:
-            row = result["sides"].get(side.module)
-            if row is None:
-                continue
-            rows.append(
-                (
-                    f"{result['strategy']} {result['size']} {result['dtype']} x{result['world']}",
-                    side.title,
-                    f"{row['wrap_s']:.3f}",
-                    f"{row['rewrap_s']:.3f}",
-                    f"{1e3 * row['step_s']:.1f}",
-                    f"{row['step_ratio']:.3f}",
-                    f"{1e3 * row['step_cpu_s']:.1f}",
-                    f"{row['step_cpu_ratio']:.3f}",
-                    f"{row['tokens_per_s']:,.0f}",
-                    f"{row['peak_mb']:.0f}",
-                    f"{row['peak_ratio']:.3f}",
-                )
-            )
-    return report.table(columns, rows)
-
-
-def start_table(found: dict[str, dict[str, float]]) -> str:
-    titles = {**{side.module: side.title for side in SIDES}, "plain_hydra": "an empty Hydra app"}
-    rows = [
-        (titles[name], *(f"{values[key]:.2f}" if key in values else "" for key in ("import", "help")))
-        for name, values in found.items()
-    ]
-    return report.table(("side", "import, CPU s", "--help, CPU s"), rows)
-
-
-def markdown(measured: dict[str, Any]) -> str:
-    machine = measured["hardware"]
-    differences = {dtype: 0.0 for dtype in TOLERANCE}
-    for result in measured["results"]:
-        differences[result["dtype"]] = max(differences[result["dtype"]], result["loss_difference"])
-    worst = ", ".join(f"{dtype} {value:.1e}" for dtype, value in differences.items() if value)
-    return f"""# Beside hand-written torch and its peers
-
-{__doc__.splitlines()[0]}
-What each measure means stands at the top of [peers](../peers/__main__.py), what each side does in
-[sides](../peers/sides), its pinned versions in [environments](../peers/environments). Ratios are to "by hand": DDP,
-or fully_shard on each block and the root with torch's defaults. A job is strategy, size of the model, dtype and ranks;
-`tp` is tensor parallelism over 2 ranks and fully_shard over the others (not by Accelerate, which takes it from
-transformers' loading of a checkpoint).
-
-{table(measured["results"])}
-
-Every side starts from the same weights and has the same losses in every step; the largest relative difference:
-{worst}.
-
-Ours updates with AdamW's fused kernel by default, the others with what `torch.optim.AdamW(parameters)` chooses; the
-second row of each job is the same choice made by hand.
-
-## Starting
-
-{start_table(measured["starts"])}
-
-Measured {measured["date"]} on {machine["cpu"]}, {machine["cores"]} cores, {machine["ram_gib"]} GiB; gloo, 1 thread
-a rank, {measured["runs"]} runs of {measured["steps"]} steps, load before the first {machine["load_before"]}.
-Versions: {report.used(measured)}; the peers' stand in environments.
-
-    {measured["command"]}
-"""
-
-
-def draw(measured: dict[str, Any], path: Path) -> None:
-    """Step time and memory of every side relative to by hand, of the jobs in fp32 on the fewest ranks."""
-    fewest = min(result["world"] for result in measured["results"])
-    shown = [r for r in measured["results"] if r["dtype"] == "fp32" and r["world"] == fewest]
-    titles = {side.module: side.title for side in SIDES if side.module != BASE}
-    for result in shown:
-        result["title"] = f"{result['strategy']}, {result['size']}"
-    panels = [
-        chart.Panel(
-            f"{what} (by hand = 1)",
-            [r["title"] for r in shown],
-            {t: [r["sides"].get(m, {}).get(key) for r in shown] for m, t in titles.items()},
-        )
-        for what, key in (("Step time", "step_ratio"), ("Peak memory of a rank", "peak_ratio"))
-    ]
-    path.write_text(chart.bars(panels))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, help="folder for each side's environment (default: this one)")
@@ -387,6 +294,9 @@ def main() -> None:
     parser.add_argument("--world", nargs="+", type=int, default=[2, 4], help="ranks (default 2 and 4)")
     parser.add_argument("--side", nargs="+", choices=[side.module for side in SIDES], help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: with --world 1")
+    parser.add_argument("--compile", nargs="+", choices=SWITCH, default=["off"], help="of every decoder layer")
+    parser.add_argument("--checkpointing", nargs="+", choices=SWITCH, default=["off"], help="of every decoder layer")
+    parser.add_argument("--no-starts", action="store_true", help="leave out imports and help")
     parser.add_argument("--runs", type=int, default=5, help="new ranks of every side (default 5)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side in a run (default 3)")
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn (default 3)")
@@ -396,29 +306,41 @@ def main() -> None:
     report.add_files(parser)
     options = parser.parse_args()
     if options.quick:
-        options.size, options.dtype, options.world = ["0.04M"], ["fp32"], [2]
+        options.size, options.dtype, options.world = ["0.04M"], ["fp32"], [2 if options.device == "cpu" else 1]
         options.runs = options.rounds = options.steps = options.warm_up = 1
+    if options.environments is not None:
+        os.environ.pop("PYTHONPATH", None)  # each environment's own packages
     wanted = [side for side in SIDES if options.side is None or side.module in {BASE, *options.side}]
     pythons = {side.environment: python_of(side.environment, options.environments) for side in wanted}
     pythons.setdefault("ours", sys.executable)
     measured = report.new_report(__file__, runs=options.runs, steps=options.rounds * options.steps)
+    if options.environments is None:
+        measured["versions"] |= {side.environment: metadata.version(side.package) for side in wanted if side.package}
     running = {side.module: Running(side, pythons[side.environment]) for side in wanted}
-    measured["starts"] = starts(pythons, running, *((1, 0) if options.quick else (5, 1)))
-    every = itertools.product(options.dtype, options.strategy, options.size, options.world)
-    for dtype, strategy, size, world in every:
-        job = Job(strategy, size, dtype, world, options.device)
+    options.gpu = measured["gpu"] = gpu_name() if options.device == "cuda" else ""
+    measured["starts"] = {} if options.no_starts else starts(pythons, running, *((1, 0) if options.quick else (5, 1)))
+    failures: list[str] = []
+    switches = itertools.product(options.compile, options.checkpointing)
+    every = itertools.product(switches, options.dtype, options.strategy, options.size, options.world)
+    for (compiled, checkpointed), dtype, strategy, size, world in every:
+        job = Job(strategy, size, dtype, world, options.device, SWITCH[compiled], SWITCH[checkpointed])
         if world % job.tp or (strategy == "tp" and world < 4 and not options.quick):
             continue  # tp over 2 ranks leaves nothing to shard over
         start = time.perf_counter()
-        measured["results"].append(measure(job, running, options))
+        try:
+            measured["results"].append(measure(job, running, options))
+        except SystemExit as failure:
+            failures.append(f"{job}: {failure}")
         print(f"{job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         report.write(measured, options, markdown)  # all of it takes an hour, and may be stopped
     for one in running.values():
         one.end()
-    shown = f"{table(measured['results'])}\n\n{start_table(measured['starts'])}"
-    report.finish(measured, options, shown, markdown)
+    shown = [table(measured["results"]), *([start_table(measured["starts"])] if measured["starts"] else [])]
+    report.finish(measured, options, "\n\n".join(shown), markdown)
     if options.chart:
         draw(measured, options.chart)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

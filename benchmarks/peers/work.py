@@ -13,10 +13,12 @@ __all__ = [
     "ADAMW",
     "MAX_GRAD_NORM",
     "SIZES",
+    "TOLERANCE",
     "Job",
     "batches",
     "build",
     "fill",
+    "flops_per_token",
     "held",
     "loss_of",
     "model_fields",
@@ -34,26 +36,43 @@ SIZES: dict[str, dict[str, int]] = {
     "12M": {"hidden": 384, "mlp": 1024, "layers": 5, "heads": 6, "vocab": 4096, "rows": 2, "tokens": 64},
     "1.2B": {"hidden": 2048, "mlp": 8192, "layers": 16, "heads": 32, "vocab": 32000, "rows": 4, "tokens": 2048},
 }
-#: What wrappers put before a parameter's name.
-_PREFIXES = ("_forward_module.", "module.", "_orig_mod.")
+#: How far losses may be from those of the hand-written side, relative.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+#: What wrappers put before a parameter's name, and into it.
+_PREFIXES = ("_forward_module.", "module.")
+_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One cell of the comparison. strategy: ddp, fsdp2, or tp (tp over 2 ranks, fully_shard over the others)."""
+    """One cell of the comparison. strategy: ddp, fsdp2, or tp (tp over 2 ranks, fully_shard over the others).
+
+    compile, checkpointing: of every decoder layer (full checkpointing).
+    """
 
     strategy: str
     size: str
     dtype: str
     world: int
     device: str = "cpu"
+    compile: bool = False
+    checkpointing: bool = False
 
     @property
     def tp(self) -> int:
         return 2 if self.strategy == "tp" else 1
 
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """The optimizer's settings: on a GPU every side asks for the fused kernel, as scripts for GPUs do."""
+        return {**ADAMW, "fused": True} if self.device == "cuda" else ADAMW
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        added = [name for name in ("compile", "checkpointing") if getattr(self, name)]
+        return " ".join([self.strategy, self.size, self.dtype, f"x{self.world}", *(f"+ {name}" for name in added)])
 
 
 def model_fields(size: str) -> dict[str, Any]:
@@ -88,10 +107,12 @@ def fill(model: Any) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            for infix in _INFIXES:
+                name = name.replace(infix, "")
             while name.startswith(_PREFIXES):
                 name = name.split(".", 1)[1]
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            full = torch.ones(parameter.shape)
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+            full = torch.ones(parameter.shape, device=parameter.device)
             if parameter.dim() > 1:
                 full.normal_(0.0, 0.02, generator=generator)
             local = parameter
@@ -102,6 +123,16 @@ def fill(model: Any) -> None:
                 full = full[tuple(slice(start, start + size) for start, size in zip(offset, shape))]
                 local = parameter.to_local()
             local.copy_(full)
+
+
+def flops_per_token(size: str) -> float:
+    """Of forward and backward, without what checkpointing repeats: 6 for each weight that is multiplied by, and
+    attention's two products over the whole sequence (PaLM, appendix B: https://arxiv.org/abs/2204.02311).
+    """
+    shape = SIZES[size]
+    layer = 4 * shape["hidden"] ** 2 + 3 * shape["hidden"] * shape["mlp"]
+    weights = shape["layers"] * layer + shape["vocab"] * shape["hidden"]
+    return 6 * weights + 12 * shape["layers"] * shape["hidden"] * shape["tokens"]
 
 
 def held(model: Any) -> int:

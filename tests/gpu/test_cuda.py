@@ -1,5 +1,10 @@
 """What only a CUDA device can show: NCCL, the default device and dtype, pinned offload, Megatron-FSDP unshimmed."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -22,8 +27,8 @@ MODEL = {
 }
 
 
-def trained(*overrides):
-    """Losses of three steps on one GPU, with the group and the model's first parameter."""
+def made(*overrides, device="auto"):
+    """(setup, model, optimizer), with a process group of one rank."""
     from hydra import compose, initialize
 
     import nemo_dist_conf
@@ -31,17 +36,29 @@ def trained(*overrides):
     with initialize(None, version_base="1.3"):
         cfg = compose("nemo_dist_conf", overrides=list(overrides))
     OmegaConf.set_struct(cfg, False)
-    cfg.model, cfg.optimizer = MODEL, {"name": "adamw", "lr": 1e-2}
-    setup, model, optimizer = nemo_dist_conf.instantiate(cfg)
+    cfg.device, cfg.model, cfg.optimizer = device, MODEL, {"name": "adamw", "lr": 1e-2}
+    return nemo_dist_conf.instantiate(cfg)
+
+
+def steps(setup, model, optimizer, count):
     ids = torch.arange(256, device=setup.mesh_context.device).view(4, 64)
     losses = []
-    for _ in range(3):
+    for _ in range(count):
         logits = model(input_ids=ids).logits.float()
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    return losses
+
+
+def trained(*overrides):
+    """Losses of three steps on one GPU, with its device and the model."""
+    import nemo_dist_conf
+
+    setup, model, optimizer = made(*overrides)
+    losses = steps(setup, model, optimizer, 3)
     nemo_dist_conf.shutdown_distributed()
     return losses, setup.mesh_context.device, model
 
@@ -78,6 +95,63 @@ def test_strategies_agree_in_float32():
     pytest.importorskip("megatron_fsdp")
     megatron, _, _ = trained("strategy=megatron_fsdp")
     assert megatron == pytest.approx(ddp, rel=1e-5)
+
+
+def test_the_losses_are_those_of_the_cpu(tmp_path):
+    """Both draw a weight from its name and the seed, but with generators of their own: so from one checkpoint."""
+    import nemo_dist_conf
+    from nemo_dist_conf.checkpoint import load, save
+
+    found = {}
+    for device in ("cuda", "cpu"):
+        setup, model, optimizer = made("strategy.mp_policy=null", device=device)
+        if device == "cuda":
+            save(tmp_path / "from_gpu", model, optimizer)
+        else:
+            load(tmp_path / "from_gpu", model, optimizer)
+        found[device] = steps(setup, model, optimizer, 3)
+        nemo_dist_conf.shutdown_distributed()
+    assert found["cpu"] == pytest.approx(found["cuda"], rel=1e-4)
+
+
+@pytest.mark.parametrize("into", ["ddp", "fsdp2", "megatron_fsdp"])
+def test_a_checkpoint_of_one_strategy_goes_on_under_another(into, tmp_path):
+    import nemo_dist_conf
+    from nemo_dist_conf.checkpoint import load, save
+
+    if into == "megatron_fsdp":
+        pytest.importorskip("megatron_fsdp")
+    fp32 = {"ddp": [], "fsdp2": ["strategy.mp_policy=null"], "megatron_fsdp": []}
+    first = made("strategy=fsdp2", *fp32["fsdp2"])
+    steps(*first, 2)
+    save(tmp_path / "step", first[1], first[2], step=2)
+    expected = steps(*first, 2)
+    nemo_dist_conf.shutdown_distributed()
+    second = made(f"strategy={into}", *fp32[into])
+    assert load(tmp_path / "step", second[1], second[2]).step == 2
+    assert steps(*second, 2) == pytest.approx(expected, rel=1e-5)
+    nemo_dist_conf.shutdown_distributed()
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "selective"])
+def test_compile_and_checkpointing_change_no_loss(checkpointing):
+    plain, _, _ = trained("strategy.mp_policy=null")
+    words = ["strategy.mp_policy=null", "strategy.enable_compile=true", f"activation_checkpointing={checkpointing}"]
+    assert trained(*words)[0] == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "megatron_fsdp"])
+def test_the_recipe_trains_and_goes_on(strategy, tmp_path):
+    if strategy == "megatron_fsdp":
+        pytest.importorskip("megatron_fsdp")
+    words = [f"strategy={strategy}", "checkpoint.every=2", f"hydra.run.dir={tmp_path}"]
+    for last in (2, 4):
+        command = [sys.executable, "-m", "nemo_dist_conf.train", *words, f"train.steps={last}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "cuda" in done.stdout + done.stderr
+    lines = [json.loads(line) for line in Path(tmp_path, "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines][-1] == 4
 
 
 def test_auto_means_bfloat16_where_there_is_a_gpu():

@@ -6,10 +6,11 @@ from typing import Any, Callable
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import TorchDynamoPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaForCausalLM
 
-from work import ADAMW, MAX_GRAD_NORM, Job, build, loss_of
+from work import MAX_GRAD_NORM, Job, build, loss_of
 
 __all__ = ["prepare"]
 
@@ -33,17 +34,24 @@ def _wrap(job: Job) -> tuple[Any, Callable[[Any], float]]:
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             mixed_precision_policy=policy if job.dtype == "bf16" else None,
+            activation_checkpointing=job.checkpointing,
         )
     elif job.dtype == "bf16":
         options["mixed_precision"] = "bf16"
+    if job.compile:
+        options["dynamo_plugin"] = TorchDynamoPlugin(backend="inductor", use_regional_compilation=True)
     accelerator = Accelerator(**options)
     if job.strategy == "fsdp2" and job.device == "cpu":
         # On a CPU Accelerate 1.15 puts the plugin aside without a word and trains with DDP (state.py); it shards there
         # as well once its state says what it would say on GPUs.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = options["fsdp_plugin"]
+    if accelerator.distributed_type == DistributedType.NO:
+        raise AssertionError(f"Accelerate would train without {job.strategy}")
     model = build(job)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **ADAMW))
+    if job.checkpointing and job.strategy == "ddp":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **job.adamw))
 
     def step(batch: torch.Tensor) -> float:
         loss = loss_of(model, batch)

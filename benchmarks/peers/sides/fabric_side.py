@@ -9,7 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-from work import ADAMW, MAX_GRAD_NORM, Job, build, loss_of
+from work import MAX_GRAD_NORM, Job, build, loss_of
 
 __all__ = ["prepare"]
 
@@ -32,8 +32,10 @@ def _wrap(job: Job) -> tuple[Any, Callable[[Any], float]]:
     precision: Any = "bf16-mixed" if job.dtype == "bf16" and job.strategy == "ddp" else "32-true"
     fabric = Fabric(accelerator=job.device, devices=job.world, strategy=strategy, precision=precision)
     fabric.launch()
-    model = fabric.setup_module(build(job))
-    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), **ADAMW))
+    model = build(job)
+    hand.prepare_layers(model, job)
+    model = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), **job.adamw))
 
     def step(batch: torch.Tensor) -> float:
         loss = loss_of(model, batch)

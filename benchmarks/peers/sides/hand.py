@@ -7,15 +7,16 @@ from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
-from work import ADAMW, MAX_GRAD_NORM, Job, build, loss_of
+from work import MAX_GRAD_NORM, Job, build, loss_of
 
-__all__ = ["Step", "clip_over_meshes", "policy", "prepare", "shard", "split", "step_of"]
+__all__ = ["Step", "clip_over_meshes", "policy", "prepare", "prepare_layers", "shard", "split", "step_of"]
 
 Step = Callable[[Any], float]
 assert LlamaForCausalLM  # transformers imports a model's module when it is first asked for: here, on every side
@@ -28,6 +29,7 @@ def prepare(job: Job, fused: bool | None = None) -> Callable[[], tuple[Any, Step
 
 def _wrap(job: Job, fused: bool | None) -> tuple[Any, Step]:
     model = build(job)
+    prepare_layers(model, job)
     if job.strategy == "ddp":
         model = DistributedDataParallel(model)
     else:
@@ -36,8 +38,18 @@ def _wrap(job: Job, fused: bool | None) -> tuple[Any, Step]:
         if job.tp > 1:
             split(model, mesh["tp"])
         shard(model, mesh["dp"], policy(job))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fused, **ADAMW)
+    optimizer = torch.optim.AdamW(model.parameters(), **{"fused": fused, **job.adamw})
     return model, step_of(model, optimizer, job)
+
+
+def prepare_layers(model: Any, job: Job) -> None:
+    """Checkpointing, then compiling, of each decoder layer."""
+    for name, layer in model.model.layers.named_children():
+        if job.checkpointing:
+            layer = checkpoint_wrapper(layer)
+            setattr(model.model.layers, name, layer)
+        if job.compile:
+            layer.compile()
 
 
 def step_of(model: Any, optimizer: Any, job: Job) -> Step:
