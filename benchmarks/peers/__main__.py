@@ -177,8 +177,9 @@ def gpu_name() -> str:
 
 
 def sides_of(job: Job, running: dict[str, Running]) -> list[Running]:
-    """Accelerate has no tensor parallelism for a model built from a config."""
+    """Accelerate has no tensor parallelism for a model built from a config; without compiling one side is another's."""
     left_out = {"accelerate_side"} if job.strategy == "tp" else set()
+    left_out |= set() if job.compile else {"hand_whole"}
     return [one for name, one in running.items() if name not in left_out]
 
 

@@ -22,6 +22,7 @@ class Side:
 SIDES = (
     Side("hand", "hand", "by hand"),
     Side("hand_fused", "hand", "by hand, fused AdamW"),
+    Side("hand_whole", "hand", "by hand, compiled as one"),
     Side("ours", "ours", "nemo_dist_conf", ("-m", "nemo_dist_conf.train", "--help")),
     Side("accelerate_side", "accelerate", "Accelerate", ("-m", "accelerate.commands.launch", "--help"), "accelerate"),
     Side("fabric_side", "fabric", "Fabric", ("-m", "lightning_fabric.cli", "run", "--help"), "lightning-fabric"),

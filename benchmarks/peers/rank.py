@@ -90,7 +90,7 @@ def _serve(connection: Connection, module: Any, job: work.Job, rank: int, folder
             model = step = None
             gc.collect()
             gc.enable()
-            dist.barrier()
+            dist.barrier(device_ids=[rank] if job.device == "cuda" else None)
             start = time.perf_counter()
             model, step = make()
             connection.send((work.synchronize(job.device) - start, work.held(model)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any, Callable
 
 import torch
@@ -22,14 +23,17 @@ Step = Callable[[Any], float]
 assert LlamaForCausalLM  # transformers imports a model's module when it is first asked for: here, on every side
 
 
-def prepare(job: Job, fused: bool | None = None) -> Callable[[], tuple[Any, Step]]:
-    """What makes (the wrapped model, a function that makes a step of a batch and returns its loss)."""
-    return lambda: _wrap(job, fused)
+def prepare(job: Job, fused: bool | None = None, whole: bool = False) -> Callable[[], tuple[Any, Step]]:
+    """What makes (the wrapped model, a function that makes a step of a batch and returns its loss).
+
+    whole: where the job says compile, the wrapped model is compiled as one and not layer by layer.
+    """
+    return lambda: _wrap(job, fused, whole)
 
 
-def _wrap(job: Job, fused: bool | None) -> tuple[Any, Step]:
+def _wrap(job: Job, fused: bool | None, whole: bool) -> tuple[Any, Step]:
     model = build(job)
-    prepare_layers(model, job)
+    prepare_layers(model, dataclasses.replace(job, compile=job.compile and not whole))
     if job.strategy == "ddp":
         model = DistributedDataParallel(model)
     else:
@@ -38,6 +42,8 @@ def _wrap(job: Job, fused: bool | None) -> tuple[Any, Step]:
         if job.tp > 1:
             split(model, mesh["tp"])
         shard(model, mesh["dp"], policy(job))
+    if job.compile and whole:
+        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), **{"fused": fused, **job.adamw})
     return model, step_of(model, optimizer, job)
 
