@@ -32,6 +32,17 @@ def test_nothing_is_wrong_where_there_is_a_gpu(cuda: None) -> None:
     assert findings() == []
 
 
+def test_registered_buffers_need_an_allocator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: None) -> None:
+    """Seen on a GPU: the library asserts in the middle of wrapping."""
+    ((what, instead),) = findings(nccl_ub=True)
+    assert "neither is installed" in what and instead == "strategy.nccl_ub=false"
+    (tmp_path / "apex" / "contrib" / "nccl_allocator").mkdir(parents=True)
+    for folder in ("apex", "apex/contrib", "apex/contrib/nccl_allocator"):
+        (tmp_path / folder / "__init__.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert findings(nccl_ub=True) == []
+
+
 def test_a_machine_without_gpus_may_start_jobs_on_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_dist_conf.strategies.megatron_fsdp.cuda_present", lambda: False)
     with about_to_start(Start(8, "command")):

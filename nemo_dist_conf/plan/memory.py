@@ -69,8 +69,9 @@ class _Gathered:
 
 def _gathered(job: Job, stages: list[Stage]) -> _Gathered:
     if job.strategy == "ddp":
-        # Buckets are copies of all gradients, unless gradients live in them.
-        buckets = 0 if job.options.get("gradient_as_bucket_view") else 4 * job.model.parameters
+        # Buckets are copies of all gradients, unless gradients live in them; one rank has none.
+        none = job.data_size == 1 or job.options.get("gradient_as_bucket_view")
+        buckets = 0 if none else 4 * job.model.parameters
         return _Gathered(buckets, buckets, 0)
     narrow, wide = DTYPE_BYTES[job.param_dtype], DTYPE_BYTES[job.reduce_dtype]
     at_loss = in_backward = accumulated = 0

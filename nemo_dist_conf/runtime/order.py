@@ -30,6 +30,7 @@ from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
 from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
 from nemo_dist_conf.runtime.materialise import give_storage
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
+from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.strategies.ddp import DDPConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
@@ -188,7 +189,7 @@ def parallelize_ddp(
     blocks: str | Iterable[str] | None = None,
     fill: Fill | None = None,
 ) -> DistributedDataParallel:
-    """The model wrapped with DistributedDataParallel as the config says.
+    """The model wrapped with DistributedDataParallel as the config says; on one rank without what reduces gradients.
 
     fill: called before wrapping on a model built on meta, because DDP sends rank 0's values at once.
     Raises ConfigError where a model on meta comes without it.
@@ -210,6 +211,9 @@ def parallelize_ddp(
         )
     if config.autocast_dtype is not None:
         autocast_forward(model, parameter.device, config.autocast_dtype)
+    if (dist.get_world_size() if device_mesh is None else device_mesh.size()) == 1:
+        log.info("ddp: one rank has nothing to reduce, so there are no buckets")
+        return OneRankDDP(model, parameter.device)
     wrapped = DistributedDataParallel(
         model,
         device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,

@@ -9,7 +9,7 @@ __all__ = ["unwrapped"]
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's module below wrappers that replace it (DDP, Megatron-FSDP); FSDP2 wraps in place."""
-    while type(model).__module__.startswith(("torch.nn.parallel", "megatron_fsdp")):
+    while any(kind.__module__.startswith(("torch.nn.parallel", "megatron_fsdp")) for kind in type(model).__mro__):
         inner = model.module
         assert isinstance(inner, nn.Module)
         model = inner

@@ -10,7 +10,7 @@ from typing import Any, Mapping
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.topology.paths import Paths
 
-__all__ = ["autocast_problems", "off_but_changed", "unknown_class"]
+__all__ = ["autocast_problems", "has_module", "off_but_changed", "unknown_class"]
 
 
 def autocast_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
@@ -44,6 +44,17 @@ def off_but_changed(node: Mapping[str, Any] | None, default: Any, name: str, pat
             f"{paths.set(f'{name}.enabled', True)} {paths.set(key, value)}",
         )
     ]
+
+
+def has_module(path: str) -> bool:
+    """Whether a module is installed, told from the files of its package. Imports nothing."""
+    top, *inner = path.split(".")
+    spec = importlib.util.find_spec(top)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        place = Path(folder, *inner)
+        if place.with_suffix(".py").is_file() or (place / "__init__.py").is_file():
+            return True
+    return False
 
 
 def unknown_class(path: str) -> str | None:

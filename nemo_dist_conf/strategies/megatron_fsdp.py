@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Union
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.schema.option import option
-from nemo_dist_conf.strategies.common import unknown_class
+from nemo_dist_conf.strategies.common import has_module, unknown_class
 from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.topology.paths import Paths
@@ -104,6 +104,23 @@ def library_problems(paths: Paths = Paths()) -> list[Problem]:
     return [Problem(what, asked, allowed, "pip install 'nemo_dist_conf[megatron]'")]
 
 
+#: Where the library looks for memory that NCCL can register (megatron_fsdp/param_and_grad_buffer.py).
+_ALLOCATORS = {"megatron.core.nccl_allocator": "megatron-core", "apex.contrib.nccl_allocator": "apex"}
+
+
+def _allocator_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
+    if not conf["nccl_ub"] or any(has_module(path) for path in _ALLOCATORS):
+        return []
+    return [
+        Problem(
+            "buffers registered with NCCL need an allocator of another package, and neither is installed",
+            paths.set("strategy.nccl_ub", True),
+            f"false, or {' or '.join(_ALLOCATORS.values())} installed",
+            paths.set("strategy.nccl_ub", False),
+        )
+    ]
+
+
 def _cuda_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
     """The library runs on CUDA only. What comes closest elsewhere depends on what was to be sharded."""
     if not runs_here() or cuda_present():
@@ -150,7 +167,7 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> l
             )
     if not problems:
         problems += _contradictions(conf, sizes, paths)
-    return problems + library_problems(paths) + _cuda_problems(conf, sizes, paths)
+    return problems + library_problems(paths) + _allocator_problems(conf, paths) + _cuda_problems(conf, sizes, paths)
 
 
 def _contradictions(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:

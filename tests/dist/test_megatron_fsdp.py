@@ -273,7 +273,8 @@ def _handed(*words: str) -> tuple[bool, bool, bool]:
     def stop(module: nn.Module, **options: Any) -> None:
         raise _Handed(options["nccl_ub"], options["fsdp_double_buffer"], options["disable_bucketing"])
 
-    with mock.patch("megatron_fsdp.fully_shard_model", stop), pytest.raises(_Handed) as handed:
+    there = mock.patch("nemo_dist_conf.strategies.megatron_fsdp.has_module", lambda path: True)
+    with there, mock.patch("megatron_fsdp.fully_shard_model", stop), pytest.raises(_Handed) as handed:
         instantiate(composed(MEGATRON, *words, optimizer=SGD), model=Net())
     return handed.value.args  # type: ignore[return-value]
 
