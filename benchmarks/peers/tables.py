@@ -58,6 +58,7 @@ def markdown(measured: dict[str, Any]) -> str:
     for result in measured["results"]:
         differences[result["dtype"]] = max(differences[result["dtype"]], result["loss_difference"])
     worst = ", ".join(f"{dtype} {value:.1e}" for dtype, value in differences.items() if value)
+    kept_in = "" if measured["gpu"] else "; the peers' stand in environments"
     return f"""# Beside hand-written torch and its peers
 
 This package beside hand-written torch, Hugging Face Accelerate and Lightning Fabric, doing the same work.
@@ -75,7 +76,7 @@ Every side starts from the same weights and has the same losses in every step; t
 {ON_GPU if measured["gpu"] else ON_CPU}
 {starting}
 Measured {measured["date"]} on {_machine(measured)}, {measured["runs"]} runs of {measured["steps"]} steps.
-Versions: {report.used(measured)}{"" if measured["gpu"] else "; the peers' stand in environments"}.
+Versions: {report.used(measured)}{kept_in}.
 
     {measured["command"]}
 """

@@ -115,7 +115,7 @@ def parallelize_fsdp2(
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
     apply_activation_checkpointing(model, units, config.activation_checkpointing, keeps_routing)
     if config.enable_compile:
-        compile_blocks(units)
+        compile_blocks(units, config.sequence_parallel and sizes.get(A.TP, 1) > 1)
     if pipeline is not None and stages is not None:
         return _pipeline(model, units, stages, pipeline, config, device_mesh, fill, experts)
     if config.autocast_dtype is not None:
@@ -214,6 +214,8 @@ def parallelize_ddp(
     if (dist.get_world_size() if device_mesh is None else device_mesh.size()) == 1:
         log.info("ddp: one rank has nothing to reduce, so there are no buckets")
         return OneRankDDP(model, parameter.device)
+    if _BUFFERS_OPTION == "broadcast_buffers" and not config.broadcast_buffers:
+        _send_from_rank0(model.buffers())  # torch 2.13 makes them equal once in any case
     wrapped = DistributedDataParallel(
         model,
         device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,
@@ -293,10 +295,13 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 def _sync_from_rank0(model: nn.Module) -> None:
     """Make a materialised model equal to rank 0's, as DDP does: shards of different models would train nonsense."""
-    if dist.get_world_size() == 1:
-        return
+    if dist.get_world_size() > 1:
+        _send_from_rank0([*model.parameters(), *model.buffers()])
+
+
+def _send_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
+        for tensor in tensors:
             if not tensor.is_meta:
                 dist.broadcast(tensor.detach(), src=0)
 

@@ -165,7 +165,8 @@ class Pipeline(nn.Module):
         if "return_outputs" in inspect.signature(self._schedule.step).parameters:
             options["return_outputs"] = False
         try:
-            self._schedule.step(*([input_ids] if self._is_first else []), **options)
+            # Contiguous: torch 2.11 compares a microbatch's strides with those that it expects.
+            self._schedule.step(*([input_ids.contiguous()] if self._is_first else []), **options)
         except RuntimeError as error:
             if isinstance(error.__cause__, NemoDistConfError):  # torch wraps what a stage's forward raises
                 raise error.__cause__ from None

@@ -26,13 +26,47 @@ def _as_dtensor(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTen
     """x laid out as asked; a plain tensor is one that every rank has in full."""
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-    return x if x.placements == (placement,) else x.redistribute(placements=[placement], async_op=True)
+    if x.placements == (placement,):
+        return x
+    # Compiled, inductor places the waits; torch 2.11 fails where a graph returns what is being waited for.
+    wait = torch.compiler.is_compiling()
+    if not _GATHERS_VIEWS or wait:
+        return x.redistribute(placements=[placement], async_op=not wait)
+    return _contiguous(_ContiguousGradient.apply(x).redistribute(placements=[placement], async_op=True))
+
+
+#: torch 2.11 gathers uneven shards into a view that its own linear cannot take, forward or backward.
+_GATHERS_VIEWS = torch.__version__ < "2.13"
+
+
+def _contiguous(x: DTensor) -> DTensor:
+    contiguous: Any = x if x._local_tensor.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    return contiguous
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: DTensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> DTensor:
+        return _contiguous(gradient)
+
+
+def _laid_out(x: DTensor, mesh: DeviceMesh, placement: Placement, local: bool) -> torch.Tensor:
+    found = _as_dtensor(x, mesh, placement)
+    return found.to_local() if local else found
 
 
 class _Colwise(ColwiseParallel):
     @staticmethod
     def _prepare_input_fn(input_layouts: Any, desired_input_layouts: Any, mod: Any, inputs: Any, mesh: Any) -> DTensor:
         return _as_dtensor(inputs[0], mesh, desired_input_layouts[0])
+
+    @staticmethod
+    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, mesh: Any) -> Any:
+        return _laid_out(outputs, mesh, output_layouts[0], use_local_output)
 
 
 class _Rowwise(RowwiseParallel):
@@ -42,6 +76,10 @@ class _Rowwise(RowwiseParallel):
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, input_layouts, run_check=False)
         return _as_dtensor(x, mesh, desired_input_layouts[0])
+
+    @staticmethod
+    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, mesh: Any) -> Any:
+        return _laid_out(outputs, mesh, output_layouts[0], use_local_output)
 
 
 class _Input(ParallelStyle):
