@@ -84,8 +84,8 @@ Versions: {report.used(measured)}{kept_in}.
 
 ON_CPU = """Ours updates with AdamW's fused kernel by default, the others with what `torch.optim.AdamW(parameters)`
 chooses; the second row of each job is the same choice made by hand."""
-ON_GPU = """All sides update with AdamW's fused kernel and run on one GPU, in turns, each in a process of its own. "compile"
-and "checkpointing" are of every decoder layer: by hand `checkpoint_wrapper` and `layer.compile()`; ours
+ON_GPU = """All sides update with AdamW's fused kernel and run on one GPU, in turns, each in a process of its own.
+"compile" and "checkpointing" are of every decoder layer: by hand `checkpoint_wrapper` and `layer.compile()`; ours
 `activation_checkpointing=true` and, under fsdp2, `strategy.enable_compile=true` (under ddp the loop that is written by
 hand); Accelerate its plugins' own, and transformers' checkpointing under ddp. MFU counts 6 operations for each weight
 that is multiplied by and attention's two products over the whole sequence, without what checkpointing repeats, of
