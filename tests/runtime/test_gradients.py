@@ -186,7 +186,7 @@ def reductions_in_ddp() -> list[int]:
 
 @pytest.mark.dist
 def test_ddp_reduces_in_the_last_microbatch_only() -> None:
-    """FSDP2's reductions are counted in tests/dist/test_fields.py."""
+    """FSDP2's reductions are counted in tests/dist/test_sharding_fields.py."""
     assert run_ranks(2, reductions_in_ddp) == [[0, 0, 1]] * 2
 
 
