@@ -56,7 +56,7 @@ def test_peers_do_the_same_work(tmp_path):
     text = (tmp_path / "result.md").read_text()
     assert all(title in text for title in ("by hand", "nemo_dist_conf", "Accelerate", "an empty Hydra app"))
     bars = ElementTree.parse(tmp_path / "chart.svg").getroot().iter("{http://www.w3.org/2000/svg}rect")
-    assert len(list(bars)) == 2 * (3 * 3 - 1) + 4  # measures, jobs and sides beside the base; each name of the legend
+    assert len(list(bars)) == 2 * (3 * 3 - 1) + 3  # measures, jobs and sides beside the base; each name of the legend
 
 
 @pytest.mark.slow

@@ -105,7 +105,8 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     """Step time and memory of every side relative to by hand, of the jobs in fp32 on the fewest ranks."""
     fewest = min(result["world"] for result in measured["results"])
     shown = [r for r in measured["results"] if r["dtype"] == "fp32" and r["world"] == fewest]
-    titles = {side.module: side.title for side in SIDES if side.module != BASE}
+    measured_here = {module for result in shown for module in result["sides"]} - {BASE}
+    titles = {side.module: side.title for side in SIDES if side.module in measured_here}
     for result in shown:
         result["title"] = f"{result['strategy']}, {result['size']}"
     panels = [

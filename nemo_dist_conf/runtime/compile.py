@@ -10,7 +10,7 @@ import torch
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.blocks import Blocks
 
-__all__ = ["BACKEND", "compile_blocks", "enable_async_tensor_parallel"]
+__all__ = ["BACKEND", "SPLITS_SEQUENCES", "compile_blocks", "enable_async_tensor_parallel"]
 
 log = logging.getLogger(__name__)
 

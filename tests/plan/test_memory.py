@@ -38,3 +38,13 @@ def test_accumulated_gradients_are_there_at_the_next_loss(words: list[str], whol
     _, twice = memory(words, 2)
     expected = 4 * job.model.parameters if whole else once.gradients
     assert twice.peak - once.peak == pytest.approx(expected, rel=0.01)
+
+
+def test_ddp_has_buckets_from_the_second_rank_on() -> None:
+    """And none where gradients live in them."""
+    peaks = {}
+    for name, ranks, words in (("one", 1, []), ("two", 2, []), ("views", 2, ["strategy.gradient_as_bucket_view=true"])):
+        job = job_for(["strategy=ddp", *words], ranks, CONFIG, ADAMW, 4 * ranks, 16)
+        peaks[name] = memory_of(job, 0, Place()).peak
+    assert peaks["two"] - peaks["one"] == 4 * job.model.parameters
+    assert peaks["views"] == peaks["one"]
