@@ -311,7 +311,10 @@ def main() -> None:
         options.runs = options.rounds = options.steps = options.warm_up = 1
     if options.environments is not None:
         os.environ.pop("PYTHONPATH", None)  # each environment's own packages
-    wanted = [side for side in SIDES if options.side is None or side.module in {BASE, *options.side}]
+    asked = {side.module for side in SIDES} if options.side is None else {BASE, *options.side}
+    if "on" not in options.compile:
+        asked -= {"hand_whole"}
+    wanted = [side for side in SIDES if side.module in asked]
     pythons = {side.environment: python_of(side.environment, options.environments) for side in wanted}
     pythons.setdefault("ours", sys.executable)
     measured = report.new_report(__file__, runs=options.runs, steps=options.rounds * options.steps)
