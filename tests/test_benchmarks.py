@@ -60,6 +60,16 @@ def test_peers_do_the_same_work(tmp_path):
 
 
 @pytest.mark.slow
+def test_peers_do_the_same_work_with_checkpointing(tmp_path):
+    words = ["--quick", "--strategy", "ddp", "fsdp2", "--side", "ours", "accelerate_side", "--checkpointing", "on"]
+    command = [sys.executable, "benchmarks/peers", *words, "--no-starts", "--markdown", str(tmp_path / "result.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "result.md").read_text()
+    assert text.count("x2 + checkpointing") == 2 * 3 and "Starting" not in text
+
+
+@pytest.mark.slow
 def test_bad_input_is_refused_before_anything_starts(tmp_path):
     """Three cases in this environment; every one of ours is refused or runs, whatever the others do."""
     files = [tmp_path / "result.json", tmp_path / "result.md"]

@@ -10,7 +10,7 @@ import torch
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.blocks import Blocks
 
-__all__ = ["BACKEND", "SPLITS_SEQUENCES", "compile_blocks", "enable_async_tensor_parallel"]
+__all__ = ["BACKEND", "compile_blocks", "enable_async_tensor_parallel"]
 
 log = logging.getLogger(__name__)
 
@@ -18,19 +18,8 @@ log = logging.getLogger(__name__)
 BACKEND = "inductor"
 
 
-#: torch 2.11's backward of a compiled block finds no tensor of the kind that it expects where the sequence is split.
-SPLITS_SEQUENCES = torch.__version__ >= "2.13"
-
-
-def compile_blocks(blocks: Blocks, sequence_parallel: bool = False) -> None:
-    """Compile each block in place; equal blocks share the compiled code, and parameter names stay as they are.
-
-    Raises ConfigError where this torch cannot compile blocks under sequence parallelism.
-    """
-    if sequence_parallel and not SPLITS_SEQUENCES:
-        asked = "strategy.enable_compile=true strategy.sequence_parallel=true"
-        what = f"torch {torch.__version__} cannot compile blocks whose sequence is split"
-        raise ConfigError(Problem(what, asked, "one of the two, or torch 2.13", "strategy.enable_compile=false"))
+def compile_blocks(blocks: Blocks) -> None:
+    """Compile each block in place; equal blocks share the compiled code, and parameter names stay as they are."""
     for block in blocks.values():
         block.compile(backend=BACKEND)
     log.info("compile (%s): %d blocks", BACKEND, len(blocks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.distributed.utils import _to_kwargs
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["OneRankDDP"]
+
+log = logging.getLogger(__name__)
 
 
 class OneRankDDP(DistributedDataParallel):
@@ -32,6 +35,7 @@ class OneRankDDP(DistributedDataParallel):
 
     def register_comm_hook(self, state: object, hook: Any) -> None:
         """Hooks are called with a bucket to reduce, and there is none."""
+        log.warning("ddp on one rank reduces nothing, so the communication hook will not be called")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()

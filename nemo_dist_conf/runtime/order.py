@@ -115,7 +115,7 @@ def parallelize_fsdp2(
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
     apply_activation_checkpointing(model, units, config.activation_checkpointing, keeps_routing)
     if config.enable_compile:
-        compile_blocks(units, config.sequence_parallel and sizes.get(A.TP, 1) > 1)
+        compile_blocks(units)
     if pipeline is not None and stages is not None:
         return _pipeline(model, units, stages, pipeline, config, device_mesh, fill, experts)
     if config.autocast_dtype is not None:

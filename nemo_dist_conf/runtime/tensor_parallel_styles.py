@@ -28,10 +28,8 @@ def _as_dtensor(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTen
         x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     if x.placements == (placement,):
         return x
-    # Compiled, inductor places the waits; torch 2.11 fails where a graph returns what is being waited for.
-    wait = torch.compiler.is_compiling()
-    if not _GATHERS_VIEWS or wait:
-        return x.redistribute(placements=[placement], async_op=not wait)
+    if not _GATHERS_VIEWS or torch.compiler.is_compiling():
+        return x.redistribute(placements=[placement], async_op=True)
     return _contiguous(_ContiguousGradient.apply(x).redistribute(placements=[placement], async_op=True))
 
 

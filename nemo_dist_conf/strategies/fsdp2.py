@@ -122,9 +122,29 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> l
                 paths.set("strategy.enable_compile", False),
             )
         )
+    if conf["enable_compile"] and conf["sequence_parallel"] and (sizes.get("tp_size") or 1) > 1:
+        problems += _older_torch_problems(paths)
     if conf["enable_async_tensor_parallel"]:
         problems += _async_tp_problems(conf, sizes, paths)
     return problems
+
+
+def _older_torch_problems(paths: Paths) -> list[Problem]:
+    """torch 2.11's backward of a compiled block ends in an error of its own where the sequence is split."""
+    import importlib.metadata
+
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, version.split(".")[:2])) >= (2, 13):
+        return []
+    compiled = paths.set("strategy.enable_compile", True)
+    return [
+        Problem(
+            f"torch {version} cannot compile blocks whose sequence is split",
+            f"{compiled} {paths.set('strategy.sequence_parallel', True)}",
+            "one of the two, or torch 2.13",
+            paths.set("strategy.enable_compile", False),
+        )
+    ]
 
 
 def _prefetch_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,12 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.models.plans import FAMILIES, STYLES, complete_plan
-from nemo_dist_conf.runtime import compile as compiling
 from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
 from nemo_dist_conf.runtime.tensor_parallel_styles import STYLE_OBJECTS
-from tests.dist.layouts import LLAMA, composed
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -357,27 +353,10 @@ def compile_blocks(sequence_parallel: bool) -> tuple[float, float, int]:
     return float((losses[0] - losses[1]).detach()), far, sum(counters["graph_break"].values())
 
 
-@pytest.mark.skipif(not compiling.SPLITS_SEQUENCES, reason="this torch cannot; it is refused (next test)")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch cannot; it is refused (strategies/fsdp2.py)")
 def test_blocks_compile_in_one_graph_with_sequence_parallelism() -> None:
     for loss, gradient, breaks in run_ranks(2, compile_blocks, True):
         assert abs(loss) < 1e-6 and gradient < 1e-5 and breaks == 0
-
-
-def compile_with_an_older_torch(older: bool, *words: str) -> str:
-    compiled = ("strategy.enable_compile=true", "parallelism.tp_size=2", *words)
-    with mock.patch.object(compiling, "SPLITS_SEQUENCES", not older), mock.patch.object(compiling, "BACKEND", "eager"):
-        try:
-            return type(instantiate(composed(*compiled, model={"config": LLAMA}))[1]).__name__
-        except ConfigError as error:
-            return error.type
-
-
-def test_an_older_torch_compiles_without_sequence_parallelism_only() -> None:
-    """Seen with torch 2.11: the first backward fails inside torch."""
-    split = "strategy.sequence_parallel=true"
-    assert run_ranks(2, compile_with_an_older_torch, True, split) == ["strategy.enable_compile=false"] * 2
-    assert run_ranks(2, compile_with_an_older_torch, True) == ["FSDPLlamaForCausalLM"] * 2
-    assert run_ranks(2, compile_with_an_older_torch, False, split) == ["FSDPLlamaForCausalLM"] * 2
 
 
 # What is refused.
