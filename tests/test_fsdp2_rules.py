@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 
 import pytest
@@ -14,7 +15,7 @@ SPLIT = {"enable_compile": True, "sequence_parallel": True}
 
 
 def types(tp_size: int, **changed: object) -> list[str]:
-    conf = {**vars(FSDP2Conf()), **changed}
+    conf = {**dataclasses.asdict(FSDP2Conf()), **changed}
     return [problem.type for problem in find_strategy("fsdp2").rules(conf, {"tp_size": tp_size}, Paths())]
 
 
