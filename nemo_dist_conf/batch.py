@@ -29,13 +29,15 @@ class SweepRefused(ConfigError, CompactHydraException):
 class Job:
     """One job: its number in the sweep, the overrides that make it, its config with Hydra's node.
 
-    layout: its mesh in words, "" where the app uses none of our groups. refused: why it cannot work.
+    layout: its mesh in words, "" where the app uses none of our groups. model_type: the name that transformers has
+    for its model, None where the config does not say. refused: why it cannot work.
     """
 
     number: int
     overrides: list[str]
     config: DictConfig
     layout: str = ""
+    model_type: str | None = None
     refused: tuple[Problem, ...] = field(default=())
 
     @property
@@ -82,7 +84,8 @@ def judge(jobs: list[Job], check: Callable[[DictConfig], Checked | None] | None 
     for job in jobs:
         try:
             checked = (check or of(job.config))(job.config)
-            job.layout = checked.mesh.describe() if checked else ""
+            if checked:
+                job.layout, job.model_type = checked.mesh.describe(), checked.facts.model_type
         except ConfigError as error:
             job.refused = error.problems
     return jobs

@@ -101,6 +101,7 @@ def test_four_ranks_that_torchrun_started_agree_and_share_a_folder(new, attempt)
 
 EFFECTS = """
     import json, multiprocessing, os, sys
+    MODELS = sorted(name.rpartition(".")[2] for name in sys.modules if ".modeling_" in name and "models" in name)
     import hydra
     import imported
     from hydra.core.hydra_config import HydraConfig
@@ -112,7 +113,7 @@ EFFECTS = """
             "env": os.environ.get("MINE"), "env_set": os.environ.get("SET"),
             "folder": os.getcwd(), "argv": sys.argv[1:2],
             "threads": [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]],
-            "in_rank": imported.PID == os.getpid(),
+            "in_rank": imported.PID == os.getpid(), "models": MODELS,
         }
         with open(os.path.join(HydraConfig.get().runtime.output_dir, "seen." + os.environ["RANK"]), "w") as file:
             json.dump(seen, file)
@@ -136,13 +137,17 @@ def seen(program, job):
 
 
 def test_options_that_change_the_surroundings_of_ranks(effects):
-    """env, threads_per_rank, preload, tee and log_dir of the launcher; env_set and chdir of Hydra."""
+    """env, threads_per_rank, preload, tee and log_dir of the launcher; env_set and chdir of Hydra; the job's model,
+    whose modules are there before a rank begins.
+    """
     words = ["+hydra.launcher.env.MINE=of-launcher", "+hydra.job.env_set.SET=of-job", "hydra.job.chdir=true"]
     words += ["hydra.launcher.preload=[torch,imported]", "hydra.launcher.threads_per_rank=2"]
     words += ["hydra.launcher.tee='1:3'", "hydra.launcher.log_dir=printed"]
+    words += ["+model.config.model_type=llama"]
     done = effects.sweep(*words, PYTHONPATH=str(effects.folder))
     assert done.returncode == 0, done.stdout + done.stderr
     for one in seen(effects, "sweep/0"):
+        assert {"modeling_auto", "modeling_llama"} <= set(one["models"])
         assert (one["env"], one["env_set"], one["folder"]) == ("of-launcher", "of-job", str(effects.folder / "sweep/0"))
         assert one["threads"] == [2, "2"] and one["argv"] == ["-m"] and not one["in_rank"]
     assert re.search(r"^\[\w+1\]: ?out 1$", done.stdout, re.MULTILINE) and "\nout 0\n" in done.stdout
@@ -158,7 +163,7 @@ def test_without_them_a_spawned_rank_imports_for_itself_and_prints_into_its_file
     assert done.returncode == 0, done.stdout + done.stderr
     for one in seen(effects, "plain/0"):
         assert (one["env"], one["env_set"], one["folder"]) == (None, None, str(effects.folder))
-        assert one["threads"] == [1, "1"] and one["in_rank"]
+        assert one["threads"] == [1, "1"] and one["in_rank"] and not one["models"]
     assert "out 0" in done.stdout and "out 1" not in done.stdout and "err 1" not in done.stderr
     (printed,) = effects.read("plain/0/ranks/*/attempt_0/1/stdout.log").values()
     assert printed == "out 1\n"
