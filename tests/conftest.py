@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import os
 import sys
 
 import pytest
@@ -7,6 +8,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.version import VersionBase
+
+# Before anything imports torch. Two test processes share the cores, and threads that wait for one another across busy
+# cores take several times as long as one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="module")

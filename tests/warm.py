@@ -4,8 +4,9 @@
 
 Such a process is forked from the server that the ranks of ``tests.dist.pool`` come from, and then does what ``python``
 does for a file or a module. ``torchrun`` there is torch's own, with one change: it forks its ranks, which are
-otherwise started as it starts them, instead of executing Python again. Only for what does not depend on a fresh
-interpreter; ``subprocess`` is for the rest.
+otherwise started as it starts them, instead of executing Python again. So does a program with the fork server that it
+starts itself, which ``hydra/launcher=torchrun`` does. Only for what does not depend on a fresh interpreter;
+``subprocess`` is for the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def _program(words: list[str], cwd: str, environ: dict[str, str], files: list[st
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
+    _fork_forkservers()
     try:
         if words[0] == "torchrun":
             _torchrun(words[1:])
@@ -67,6 +70,26 @@ def _program(words: list[str], cwd: str, environ: dict[str, str], files: list[st
             _as_main(*words[1:])
     finally:
         atexit._run_exitfuncs()
+
+
+def _fork_forkservers() -> None:
+    """A fork server of this process is forked from it, and finds imported what it is to import."""
+    execute = util.spawnv_passfds
+
+    def start(path: bytes, args: list[Any], passed: list[int]) -> int:
+        code = str(args[-1])
+        if not code.startswith("from multiprocessing.forkserver import main"):
+            return execute(path, args, passed)
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            forkserver._forkserver.__init__()  # type: ignore[misc]  # it is locked while it starts this process
+            exec(code)
+        finally:
+            os._exit(1)
+
+    util.spawnv_passfds = start  # type: ignore[assignment]
 
 
 def _torchrun(words: list[str]) -> None:
