@@ -4,8 +4,6 @@ import importlib.util
 import json
 import re
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from tests import warm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LAUNCHER = ["-m", "hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2", "hydra.sweep.dir=sweep"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ("torchrun", "--nproc-per-node", "2")
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -24,9 +22,8 @@ def needs(module: str, package: str):
     return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"pip install {package}")
 
 
-def run(app: str, *words: str, cwd: Path, launcher: tuple[str, ...] = (), code: int = 0) -> str:
-    command = [sys.executable, *launcher, str(EXAMPLES / app), *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180)
+def run(app: str, *words: str, cwd: Path, launcher: tuple[str, ...] = ("python",), code: int = 0) -> str:
+    done = warm.run([*launcher, str(EXAMPLES / app), *words], cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

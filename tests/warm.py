@@ -22,36 +22,74 @@ import sys
 import tempfile
 from multiprocessing import forkserver, util
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 from tests.dist.pool import PRELOAD
 
-__all__ = ["run"]
+__all__ = ["Program", "run"]
+
+
+class Program:
+    """``python FILE ...``, ``python -m MODULE ...`` or ``torchrun ...`` as it runs; its methods are those of Popen.
+
+    env: beside this process's variables; None: not set. The program has a session of its own; what is left of it is
+    killed when ``communicate`` ends, whichever way.
+    """
+
+    def __init__(self, words: list[str], *, cwd: Path, env: Mapping[str, str | None] | None = None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        environ = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
+        self.words = words
+        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
+        self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        arguments = (words, str(cwd), environ, [str(file) for file in self._files])
+        self._process = context.Process(target=_program, args=arguments)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """The status that it ends with. Raises subprocess.TimeoutExpired, and lets it go on."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.words, timeout, *self._texts())
+        return self.returncode
+
+    def communicate(self, timeout: float = 240.0) -> tuple[str, str]:
+        """What it printed, once it has ended. Raises subprocess.TimeoutExpired."""
+        try:
+            self.wait(timeout)
+            return self._texts()
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """With all its ranks."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join(10)
+
+    def _texts(self) -> tuple[str, str]:
+        out, err = (file.read_text() if file.exists() else "" for file in self._files)
+        return out, err
 
 
 def run(
-    words: list[str], *, cwd: Path, env: dict[str, str] | None = None, timeout: float = 240.0
+    words: list[str], *, cwd: Path, env: Mapping[str, str | None] | None = None, timeout: float = 240.0
 ) -> subprocess.CompletedProcess[str]:
-    """The outcome of ``python FILE ...``, ``python -m MODULE ...`` or ``torchrun ...``, as subprocess.run gives it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    environ = {**os.environ, **(env or {})}
-    with tempfile.TemporaryDirectory(prefix="warm-") as folder:
-        files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = context.Process(target=_program, args=(words, str(cwd), environ, [str(file) for file in files]))
-        process.start()
-        try:
-            process.join(timeout)
-            texts = [file.read_text() if file.exists() else "" for file in files]
-            if process.is_alive():
-                raise subprocess.TimeoutExpired(words, timeout, *texts)
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if process.pid is not None:
-                    os.killpg(process.pid, signal.SIGKILL)  # ranks too
-            process.kill()
-            process.join(10)
-        return subprocess.CompletedProcess(words, process.exitcode, *texts)
+    """The program's outcome, as subprocess.run gives it."""
+    program = Program(words, cwd=cwd, env=env)
+    texts = program.communicate(timeout)
+    return subprocess.CompletedProcess(words, program.returncode or 0, *texts)
 
 
 def _program(words: list[str], cwd: str, environ: dict[str, str], files: list[str]) -> None:
@@ -62,6 +100,7 @@ def _program(words: list[str], cwd: str, environ: dict[str, str], files: list[st
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
+    multiprocessing.process.ORIGINAL_DIR = cwd  # type: ignore[attr-defined]  # where its children look for its files
     _fork_forkservers()
     try:
         if words[0] == "torchrun":
@@ -105,7 +144,7 @@ def _torchrun(words: list[str]) -> None:
 
     torchrun.config_from_args = forking
     sys.argv = ["torchrun", *words]
-    torchrun.main(["--standalone", *words])
+    torchrun.main([*(["--standalone"] if "--rdzv-backend" not in words else []), *words])
 
 
 def _as_main(*words: str) -> None:
@@ -120,5 +159,6 @@ def _as_main(*words: str) -> None:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(words)
-        sys.path.insert(0, str(Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
+        path = os.path.abspath(words[0])
+        sys.path.insert(0, os.path.dirname(path))
+        runpy.run_path(path, run_name="__main__")

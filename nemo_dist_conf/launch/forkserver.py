@@ -15,6 +15,7 @@ _OURS = (
     "nemo_dist_conf.instantiate",
     "hydra.core.utils",
 )
+_LAST = "nemo_dist_conf.launch.frozen"
 
 
 def start_forkserver(settings: Settings, model_types: Iterable[str] = ()) -> None:
@@ -29,6 +30,6 @@ def start_forkserver(settings: Settings, model_types: Iterable[str] = ()) -> Non
 
     models = [f"transformers.models.{kind}.modeling_{kind}" for kind in sorted(model_types)]
     auto = ["transformers.models.auto.modeling_auto"] if models else []
-    wanted = [*(str(name) for name in settings.options.preload), *_OURS, *auto, *models]
+    wanted = [*(str(name) for name in settings.options.preload), *_OURS, *auto, *models, _LAST]
     multiprocessing.set_forkserver_preload(wanted)
     forkserver.ensure_running()

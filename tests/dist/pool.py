@@ -41,6 +41,7 @@ PRELOAD = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.mistral.modeling_mistral",
     "transformers.models.qwen3.modeling_qwen3",
+    "nemo_dist_conf.launch.frozen",  # the last, see there
 ]
 _START_TIMEOUT_S = 120.0
 #: How long the other ranks may go on after one failed; a rank in a collective would wait for ever.

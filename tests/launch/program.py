@@ -9,6 +9,8 @@ import textwrap
 import time
 from pathlib import Path
 
+from tests import warm
+
 APP = """
     import logging, os, random, signal, sys, threading, time
     from pathlib import Path
@@ -117,10 +119,11 @@ class Program:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def sweep(self, *words: str, **more) -> subprocess.CompletedProcess:
-        """On 2 ranks, into the folder ``sweep`` where no other is asked for."""
-        where = [] if any(word.startswith("hydra.sweep.dir") for word in words) else ["hydra.sweep.dir=sweep"]
-        return self.run("-m", *TORCHRUN, *where, *words, **more)
+    def sweep(self, *words: str, fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
+        """On 2 ranks, into the folder ``sweep`` where no other is asked for. fresh: by an interpreter of its own."""
+        where = ("hydra.sweep.dir", "hydra.launcher.resume")
+        words = ("-m", *TORCHRUN, *(["hydra.sweep.dir=sweep"] * (not any(w.startswith(where) for w in words))), *words)
+        return self.run(*words, **env) if fresh else warm.run(["python", "app.py", *words], cwd=self.folder, env=env)
 
     def records(self, folder: str = "sweep") -> dict[int, dict]:
         """The last of each job."""

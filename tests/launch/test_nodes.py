@@ -1,15 +1,14 @@
 """Two launchers on this machine are the nodes of a sweep: they do the same, or both say why not."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
-import sys
 import textwrap
 
 import pytest
 from omegaconf import OmegaConf
+
+from tests import warm
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -72,17 +71,12 @@ def start(tmp_path, port):
             f"hydra.launcher.rdzv_endpoint=127.0.0.1:{port}",
             f"hydra.launcher.rdzv_timeout_s={patience_s}",
         ]
-        command = [sys.executable, "app.py", "-m", *launcher, *words]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, **pipes))
+        started.append(warm.Program(["python", "app.py", "-m", *launcher, *words], cwd=tmp_path))
         return started[-1]
 
     yield start
     for child in started:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        child.kill()
 
 
 @pytest.fixture

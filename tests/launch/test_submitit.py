@@ -10,9 +10,12 @@ from typing import Sequence
 
 import pytest
 
+from tests import warm
+
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install hydra-submitit-launcher")
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
+QUEUES = ("SLURM_", "SUBMITIT_")
 APP = """
 import json, logging, os, random
 from pathlib import Path
@@ -66,16 +69,18 @@ def app(tmp_path):
     return tmp_path
 
 
-def start(folder: Path, *words: str, **variables: object) -> subprocess.Popen:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_"))}
-    return subprocess.Popen(
-        [sys.executable, "app.py", *words],
-        cwd=folder,
-        env=env | {name: str(value) for name, value in variables.items()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """With submitit, which starts interpreters of its own."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(QUEUES)}
+    command = [sys.executable, "app.py", "-m", "hydra/launcher=submitit_local", *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+def start(folder: Path, *words: str, **variables: object) -> warm.Program:
+    """As srun starts it, whatever queue the tests themselves run in."""
+    env: dict[str, str | None] = {name: None for name in os.environ if name.startswith(QUEUES)}
+    env |= {name: str(value) for name, value in variables.items()}
+    return warm.Program(["python", "app.py", *words], cwd=folder, env=env)
 
 
 def slurm(rank: int, job: int) -> dict[str, object]:
@@ -100,10 +105,9 @@ def assert_one_run(folder: Path, layout: str, local: Sequence[str] = ("0", "1"))
 
 
 def test_the_ranks_of_submitits_jobs_are_one_run_each(app):
-    words = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "hydra.launcher.timeout_min=2"]
-    process = start(app, "-m", *words, "hydra.sweep.dir=sweep", "strategy=ddp,fsdp2")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
+    words = ["hydra.launcher.tasks_per_node=2", "hydra.launcher.timeout_min=2"]
+    done = run(app, *words, "hydra.sweep.dir=sweep", "strategy=ddp,fsdp2")
+    assert done.returncode == 0, done.stdout + done.stderr
     for number, layout in enumerate(["dp 2", "dp_shard 2"]):
         assert_one_run(app / "sweep" / str(number), layout)
     drawn = {json.loads((app / "sweep" / job / "rank0.json").read_text())["config"]["drawn"] for job in "01"}
@@ -111,12 +115,11 @@ def test_the_ranks_of_submitits_jobs_are_one_run_each(app):
 
 
 def test_a_grid_is_checked_before_submitit_gets_a_job(app):
-    words = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "hydra.sweep.dir=sweep"]
-    process = start(app, "-m", *words, "strategy=ddp,fsdp2", "parallelism.tp_size=1,2")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert err.startswith("1 of 4 jobs cannot work, so none was started\n#1 strategy=ddp parallelism.tp_size=2\n")
-    assert "\n  type     strategy=ddp parallelism.tp_size=1\n" in err
+    words = ["hydra.launcher.tasks_per_node=2", "hydra.sweep.dir=sweep"]
+    done = run(app, *words, "strategy=ddp,fsdp2", "parallelism.tp_size=1,2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("1 of 4 jobs cannot work, so none was started\n#1 strategy=ddp parallelism.tp_size=2\n")
+    assert "\n  type     strategy=ddp parallelism.tp_size=1\n" in done.stderr
     assert not (app / "sweep" / ".submitit").exists()
 
 

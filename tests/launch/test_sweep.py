@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 
+from tests import warm
 from tests.launch.program import APP, TORCHRUN, Program, end, wait_for
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -47,7 +48,7 @@ def assert_one_place_for_a_job(program, folder, shown, ranks=4):
 @pytest.fixture(scope="module")
 def twenty(new):
     program = new()
-    done = program.sweep("hydra.launcher.nproc_per_node=4", "n=range(0,20)")
+    done = program.sweep("hydra.launcher.nproc_per_node=4", "n=range(0,20)", fresh=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return program, done
 
@@ -92,7 +93,10 @@ class TestTwentyJobsOnFourRanks:
 @pytest.mark.parametrize("attempt", range(3))
 def test_four_ranks_that_torchrun_started_agree_and_share_a_folder(new, attempt):
     program = new()
-    done = program.run(launcher=TORCHRUN_4)
+    if attempt:
+        done = warm.run(["torchrun", "--nproc-per-node", "4", "app.py"], cwd=program.folder)
+    else:
+        done = program.run(launcher=TORCHRUN_4)
     assert done.returncode == 0, done.stderr
     (folder,) = {name.rpartition("/")[0] for name in program.read("outputs/**/written.*")}
     assert_ranks_agree(program, folder)
@@ -100,7 +104,7 @@ def test_four_ranks_that_torchrun_started_agree_and_share_a_folder(new, attempt)
 
 
 EFFECTS = """
-    import json, multiprocessing, os, sys
+    import gc, json, multiprocessing, os, sys
     MODELS = sorted(name.rpartition(".")[2] for name in sys.modules if ".modeling_" in name and "models" in name)
     import hydra
     import imported
@@ -113,7 +117,7 @@ EFFECTS = """
             "env": os.environ.get("MINE"), "env_set": os.environ.get("SET"),
             "folder": os.getcwd(), "argv": sys.argv[1:2],
             "threads": [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]],
-            "in_rank": imported.PID == os.getpid(), "models": MODELS,
+            "in_rank": imported.PID == os.getpid(), "models": MODELS, "frozen": gc.get_freeze_count(),
         }
         with open(os.path.join(HydraConfig.get().runtime.output_dir, "seen." + os.environ["RANK"]), "w") as file:
             json.dump(seen, file)
@@ -144,10 +148,10 @@ def test_options_that_change_the_surroundings_of_ranks(effects):
     words += ["hydra.launcher.preload=[torch,imported]", "hydra.launcher.threads_per_rank=2"]
     words += ["hydra.launcher.tee='1:3'", "hydra.launcher.log_dir=printed"]
     words += ["+model.config.model_type=llama"]
-    done = effects.sweep(*words, PYTHONPATH=str(effects.folder))
+    done = effects.sweep(*words, fresh=True, PYTHONPATH=str(effects.folder))
     assert done.returncode == 0, done.stdout + done.stderr
     for one in seen(effects, "sweep/0"):
-        assert {"modeling_auto", "modeling_llama"} <= set(one["models"])
+        assert {"modeling_auto", "modeling_llama"} <= set(one["models"]) and one["frozen"] > 100_000
         assert (one["env"], one["env_set"], one["folder"]) == ("of-launcher", "of-job", str(effects.folder / "sweep/0"))
         assert one["threads"] == [2, "2"] and one["argv"] == ["-m"] and not one["in_rank"]
     assert re.search(r"^\[\w+1\]: ?out 1$", done.stdout, re.MULTILINE) and "\nout 0\n" in done.stdout
@@ -159,11 +163,11 @@ def test_options_that_change_the_surroundings_of_ranks(effects):
 
 def test_without_them_a_spawned_rank_imports_for_itself_and_prints_into_its_file(effects):
     words = ["hydra.launcher.start_method=spawn", "hydra.sweep.dir=plain"]
-    done = effects.sweep(*words, OMP_NUM_THREADS="1", PYTHONPATH=str(effects.folder))
+    done = effects.sweep(*words, fresh=True, OMP_NUM_THREADS="1", PYTHONPATH=str(effects.folder))
     assert done.returncode == 0, done.stdout + done.stderr
     for one in seen(effects, "plain/0"):
         assert (one["env"], one["env_set"], one["folder"]) == (None, None, str(effects.folder))
-        assert one["threads"] == [1, "1"] and one["in_rank"] and not one["models"]
+        assert one["threads"] == [1, "1"] and one["in_rank"] and not one["models"] and not one["frozen"]
     assert "out 0" in done.stdout and "out 1" not in done.stdout and "err 1" not in done.stderr
     (printed,) = effects.read("plain/0/ranks/*/attempt_0/1/stdout.log").values()
     assert printed == "out 1\n"
@@ -217,7 +221,7 @@ class TestASweepWithInvalidAndFailingJobs:
     def test_another_sweep_cannot_go_on_with_it(self, swept, words, text):
         program, _ = swept
         before = program.read("**/*")
-        done = program.run("-m", *TORCHRUN, *words)
+        done = program.sweep(*words)
         assert done.returncode == 1 and text in done.stderr and "Traceback" not in done.stderr
         after = program.read("**/*")
         after["events.txt"] = before["events.txt"]
@@ -227,7 +231,7 @@ class TestASweepWithInvalidAndFailingJobs:
         program, _ = swept
         names = {job: program.read(f"sweep/{job}/read.0") for job in (0, 2, 3)}
         (program.folder / "broken").unlink()
-        done = program.run("-m", *TORCHRUN, *GO_ON, "hydra.launcher.resume=sweep")  # no overrides are typed
+        done = program.sweep(*GO_ON, "hydra.launcher.resume=sweep")  # no overrides are typed
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Launching 1 job," in done.stdout and done.stdout.count(": completed before") == 3
         assert names == {job: program.read(f"sweep/{job}/read.0") for job in (0, 2, 3)}
@@ -323,11 +327,11 @@ def test_a_running_sweep_cannot_be_gone_on_with_and_one_that_was_killed_can(new)
     options = ["hydra.launcher.start_method=fork"]
     running = program.start("-m", *TORCHRUN, *options, "hydra.sweep.dir=sweep", "do=write,wait")
     wait_for(lambda: len(program.read("sweep/1/pid.*")) == 2)
-    refused = program.run("-m", *TORCHRUN, *options, "hydra.launcher.resume=sweep")
+    refused = program.sweep(*options, "hydra.launcher.resume=sweep")
     assert refused.returncode == 1 and "this sweep is still running" in refused.stderr
     end(running)
     (program.folder / "wait").unlink()
-    done = program.run("-m", *TORCHRUN, *options, "hydra.launcher.resume=sweep", "do=write,wait")
+    done = program.sweep(*options, "hydra.launcher.resume=sweep", "do=write,wait")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("completed before") == 1 and "Launching 1 job," in done.stdout
     assert [program.records()[job]["status"] for job in (0, 1)] == ["completed"] * 2

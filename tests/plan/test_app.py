@@ -329,8 +329,7 @@ def test_the_sweeper_runs_the_best_and_compares(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a line of text\n" * 400)
     words = ["hydra/sweeper=layouts", "hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2"]
     words += ["hydra.sweeper.top=2", "train.steps=3", f"data.path={tmp_path}/text.txt", "data.seq_len=32"]
-    command = [sys.executable, "-m", "nemo_dist_conf.train", "-m", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = warm.run(["python", "-m", "nemo_dist_conf.train", "-m", *words], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith(("#0", "#1"))]
     assert len(lines) == 2

@@ -3,8 +3,6 @@
 import itertools
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from omegaconf import OmegaConf
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.ranks.agreement import agree_on_run
 from nemo_dist_conf.topology.world import Launched
+from tests import warm
 
 CONFIG = "lr: 0.1\ndrawn: ${draw:}\nnow: ${now:%H-%M-%S-%f}\nlocal: ${oc.env:LOCAL_RANK}\n"
 
@@ -126,9 +125,7 @@ def told(folder: Path, *words: str) -> tuple[dict[str, list], str]:
     """
     (folder / "app.py").write_text(APP)
     (folder / "config.yaml").write_text(CONFIG + "dies: false\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "app.py", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = warm.run(["torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "app.py", *words], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = {path.stem.removeprefix("rank"): json.loads(path.read_text()) for path in folder.glob("rank*.json")}
     return ranks, done.stdout + done.stderr

@@ -11,6 +11,7 @@ import torch
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.process_group import choose_device
+from tests import warm
 
 SCRIPT = textwrap.dedent(
     """
@@ -41,8 +42,8 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
 
 
-def run_all(environments: list[dict[str, str]], *command: str) -> list[str]:
-    command = command or (sys.executable, "-c", SCRIPT)
+def run_all(environments: list[dict[str, str]]) -> list[str]:
+    command = (sys.executable, "-c", SCRIPT)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started = [subprocess.Popen(command, env=clean_environment() | env, **pipes) for env in environments]
     outputs = [process.communicate(timeout=120) for process in started]
@@ -67,9 +68,8 @@ def test_slurms_variables_are_enough():
 
 def test_torchrun_starts_ranks_that_meet(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(tmp_path / "script.py")]
-    assert sorted(run_all([{}], *command)[0].splitlines()) == ["gloo 0 2 True 3", "gloo 1 2 False 3"]
+    done = warm.run(["torchrun", "--nproc-per-node", "2", "script.py"], cwd=tmp_path)
+    assert sorted(done.stdout.splitlines()) == ["gloo 0 2 True 3", "gloo 1 2 False 3"]
 
 
 def test_ranks_that_cannot_meet_are_told_what_is_missing(monkeypatch):

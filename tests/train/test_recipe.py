@@ -80,7 +80,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_every_layout_has_the_trajectory_of_one_process_and_prints_once(tmp_path, single, ranks, words):
-    done = train(tmp_path, *words, ranks=ranks, fresh=words == ["strategy=ddp"])
+    done = train(tmp_path, *words, ranks=ranks)
     assert done.returncode == 0, done.stderr
     rows = metrics(tmp_path)  # one folder, so one file, whatever the number of ranks
     assert len(rows) == len(single)

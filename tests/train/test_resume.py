@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -159,32 +158,22 @@ def test_an_exported_folder_trains_on(tmp_path: Path) -> None:
     assert on.returncode == 0, on.stderr
 
 
-def start(folder: Path, *words: str, ranks: int = 1, nodes: str = "1", port: int = 0) -> subprocess.Popen[str]:
-    """Interpreters of their own, which can be killed one by one."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+def start(folder: Path, *words: str, ranks: int = 1, nodes: str = "1", port: int = 0) -> warm.Program:
+    launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
     if nodes != "1":
         launcher += ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
         launcher += ["--rdzv-id", "one", "--rdzv-conf", "last_call_timeout=2", "--local-addr", "127.0.0.1"]
-    elif ranks > 1:
-        launcher += ["--standalone"]
     launcher += ["--max-restarts", "3"] if ranks > 1 else []
     recipe = ["-m", "nemo_dist_conf.train", *TINY, "device=cpu", EVERY, *words]
-    return subprocess.Popen(
-        [sys.executable, *launcher, *recipe],
-        cwd=folder,
-        env={**os.environ, **ONE_THREAD},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return warm.Program([*launcher, *recipe], cwd=folder, env=ONE_THREAD)
 
 
-def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(pattern: str, folder: Path, process: warm.Program) -> None:
     until = time.monotonic() + 120
     while not list(folder.glob(pattern)):
         if process.poll() is not None or time.monotonic() > until:
             process.kill()
-            raise AssertionError(f"no {pattern}: {process.communicate()[0]}")
+            raise AssertionError(f"no {pattern}: {process.communicate()}")
         time.sleep(0.02)
 
 
@@ -202,8 +191,8 @@ def test_sigterm_saves_and_ends_in_time(tmp_path: Path) -> None:
     process = start(tmp_path, FOLDER, "train.steps=100000", "checkpoint.every=100000")
     wait_for("run/metrics.jsonl", tmp_path, process)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=30)[0]
+    os.kill(process.pid, signal.SIGTERM)
+    text = "".join(process.communicate(timeout=30))
     assert process.returncode == 128 + signal.SIGTERM, text
     (saved,) = checkpoints(tmp_path)
     steps = [line[0] for line in numbers(tmp_path)]
@@ -219,7 +208,7 @@ def test_a_killed_rank_is_started_again_and_the_run_goes_on(tmp_path: Path) -> N
     process = start(tmp_path, "train.steps=40", ranks=2)
     wait_for("outputs/*/*/checkpoints/step_00000006", tmp_path, process)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
-    text = process.communicate(timeout=150)[0]
+    text = "".join(process.communicate(timeout=150))
     assert process.returncode == 0, text
     lines = [json.loads(line)["step"] for line in (output(tmp_path) / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 41))
@@ -230,8 +219,8 @@ def test_sigterm_reaches_all_ranks_through_torchrun(tmp_path: Path) -> None:
     process = start(tmp_path, "train.steps=100000", "checkpoint.every=100000", ranks=2)
     wait_for("outputs/*/*/metrics.jsonl", tmp_path, process)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=60)[0]
+    os.kill(process.pid, signal.SIGTERM)
+    text = "".join(process.communicate(timeout=60))
     assert "stopped by SIGTERM after step" in text
     assert len(list(output(tmp_path).glob("checkpoints/step_*"))) == 1
 
@@ -251,7 +240,7 @@ def test_the_group_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     first = json.loads(next((tmp_path / "run/checkpoints").glob("step_*/manifest.json")).read_text())
     for pid in [*ranks_of(lost.pid), lost.pid]:
         os.kill(pid, signal.SIGKILL)
-    text = stays.communicate(timeout=200)[0]
+    text = "".join(stays.communicate(timeout=200))
     lost.communicate()
     assert stays.returncode == 0, text
     steps = [line[0] for line in numbers(tmp_path)]
