@@ -41,6 +41,9 @@ LENGTH = 16
 OPTIMIZER = {**ADAMW, "lr": 0.003}
 BEFORE, AFTER = 2, 2
 
+#: Two layers, one for each pipeline rank; megatron-fsdp needs an even vocabulary.
+_EVEN = {**LLAMA, "vocab_size": 98, "num_hidden_layers": 2}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,7 +51,7 @@ class Layout:
 
     ranks: int
     words: tuple[str, ...]
-    model: dict[str, Any] = field(default_factory=lambda: {"config": {**LLAMA, "vocab_size": 98}}, hash=False)
+    model: dict[str, Any] = field(default_factory=lambda: {"config": _EVEN}, hash=False)
 
     @property
     def is_megatron(self) -> bool:
@@ -60,7 +63,7 @@ MEGATRON = ("strategy=megatron_fsdp",)
 TP, CP, PP, EP = (f"parallelism.{axis}_size=2" for axis in ("tp", "cp", "pp", "ep"))
 REPLICAS = "parallelism.dp_replicate_size=2"
 
-#: Four ranks each; megatron-fsdp needs an even vocabulary.
+#: Four ranks each.
 DENSE: dict[str, Layout] = {
     "ddp 4": Layout(4, ("strategy=ddp",)),
     "fsdp2 4": Layout(4, FSDP2),

@@ -1,5 +1,7 @@
 """Hydra's own conformance suites for launchers, as its plugins run them, for two start methods."""
 
+from pathlib import Path
+
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
@@ -11,6 +13,7 @@ from hydra.test_utils.launcher_common_tests import (
 
 from hydra_plugins.nemo_dist_conf.torchrun_launcher import TorchrunLauncher
 from nemo_dist_conf.launch.failure import JobFailed
+from tests import warm
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -57,7 +60,18 @@ class TestTorchrunLauncherInBatches(BatchedSweeperTestSuite):
     pass
 
 
+@pytest.fixture
+def warm_programs(monkeypatch):
+    def run_process(cmd, env=None, *options):
+        done = warm.run(["python", *cmd[1:]], cwd=Path.cwd(), env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.rstrip(), done.stderr.rstrip()
+
+    monkeypatch.setattr("hydra.test_utils.test_utils.run_process", run_process)
+
+
 # With the default alone: each of these starts a whole program, which takes seconds.
+@pytest.mark.usefixtures("warm_programs")
 @pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=torchrun", *START[0]])])
 class TestTorchrunLauncherIntegration(IntegrationTestSuite):
     pass
