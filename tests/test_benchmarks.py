@@ -1,5 +1,6 @@
 """Each benchmark still runs, checks what it measures, and writes its table; how fast anything is, is not asserted."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -81,3 +82,18 @@ def test_bad_input_is_refused_before_anything_starts(tmp_path):
         "fabric": pytest.approx(0.5, abs=0.02)
     }
     assert "FSDP2Conf" in files[1].read_text()
+
+
+def test_the_operations_that_mfu_counts_are_those_that_torch_counts(monkeypatch):
+    """Of forward and backward; attention written out, so that its products are matrix products like the others."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "peers")
+    work = importlib.import_module("work")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    job = work.Job("ddp", "0.04M", "fp32", 1)
+    model, batch = work.build(job), next(work.batches(job, 0))
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counted:
+        work.loss_of(model, batch).backward()
+    tokens = batch[:, 1:].numel()
+    assert counted.get_total_flops() == work.flops_per_token(job.size) * tokens
