@@ -3,8 +3,9 @@
     with cuda_shim():
         ...
 
-Streams do nothing, because a CPU rank computes in order; the current device is 0; moving to it leaves a tensor where it
-is. Fusing the division into the reduction is switched off, which gloo cannot do. Our own refusals of a machine without
+Streams do nothing, because a CPU rank computes in order, and a collective that need not be waited for has ended when it
+was called: the library may free a buffer that is still being filled, which a stream would keep for so long and gloo's
+threads would write to. The current device is 0; moving to it leaves a tensor where it is. Fusing the division into the reduction is switched off, which gloo cannot do. Our own refusals of a machine without
 CUDA are silent inside.
 """
 
@@ -16,6 +17,7 @@ from typing import Any, Iterator
 from unittest import mock
 
 import torch
+from torch.distributed import distributed_c10d
 
 __all__ = ["cuda_shim"]
 
@@ -44,6 +46,13 @@ class _Event:
 
 
 @contextlib.contextmanager
+def _waited_for(group: Any, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+    """torch's own manager of several collectives, which waits for them."""
+    with distributed_c10d._coalescing_manager(group, device):
+        yield _Event()
+
+
+@contextlib.contextmanager
 def cuda_shim() -> Iterator[None]:
     library = importlib.import_module("megatron_fsdp.fully_shard")  # the attribute is hidden by the function
     config = library.DistributedDataParallelConfig
@@ -63,6 +72,7 @@ def cuda_shim() -> Iterator[None]:
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor))
+        stack.enter_context(mock.patch("megatron_fsdp.param_and_grad_buffer._coalescing_manager", _waited_for))
         stack.enter_context(mock.patch.object(library, "DistributedDataParallelConfig", unfused))
         stack.enter_context(mock.patch("nemo_dist_conf.strategies.megatron_fsdp.cuda_present", lambda: True))
         stack.enter_context(mock.patch("nemo_dist_conf.runtime.megatron_fsdp._require_cuda", lambda mesh: None))
