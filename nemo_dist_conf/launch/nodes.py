@@ -172,6 +172,12 @@ class Nodes:
         except Exception:  # the node that served the store is gone: whoever waits for one notices
             return
 
+    def _has_joined(self, number: int) -> bool:
+        """Whether it takes part already; it may not have shown a sign of life yet."""
+        if self._static:
+            return self._store.add(f"joined/{number}", 0) > 0
+        return self._store.add("joined", 0) > number
+
     def _leave(self) -> None:
         """Wait shortly for the others: the store ends with the process that serves it."""
         self._ends.set()
@@ -180,7 +186,7 @@ class Nodes:
             self._store.set(f"left/{self.number}", "1")
             deadline = time.monotonic() + 10
             others = set(range(self.count)) - self._given_up
-            everyone = [f"left/{number}" for number in others if self._store.add(f"alive/{number}", 0)]
+            everyone = [f"left/{number}" for number in others if self._has_joined(number)]
             while not self._store.check(everyone) and time.monotonic() < deadline:
                 time.sleep(0.05)
         except Exception:  # the node that served the store is gone: nothing to wait for

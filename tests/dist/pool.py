@@ -41,6 +41,11 @@ PRELOAD = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.mistral.modeling_mistral",
     "transformers.models.qwen3.modeling_qwen3",
+    "hydra.main",
+    "hydra.core.plugins",
+    "hydra._internal.hydra",
+    "nemo_dist_conf.recipe.checks",
+    "nemo_dist_conf.train.loop",
     "nemo_dist_conf.launch.frozen",  # the last, see there
 ]
 _START_TIMEOUT_S = 120.0
