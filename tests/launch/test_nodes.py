@@ -4,10 +4,14 @@ import json
 import socket
 import subprocess
 import textwrap
+import threading
 
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_dist_conf.launch.nodes import Nodes
+from nemo_dist_conf.launch.settings import read_settings
+from nemo_dist_conf.schema.launcher import TorchrunConf
 from tests import warm
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -189,6 +193,27 @@ def test_a_node_that_ends_without_a_word_does_not_leave_the_other_waiting(start,
     store.add("nemo_dist_conf/sweep/alive/1", 1)
     _, stderr = waiting.communicate(timeout=60)
     assert waiting.returncode == 1 and "did not answer within 5 s" in stderr
+
+
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_a_node_that_ends_waits_for_one_that_joined_and_showed_no_life_yet(port, monkeypatch, backend):
+    """Which would else find the store gone instead of what the leading node refused."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    options = TorchrunConf(nnodes=2, rdzv_endpoint=f"127.0.0.1:{port}", rdzv_backend=backend)
+    options.node_rank = 0 if backend == "static" else None
+    nodes = Nodes(read_settings(vars(options)))
+    other = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store = PrefixStore("nemo_dist_conf/sweep", other)
+    store.add("joined" if backend == "c10d" else "joined/1", 1)
+    leaving = threading.Thread(target=nodes._leave)
+    leaving.start()
+    leaving.join(0.5)
+    assert leaving.is_alive()
+    store.set("left/1", "1")
+    leaving.join(5)
+    assert not leaving.is_alive()
 
 
 def test_a_third_node_is_refused_and_the_two_go_on(start, tmp_path):
