@@ -109,7 +109,7 @@ class TorchrunSweep:
             self._refuse(jobs)
             todo = [job for job in jobs if not job.refused and self._completed(job) is None]
             if todo:
-                start_forkserver(self.settings, {job.model_type for job in todo if job.model_type})
+                start_forkserver(self.settings, {job.model_type for job in todo if isinstance(job.model_type, str)})
             ranks = "1 rank" if self.settings.world_size == 1 else f"{self.settings.world_size} ranks"
             log.info("Launching %d %s, each on %s", len(todo), "job" if len(todo) == 1 else "jobs", ranks)
             results: list[JobReturn] = []

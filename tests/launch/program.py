@@ -121,9 +121,11 @@ class Program:
 
     def sweep(self, *words: str, fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
         """On 2 ranks, into the folder ``sweep`` where no other is asked for. fresh: by an interpreter of its own."""
-        where = ("hydra.sweep.dir", "hydra.launcher.resume")
-        words = ("-m", *TORCHRUN, *(["hydra.sweep.dir=sweep"] * (not any(w.startswith(where) for w in words))), *words)
-        return self.run(*words, **env) if fresh else warm.run(["python", "app.py", *words], cwd=self.folder, env=env)
+        says = any(word.startswith(("hydra.sweep.dir", "hydra.launcher.resume")) for word in words)
+        command = ["-m", *TORCHRUN, *([] if says else ["hydra.sweep.dir=sweep"]), *words]
+        if fresh:
+            return self.run(*command, **env)
+        return warm.run(["python", "app.py", *command], cwd=self.folder, env=env)
 
     def records(self, folder: str = "sweep") -> dict[int, dict]:
         """The last of each job."""

@@ -159,6 +159,7 @@ def test_an_exported_folder_trains_on(tmp_path: Path) -> None:
 
 
 def start(folder: Path, *words: str, ranks: int = 1, nodes: str = "1", port: int = 0) -> warm.Program:
+    """A program whose ranks can be killed one by one."""
     launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
     if nodes != "1":
         launcher += ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
