@@ -89,7 +89,8 @@ def run(
     """The program's outcome, as subprocess.run gives it."""
     program = Program(words, cwd=cwd, env=env)
     texts = program.communicate(timeout)
-    return subprocess.CompletedProcess(words, program.returncode or 0, *texts)
+    assert program.returncode is not None
+    return subprocess.CompletedProcess(words, program.returncode, *texts)
 
 
 def _program(words: list[str], cwd: str, environ: dict[str, str], files: list[str]) -> None:
