@@ -14,7 +14,7 @@ from torch import nn
 from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
-from nemo_dist_conf.runtime.build import Built, build_model
+from nemo_dist_conf.runtime.build import Built, build_model, whole_up_to
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import initialise_in_turn, materialise
 from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer
@@ -56,7 +56,7 @@ def instantiate(
 
     def build() -> Built | None:
         nothing = model is None and node is None
-        return None if nothing else build_model(node, model, seed, info.device, checked.strategy.name == "ddp")
+        return None if nothing else build_model(node, model, seed, info.device, whole_up_to(checked))
 
     built, marks = together(build, lambda _: config_mark(cfg))
     agree_on_config(cfg, marks)  # before the meshes: different ones would be made in different order, and hang

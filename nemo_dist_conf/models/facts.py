@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
-__all__ = ["ModelFacts", "facts_from_config", "facts_from_folder"]
+__all__ = ["ModelFacts", "facts_from_config", "facts_from_folder", "fields_of"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         tied=bool(config.get("tie_word_embeddings", False)),
         balances_experts=bool(config.get("output_router_logits", False)),
     )
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """The fields of a transformers config object, which its own to_dict copies deeply."""
+    return {**vars(config), "model_type": getattr(config, "model_type", None)}
 
 
 def facts_from_folder(folder: str | Path) -> ModelFacts | None:

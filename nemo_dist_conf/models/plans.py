@@ -137,7 +137,10 @@ def complete_plan(
 def match_pattern(pattern: str, name: str) -> bool:
     """Whether a module's name is meant by a pattern; ``*`` within one part between dots, as in torch's plans."""
     parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    # Most parts are words, for which no regular expression needs to be built.
+    return len(parts) == len(wanted) and all(
+        part == want or (not want.isidentifier() and fnmatchcase(part, want)) for part, want in zip(parts, wanted)
+    )
 
 
 def unalias(style: str) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +17,36 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
+from nemo_dist_conf.models.facts import fields_of
+from nemo_dist_conf.models.shapes import shape_of
 from nemo_dist_conf.runtime.load import check_weights
-from nemo_dist_conf.runtime.materialise import Template, Writes, can_materialise, template_of, tied_names
+from nemo_dist_conf.runtime.materialise import (
+    Template,
+    Writes,
+    can_materialise,
+    draw_in_place,
+    materialise,
+    template_of,
+    tied_names,
+)
 from nemo_dist_conf.runtime.stored_names import Part
 
-__all__ = ["Built", "build_model"]
+__all__ = ["Built", "build_model", "whole_up_to"]
 
 log = logging.getLogger(__name__)
+
+#: 16 MiB in float32. Sharding tensors on meta and filling them then takes tens of milliseconds longer.
+_SMALL_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class Built:
     """A model before it is parallelised.
 
-    template: what it takes to fill it when it was built without values, else None.
+    template: what it takes to fill it when it was built without values; None: it has them, the same on every rank
+    unless the caller gave them.
     weights: folder to fill it from; parts: what its tensors are, where they are stored otherwise than the model holds
     them.
     blocks: path of its blocks as the config declared it.
@@ -44,12 +60,20 @@ class Built:
     blocks: Any = None
 
 
+def whole_up_to(checked: Checked) -> float:
+    """Elements up to which a model of this config has its values before it is parallelised, for ``build_model``."""
+    if checked.strategy.name == "ddp":
+        return math.inf  # every rank holds all of it anyway
+    offloads = (checked.strategy_values.get("offload_policy") or {}).get("enabled")
+    return _SMALL_ELEMENTS if checked.strategy.name == "fsdp2" and not offloads else 0
+
+
 def build_model(
     node: Any,
     given: nn.Module | Callable[[], nn.Module] | None,
     seed: int,
     device: torch.device,
-    is_whole: bool = False,
+    whole: float = 0,
 ) -> Built:
     """From a module or a factory the caller gave, else from the config node ``model``.
 
@@ -57,9 +81,24 @@ def build_model(
     model_type) and ``name_or_path`` (a local checkpoint folder whose config and weights are taken).
     A factory's module is built on meta, so that no rank holds all of it, unless its modules' own initialisers do not
     give what its constructor gives; then it is built on the CPU, with the same random numbers on every rank.
-    is_whole: every rank will hold all of the model, so one of transformers gets its storage on ``device`` at once.
+    whole: elements of parameters up to which a model gets its values here, on ``device``, before it is parallelised:
+    all of them where every rank will hold the whole model anyway.
     Raises ConfigError or DataError for what cannot be built.
     """
+    built = _built(node, given, seed, device, whole)
+    if built.template is None or _elements(built.model) > whole:
+        return built
+    materialise(built.model, built.template, seed, device)
+    return dataclasses.replace(built, template=None)
+
+
+def _elements(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _built(
+    node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device, whole: float
+) -> Built:
     blocks = node.get("blocks") if isinstance(node, (Mapping, DictConfig)) else None
     blocks = OmegaConf.to_container(blocks) if OmegaConf.is_config(blocks) else blocks
     if isinstance(given, nn.Module):
@@ -73,7 +112,7 @@ def build_model(
 
         return _from_factory(lambda: instantiate(node), seed, device, None)
     if node.get("name_or_path") or node.get("config"):
-        return _from_transformers(node, seed, device, blocks, is_whole)
+        return _from_transformers(node, seed, device, blocks, whole)
     raise _not_a_model(node)
 
 
@@ -129,7 +168,7 @@ def _with_values(factory: Callable[[], Any], seed: int, device: torch.device, bl
     return Built(model.to(device), ties=tied_names(model), blocks=blocks)
 
 
-def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any, is_whole: bool) -> Built:
+def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any, whole: float) -> Built:
     try:
         import transformers
     except ImportError:
@@ -151,8 +190,11 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any, 
         config.use_cache = False  # for generation only: in training it would keep keys and values of every layer
 
     try:
-        model = _without_values(factory, device if is_whole else torch.device("meta"), device)
-        if model is not None and can_materialise(model):
+        here = _parameters(config) <= whole
+        model = _without_values(factory, device if here else torch.device("meta"), device)
+        if model is not None and here and draw_in_place(model, seed, device):
+            built = Built(model, ties=tied_names(model), blocks=blocks)
+        elif model is not None and not here and can_materialise(model):
             built = Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
         else:
             built = _with_values(factory, seed, device, blocks)
@@ -167,6 +209,14 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any, 
         return built
     parts = check_weights(built.model, folder, built.ties)
     return dataclasses.replace(built, weights=folder, parts=parts)
+
+
+def _parameters(config: Any) -> float:
+    """Of the model that a transformers config describes; infinite where its sizes are not known before it is built."""
+    try:
+        return shape_of(fields_of(config)).parameters
+    except ConfigError:
+        return math.inf
 
 
 def _without_values(factory: Callable[[], Any], on: torch.device, device: torch.device) -> Any:

@@ -19,6 +19,7 @@ __all__ = [
     "Template",
     "Writes",
     "can_materialise",
+    "draw_in_place",
     "give_storage",
     "initialise_in_turn",
     "materialise",
@@ -165,6 +166,33 @@ def materialise(
     log.debug("materialised on %s, seed %d", store or device, seed)
 
 
+def draw_in_place(model: nn.Module, seed: int, device: torch.device) -> bool:
+    """Draw the weights that ``materialise`` gives, where the model is, whole and with nothing ever wrapped.
+
+    False where a module has no initialiser that sets all of its tensors, as ``can_materialise`` says: the values are
+    worth nothing then.
+    """
+    ties = tied_names(model)
+    followers = {name for group in ties for name in group[1:]}
+    doubtful = False
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        for name, module in _owners(model):
+            named = {f"{name}.{key}": t for key, t in (*module._parameters.items(), *module._buffers.items())}
+            drawn = [tensor for key, tensor in named.items() if tensor is not None and key not in followers]
+            before = [tensor._version for tensor in drawn]
+            initialise = _initialiser(model, module)
+            if initialise is None:
+                return False
+            if not followers.isdisjoint(named):
+                _fill(module, name, _copy(module), model, seed, device, followers)
+            else:
+                _seed_generator(seed, name, device)
+                initialise()
+            doubtful |= any(tensor._version == version for tensor, version in zip(drawn, before))
+    # Writes through .data leave the version as it was.
+    return not doubtful or can_materialise(model)
+
+
 def give_storage(model: nn.Module, device: torch.device) -> None:
     """``model.to_empty`` for what is on meta, without asking DTensor how an empty tensor is sharded: like that one."""
     if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
@@ -267,9 +295,7 @@ def _fill(
     initialise = _initialiser(model, module)
     if initialise is None:
         raise AssertionError(f"{name} cannot initialise itself; can_materialise was not asked")
-    # Not torch.manual_seed: on a CPU it queues a seed and a stack trace for each kind of device that may come later.
-    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
-    generator.manual_seed(_seed(seed, name))
+    _seed_generator(seed, name, device)
     initialise()
     for tensors, targets in zip(owned, slots):
         for key, value in tensors.items():
@@ -280,8 +306,10 @@ def _fill(
         tensors.update(before)  # back to meta: at most one module is ever whole
 
 
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+def _seed_generator(seed: int, name: str, device: torch.device) -> None:
+    # Not torch.manual_seed: on a CPU it queues a seed and a stack trace for each kind of device that may come later.
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
+    generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big"))
 
 
 def _storage_for(meta: torch.Tensor, target: torch.Tensor | None, device: torch.device, follows: bool) -> torch.Tensor:

@@ -28,7 +28,6 @@ from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
 from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
-from nemo_dist_conf.runtime.materialise import give_storage
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.strategies.ddp import DDPConfig
@@ -49,9 +48,8 @@ _BUFFERS_OPTION = next(
     if name in inspect.signature(DistributedDataParallel.__init__).parameters
 )
 
-#: Elements up to which a model has its storage before it is sharded: 16 MiB in float32. Sharding tensors on meta takes
-#: milliseconds longer, which shows where little else is done.
-_SMALL_ELEMENTS = 2**22
+#: What DDP sends at once when it makes models equal.
+_BUCKET_BYTES = 250 * 2**20
 
 #: Materialises a model that was built on the meta device.
 Fill = Callable[[nn.Module], None]
@@ -120,8 +118,6 @@ def parallelize_fsdp2(
         return _pipeline(model, units, stages, pipeline, config, device_mesh, fill, experts)
     if config.autocast_dtype is not None:
         autocast_forward(model, device, config.autocast_dtype)
-    if fill is not None and sum(parameter.numel() for parameter in model.parameters()) <= _SMALL_ELEMENTS:
-        give_storage(model, device)
     shard_blocks(model, units, fsdp_mesh(device_mesh), config, sizes.get(A.PP, 1) > 1, experts)
     model._defer_grad_sync = config.defer_fsdp_grad_sync  # type: ignore[assignment]  # read by gradients.accumulate
     if fill is not None:
@@ -300,10 +296,10 @@ def _sync_from_rank0(model: nn.Module) -> None:
 
 
 def _send_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for tensor in tensors:
-            if not tensor.is_meta:
-                dist.broadcast(tensor.detach(), src=0)
+    """In buckets, as DDP does it: one collective for each tensor would take longer than a small model's wrapping."""
+    sent, world = [tensor.detach() for tensor in tensors if not tensor.is_meta], dist.group.WORLD
+    if sent and world is not None:
+        dist._broadcast_coalesced(world, sent, _BUCKET_BYTES, 0)
 
 
 def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.models.facts import facts_from_config
+from nemo_dist_conf.models.facts import facts_from_config, fields_of
 from nemo_dist_conf.models.plan_rules import style_names
 from nemo_dist_conf.models.plans import FAMILIES, SEQUENCE_STYLES, STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.models.rules import model_problems
@@ -62,8 +62,8 @@ def apply_tensor_parallel(
     styles = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in named.items()}
     # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
     # values, so none is sent.
-    inwards = dict(sorted(styles.items(), key=lambda entry: -entry[0].count(".")))
-    parallelize_module(model, tp_mesh, inwards, src_data_rank=None)
+    for name, style in sorted(styles.items(), key=lambda entry: -entry[0].count(".")):
+        parallelize_module(model.get_submodule(name), tp_mesh, style, src_data_rank=None)
     retie(model, ties)
     model.register_forward_hook(plain_outputs)
     _warn_of_unstyled(model, named)
@@ -210,7 +210,7 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
     leaves = {name.rpartition(".")[2] for name, style in named.items() if style == "colwise"}
     config: Any = getattr(model, "config", None)
     if leaves & {"q_proj", "k_proj", "v_proj"} and hasattr(config, "to_dict"):
-        problems = model_problems(facts_from_config(config.to_dict()), {"tp_size": tp_size}, dist.get_world_size())
+        problems = model_problems(facts_from_config(fields_of(config)), {"tp_size": tp_size}, dist.get_world_size())
         if problems:
             return problems
     widths: dict[str, int] = {}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from nemo_dist_conf.checkpoint import Restored
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.models.facts import facts_from_config
+from nemo_dist_conf.models.facts import facts_from_config, fields_of
 from nemo_dist_conf.resolvers import autocast_dtype
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.runtime.lower import lower_dtype
@@ -263,7 +263,7 @@ def _microbatches(data: DataSource, step: int, rows: int, context: Any) -> tuple
 def _expert_load(model: nn.Module) -> ExpertLoad | None:
     """A counter for the experts of a transformers model; None for a dense one."""
     config: Any = getattr(unwrapped(model), "config", None)
-    experts = facts_from_config(config.to_dict()).num_experts if hasattr(config, "to_dict") else None
+    experts = facts_from_config(fields_of(config)).num_experts if hasattr(config, "to_dict") else None
     return None if experts is None else ExpertLoad(model, experts)
 
 

@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime import order
 from nemo_dist_conf.runtime.build import build_model
 from tests.dist.layouts import ADAMW, LLAMA, MODELS, Net, batch, composed, full_state, loss_sum
 from tests.dist.pool import run_ranks
@@ -282,8 +281,7 @@ DEEP = {"width": 64, "depth": 8}
 
 def peak_of_build(given: bool, *words: str, **nodes: Any) -> tuple[float, float]:
     """Highest and last memory of the build on this rank, as fractions of the whole model's."""
-    with Live() as live, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "_SMALL_ELEMENTS", 0)  # else it has its storage before it is sharded
+    with Live() as live:
         wrapped = instantiate(composed(FP32, *words, **nodes), (lambda: Net(**DEEP)) if not given else Net(**DEEP))[1]
     whole = sum(parameter.numel() * parameter.element_size() for parameter in wrapped.parameters())
     kept = sum(p.to_local().untyped_storage().nbytes() for p in wrapped.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime import order
+from nemo_dist_conf.runtime import build, order
+from nemo_dist_conf.runtime.boxes import local_values
 from nemo_dist_conf.runtime.build import build_model
 from nemo_dist_conf.runtime.materialise import can_materialise, materialise, template_of, tied_names
 from tests.dist.layouts import MODELS, Net, composed, full_state, plain_model
@@ -130,6 +132,7 @@ def test_running_statistics_start_as_they_do_in_torch() -> None:
 
 # --------------------------------------------------------------------------------- whatever the layout
 
+NET_PLAN = "strategy.tp_plan={blocks.*.up:colwise,blocks.*.down:rowwise}"
 LAYOUTS = [
     (1, ("strategy=ddp",)),
     (1, ()),
@@ -158,34 +161,48 @@ def test_every_layout_starts_from_the_same_weights(ranks: int, words: tuple[str,
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def weights_of_large(words: tuple[str, ...], kind: str, small: int = 0) -> tuple[dict[str, Tensor], bool]:
-    """As for a model that is too large to have its storage before it is sharded; whether it had."""
-    gave_storage: list[bool] = []
+def small_weights(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tensor], bool, float]:
+    """As for a model that is small enough to have its values before it is parallelised (the ranks of the tests build
+    all of theirs as if they were large); whether it had them, and what it keeps of them, in shares of its own part.
+    """
+    had: list[bool] = []
     shard_blocks = order.shard_blocks
 
     def watched(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        gave_storage.append(not any(parameter.is_meta for parameter in model.parameters()))
+        had.append(not any(parameter.is_meta for parameter in model.parameters()))
         shard_blocks(model, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "_SMALL_ELEMENTS", small)
+        patch.setattr(build, "_SMALL_ELEMENTS", 10**6)
         patch.setattr(order, "shard_blocks", watched)
-        return weights(words, kind, 3), any(gave_storage)
+        model = instantiate(composed(*words, model=MODELS[kind], seed=3))[1]
+    parts = [local_values(parameter) for parameter in model.parameters()]
+    held, own = sum(part.untyped_storage().nbytes() for part in parts), sum(part.nbytes for part in parts)
+    return full_state(model), all(had), held / own
+
+
+SMALL = [(kind, ranks, words) for kind in ("llama", "tied") for ranks, words in LAYOUTS[3:]]
+SMALL += [("module", 2, ()), ("module", 4, ("parallelism.tp_size=2", NET_PLAN))]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks, words", LAYOUTS[3:], ids=[" ".join(words) or str(r) for r, words in LAYOUTS[3:]])
-@pytest.mark.parametrize("kind", ["llama", "tied"])
-def test_storage_after_sharding_has_the_same_weights(ranks: int, words: tuple[str, ...], kind: str) -> None:
-    expected = filled(plain_model, kind, seed=3).state_dict()
-    for found, gave_storage in run_ranks(ranks, weights_of_large, words, kind):
-        assert not gave_storage
-        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+@pytest.mark.parametrize("kind, ranks, words", SMALL, ids=[f"{k} {r} {' '.join(words)}" for k, r, words in SMALL])
+def test_a_small_model_has_its_values_before_it_is_parallelised(kind: str, ranks: int, words: tuple[str, ...]) -> None:
+    """The same ones, and what is left of the whole model is this rank's part of it."""
+    expected = filled(Net, seed=3) if kind == "module" else filled(plain_model, kind, seed=3)
+    for found, had, held in run_ranks(ranks, small_weights, words, kind):
+        assert had is not any("offload" in word for word in words)
+        assert 1 <= held < 1.2  # the rest is padding
+        values = expected.state_dict()
+        assert found.keys() == values.keys()
+        assert [name for name in values if not torch.equal(found[name], values[name])] == []
 
 
-@pytest.mark.dist
-def test_a_small_model_has_its_storage_before_it_is_sharded() -> None:
-    assert [early for _, early in run_ranks(2, weights_of_large, (), "llama", order._SMALL_ELEMENTS)] == [True] * 2
+def test_one_element_more_and_it_has_them_after() -> None:
+    node = {"config": MODELS["llama"]["config"]}
+    count = sum(parameter.numel() for parameter in plain_model("llama").parameters())
+    assert build_model(node, None, 0, CPU, count).template is None
+    assert build_model(node, None, 0, CPU, count - 1).template is not None
 
 
 class NeedsValues:
@@ -209,16 +226,17 @@ def test_where_a_model_can_be_built_does_not_decide_its_weights() -> None:
     """ddp builds it on the device, fsdp2 on meta, or on the CPU where it computes with values."""
     node = {"config": MODELS["llama"]["config"]}
 
-    def build(is_whole: bool) -> tuple[str, dict[str, Tensor]]:
-        built = build_model(node, None, 3, CPU, is_whole)
+    def build(whole: float) -> tuple[str, dict[str, Tensor]]:
+        built = build_model(node, None, 3, CPU, whole)
         place = next(built.model.parameters()).device.type
-        assert built.template is not None
-        materialise(built.model, built.template, 3, CPU)
+        assert (built.template is None) is (whole > 0)
+        if built.template is not None:
+            materialise(built.model, built.template, 3, CPU)
         return place, tensors(built.model)
 
-    found = [build(True), build(False)]
+    found = [build(math.inf), build(0)]
     with NeedsValues():
-        found += [build(True), build(False)]
+        found += [build(math.inf), build(0)]
     assert [place for place, _ in found] == ["cpu", "meta", "cpu", "cpu"]
     expected = tensors(filled(plain_model, "llama", seed=3))
     for _, values in found:
@@ -228,8 +246,8 @@ def test_where_a_model_can_be_built_does_not_decide_its_weights() -> None:
 
 def test_building_draws_no_random_numbers() -> None:
     state = torch.get_rng_state()
-    for is_whole in (True, False):
-        build_model({"config": MODELS["llama"]["config"]}, None, 3, CPU, is_whole)
+    for whole in (math.inf, 0):
+        build_model({"config": MODELS["llama"]["config"]}, None, 3, CPU, whole)
     assert torch.equal(torch.get_rng_state(), state)
 
 
