@@ -18,7 +18,7 @@ from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime import build, order
 from nemo_dist_conf.runtime.boxes import local_values
 from nemo_dist_conf.runtime.build import build_model
-from nemo_dist_conf.runtime.materialise import can_materialise, materialise, template_of, tied_names
+from nemo_dist_conf.runtime.materialise import can_materialise, draw_in_place, materialise, template_of, tied_names
 from tests.dist.layouts import MODELS, Net, composed, full_state, plain_model
 from tests.dist.pool import run_ranks
 
@@ -322,6 +322,28 @@ def test_a_tensor_that_nothing_sets_is_found(forgets: str) -> None:
     """Left alone it would hold whatever the memory held; among whole numbers and masks there is no NaN to tell."""
     assert not can_materialise(on_meta(Forgetful, forgets))
     assert can_materialise(on_meta(Forgetful, "nothing"))
+
+
+@pytest.mark.parametrize("forgets", ["weight", "bias", "scale", "steps", "mask", "nothing"])
+def test_a_tensor_that_nothing_sets_is_found_where_the_model_is(forgets: str) -> None:
+    assert draw_in_place(Forgetful(forgets), 0, CPU) is (forgets == "nothing")
+    assert not draw_in_place(NoInitialiser(), 0, CPU)
+
+
+class ThroughData(nn.Linear):
+    """Writes in a way that leaves a tensor's version as it was."""
+
+    def reset_parameters(self) -> None:
+        self.weight.data.normal_()
+        self.bias.data.zero_()
+
+
+def test_what_is_written_through_data_is_set() -> None:
+    model = ThroughData(3, 2)
+    before = model.weight.clone()
+    assert draw_in_place(model, 5, CPU)
+    assert not torch.equal(model.weight, before)
+    assert torch.equal(model.weight, tensors(filled(ThroughData, 3, 2, seed=5))["weight"])
 
 
 def test_one_module_of_a_kind_speaks_for_those_that_are_alike_only() -> None:
