@@ -42,7 +42,7 @@ def losses(text: str) -> list[float]:
 @pytest.mark.slow
 def test_minimal_gives_the_same_losses_under_every_strategy(tmp_path):
     app = EXAMPLES / "minimal" / "train.py"
-    reference = losses(run(app, "strategy=ddp", cwd=tmp_path))
+    reference = losses(train(app, "strategy=ddp", cwd=tmp_path))
     assert len(reference) == 5 and reference[-1] < reference[0]
     assert losses(train(app, "strategy.mp_policy=null", "activation_checkpointing=true", cwd=tmp_path)) == reference
     sharded = losses(train(app, "strategy.mp_policy=null", ranks=2, cwd=tmp_path))

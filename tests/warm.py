@@ -5,7 +5,8 @@
 Such a process is forked from the server that the ranks of ``tests.dist.pool`` come from, and then does what ``python``
 does for a file or a module. ``torchrun`` there is torch's own, with one change: it forks its ranks, which are
 otherwise started as it starts them, instead of executing Python again. So does a program with the fork server that it
-starts itself, which ``hydra/launcher=torchrun`` does. Only for what does not depend on a fresh interpreter;
+starts itself, which ``hydra/launcher=torchrun`` does, and a Python that it starts by subprocess with files for what is
+printed, which the benchmarks do. Only for what does not depend on a fresh interpreter;
 ``subprocess`` is for the rest.
 """
 
@@ -20,6 +21,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any, Mapping
@@ -103,6 +106,7 @@ def _program(words: list[str], cwd: str, environ: dict[str, str], files: list[st
     os.chdir(cwd)
     multiprocessing.process.ORIGINAL_DIR = cwd  # type: ignore[attr-defined]  # where its children look for its files
     _fork_forkservers()
+    _fork_pythons()
     try:
         if words[0] == "torchrun":
             _torchrun(words[1:])
@@ -110,6 +114,64 @@ def _program(words: list[str], cwd: str, environ: dict[str, str], files: list[st
             _as_main(*words[1:])
     finally:
         atexit._run_exitfuncs()
+
+
+class _Forked:
+    """What stands for subprocess.Popen where a Python program is forked."""
+
+    def __init__(self, words: list[str], cwd: Any, env: Mapping[str, str], printed: list[Any]) -> None:
+        self.args, self.returncode = words, None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            for number, file in zip((1, 2), printed):
+                if file is not None:
+                    os.dup2(file.fileno(), number)
+            os.environ.clear()
+            os.environ.update(env)
+            os.chdir(cwd or ".")
+            _torchrun(words[2:]) if words[:2] == ["-m", "torch.distributed.run"] else _as_main(*words)
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or 1e9)
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(0.02)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def _fork_pythons() -> None:
+    popen = subprocess.Popen
+
+    def start(args: Any, **options: Any) -> Any:
+        printed = [options.get("stdout"), options.get("stderr")]
+        is_program = not isinstance(args, str) and args[0] == sys.executable and args[1] not in ("-c", "-X")
+        is_plain = options.keys() <= {"cwd", "env", "stdout", "stderr"}
+        if not is_program or not is_plain or any(file is not None and not hasattr(file, "fileno") for file in printed):
+            return popen(args, **options)
+        env = options.get("env")
+        return _Forked(list(map(str, args[1:])), options.get("cwd"), dict(os.environ) if env is None else env, printed)
+
+    subprocess.Popen = start  # type: ignore[assignment,misc]
 
 
 def _fork_forkservers() -> None:

@@ -55,7 +55,10 @@ def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float |
         shown = parameter if gradient is None else gradient  # a rank that has nothing of it still reduces with others
         if isinstance(shown, DTensor):
             sharded = tuple(not placement.is_replicate() for placement in shown.placements)
-            held = groups.setdefault((shown.device_mesh, sharded), [])
+            # The parameter's mesh: that of a gradient may be an equal one of an earlier model, which DTensor remembers,
+            # and its groups are others, on which only the ranks that have a gradient would wait.
+            mesh = getattr(parameter, "device_mesh", shown.device_mesh)
+            held = groups.setdefault((mesh, sharded), [])
         else:
             held = groups.setdefault(None, [])
         if gradient is not None:

@@ -3,8 +3,8 @@
 tensor/sequence parallel -> expert parallel -> context parallel -> activation checkpointing -> compile -> split into
 pipeline stages -> autocast -> shard or replicate -> fill.
 
-Stages are planned on the plain model and cut out of the parallelised one, which is on meta: so plans and rules of the
-other techniques see the whole model, and no rank ever has another rank's weights.
+Stages are planned on the plain model and cut out of the parallelised one, which is on meta if it is large: so plans and
+rules of the other techniques see the whole model, and no rank ever has another rank's weights.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ EXPERTS: dict[str, Layout] = {
     "ep 2 x pp 2": Layout(4, (*FSDP2, EP, PP, "pipeline.pp_batch_size=8"), _MIXTRAL),
 }
 #: Other numbers of ranks, and sizes that nothing divides.
-_ODD: dict[str, Any] = {"config": {**LLAMA, "vocab_size": 97}}
+_ODD: dict[str, Any] = {"config": {**LLAMA, "vocab_size": 97, "num_hidden_layers": 2}}
 ODD: dict[str, Layout] = {
     "1 rank": Layout(1, FSDP2, _ODD),
     "ddp 2": Layout(2, ("strategy=ddp",), _ODD),

@@ -29,6 +29,7 @@ from nemo_dist_conf.runtime.pipeline import Pipeline
 
 __all__ = [
     "ADAMW",
+    "FEWER_STEPS",
     "LLAMA",
     "MODELS",
     "Net",
@@ -77,6 +78,8 @@ SGD: dict[str, Any] = {"name": "sgd", "lr": 1.0, "momentum": 0.9}
 #: Below every norm of these models, so that clipping always scales.
 MAX_NORM = 0.25
 STEPS = 5
+#: Of options of what the matrix of layouts (matrix.py) and test_parity.py run for five.
+FEWER_STEPS = 3
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.context_parallel import local_positions, split_sequence
-from tests.dist.layouts import ADAMW, LLAMA, MODELS, SGD, Trajectory, batch, composed, single_process, train
+from tests.dist.layouts import ADAMW, FEWER_STEPS, LLAMA, MODELS, SGD, Trajectory, batch, composed, single_process, train
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], int]] = {
 def run_layout(name: str, sgd: bool) -> Trajectory:
     _, words, microbatches = LAYOUTS[name]
     cfg = composed(FP32, *words, model=MODELS["llama"], optimizer=SGD if sgd else ADAMW)
-    return train(cfg, microbatches, whole=sgd, length=LENGTH)
+    return train(cfg, microbatches, FEWER_STEPS, sgd, LENGTH)
 
 
 @functools.cache
@@ -61,8 +61,8 @@ def test_equals_one_process(name: str, sgd: bool) -> None:
     want = expected(sgd)
     found = run_ranks(LAYOUTS[name][0], run_layout, name, sgd)
     for rank in found:
-        assert rank.losses == pytest.approx(want.losses, rel=1e-5)
-        assert rank.norms == pytest.approx(want.norms, rel=1e-5)
+        assert rank.losses == pytest.approx(want.losses[:FEWER_STEPS], rel=1e-5)
+        assert rank.norms == pytest.approx(want.norms[:FEWER_STEPS], rel=1e-5)
     for key, gradient in (want.gradients if sgd else {}).items():
         assert float((found[0].gradients[key] - gradient).norm() / gradient.norm()) < 1e-5, key
 

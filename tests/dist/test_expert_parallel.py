@@ -17,6 +17,7 @@ from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.routing import ExpertLoad
 from nemo_dist_conf.train.step import train_step
 from tests.dist.layouts import (
+    FEWER_STEPS,
     LLAMA,
     MODELS,
     SGD,
@@ -89,7 +90,7 @@ def run_case(family: str, name: str) -> Trajectory:
     _, words, microbatches = CASES[name]
     first = ("strategy=ddp",) if "ddp" in name else (FP32,)
     cfg = composed(*first, *words, model={"config": config_of(family, name)}, optimizer=SGD)
-    return train(cfg, microbatches, whole=True, length=LENGTH)
+    return train(cfg, microbatches, FEWER_STEPS, True, LENGTH)
 
 
 def expected(config: dict[str, Any]) -> Trajectory:
@@ -112,8 +113,8 @@ def test_equals_one_process(family: str, name: str) -> None:
     want = expected(config_of(family, name))
     found = run_ranks(CASES[name][0], run_case, family, name)
     for rank in found:
-        assert rank.losses == pytest.approx(want.losses, rel=1e-5)
-        assert rank.norms == pytest.approx(want.norms, rel=1e-5)
+        assert rank.losses == pytest.approx(want.losses[:FEWER_STEPS], rel=1e-5)
+        assert rank.norms == pytest.approx(want.norms[:FEWER_STEPS], rel=1e-5)
     assert [key for key in want.weights if not torch.equal(want.weights[key], found[0].weights[key])] == []
     off = {key: float((found[0].gradients[key] - g).norm() / g.norm()) for key, g in want.gradients.items()}
     assert max(off.values()) < 1e-5, max(off.items(), key=lambda entry: entry[1])

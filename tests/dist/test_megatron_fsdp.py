@@ -145,6 +145,16 @@ def test_equals_one_process(name: str) -> None:
         assert found.norms == pytest.approx(want.norms, rel=1e-5)
 
 
+def several_models(count: int) -> list[Trajectory]:
+    return [run_case("tp 2 x dp 2, zero 1, tied") for _ in range(count)]
+
+
+def test_models_one_after_the_other_do_not_wait_for_each_other() -> None:
+    """DTensor remembers the first one's mesh, which equals the second one's, and hands it to some gradients."""
+    for first, *others in run_shimmed(4, several_models, 3, timeout_s=60.0):
+        assert all(other == first for other in others)
+
+
 def _plain_loop(stage: int, overlaps: bool) -> list[float]:
     """What a user writes who knows nothing of any of this: no accumulate, no clipping."""
     words = [f"strategy.overlap_grad_reduce={overlaps}".lower()] if stage < 2 else []

@@ -95,13 +95,13 @@ COMBINED = {
 }
 
 
-def _with_tensor_parallel(cases: dict[str, Case], both: set[str] | None = None) -> dict[str, Case]:
-    """Each case with sequence parallelism, and those of ``both`` (None: all) without; a user's module says how its
-    layers are split.
+def _with_tensor_parallel(cases: dict[str, Case], both: set[str]) -> dict[str, Case]:
+    """Each case with sequence parallelism, and those of ``both`` without; a user's module says how its layers are
+    split.
     """
     found = {}
     for name, case in cases.items():
-        for sequence in (False, True) if both is None or name in both else (True,):
+        for sequence in (False, True) if name in both else (True,):
             words = (SEQUENCE,) * sequence
             if case.model == "module":
                 words += (SEQUENCE_PLAN if sequence else PLAN,)
@@ -118,7 +118,7 @@ CASES: dict[str, dict[str, Case]] = {
     "fsdp2 2": {**FSDP2, **WIDE, "sequence parallel with nothing to split": Case((SEQUENCE,))},
     "fsdp2 4": COMBINED,
     "hsdp 2x2": COMBINED,
-    "tp 2": _with_tensor_parallel({**DDP, **PAIRED}),
+    "tp 2": _with_tensor_parallel({**DDP, **PAIRED}, {"plain", "full checkpointing", "tied", "user's module"}),
     "tp 2 x dp 2": _with_tensor_parallel({**COMBINED, "wide": Case(model="wide", whole=True)}, {"plain", "wide"}),
 }
 

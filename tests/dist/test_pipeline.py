@@ -19,6 +19,7 @@ from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.runtime.pipeline import Pipeline
 from tests.dist.layouts import (
     ADAMW,
+    FEWER_STEPS,
     LLAMA,
     MAX_NORM,
     ROWS,
@@ -99,7 +100,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], int, dict[str, Any]]] = {
 
 def run_case(name: str) -> Trajectory:
     _, words, microbatches, model = CASES[name]
-    return train(composed(FP32, *words, model=model, optimizer=SGD), microbatches, whole=True, length=LENGTH)
+    return train(composed(FP32, *words, model=model, optimizer=SGD), microbatches, FEWER_STEPS, True, LENGTH)
 
 
 @functools.cache
@@ -109,7 +110,7 @@ def expected(own: bool) -> Trajectory:
 
 def one_rank(model: dict[str, Any]) -> Trajectory:
     """One rank, whose equality with plain torch is proven in test_parity."""
-    return train(composed(FP32, model=model, optimizer=SGD), whole=True, length=LENGTH)
+    return train(composed(FP32, model=model, optimizer=SGD), 1, FEWER_STEPS, True, LENGTH)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -200,7 +201,7 @@ def test_stages_are_rounded_to_a_multiple_of_the_ranks() -> None:
 
 def _losses(path: str | None, *words: str) -> list[float]:
     csv = [f"pipeline.pp_schedule_csv={path}"] if path else []
-    return train(composed(FP32, PP, rows(4), *csv, *words, model=MODEL, optimizer=SGD), 4, length=LENGTH).losses
+    return train(composed(FP32, PP, rows(4), *csv, *words, model=MODEL, optimizer=SGD), 4, FEWER_STEPS, length=LENGTH).losses
 
 
 def test_a_schedule_from_a_file_runs(tmp_path: Path) -> None:

@@ -27,12 +27,15 @@ def assert_gone(ranks):
     wait_for(lambda: not any(is_running(pid) for pid in ranks), seconds=10.0)
 
 
-@pytest.mark.parametrize("start_method", ["forkserver", "spawn", "fork"])
-def test_a_launcher_that_is_stopped_or_killed_leaves_no_process(new, start_method):
+@pytest.mark.parametrize(
+    ("start_method", "signals"), [("forkserver", SIGNALS), ("spawn", SIGNALS[:1]), ("fork", SIGNALS[:1])]
+)
+def test_a_launcher_that_is_stopped_or_killed_leaves_no_process(new, start_method, signals):
+    """However its ranks were started; what it does about a signal that it can catch does not depend on that."""
     program = new()
     (program.folder / "wait").touch()
     words = ["-m", *TORCHRUN, f"hydra.launcher.start_method={start_method}", "do=wait,write"]
-    running = {number: program.start(*words, f"hydra.sweep.dir={number.name}") for number in SIGNALS}
+    running = {number: program.start(*words, f"hydra.sweep.dir={number.name}") for number in signals}
     for number, process in running.items():
         ranks = wait_for(lambda: len(found := pids(program, f"{number.name}/0")) == 2 and found)
         assert set(ranks) <= set(started_by(process)) and all(is_running(pid) for pid in ranks)

@@ -260,7 +260,8 @@ def test_two_sweeps_that_start_in_the_same_second_keep_apart(new):
     """The folder is named by the year, so that the two have the same name on any machine."""
     program = new()
     words = ["-m", *TORCHRUN, "hydra.sweep.dir='multirun/${now:%Y}'"]
-    both = [program.start(*words, f"n={first},{first + 1}") for first in (10, 20)]
+    app = ["python", "app.py", *words]
+    both = [warm.Program([*app, f"n={first},{first + 1}"], cwd=program.folder) for first in (10, 20)]
     for process in both:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, out + err

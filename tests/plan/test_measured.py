@@ -281,6 +281,7 @@ ACTIVATIONS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         for name, config in {"llama": MODEL, "mixtral": MIXTRAL, "qwen3": QWEN, "qwen3_moe": QWEN_MOE}.items()
         for dtype, word in {"fp32": PLAIN, "bf16": NARROW}.items()
         for mode in MODES
+        if dtype == "bf16" or name in ("llama", "mixtral")  # what a dtype changes is the same in the others
     },
     **{
         f"{name}, {mode}": (MODEL, 2, [PLAIN, *words, f"activation_checkpointing={mode}"])
@@ -309,8 +310,11 @@ def test_activations_are_what_torch_tracks(name: str) -> None:
     assert stage_bytes(job, job.stages[0]).saved == pytest.approx(found["loss"]["ACT"], rel=0.1)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("config", [DEEPER, {**DEEPER, "vocab_size": 4096}], ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    "config, mode",
+    [*((DEEPER, mode) for mode in MODES), ({**DEEPER, "vocab_size": 4096}, "false")],
+    ids=[*MODES, "wide"],
+)
 def test_the_peak_of_sharded_ranks_is_what_torch_tracks(config: dict[str, Any], mode: str) -> None:
     """Until the update, which the tracker's peak leaves out here."""
     words = [NARROW, f"activation_checkpointing={mode}"]
