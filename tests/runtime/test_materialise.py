@@ -19,7 +19,7 @@ from nemo_dist_conf.runtime import build, order
 from nemo_dist_conf.runtime.boxes import local_values
 from nemo_dist_conf.runtime.build import build_model
 from nemo_dist_conf.runtime.materialise import can_materialise, draw_in_place, materialise, template_of, tied_names
-from tests.dist.layouts import MODELS, Net, composed, full_state, plain_model
+from tests.dist.layouts import LLAMA, MODELS, Net, composed, full_state, plain_model
 from tests.dist.pool import run_ranks
 
 CPU = torch.device("cpu")
@@ -161,6 +161,10 @@ def test_every_layout_starts_from_the_same_weights(ranks: int, words: tuple[str,
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+_MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+NODES: dict[str, dict[str, Any]] = {**MODELS, "experts": {"config": {**LLAMA, **_MIXTRAL}}}
+
+
 def small_weights(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tensor], bool, float]:
     """As for a model that is small enough to have its values before it is parallelised (the ranks of the tests build
     all of theirs as if they were large); whether it had them, and what it keeps of them, in shares of its own part.
@@ -175,21 +179,27 @@ def small_weights(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tensor],
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_SMALL_ELEMENTS", 10**6)
         patch.setattr(order, "shard_blocks", watched)
-        model = instantiate(composed(*words, model=MODELS[kind], seed=3))[1]
+        model = instantiate(composed(*words, model=NODES[kind], seed=3))[1]
     parts = [local_values(parameter) for parameter in model.parameters()]
     held, own = sum(part.untyped_storage().nbytes() for part in parts), sum(part.nbytes for part in parts)
     return full_state(model), all(had), held / own
 
 
 SMALL = [(kind, ranks, words) for kind in ("llama", "tied") for ranks, words in LAYOUTS[3:]]
-SMALL += [("module", 2, ()), ("module", 4, ("parallelism.tp_size=2", NET_PLAN))]
+SMALL += [
+    ("module", 2, ()),
+    ("module", 4, ("parallelism.tp_size=2", NET_PLAN)),
+    ("llama", 2, ("parallelism.pp_size=2", "pipeline.pp_batch_size=8")),
+    ("llama", 2, ("parallelism.cp_size=2",)),
+    ("experts", 2, ("parallelism.ep_size=2",)),
+]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("kind, ranks, words", SMALL, ids=[f"{k} {r} {' '.join(words)}" for k, r, words in SMALL])
 def test_a_small_model_has_its_values_before_it_is_parallelised(kind: str, ranks: int, words: tuple[str, ...]) -> None:
     """The same ones, and what is left of the whole model is this rank's part of it."""
-    expected = filled(Net, seed=3) if kind == "module" else filled(plain_model, kind, seed=3)
+    expected = filled(Net, seed=3) if kind == "module" else filled(plain_model, NODES[kind]["config"], seed=3)
     for found, had, held in run_ranks(ranks, small_weights, words, kind):
         assert had is not any("offload" in word for word in words)
         assert 1 <= held < 1.2  # the rest is padding
