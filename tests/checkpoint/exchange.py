@@ -173,10 +173,10 @@ def _whole(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def some_sources(layouts: dict[str, Layout], name: str) -> list[str]:
-    """Enough for every layout to be a source and a target several times: itself, the first, and the two before it."""
+    """Enough for every layout to be a source and a target several times: itself, and the two before it."""
     names = list(layouts)
     at = names.index(name)
-    return list(dict.fromkeys((name, names[0], names[at - 1], names[at - 2])))
+    return [name, names[at - 1], names[at - 2]]
 
 
 def exchange(layouts: dict[str, Layout], all_pairs: bool = True) -> dict[tuple[str, str], tuple[bool, float]]:
