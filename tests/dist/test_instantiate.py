@@ -44,10 +44,11 @@ def seeded_net(seed: int) -> Net:
 
 
 def from_instance(*words: str) -> tuple[dict[str, Tensor], bool]:
-    """Each rank gives a model with weights and a buffer of its own."""
+    """Each rank gives a model with weights and buffers of its own."""
     mine = seeded_net(dist.get_rank() + 1)
     mine.register_buffer("mean", torch.full((2,), dist.get_rank() + 1.0))
     mine.register_buffer("mask", torch.tensor([dist.get_rank() == 0, True]))
+    mine.register_buffer("turned", (torch.arange(4).view(2, 2) + dist.get_rank()).t())  # not contiguous
     wrapped = instantiate(composed(*words), mine)[1]
     return full_state(wrapped), getattr(wrapped, "module", wrapped) is mine
 
@@ -60,6 +61,7 @@ def test_a_given_module_is_wrapped_itself_with_rank_0s_values(words: tuple[str, 
     for state, same in run_ranks(ranks, from_instance, *words):
         assert same
         assert state.pop("mean").tolist() == [1.0, 1.0] and state.pop("mask").tolist() == [True, True]
+        assert state.pop("turned").tolist() == [[0, 2], [1, 3]]
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], expected[name]) for name in expected)
 
