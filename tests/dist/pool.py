@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -46,6 +48,7 @@ PRELOAD = [
     "hydra._internal.hydra",
     "nemo_dist_conf.recipe.checks",
     "nemo_dist_conf.train.loop",
+    "tests.dist.ready",
     "nemo_dist_conf.launch.frozen",  # the last, see there
 ]
 _START_TIMEOUT_S = 120.0
@@ -64,7 +67,7 @@ def run_ranks(
 
     fn: a function at the top of an importable module. On a rank torch.distributed is initialised with gloo on the
     CPU, torch has one thread and seed 0, and RANK, WORLD_SIZE and their like are set as torchrun sets them.
-    Arguments and results are pickled. Process groups that fn leaves behind are destroyed.
+    Arguments and results are pickled. Process groups that fn leaves behind are used again by the next call.
     Raises the first exception of any rank, caused by a RankTraceback with the traceback of each rank that failed;
     TimeoutError with every stack after timeout_s. Either way these ranks are replaced before the next call.
     """
@@ -203,7 +206,7 @@ def _serve(rank: int, world_size: int, folder: Path, connection: Connection) -> 
             fn, args, kwargs = pickle.loads(task)
             value = fn(*args, **kwargs)
             del fn, args, kwargs
-            _destroy_groups()
+            _leave_groups()
             answer = (True, value)
         except BaseException as error:  # SystemExit too: the test wants to see it
             answer = (False, error)
@@ -224,6 +227,7 @@ def _join(rank: int, world_size: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
     dist.barrier()
+    _keep_groups()
 
 
 def _reset(environ: dict[str, str]) -> None:
@@ -239,25 +243,44 @@ def _reset(environ: dict[str, str]) -> None:
     torch.use_deterministic_algorithms(False)
 
 
-def _destroy_groups() -> None:
-    """Destroy all groups but the world; the next call finds the caches that knew them empty."""
+def _keep_groups() -> None:
+    """Each call gets the groups of the calls before it where it makes the same ones in the same order.
+
+    Making them takes a while, and what DTensor has learnt on a mesh, which is half of a short call, it knows again on
+    an equal mesh only while that one's groups exist. Within a call every group is one of its own, as without this.
+    """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 
+    make = c10d._new_group_with_tag
+    signature = inspect.signature(make)
+
+    def new_group(*args: Any, **options: Any) -> Any:
+        asked = signature.bind(*args, **options)
+        asked.apply_defaults()
+        words = tuple(repr(value) for value in asked.arguments.values())
+        number = _ASKED[words] = _ASKED[words] + 1
+        key = (dist.group.WORLD, words, number)
+        if key not in _GROUPS:
+            _GROUPS[key] = make(*args, **options)
+        return _GROUPS[key]
+
+    c10d._new_group_with_tag = new_group
+
+
+#: By the world that they are of, how they were asked for, and how often that was in one call.
+_GROUPS: dict[tuple[Any, tuple[str, ...], int], Any] = {}
+_ASKED: Counter[tuple[str, ...]] = Counter()
+
+
+def _leave_groups() -> None:
+    """Let go of what the function left behind, but for the groups, which the next call finds."""
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         raise AssertionError("the function destroyed the world's process group: run it in processes of its own")
+    _ASKED.clear()
     gc.collect()
-    groups = [group for group in c10d._world.pg_map if group is not dist.group.WORLD]
-    if not groups:
-        return
-    from torch.distributed.tensor import _redistribute, debug
-
-    # Meshes of the same shape are equal, so these caches would hand a destroyed group to the next test.
-    debug._clear_sharding_prop_cache()
-    _redistribute._gen_transform_infos.cache_clear()
-    for group in groups:
-        with contextlib.suppress(ValueError, AssertionError):  # a group of other ranks
-            dist.destroy_process_group(group)
 
 
 def _answer(connection: Connection, ok: bool, value: Any) -> None:

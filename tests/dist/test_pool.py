@@ -24,11 +24,16 @@ def total(offset: int) -> tuple[int, int, float]:
     return dist.get_rank(), os.getpid(), float(value)
 
 
-def leave_groups(shape: tuple[int, ...]) -> torch.Tensor:
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
-    sharded = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)] * len(shape))
-    assert isinstance(sharded, DTensor)
-    return nn.functional.relu(sharded * 2).full_tensor()
+def leave_groups(shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str]]:
+    """A sharded tensor doubled on a mesh, and the names of that mesh's groups and of an equal mesh's."""
+    names = []
+    for _ in range(2):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
+        sharded = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)] * len(shape))
+        assert isinstance(sharded, DTensor)
+        doubled = nn.functional.relu(sharded * 2).full_tensor()
+        names += [group.group_name for group in mesh.get_all_groups()]
+    return doubled, names
 
 
 def fail_on(rank: int) -> None:
@@ -67,9 +72,14 @@ def test_every_call_starts_alike() -> None:
     assert [place[:2] for place in first] == [("0", "2"), ("1", "2")]
 
 
-def test_groups_left_behind_do_not_reach_the_next_call() -> None:
+def test_a_call_finds_the_groups_of_the_one_before_and_makes_as_many() -> None:
+    names = []
     for shape in ((2, 2), (2, 2), (4,), (2, 2)):
-        assert all(torch.equal(full, torch.arange(8.0) * 2) for full in run_ranks(4, leave_groups, shape))
+        found = run_ranks(4, leave_groups, shape)
+        assert all(torch.equal(doubled, torch.arange(8.0) * 2) for doubled, _ in found)
+        names.append([names for _, names in found])
+    assert names[0] == names[1] == names[3] != names[2]
+    assert all(len(set(of_rank)) == 4 for of_rank in names[0])
 
 
 def test_a_failure_is_raised_with_its_rank_and_the_others_do_not_wait() -> None:

@@ -68,6 +68,7 @@ def warm_programs(monkeypatch):
         return done.stdout.rstrip(), done.stderr.rstrip()
 
     monkeypatch.setattr("hydra.test_utils.test_utils.run_process", run_process)
+    monkeypatch.setattr("subprocess.check_call", run_process)
 
 
 # With the default alone: each of these starts a whole program, which takes seconds.
