@@ -13,7 +13,7 @@ from tests import warm
 
 ROOT = Path(__file__).parent.parent
 #: These measure processes as they start, which has to be in a fresh interpreter.
-FRESH = ("compose", "launch", "startup")
+FRESH = ("compose", "startup")
 WORDS = {"result.json": "json", "result.md": "markdown", "chart.svg": "chart"}
 
 

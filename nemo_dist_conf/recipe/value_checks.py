@@ -117,7 +117,7 @@ def data_problems(values: Mapping[Any, Any]) -> list[Problem]:
         if not isinstance(values.get(key), (str, Path, type(None))):
             wrong(key, f"expected a path, got {values[key]!r}", allowed, f"data.{key}=null")
     if not _is_whole(values.get("seq_len"), 1):
-        wrong("seq_len", "expected a whole number of tokens, at least 1", "1, 2, 3, ...", "data.seq_len=128")
+        wrong("seq_len", "expected a whole number of tokens, at least 1", "1, 2, 3, ...", "data.seq_len=64")
     max_mb = values.get("max_mb")
     if max_mb is not None and not (_is_number(max_mb) and max_mb > 0):
         wrong("max_mb", "expected a size above 0", "MB of text to read; null: all of it", "data.max_mb=null")

@@ -48,7 +48,7 @@ def assert_one_place_for_a_job(program, folder, shown, ranks=4):
 @pytest.fixture(scope="module")
 def twenty(new):
     program = new()
-    done = program.sweep("hydra.launcher.nproc_per_node=4", "n=range(0,20)", fresh=True)
+    done = program.sweep("hydra.launcher.nproc_per_node=4", "n=range(0,20)")
     assert done.returncode == 0, done.stdout + done.stderr
     return program, done
 

@@ -305,8 +305,8 @@ def test_activations_are_what_torch_tracks(name: str) -> None:
     config, ranks, words = ACTIVATIONS[name]
     if ranks > 1:
         close_pools()
-    found = run_ranks(1, tracked, words, config, ranks, 4, 128)[0]
-    job = job_for(words, ranks, config, ADAMW, 4, 128)
+    found = run_ranks(1, tracked, words, config, ranks, 2, 64)[0]
+    job = job_for(words, ranks, config, ADAMW, 2, 64)
     assert stage_bytes(job, job.stages[0]).saved == pytest.approx(found["loss"]["ACT"], rel=0.1)
 
 

@@ -416,12 +416,12 @@ def test_a_config_node_becomes_text_data() -> None:
 @pytest.mark.parametrize(
     "changes, asked, type_",
     [
-        ({"seq_len": 0}, "data.seq_len=0", "data.seq_len=128"),
-        ({"seq_len": -3}, "data.seq_len=-3", "data.seq_len=128"),
-        ({"seq_len": 2.5}, "data.seq_len=2.5", "data.seq_len=128"),
-        ({"seq_len": True}, "data.seq_len=true", "data.seq_len=128"),
-        ({"seq_len": None}, "data.seq_len=null", "data.seq_len=128"),
-        ({"seq_len": "many"}, "data.seq_len=many", "data.seq_len=128"),
+        ({"seq_len": 0}, "data.seq_len=0", "data.seq_len=64"),
+        ({"seq_len": -3}, "data.seq_len=-3", "data.seq_len=64"),
+        ({"seq_len": 2.5}, "data.seq_len=2.5", "data.seq_len=64"),
+        ({"seq_len": True}, "data.seq_len=true", "data.seq_len=64"),
+        ({"seq_len": None}, "data.seq_len=null", "data.seq_len=64"),
+        ({"seq_len": "many"}, "data.seq_len=many", "data.seq_len=64"),
         ({"max_mb": 0}, "data.max_mb=0", "data.max_mb=null"),
         ({"max_mb": float("nan")}, "data.max_mb=nan", "data.max_mb=null"),
         ({"path": 12}, "data.path=12", "data.path=null"),
