@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any, Sequence
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.models.rules import tied_head_problems
@@ -81,8 +82,10 @@ def shard_blocks(
         reshard = config.reshard_after_forward is not False
         front: Any = fully_shard(embedding, mp_policy=inner, reshard_after_forward=reshard, **shared)
         front.set_unshard_in_backward(False)
+        _expect_views(embedding)
     if last:
         fully_shard(last, mp_policy=inner, reshard_after_forward=bool(config.reshard_after_forward), **shared)
+        _expect_views(*last)
     # None: torch keeps the root's parameters gathered, since backward starts with them.
     fully_shard(model, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **shared)
     if config.enable_fsdp2_prefetch:
@@ -169,6 +172,16 @@ def _large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Modu
     # A norm is known by its place and its shape; anything else stays with the root.
     is_norm = len(after) == 1 and all(parameter.dim() == 1 for parameter in after[0].parameters())
     return embedding, [*(after if is_norm else []), head]
+
+
+def _expect_views(*unit: nn.Module) -> None:
+    """No warning of torch for a unit whose output is the rank's part of a DTensor, and so a view.
+
+    Writing into that would be lost; transformers' models, of which alone this is a unit, write into neither.
+    """
+    if any(isinstance(parameter, DTensor) for module in unit for parameter in module.parameters()):
+        names = ", ".join(type(module).__name__ for module in unit)
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({names}\) returned a view tensor")
 
 
 def _elements(module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -76,3 +77,18 @@ def test_backward_does_not_gather_the_embedding(value: str, embedding: bool, hea
     for found, count in run_ranks(2, whole_after_forward, value):
         assert found == {"embedding": embedding, "norm": head, "head": head}
         assert count == gathers
+
+
+def warned(*words: str) -> list[str]:
+    """What a step with these words warns of."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = instantiate(composed(FP32, *words, model={"config": WIDE}))[1]
+        loss_sum(model, *batch()).backward()
+    return [str(warning.message) for warning in told]
+
+
+@pytest.mark.parametrize("words", [(), ("strategy.sequence_parallel=true",)], ids=["tp", "sp"])
+def test_parts_that_are_views_are_no_reason_to_warn(words: tuple[str, ...]) -> None:
+    """With tensor parallelism the outputs of embedding and head are views of DTensors, and are not written into."""
+    assert run_ranks(4, warned, "parallelism.tp_size=2", *words) == [[]] * 4
