@@ -73,7 +73,7 @@ transformers' loading of a checkpoint).
 Every side starts from the same weights and has the same losses in every step; the largest relative difference:
 {worst}.
 
-{ON_GPU if measured["gpu"] else ON_CPU}
+{ON_GPU if measured["gpu"] else ON_CPU + (FUSED_TOO if "hand_fused" in measured["results"][0]["sides"] else "")}
 {starting}
 Measured {measured["date"]} on {_machine(measured)}, {measured["runs"]} runs of {measured["steps"]} steps.
 Versions: {report.used(measured)}{kept_in}.
@@ -83,7 +83,8 @@ Versions: {report.used(measured)}{kept_in}.
 
 
 ON_CPU = """Ours updates with AdamW's fused kernel by default, the others with what `torch.optim.AdamW(parameters)`
-chooses; the second row of each job is the same choice made by hand."""
+chooses."""
+FUSED_TOO = " The second row of each job is the same choice made by hand."
 ON_GPU = """All sides update with AdamW's fused kernel and run on one GPU, in turns, each in a process of its own.
 "compile" and "checkpointing" are of every decoder layer: by hand `checkpoint_wrapper` and `layer.compile()`; ours
 `activation_checkpointing=true` and, under fsdp2, `strategy.enable_compile=true` (under ddp the loop that is written by
