@@ -17,9 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(autouse=True, scope="module")
 def _hydra_is_closed():
     """Hydra is initialised once per process; a module that leaves it so must not be seen by the next."""
-    _close()
+    close_hydra()
     yield
-    _close()
+    close_hydra()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,7 +31,7 @@ def _ranks_are_closed():
         pool.close_pools()
 
 
-def _close() -> None:
+def close_hydra() -> None:
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
     Singleton._instances.pop(VersionBase, None)

@@ -80,12 +80,12 @@ def shard_blocks(
         embedding, last = _large_outer(model, units)
     if embedding is not None:
         reshard = config.reshard_after_forward is not False
+        _expect_views(embedding)
         front: Any = fully_shard(embedding, mp_policy=inner, reshard_after_forward=reshard, **shared)
         front.set_unshard_in_backward(False)
-        _expect_views(embedding)
     if last:
-        fully_shard(last, mp_policy=inner, reshard_after_forward=bool(config.reshard_after_forward), **shared)
         _expect_views(*last)
+        fully_shard(last, mp_policy=inner, reshard_after_forward=bool(config.reshard_after_forward), **shared)
     # None: torch keeps the root's parameters gathered, since backward starts with them.
     fully_shard(model, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **shared)
     if config.enable_fsdp2_prefetch:
@@ -175,12 +175,13 @@ def _large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Modu
 
 
 def _expect_views(*unit: nn.Module) -> None:
-    """No warning of torch for a unit whose output is the rank's part of a DTensor, and so a view.
+    """No warning of torch for what is to be a unit and split by tensor parallelism: its output is the rank's part of a
+    DTensor, and so a view.
 
     Writing into that would be lost; transformers' models, of which alone this is a unit, write into neither.
     """
     if any(isinstance(parameter, DTensor) for module in unit for parameter in module.parameters()):
-        names = ", ".join(type(module).__name__ for module in unit)
+        names = ", ".join(f"FSDP{type(module).__name__}" for module in unit)  # as fully_shard calls them
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({names}\) returned a view tensor")
 
 

@@ -31,10 +31,12 @@ __all__ = [
     "ADAMW",
     "FEWER_STEPS",
     "LLAMA",
+    "MAX_NORM",
     "MODELS",
     "Net",
     "Operators",
     "SGD",
+    "STEPS",
     "Trajectory",
     "batch",
     "composed",
@@ -116,7 +118,7 @@ _GROUPS = ("strategy", "parallelism", "pipeline", "moe")
 
 
 @functools.cache
-def _chosen(words: tuple[str, ...]) -> DictConfig:
+def choice_of(words: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize(version_base=None, config_path=None):
         return compose("nemo_dist_conf", overrides=list(words))
@@ -126,7 +128,7 @@ def _chosen(words: tuple[str, ...]) -> DictConfig:
 def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     """Hydra takes 0.3 s for the groups and sets the values last, so the groups are composed once for each choice."""
     chosen = tuple(word for word in overrides if word.partition("=")[0] in _GROUPS)
-    cfg = copy.deepcopy(_chosen(chosen))
+    cfg = copy.deepcopy(choice_of(chosen))
     values = OverridesParser.create().parse_overrides([word for word in overrides if word not in chosen])
     ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
     tree = OmegaConf.to_container(cfg)

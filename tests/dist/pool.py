@@ -243,6 +243,11 @@ def _reset(environ: dict[str, str]) -> None:
     torch.use_deterministic_algorithms(False)
 
 
+#: By the world that they are of, how they were asked for, and how often that was in one call.
+_GROUPS: dict[tuple[Any, tuple[str, ...], int], Any] = {}
+_ASKED: Counter[tuple[str, ...]] = Counter()
+
+
 def _keep_groups() -> None:
     """Each call gets the groups of the calls before it where it makes the same ones in the same order.
 
@@ -266,11 +271,6 @@ def _keep_groups() -> None:
         return _GROUPS[key]
 
     c10d._new_group_with_tag = new_group
-
-
-#: By the world that they are of, how they were asked for, and how often that was in one call.
-_GROUPS: dict[tuple[Any, tuple[str, ...], int], Any] = {}
-_ASKED: Counter[tuple[str, ...]] = Counter()
 
 
 def _leave_groups() -> None:

@@ -13,7 +13,7 @@ from tests.dist import layouts
 __all__: list[str] = []
 
 for choice in ((), *((f"strategy={name}",) for name in ("fsdp2", "ddp", "megatron_fsdp"))):
-    layouts._chosen(choice)
+    layouts.choice_of(choice)
 for schedule in SCHEDULES:
-    layouts._chosen((f"pipeline={schedule}",))
-conftest._close()
+    layouts.choice_of((f"pipeline={schedule}",))
+conftest.close_hydra()

@@ -6,9 +6,10 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_dist_conf.instantiate import instantiate
 from tests.dist.layouts import MODELS, Operators, batch, composed, loss_sum
@@ -79,11 +80,15 @@ def test_backward_does_not_gather_the_embedding(value: str, embedding: bool, hea
         assert count == gathers
 
 
-def warned(*words: str) -> list[str]:
-    """What a step with these words warns of."""
+def warned(words: tuple[str, ...], viewed: bool = False) -> list[str]:
+    """What a step with these words warns of. viewed: the embedding returns a view of what it found, of itself."""
+    given = None
+    if viewed:
+        given = LlamaForCausalLM(LlamaConfig(**WIDE))
+        given.get_input_embeddings().register_forward_hook(lambda module, args, output: output.view_as(output))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        model = instantiate(composed(FP32, *words, model={"config": WIDE}))[1]
+        model = instantiate(composed(FP32, *words, model=None if viewed else {"config": WIDE}), given)[1]
         loss_sum(model, *batch()).backward()
     return [str(warning.message) for warning in told]
 
@@ -91,4 +96,10 @@ def warned(*words: str) -> list[str]:
 @pytest.mark.parametrize("words", [(), ("strategy.sequence_parallel=true",)], ids=["tp", "sp"])
 def test_parts_that_are_views_are_no_reason_to_warn(words: tuple[str, ...]) -> None:
     """With tensor parallelism the outputs of embedding and head are views of DTensors, and are not written into."""
-    assert run_ranks(4, warned, "parallelism.tp_size=2", *words) == [[]] * 4
+    assert run_ranks(4, warned, ("parallelism.tp_size=2", *words)) == [[]] * 4
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch does not warn of views")
+def test_a_view_for_another_reason_is_warned_of() -> None:
+    for (told,) in run_ranks(2, warned, (), True):
+        assert "FSDPEmbedding) returned a view tensor" in told

@@ -73,13 +73,13 @@ def test_every_call_starts_alike() -> None:
 
 
 def test_a_call_finds_the_groups_of_the_one_before_and_makes_as_many() -> None:
-    names = []
+    calls = []
     for shape in ((2, 2), (2, 2), (4,), (2, 2)):
         found = run_ranks(4, leave_groups, shape)
         assert all(torch.equal(doubled, torch.arange(8.0) * 2) for doubled, _ in found)
-        names.append([names for _, names in found])
-    assert names[0] == names[1] == names[3] != names[2]
-    assert all(len(set(of_rank)) == 4 for of_rank in names[0])
+        calls.append([names for _, names in found])
+    assert calls[0] == calls[1] == calls[3] != calls[2]
+    assert all(len(set(names)) == 4 for names in calls[0])
 
 
 def test_a_failure_is_raised_with_its_rank_and_the_others_do_not_wait() -> None:

@@ -173,6 +173,7 @@ def test_a_loss_that_stops_being_finite_ends_the_run_and_keeps_the_folder(tmp_pa
 
 
 def test_a_bad_path_under_torchrun_is_said_once(tmp_path):
+    """Fresh: ranks that torch forks answer the SIGTERM that ends them with a traceback of their own."""
     done = train(tmp_path, "data.path=nowhere", ranks=2, fresh=True)
     assert done.returncode != 0
     assert done.stderr.count("asked    data.path=nowhere") == 1
