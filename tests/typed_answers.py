@@ -9,18 +9,27 @@ an offer after which its problem is gone, and a chain of offers that ends in a r
 
 from __future__ import annotations
 
-import itertools
+import functools
 import random
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Iterable
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
+from nemo_dist_conf.compose import check
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.topology.solve import LAUNCH
+from nemo_dist_conf.topology.world import Start, about_to_start
 from tests.command_lines import outcome
 
 __all__ = ["Line", "bad_lines", "findings", "typed"]
@@ -30,26 +39,54 @@ _ROUNDS = 10
 _WITHOUT = "the same without "
 
 
+#: Own apps: name -> their config. The recipe is not one of them.
+APPS = {
+    "app": "defaults: [nemo_dist_conf, _self_]\n",
+    "app, below a package": "defaults: [nemo_dist_conf@dist, _self_]\n",
+    "app without our groups": "defaults: [_self_]\nlr: 0.1\n",
+}
+
+
 @dataclass(frozen=True)
 class Line:
-    """A command line of the recipe on so many ranks."""
+    """A command line on so many ranks. program: the recipe, or an app of APPS."""
 
     ranks: int
     words: tuple[str, ...]
+    program: str = "recipe"
 
     @classmethod
     def of(cls, ranks: int, line: str) -> Line:
         return cls(ranks, tuple(shlex.split(line)))
 
     def __str__(self) -> str:
-        return f"[{self.ranks}] {shlex.join(self.words)}"
+        return f"{self.program} [{self.ranks}] {shlex.join(self.words)}"
 
     def outcome(self) -> tuple[str, ConfigError | None]:
         """What it comes to; a traceback, which nothing that is typed may end in, as a text that starts so."""
         try:
-            return outcome(self.ranks, shlex.join(self.words))
+            return outcome(self.ranks, shlex.join(self.words)) if self.program == "recipe" else _outcome_of_app(self)
         except Exception as died:
             return f"Traceback: {type(died).__name__}: {died}", None
+
+
+@functools.cache
+def _outcome_of_app(line: Line) -> tuple[str, ConfigError | None]:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.yaml").write_text(APPS[line.program], encoding="utf-8")
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(folder, version_base="1.3"), about_to_start(Start(line.ranks, LAUNCH)):
+                cfg = compose("config", overrides=list(line.words), return_hydra_config=True)
+                HydraConfig.instance().set_config(cfg)
+                checked = check(cfg, line.ranks)
+            return f"runs: {checked.strategy.name}, {checked.mesh.describe()}", None
+        except ConfigError as error:
+            return str(error), error
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: strategy=null
+            return f"Hydra: {error}", None
+        finally:
+            HydraConfig.instance().cfg = None
 
 
 # What is wrong: one thing each, with the ranks that it takes at least.
@@ -247,7 +284,27 @@ def bad_lines(seed: int = 0, pairs: int = 120) -> list[Line]:
     for beside in _BESIDE:
         for ranks, words in chance.sample(_FAULTS, 10):
             lines.append(Line.of(ranks, f"{beside} {words}"))
+    ours = [line for line in lines if all(_is_ours(word) for word in line.words)]
+    for line in [*ours[:150], *chance.sample(ours, min(40, len(ours)))]:
+        lines.append(replace(line, program="app"))
+    for line in chance.sample(ours, min(80, len(ours))):
+        lines.append(Line(line.ranks, tuple(map(_below_dist, line.words)), "app, below a package"))
+    lines += [Line(ranks, words, "app without our groups") for ranks in (1, 2) for words in ((), ("lr=0.2",))]
     return [line for line in dict.fromkeys(lines) if not _says_a_key_twice(line)]
+
+
+def _is_ours(word: str) -> bool:
+    key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+    return key in ("strategy", "parallelism", "pipeline", "moe", "activation_checkpointing")
+
+
+def _below_dist(word: str) -> str:
+    """The word as it is typed where our groups stand below the package ``dist``."""
+    signs = word[: len(word) - len(word.lstrip("+~"))]
+    key, equals, value = word.lstrip("+~").partition("=")
+    if key in ("strategy", "pipeline") and value not in ("null", ""):
+        return f"{signs}{key}@dist.{key}={value}"
+    return f"{signs}dist.{key}{equals}{value}"
 
 
 def _says_a_key_twice(line: Line) -> bool:
@@ -265,7 +322,7 @@ def typed(line: Line, problem: Problem) -> Line | None:
         gone = set(shlex.split(offered.removeprefix(_WITHOUT)))
         if not gone <= set(line.words):
             raise AssertionError(f"{offered}, but the line is {line}")
-        return Line(line.ranks, tuple(word for word in line.words if word not in gone))
+        return replace(line, words=tuple(word for word in line.words if word not in gone))
     ranks = line.ranks
     started = re.fullmatch(r"torchrun --nproc-per-node (\d+) (?:-m )?\S+ ?(.*)", offered)
     if started:
@@ -277,14 +334,14 @@ def typed(line: Line, problem: Problem) -> Line | None:
         return None
     replaced = {_key(word) for word in [*shlex.split(problem.asked.replace(" with ", " ")), *words]}
     kept = [word for word in line.words if _key(word) not in replaced]
-    if any(word.startswith("strategy=") for word in words):  # its options go with the old strategy
-        kept = [word for word in kept if not word.startswith(("strategy.", "+strategy."))]
-    return Line(ranks, (*kept, *words))
+    if any(re.match(r"\+?strategy(@\S+)?=", word) for word in words):  # its options go with the old strategy
+        kept = [word for word in kept if not re.match(r"\+?(dist\.)?strategy\.", word)]
+    return replace(line, ranks=ranks, words=(*kept, *words))
 
 
 def _key(word: str) -> str:
-    key = word.lstrip("+~").partition("=")[0]
-    return {"pipeline.pp_schedule": "pipeline"}.get(key, key)
+    key = re.sub(r"(\w+)@(\S+)", r"\2", word.lstrip("+~").partition("=")[0])
+    return key.removesuffix(".pp_schedule")  # an option of the group pipeline is a schedule
 
 
 def findings(line: Line, tell: bool = False) -> list[str]:
