@@ -24,8 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
+from nemo_dist_conf.runtime.averaged import Averaged
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
+from nemo_dist_conf.runtime.entries import open_entries
+from nemo_dist_conf.runtime.forwards import Autocast, public_methods
 from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
 from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
@@ -118,10 +121,11 @@ def parallelize_fsdp2(
         return _pipeline(model, units, stages, pipeline, config, device_mesh, fill, experts)
     if config.autocast_dtype is not None:
         autocast_forward(model, device, config.autocast_dtype)
-    shard_blocks(model, units, fsdp_mesh(device_mesh), config, sizes.get(A.PP, 1) > 1, experts)
+    averaged = shard_blocks(model, units, fsdp_mesh(device_mesh), config, sizes.get(A.PP, 1) > 1, experts)
     model._defer_grad_sync = config.defer_fsdp_grad_sync  # type: ignore[assignment]  # read by gradients.accumulate
     if fill is not None:
         fill(model)
+    open_entries(model, averaged.watch if averaged is not None else None)
     if optimizer is None:
         return model
     _rebind(optimizer, parameters, model)
@@ -144,6 +148,7 @@ def _pipeline(
 
     pp_mesh, device = device_mesh[A.PP.value], torch.device(device_mesh.device_type)
     parts: dict[int, nn.Module] = {}
+    averaged: list[Averaged] = []
     for row in stages.rows:
         if row.pp_rank != pp_mesh.get_local_rank():
             continue
@@ -152,7 +157,8 @@ def _pipeline(
             autocast_forward(part, device, config.autocast_dtype)
         held = {name: unit for name, unit in units.items() if name in row.modules}
         is_last = row.stage == len(stages.rows) - 1
-        shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), True, experts)
+        whole = shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), True, experts)
+        averaged += [whole] if whole is not None else []
         if fill is not None:
             fill(part)
         parts[row.stage] = part
@@ -166,6 +172,7 @@ def _pipeline(
         cp_size=device_mesh[A.CP.value].size(),
         dtype=sent,
         reduce_every_backward=not config.defer_fsdp_grad_sync,
+        averaged=averaged,
     )
 
 
@@ -303,8 +310,10 @@ def _send_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Run the model's forward under torch.autocast; the loss outside of it stays in full precision."""
-    model.forward = torch.autocast(device.type, dtype=dtype)(model.forward)
+    """Run the model's forward, and its other methods, under torch.autocast; the loss outside stays as precise as it is."""
+    model.forward = Autocast(model.forward, device.type, dtype)
+    for name, method in list(public_methods(model)):
+        setattr(model, name, Autocast(method, device.type, dtype))
     log.info("autocast: %s", str(dtype).removeprefix("torch."))
 
 
