@@ -11,7 +11,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ForwardState", "Taken"]
+__all__ = ["ForwardState", "Taken", "generators_kept"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (int, float, complex, str, bytes, type(None))
@@ -110,9 +110,25 @@ class ForwardState:
             for key, value in vars(module).items():
                 if key not in _OF_EVERY_MODULE and isinstance(value, (Tensor, *_PLAIN)):
                     yield _Slot(module, key)
-        yield _Slot(None, "random")
-        if "numpy" in sys.modules:
-            yield _Slot(None, "numpy")
+        yield from _generators()
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Inside, random numbers may be drawn; afterwards torch's on the CPU, Python's and numpy's are as they were."""
+    before = {slot: slot.get() for slot in _generators()}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            for slot, state in before.items():
+                slot.set(state)
+
+
+def _generators() -> Iterator[_Slot]:
+    yield _Slot(None, "random")
+    if "numpy" in sys.modules:
+        yield _Slot(None, "numpy")
 
 
 def _numpy() -> Any:
