@@ -15,6 +15,7 @@ from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
 from nemo_dist_conf.runtime.build import Built, build_model, whole_up_to
+from nemo_dist_conf.runtime.ddp import SeveralRanksDDP, check_reduced
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import initialise_in_turn, materialise
 from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer
@@ -74,6 +75,8 @@ def instantiate(
         made = build_optimizer(settings, wrapped.named_parameters())
     if made is not None and checked.strategy.name == "megatron_fsdp":
         made = adopt_optimizer(wrapped, made)
+    elif made is not None and isinstance(wrapped, SeveralRanksDDP):
+        made.register_step_pre_hook(lambda *_: check_reduced(wrapped))
     return setup, wrapped, made
 
 

@@ -28,7 +28,7 @@ class Averaged:
         few: bool = False,
     ) -> None:
         """parameters: those that there are now, in the same order on every rank. groups: the mean is taken over one
-        after the other. is_needed: asked in backward. few: send all of them each time, without asking first which ones
+        after the other. is_needed: asked once in each backward. few: send all of them each time, without asking first which ones
         have a gradient anywhere, which waits for the device."""
         self._parameters, self._groups, self._is_needed, self._few = parameters, groups, is_needed, few
         self._watched: list[nn.Parameter] = []
@@ -97,6 +97,7 @@ class Averaged:
 
     def _note(self, parameter: Tensor) -> None:
         backward = number_of_backward()  # one that ended in an error has averaged nothing
-        if self._due_in != backward and self._is_needed():
+        if self._due_in != backward:
             self._due_in = backward
-            after_backward(self.average)
+            if self._is_needed():
+                after_backward(self.average)

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from nemo_dist_conf.runtime.copies import RefusesCopy
 from nemo_dist_conf.runtime.forwards import Around, public_methods
 from nemo_dist_conf.runtime.torch_inside import run_as_forward
 
@@ -26,6 +27,9 @@ def open_entries(root: nn.Module, before_forward: Callable[[], None] | None = No
     before_forward: called each time that the model is entered, in whatever way.
     """
     door = _Door(root, before_forward)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            vars(module)["__deepcopy__"] = RefusesCopy(module)  # torch's own refusal names no way on
     root.forward = _Forward(root.forward, door)
     inner = list(_of_root(root))
     names = {key for module in (root, *inner) for key in module._parameters}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any, Callable, Iterator
 
 import torch
@@ -37,7 +38,10 @@ class Autocast(Around):
 
 
 def public_methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """(name, bound method) of what the module's own classes define besides forward and what every module has."""
+    """(name, method) of what the module's own classes define besides forward and what every module has.
+
+    The method is bound to the module, or is what stands in its place there.
+    """
     seen: set[str] = set()
     for kind in type(module).__mro__:
         if kind is nn.Module:
@@ -45,9 +49,8 @@ def public_methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]
         if f"{kind.__module__}.".startswith(_LIBRARIES):
             continue
         for name, value in vars(kind).items():
-            if name[0] == "_" or name in seen or hasattr(nn.Module, name) or not callable(value):
+            if name[0] == "_" or name in seen or hasattr(nn.Module, name):
                 continue
             seen.add(name)
-            method = getattr(module, name, None)
-            if getattr(method, "__self__", None) is module:  # neither a class nor a static method
-                yield name, method
+            if isinstance(value, types.FunctionType):  # neither a class nor a static method
+                yield name, getattr(module, name)

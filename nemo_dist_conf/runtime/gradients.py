@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from nemo_dist_conf.runtime.ddp import check_reduced
 from nemo_dist_conf.runtime.megatron_fsdp import finish_gradients, is_wrapped, microbatch, remember_norm
 
 __all__ = ["accumulate", "clip_grad_norm_"]
@@ -48,7 +49,9 @@ def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float |
     they live on different meshes (torch.nn.utils.clip_grad_norm_ refuses those). Of a pipeline (given as such, not as
     its tensors) it is the norm over all stages.
     max_norm None or 0: only measured. Returns a scalar tensor, equal on all ranks.
+    Raises ConfigError where DDP has not reduced some of them, because parameters were not used.
     """
+    check_reduced(model)
     if is_wrapped(model):
         finish_gradients(model)
     groups: dict[Any, list[torch.Tensor]] = {}

@@ -27,6 +27,7 @@ from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_che
 from nemo_dist_conf.runtime.averaged import Averaged
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
+from nemo_dist_conf.runtime.ddp import SeveralRanksDDP
 from nemo_dist_conf.runtime.entries import open_entries
 from nemo_dist_conf.runtime.forwards import Autocast, public_methods
 from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
@@ -214,12 +215,13 @@ def parallelize_ddp(
         )
     if config.autocast_dtype is not None:
         autocast_forward(model, parameter.device, config.autocast_dtype)
-    if (dist.get_world_size() if device_mesh is None else device_mesh.size()) == 1:
-        log.info("ddp: one rank has nothing to reduce, so there are no buckets")
+    alone = (dist.get_world_size() if device_mesh is None else device_mesh.size()) == 1
+    if alone or not any(p.requires_grad for p in model.parameters()):
+        log.info("ddp: %s, so there are no buckets", "one rank has nothing to reduce" if alone else "nothing is trained")
         return OneRankDDP(model, parameter.device)
     if _BUFFERS_OPTION == "broadcast_buffers" and not config.broadcast_buffers:
         _send_from_rank0(model.buffers())  # torch 2.13 makes them equal once in any case
-    wrapped = DistributedDataParallel(
+    return SeveralRanksDDP(
         model,
         device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,
         process_group=device_mesh.get_group(A.DP.value) if device_mesh is not None else None,
@@ -229,11 +231,6 @@ def parallelize_ddp(
         bucket_cap_mb=config.bucket_cap_mb,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
     )
-    # A model that is freed after its process group was left must not be the one to end the group: DDP's reducer
-    # would join gloo's thread while holding the GIL that this thread waits for (seen with torch 2.13). Attributes
-    # are freed in the order they were set, so this reference outlives the reducer's.
-    wrapped._group_outlives_reducer = wrapped.process_group  # type: ignore[assignment]
-    return wrapped
 
 
 def parallelize_megatron_fsdp(
