@@ -36,6 +36,7 @@ __all__ = [
     "microbatch",
     "remember_norm",
     "show_shards",
+    "take_over_weights",
     "wrap",
 ]
 
@@ -235,11 +236,20 @@ def adopt_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> torch.optim
 
 
 def install_weights(model: Any) -> None:
-    """Let forward see what an optimizer, or a checkpoint, has put into the sharded parameters."""
+    """Let forward see what an optimizer has put into the sharded parameters."""
     model.install_optimized_model_weights()
     config = model._nemo_config
     if config.zero_dp_strategy in (1, 2) and not config.overlap_param_gather:
         model.start_param_sync(force_sync=True)
+
+
+def take_over_weights(model: Any) -> None:
+    """Let forward see what somebody else than the optimizer has put into the sharded parameters.
+
+    What was gathered by a forward since the last step would be used once more.
+    """
+    install_weights(model)
+    model.all_gather_pipeline.reset()
 
 
 def show_shards(model: Any) -> None:
