@@ -14,6 +14,7 @@ from torch import nn
 from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
+from nemo_dist_conf.runtime.batch_statistics import use_global_statistics
 from nemo_dist_conf.runtime.build import Built, build_model, whole_up_to
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP, check_reduced
 from nemo_dist_conf.runtime.load import load_weights
@@ -67,6 +68,8 @@ def instantiate(
             log.warning(note)
     if built is None:
         return setup, None, None
+    if checked.batch_statistics == "global":
+        use_global_statistics(built.model, setup.mesh_context.data_groups())
     wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.models.rules import tied_head_problems
 from nemo_dist_conf.runtime.averaged import Averaged
+from nemo_dist_conf.runtime.batch_statistics import keeps_statistics
 from nemo_dist_conf.runtime.blocks import Blocks
 from nemo_dist_conf.runtime.configs import MoEParallelizerConfig
 from nemo_dist_conf.runtime.unit_rules import (
@@ -76,8 +77,8 @@ def shard_blocks(
     """
     check_parameters(model)
     lay_in_order(model)
-    blocks, whole = unshared(model, blocks), _Whole(model, mesh)
     policy = config.mp_policy or MixedPrecisionPolicy()
+    blocks, whole = unshared(model, blocks), _Whole(model, mesh, policy)
     # A cast of the outputs is meant for the model's outputs; between blocks it would only cost two copies.
     inner = dataclasses.replace(policy, output_dtype=None)
     shared: dict[str, Any] = {
@@ -121,8 +122,11 @@ def shard_blocks(
 class _Whole:
     """Parameters of a model that no unit can hold: they stay as they are on every rank."""
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         self._places = scalars(model)
+        if policy.param_dtype is not None:  # a batch norm takes weights in float32 beside its running statistics
+            kept = [module for module in model.modules() if keeps_statistics(module)]
+            self._places += [(module, key) for module in kept for key, p in module._parameters.items() if p is not None]
         self._mesh = mesh
         self.parameters: set[nn.Parameter] = set(self._now())
 

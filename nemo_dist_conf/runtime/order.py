@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Callable, Iterable
 
 import torch
@@ -25,6 +26,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.averaged import Averaged
+from nemo_dist_conf.runtime.batch_statistics import warn_of_local_statistics
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP
@@ -85,6 +87,7 @@ def parallelize_fsdp2(
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
+    warn_of_local_statistics(model, math.prod(sizes.get(axis, 1) for axis in (A.DP_REPLICATE, A.DP_SHARD, A.CP)))
     parameters = dict(model.named_parameters()) if optimizer is not None else {}
     units = find_blocks(model, blocks)
     stages = None
@@ -203,6 +206,8 @@ def parallelize_ddp(
         from nemo_dist_conf.runtime.process_group import initialize_distributed
 
         initialize_distributed()
+    ranks = dist.get_world_size() if device_mesh is None else device_mesh.size()
+    warn_of_local_statistics(model, ranks)
     units = find_blocks(model, blocks)
     apply_activation_checkpointing(model, units, config.activation_checkpointing)
     if fill is not None:
@@ -215,9 +220,8 @@ def parallelize_ddp(
         )
     if config.autocast_dtype is not None:
         autocast_forward(model, parameter.device, config.autocast_dtype)
-    alone = (dist.get_world_size() if device_mesh is None else device_mesh.size()) == 1
-    if alone or not any(p.requires_grad for p in model.parameters()):
-        log.info("ddp: %s, so there are no buckets", "one rank has nothing to reduce" if alone else "nothing is trained")
+    if ranks == 1 or not any(p.requires_grad for p in model.parameters()):
+        log.info("ddp: %s, so there are no buckets", "one rank has nothing to reduce" if ranks == 1 else "nothing is trained")
         return OneRankDDP(model, parameter.device)
     if _BUFFERS_OPTION == "broadcast_buffers" and not config.broadcast_buffers:
         _send_from_rank0(model.buffers())  # torch 2.13 makes them equal once in any case
@@ -252,6 +256,7 @@ def parallelize_megatron_fsdp(
 
     _refuse_wrapped(model)
     _sync_from_rank0(model)
+    warn_of_local_statistics(model, device_mesh[A.DP.value].size() * device_mesh[A.CP.value].size())
     parameters = dict(model.named_parameters())
     if device_mesh[A.TP.value].size() > 1:
         _split_by_own_plan(model, device_mesh[A.TP.value])
