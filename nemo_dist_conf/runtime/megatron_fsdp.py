@@ -75,6 +75,7 @@ def wrap(
     """
     ConfigError.raise_if(library_problems())
     _require_cuda(device_mesh)
+    _refuse_parameters(model)
     library = importlib.import_module("megatron_fsdp")
     units = find_blocks(model, blocks)
     classes = _unit_classes(model, config, units)
@@ -114,6 +115,20 @@ def _require_cuda(device_mesh: DeviceMesh) -> None:
         what = "megatron-fsdp runs on CUDA devices only"
         asked = f"strategy=megatron_fsdp on {device_mesh.device_type}"
         raise ConfigError(Problem(what, asked, "device=cuda; fsdp2 and ddp run anywhere", "strategy=fsdp2"))
+
+
+def _refuse_parameters(model: nn.Module) -> None:
+    """megatron-fsdp 0.6 fails, or reduces wrongly, where a group of parameters has one of these in it."""
+    for name, parameter in model.named_parameters():
+        why = "has no dimension" if parameter.dim() == 0 else ""
+        why = "is float64" if parameter.dtype == torch.float64 else why
+        if why:
+            what = f"{name} {why}, and megatron-fsdp cannot shard such a parameter"
+            raise ConfigError(Problem(what, "strategy=megatron_fsdp", "fsdp2 and ddp take it", "strategy=fsdp2"))
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            what = f"{name} is an embedding with sparse=True, and sparse gradients cannot be sharded"
+            raise ConfigError(Problem(what, f"{name}.sparse=True", "ddp takes it; or sparse=False", "strategy=ddp"))
 
 
 def _device(device_mesh: DeviceMesh) -> torch.device:

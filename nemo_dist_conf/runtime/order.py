@@ -35,6 +35,7 @@ from nemo_dist_conf.runtime.forwards import Autocast, public_methods
 from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
 from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
+from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.strategies.ddp import DDPConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
@@ -88,6 +89,10 @@ def parallelize_fsdp2(
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
     warn_of_local_statistics(model, math.prod(sizes.get(axis, 1) for axis in (A.DP_REPLICATE, A.DP_SHARD, A.CP)))
+    if sizes.get(A.PP, 1) > 1:
+        why = "the stages of a pipeline hand on what the layers before have made, and would not skip the same ones"
+        refuse_layerdrop(model, f"parallelism.pp_size={sizes[A.PP]}", why, "parallelism.pp_size=1")
+    share_draws(model, [device_mesh.get_group(index) for index, name in enumerate(names) if name != A.PP])
     parameters = dict(model.named_parameters()) if optimizer is not None else {}
     units = find_blocks(model, blocks)
     stages = None
@@ -208,6 +213,11 @@ def parallelize_ddp(
         initialize_distributed()
     ranks = dist.get_world_size() if device_mesh is None else device_mesh.size()
     warn_of_local_statistics(model, ranks)
+    if ranks > 1 and not config.find_unused_parameters:
+        switch = "strategy.find_unused_parameters"
+        why = f"layers that a step skips get no gradient, which DDP takes with {switch}=true only"
+        refuse_layerdrop(model, f"{switch}=false", why, f"{switch}=true")
+    share_draws(model, [dist.group.WORLD if device_mesh is None else device_mesh.get_group()])
     units = find_blocks(model, blocks)
     apply_activation_checkpointing(model, units, config.activation_checkpointing)
     if fill is not None:
@@ -257,6 +267,7 @@ def parallelize_megatron_fsdp(
     _refuse_wrapped(model)
     _sync_from_rank0(model)
     warn_of_local_statistics(model, device_mesh[A.DP.value].size() * device_mesh[A.CP.value].size())
+    share_draws(model, [device_mesh.get_group(index) for index in range(device_mesh.ndim)])
     parameters = dict(model.named_parameters())
     if device_mesh[A.TP.value].size() > 1:
         _split_by_own_plan(model, device_mesh[A.TP.value])

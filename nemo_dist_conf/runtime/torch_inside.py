@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["after_backward", "number_of_backward", "run_as_forward", "what_is_not_reduced"]
+__all__ = ["after_backward", "hide_sharding", "number_of_backward", "run_as_forward", "what_is_not_reduced"]
 
 
 def after_backward(call: Callable[[], None]) -> None:
@@ -18,6 +18,17 @@ def after_backward(call: Callable[[], None]) -> None:
     Test: tests/dist/test_entries.py.
     """
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def hide_sharding(module: nn.Module) -> None:
+    """Let a module's own code not see that fully_shard manages it.
+
+    torch 2.11 to 2.13 mark modules for their compiler so, and forwards of transformers 5.23 (wav2vec2 and those like it)
+    look at the mark and then run layers that they mean to skip.
+    Test: tests/conformance/of_kinds.py, wav2vec2_with_layerdrop.
+    """
+    if getattr(module, "_is_fsdp_managed_module", False):
+        module._is_fsdp_managed_module = False  # type: ignore[assignment]
 
 
 def number_of_backward() -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 from typing import Any, Callable, Mapping
 
+import numpy
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
@@ -75,11 +77,13 @@ def _difference(name: str, words: tuple[str, ...], microbatches: int, call: str,
         expected = 0.0
         for part in parts:
             for index in range(microbatches):
+                seed(100 * step + index)
                 loss = _loss(plain, _rows(part, index, microbatches), call) / microbatches / len(parts)
                 loss.backward()
                 expected += float(loss)
         total = torch.zeros(())
         for index, rows in enumerate(mine):
+            seed(100 * step + index + 7777 * dist.get_rank())  # what ranks draw is their own
             with accumulate(model, last=index == microbatches - 1):
                 loss = _loss(model, rows, call) / microbatches
                 loss.backward()
@@ -94,6 +98,11 @@ def _difference(name: str, words: tuple[str, ...], microbatches: int, call: str,
     for key, value in full_state(model).items():
         worst = max(worst, _apart(value, theirs[key]))
     return worst
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    numpy.random.seed(number)
 
 
 def _loss(model: nn.Module, rows: dict[str, Any], call: str) -> Tensor:
@@ -144,7 +153,7 @@ def clip() -> Made:
 
 
 @kind
-def wav2vec2() -> Made:
+def wav2vec2(**changed: Any) -> Made:
     from transformers import Wav2Vec2Config
 
     config = Wav2Vec2Config(
@@ -155,14 +164,17 @@ def wav2vec2() -> Made:
         num_feat_extract_layers=2,
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
-        layerdrop=0.0,
-        hidden_dropout=0.0,
-        activation_dropout=0.0,
-        attention_dropout=0.0,
-        feat_proj_dropout=0.0,
-        final_dropout=0.0,
-        apply_spec_augment=False,
-        ctc_loss_reduction="mean",
+        **{
+            "layerdrop": 0.0,
+            "hidden_dropout": 0.0,
+            "activation_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "feat_proj_dropout": 0.0,
+            "final_dropout": 0.0,
+            "apply_spec_augment": False,
+            "ctc_loss_reduction": "mean",
+            **changed,
+        },
     )
     return transformers_model("Wav2Vec2ForCTC", config), {"input_values": torch.randn(ROWS, 800), "labels": ids(tokens=5)}
 
@@ -207,6 +219,23 @@ def gemma3_with_images() -> Made:
     x_BS[:, 2:6] = 90
     batch = {"input_ids": x_BS, "pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": ids()}
     return transformers_model("Gemma3ForConditionalGeneration", config), {**batch, "token_type_ids": (x_BS == 90).long()}
+
+
+@kind
+def opt_with_layerdrop() -> Made:
+    """Each layer is skipped in every second step; a rank's random numbers are its own."""
+    from transformers import OPTConfig
+
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    config = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=32, dropout=0.0, layerdrop=0.5)
+    return transformers_model("OPTForCausalLM", config), {"input_ids": ids(), "labels": ids()}
+
+
+@kind
+def wav2vec2_with_layerdrop() -> Made:
+    """Also in an adapter, which draws with numpy."""
+    model, batch = wav2vec2(layerdrop=0.5, add_adapter=True, num_adapter_layers=2, output_hidden_size=32)
+    return model, batch
 
 
 @kind

@@ -64,7 +64,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], int]] = {
     "ep 2, head apart": (2, (EP, "moe.wrap_outer_model=false", "moe.lm_head_precision=float32"), 1),
     "ep 4": (4, ("parallelism.ep_size=4",), 1),
     "ep 2 x ep_shard 2": (4, (EP, "moe.reshard_after_forward=true"), 2),
-    "ep 2 x hsdp 2x2": (4, (EP, "parallelism.dp_replicate_size=2"), 1),
+    "ep 2 x hsdp 2x2": (4, (EP, "parallelism.dp_replicate_size=2"), 2),
     "ep 2 x cp 2": (4, (EP, CP), 1),
     "ep 2 x pp 2": (4, (EP, PP, "pipeline.pp_batch_size=8"), 1),
     "ep 2 x pp 2, late experts": (4, (EP, PP, "pipeline.pp_batch_size=8"), 1),

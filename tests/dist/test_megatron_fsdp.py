@@ -307,6 +307,21 @@ class Flat(nn.Module):
         return self.head(self.embed(ids))
 
 
+class Odd(Net):
+    """With a parameter of a kind that the library cannot shard."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()) if kind == "scalar" else torch.ones(8, dtype=torch.float64))
+        self.embed = nn.Embedding(97, 32, sparse=kind == "sparse")
+        if kind == "sparse":
+            del self.scale
+
+
+def odd(kind: str) -> dict[str, Any]:
+    return {"_target_": f"{__name__}.Odd", "kind": kind}
+
+
 LINEAR = "strategy.megatron_fsdp_unit_modules=[torch.nn.Conv2d]"
 
 
@@ -318,6 +333,9 @@ LINEAR = "strategy.megatron_fsdp_unit_modules=[torch.nn.Conv2d]"
         (MODELS["tied"], ("strategy.init_fsdp_with_meta_device=true",), "are one parameter"),
         (MODELS["llama"], (TP,), "has 97 rows or columns"),
         (MODELS["module"], (TP,), "type     strategy=fsdp2 'strategy.tp_plan="),
+        (odd("scalar"), (), "scale has no dimension"),
+        (odd("double"), (), "scale is float64"),
+        (odd("sparse"), (), "embed is an embedding with sparse=True"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(model: dict[str, Any], words: tuple[str, ...], text: str) -> None:
