@@ -37,6 +37,7 @@ from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
+from nemo_dist_conf.runtime.precision import tell_precision
 from nemo_dist_conf.strategies.ddp import DDPConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
@@ -120,6 +121,7 @@ def parallelize_fsdp2(
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
         apply_context_parallel(model, device_mesh[A.CP.value])
+    _tell_precision_of_fsdp2(model, config)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
@@ -139,6 +141,14 @@ def parallelize_fsdp2(
         return model
     _rebind(optimizer, parameters, model)
     return model, optimizer
+
+
+def _tell_precision_of_fsdp2(model: nn.Module, config: FSDP2Config) -> None:
+    policy = config.mp_policy or MixedPrecisionPolicy()
+    options = {"strategy.mp_policy": config.mp_policy, "strategy.autocast_dtype": config.autocast_dtype}
+    said_by = " and ".join(name for name, value in options.items() if value is not None)
+    computes, reduces = config.autocast_dtype or policy.param_dtype, policy.reduce_dtype or policy.param_dtype
+    tell_precision("fsdp2", model, computes, reduces, said_by=said_by or None)
 
 
 def _pipeline(
@@ -230,6 +240,8 @@ def parallelize_ddp(
         )
     if config.autocast_dtype is not None:
         autocast_forward(model, parameter.device, config.autocast_dtype)
+    autocast = "strategy.autocast_dtype" if config.autocast_dtype is not None else None
+    tell_precision("ddp", model, config.autocast_dtype, said_by=autocast)
     if ranks == 1 or not any(p.requires_grad for p in model.parameters()):
         log.info("ddp: %s, so there are no buckets", "one rank has nothing to reduce" if ranks == 1 else "nothing is trained")
         return OneRankDDP(model, parameter.device)
@@ -274,6 +286,9 @@ def parallelize_megatron_fsdp(
     if fill is not None:
         fill(model)
     keep_local_shards(model)
+    float32 = torch.float32
+    kept, reduced = config.preserve_fp32_weights, config.grad_reduce_in_fp32
+    tell_precision("megatron_fsdp", model, None, float32 if reduced else None, float32 if kept else None)
     wrapped = wrap(model, config, device_mesh, blocks)
     if optimizer is None:
         return wrapped
