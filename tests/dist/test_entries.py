@@ -67,17 +67,21 @@ class Towers(nn.Module):
         return self.head(self.project(self.encode(ids)))
 
 
+def features(ids: Tensor) -> Tensor:
+    return F.one_hot(ids, 16).float().mean(1)[:, :8] * 4
+
+
 #: What a step does with the model: its losses, each with a backward of its own.
 STEPS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "a method": lambda m, ids: [m.encode(ids).square().mean()],
     "methods of one loss": lambda m, ids: [(m.encode(ids) * m.project(m.right(m.encode(ids)))).mean()],
-    "a parameter of the root": lambda m, ids: [m.project(torch.ones(2, 8)).square().mean()],
+    "a parameter of the root": lambda m, ids: [m.project(features(ids)).square().mean()],
     "a module's weight alone": lambda m, ids: [m.decode(m.encode(ids)).square().mean()],
     "a method that calls forward": lambda m, ids: [m.both(ids).square().mean()],
-    "an inner module": lambda m, ids: [m.right(torch.ones(2, 8)).square().mean()],
+    "an inner module": lambda m, ids: [m.right(features(ids)).square().mean()],
     "a loop of the user's own": lambda m, ids: [m.head(m.left[1](m.left[0](m.words(ids)))).square().mean()],
     "beside forward": lambda m, ids: [(m(ids) + m.right(m.encode(ids))).square().mean()],
-    "two backwards": lambda m, ids: [m.encode(ids).square().mean(), m.right(torch.ones(2, 8)).square().mean()],
+    "two backwards": lambda m, ids: [m.encode(ids).square().mean(), m.right(features(ids)).square().mean()],
 }
 
 
