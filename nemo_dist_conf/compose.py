@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.models.plan_rules import plan_problems
-from nemo_dist_conf.models.rules import model_problems
+from nemo_dist_conf.models.rules import layerdrop_problems, model_problems
 from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, BATCH_STATISTICS
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
 from nemo_dist_conf.sections import (
@@ -98,6 +98,8 @@ def check(
     checked, found = check_values(strategy, values, sections, mode, world_size, facts, seq_len, paths)
     statistics, statistics_problems = _batch_statistics(root, paths)
     problems += mode_problems + statistics_problems + found
+    if checked is not None:
+        problems += layerdrop_problems(_model_config(cfg, root), values, checked.sizes, checked.mesh.world_size, paths)
     ConfigError.raise_if(problems)
     if checked is None:
         raise AssertionError("not checked, but no problem either")
@@ -199,6 +201,15 @@ def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:
         if facts is not None:
             return facts
     return None
+
+
+def _model_config(cfg: Any, root: DictConfig) -> Mapping[str, Any]:
+    """Fields that the tree gives to the model's config."""
+    for tree in (root, cfg):
+        config = OmegaConf.select(tree, "model.config", throw_on_missing=False) if "model" in tree else None
+        if isinstance(config, DictConfig):
+            return {str(key): config.get(key) for key in config}
+    return {}
 
 
 def _activation_checkpointing(

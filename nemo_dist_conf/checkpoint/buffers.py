@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Sequence
+from typing import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -54,8 +54,9 @@ def make_buffers_equal(model: nn.Module) -> None:
             for group in groups:
                 dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)
     if dist.get_rank() == 0:
-        _say("running statistics of each rank's own rows are averaged in a checkpoint and in the model", tuple(averaged))
-        _say("buffers that differ between ranks are rank 0's in a checkpoint and, from now on, in the model", tuple(copied))
+        where = "in a checkpoint and, from then on, in the model"
+        _say(f"running statistics of each rank's own rows are averaged {where}", tuple(averaged))
+        _say(f"buffers that differ between ranks are rank 0's {where}", tuple(copied))
 
 
 @functools.cache
@@ -66,7 +67,7 @@ def _say(what: str, names: tuple[str, ...]) -> None:
 
 def _persistent(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
     """(name, its module, buffer) of what a checkpoint keeps whole; in the same order on every rank."""
-    parts = model.parts.values() if hasattr(model, "pp_mesh") else [unwrapped(model)]
+    parts: Iterable[nn.Module] = getattr(model, "parts").values() if hasattr(model, "pp_mesh") else [unwrapped(model)]
     found = []
     for part in parts:
         names = part.state_dict(keep_vars=True).keys()

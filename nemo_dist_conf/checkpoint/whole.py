@@ -126,8 +126,10 @@ def take_snapshot(
     config: Any = None,
     copies: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """The state as it is now; buffers that differ between ranks are made equal. copies: where to copy tensors to, on the CPU, so that training can go on; kept for the
-    next time. None: the pieces share the memory of the model and the optimizer."""
+    """The state as it is now; buffers that differ between ranks are made equal.
+
+    copies: where to copy tensors to, on the CPU, so that training can go on; kept for the next time. None: the pieces
+    share the memory of the model and the optimizer."""
     make_buffers_equal(model)
     pieces = weight_pieces(model)
     groups: list[dict[str, Any]] = []

@@ -28,8 +28,8 @@ class Averaged:
         few: bool = False,
     ) -> None:
         """parameters: those that there are now, in the same order on every rank. groups: the mean is taken over one
-        after the other. is_needed: asked once in each backward. few: send all of them each time, without asking first which ones
-        have a gradient anywhere, which waits for the device."""
+        after the other. is_needed: asked once in each backward. few: send all of them each time, without asking first
+        which ones have a gradient anywhere, which waits for the device."""
         self._parameters, self._groups, self._is_needed, self._few = parameters, groups, is_needed, few
         self._watched: list[nn.Parameter] = []
         self._due_in: int | None = None

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.copies import RefusesCopy
 from nemo_dist_conf.runtime.forwards import Around, public_methods
 from nemo_dist_conf.runtime.torch_inside import run_as_forward
@@ -77,6 +78,10 @@ class _Forward(Around):
         was, door.is_inside = door.is_inside, True
         try:
             return self.__wrapped__(*args, **kwargs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" in str(error) and not was:
+                raise _used_outside(door.root) from error
+            raise
         finally:
             door.is_inside = was
 
@@ -84,6 +89,12 @@ class _Forward(Around):
 class _Entry(_Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.door.enter(self.__wrapped__, args, kwargs)
+
+
+def _used_outside(root: nn.Module) -> ConfigError:
+    what = f"{type(root).__name__.removeprefix('FSDP')} uses a parameter of a block outside of the block's forward"
+    allowed = "strategy=ddp, where every rank holds all of it; or blocks= (blocks that hold what uses them)"
+    return ConfigError(Problem(what, "strategy=fsdp2, which gathers it while the block runs", allowed, "strategy=ddp"))
 
 
 def _names(method: Callable[..., Any], kind: type, names: set[str]) -> bool:

@@ -11,7 +11,14 @@ from torch import nn
 __all__ = ["Around", "Autocast", "public_methods"]
 
 #: Classes whose methods are not the user's: what they do with a model they do for themselves.
-_LIBRARIES = ("torch.", "transformers.modeling_utils", "transformers.generation", "transformers.integrations", "peft.", "megatron_fsdp.")
+_LIBRARIES = (
+    "torch.",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.integrations",
+    "peft.",
+    "megatron_fsdp.",
+)
 
 
 class Around:

@@ -1,8 +1,8 @@
 """Layers that a model skips at random (layerdrop): which ones is drawn once for all ranks.
 
-Ranks that skip other layers would wait for each other in the collectives of those: a hang. Each rank draws, so that its
-generators move as they would alone, and then takes the number of the first rank; without dropout that is what one process
-draws.
+Ranks that skip other layers would wait for each other in the collectives of those: a hang. Each rank draws, so that
+its generators move as they would alone, and then takes the number of the first rank; without dropout that is what one
+process draws.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ log = logging.getLogger(__name__)
 
 
 def layerdrop_of(model: nn.Module) -> dict[str, float]:
-    """Where the model says that it skips layers, and how often: ``encoder.layerdrop`` or ``config.layerdrop`` -> 0.1."""
+    """Where the model says that it skips layers, and how often: ``encoder.layerdrop``, ``config.layerdrop`` -> 0.1."""
     found: dict[str, float] = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        places = {prefix: vars(module), f"{prefix}config.": vars(getattr(module, "config", None) or types.SimpleNamespace())}
+        config = getattr(module, "config", None)
+        places = {prefix: vars(module), f"{prefix}config.": getattr(config, "__dict__", {})}
         for place, values in places.items():
             for key, value in values.items():
                 if _is_word(key) and isinstance(value, (int, float)) and value > 0:
@@ -50,7 +51,8 @@ def share_draws(model: nn.Module, groups: Sequence[dist.ProcessGroup]) -> None:
     for module in model.modules():
         if _draws(module):
             module.forward = _SharedDraws(module, [group for group in groups if group.size() > 1])
-    log.info("layers are skipped alike on all ranks: %s", ", ".join(f"{key}={p:g}" for key, p in list(found.items())[:3]))
+    shown = ", ".join(f"{key}={value:g}" for key, value in list(found.items())[:3])
+    log.info("layers are skipped alike on all ranks: %s", shown)
 
 
 def refuse_layerdrop(model: nn.Module, asked: str, why: str, instead: str) -> None:

@@ -227,7 +227,8 @@ def parallelize_ddp(
         switch = "strategy.find_unused_parameters"
         why = f"layers that a step skips get no gradient, which DDP takes with {switch}=true only"
         refuse_layerdrop(model, f"{switch}=false", why, f"{switch}=true")
-    share_draws(model, [dist.group.WORLD if device_mesh is None else device_mesh.get_group()])
+    group = dist.group.WORLD if device_mesh is None else device_mesh.get_group(A.DP.value)
+    share_draws(model, [group] if group is not None else [])
     units = find_blocks(model, blocks)
     apply_activation_checkpointing(model, units, config.activation_checkpointing)
     if fill is not None:
@@ -243,7 +244,8 @@ def parallelize_ddp(
     autocast = "strategy.autocast_dtype" if config.autocast_dtype is not None else None
     tell_precision("ddp", model, config.autocast_dtype, said_by=autocast)
     if ranks == 1 or not any(p.requires_grad for p in model.parameters()):
-        log.info("ddp: %s, so there are no buckets", "one rank has nothing to reduce" if ranks == 1 else "nothing is trained")
+        why = "one rank has nothing to reduce" if ranks == 1 else "nothing is trained"
+        log.info("ddp: %s, so there are no buckets", why)
         return OneRankDDP(model, parameter.device)
     if _BUFFERS_OPTION == "broadcast_buffers" and not config.broadcast_buffers:
         _send_from_rank0(model.buffers())  # torch 2.13 makes them equal once in any case
@@ -251,7 +253,7 @@ def parallelize_ddp(
         model,
         device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,
         process_group=device_mesh.get_group(A.DP.value) if device_mesh is not None else None,
-        **{_BUFFERS_OPTION: config.broadcast_buffers},  # type: ignore[arg-type]
+        **{_BUFFERS_OPTION: config.broadcast_buffers},
         find_unused_parameters=config.find_unused_parameters,
         static_graph=config.static_graph,
         bucket_cap_mb=config.bucket_cap_mb,
@@ -338,7 +340,7 @@ def _send_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Run the model's forward, and its other methods, under torch.autocast; the loss outside stays as precise as it is."""
+    """Run the model's forward, and its other methods, under torch.autocast; the loss outside of it is left alone."""
     model.forward = Autocast(model.forward, device.type, dtype)
     for name, method in list(public_methods(model)):
         setattr(model, name, Autocast(method, device.type, dtype))

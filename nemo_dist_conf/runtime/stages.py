@@ -75,7 +75,7 @@ def _apart(model: nn.Module) -> nn.Module:
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        return copy.deepcopy(model, tensors)  # type: ignore[arg-type]
+        return copy.deepcopy(model, tensors)
     except Exception as error:  # an attribute that cannot be copied: a lock, a process group
         log.info("%s is tried as it is, because it cannot be copied (%s)", type(model).__name__, _first_line(error))
         return model

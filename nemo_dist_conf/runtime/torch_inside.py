@@ -23,8 +23,8 @@ def after_backward(call: Callable[[], None]) -> None:
 def hide_sharding(module: nn.Module) -> None:
     """Let a module's own code not see that fully_shard manages it.
 
-    torch 2.11 to 2.13 mark modules for their compiler so, and forwards of transformers 5.23 (wav2vec2 and those like it)
-    look at the mark and then run layers that they mean to skip.
+    torch 2.11 to 2.13 mark modules for their compiler so, and forwards of transformers 5.23 (wav2vec2 and those like
+    it) look at the mark and then run layers that they mean to skip.
     Test: tests/conformance/of_kinds.py, wav2vec2_with_layerdrop.
     """
     if getattr(module, "_is_fsdp_managed_module", False):
@@ -41,7 +41,7 @@ def number_of_backward() -> int:
 
 
 def what_is_not_reduced(model: DistributedDataParallel) -> str | None:
-    """What torch would say in the next forward where the last backward left gradients that were not reduced; else None.
+    """What torch will say in the next forward where the last backward left gradients not reduced; else None.
 
     torch 2.11 to 2.13: by then the optimizer has made a step with them.
     Test: tests/dist/test_unused.py.

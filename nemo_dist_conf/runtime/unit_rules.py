@@ -16,7 +16,15 @@ from torch.distributed.fsdp import FSDPModule
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.blocks import Blocks
 
-__all__ = ["check_parameters", "input_embeddings", "lay_in_order", "of_other_dtype", "output_embeddings", "scalars", "unshared"]
+__all__ = [
+    "check_parameters",
+    "input_embeddings",
+    "lay_in_order",
+    "of_other_dtype",
+    "output_embeddings",
+    "scalars",
+    "unshared",
+]
 
 log = logging.getLogger(__name__)
 

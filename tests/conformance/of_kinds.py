@@ -170,12 +170,20 @@ CASES: list[Case] = [
         refused="parallelism.pp_size=1",
     ),
     *(
-        Case(AREA, f"called by its methods: {step}", layout, functools.partial(_method, 2, layout, step), in_suite=False)
+        Case(
+            AREA, f"called by its methods: {step}", layout, functools.partial(_method, 2, layout, step), in_suite=False
+        )
         for step in test_entries.STEPS
         for layout in test_entries.LAYOUTS
     ),
     *(
-        Case(AREA, "batch normalisation, batch_statistics=global", name, functools.partial(_statistics, name), in_suite=False)
+        Case(
+            AREA,
+            "batch normalisation, batch_statistics=global",
+            name,
+            functools.partial(_statistics, name),
+            in_suite=False,
+        )
         for name in test_batch_statistics.LAYOUTS
     ),
     *(

@@ -50,6 +50,22 @@ def test_several_dtypes_in_a_module_cannot_be_cast() -> None:
         run_ranks(2, given, "dtypes_in_one_module")
 
 
+class Reaching(Stack):
+    """Adds something of a block's weights to what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.blocks[0].up.weight
+
+
+def reached() -> None:
+    instantiate(composed(FP32), Reaching())[1](torch.ones(2, 8))
+
+
+def test_a_block_whose_weights_are_used_elsewhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Reaching uses a parameter of a block outside of the block's forward"):
+        run_ranks(2, reached)
+
+
 def optimized() -> set[tuple[bool, bool]]:
     """(whether it is fused, whether its parameters are sharded), of the optimizer's groups."""
     optimizer: Any = {"name": "adamw", "lr": 0.1, "weight_decay": 0.0}
