@@ -36,7 +36,8 @@ def make_buffers_equal(model: nn.Module) -> None:
     groups = _groups(model) if found else []
     if not groups:
         return
-    flat = torch.cat([buffer.double().reshape(-1) for _, _, buffer in found])
+    device = _device_of(groups)
+    flat = torch.cat([buffer.to(device, torch.float64).reshape(-1) for _, _, buffer in found])
     flat = torch.where(flat.isnan(), flat.new_tensor(torch.finfo(flat.dtype).max), flat)
     both = torch.cat([flat, -flat])
     for group in groups:
@@ -51,8 +52,10 @@ def make_buffers_equal(model: nn.Module) -> None:
             _average(buffer, groups)
         else:
             copied.append(name)
+            sent = buffer.to(device)
             for group in groups:
-                dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)
+                dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+            buffer.copy_(sent)
     if dist.get_rank() == 0:
         where = "in a checkpoint and, from then on, in the model"
         _say(f"running statistics of each rank's own rows are averaged {where}", tuple(averaged))
@@ -94,8 +97,13 @@ def _groups(model: nn.Module) -> Sequence[dist.ProcessGroup]:
     return [world] if world is not None and world.size() > 1 else []
 
 
+def _device_of(groups: Sequence[dist.ProcessGroup]) -> torch.device:
+    """Where tensors are to be that these groups send; under offload buffers lie on the CPU."""
+    return torch.device("cuda" if any("nccl" in dist.get_backend(group) for group in groups) else "cpu")
+
+
 def _average(buffer: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
-    mean = buffer.double()
+    mean = buffer.to(_device_of(groups), torch.float64)
     for group in groups:
         dist.all_reduce(mean, group=group)
         mean /= group.size()

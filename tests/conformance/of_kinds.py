@@ -95,11 +95,24 @@ class Called(Block):
         return super().forward(x) * self.calls[0]
 
 
-def in_stages(words: tuple[str, ...]) -> dict[str, Tensor]:
+class Normalised(Counting):
+    """A chain with batch normalisation over all tokens of a batch in its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.ModuleList(Block(OfTokens(8)) for _ in range(4))
+
+
+class OfTokens(nn.BatchNorm1d):
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return super().forward(x_BSH.transpose(1, 2)).transpose(1, 2)
+
+
+def in_stages(kind: type[nn.Module], words: tuple[str, ...]) -> dict[str, Tensor]:
     """Weights after two steps, as one process has them."""
     torch.manual_seed(0)
     setup, model, optimizer = instantiate(
-        composed("strategy.mp_policy=null", *words), Counting(), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)
+        composed("strategy.mp_policy=null", *words), kind(), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)
     )
     context = setup.mesh_context
     ids = torch.randint(32, (4, 8), generator=torch.Generator().manual_seed(0))
@@ -116,10 +129,10 @@ def in_stages(words: tuple[str, ...]) -> dict[str, Tensor]:
     return full_state(model)
 
 
-def _stages(ranks: int, *words: str) -> float:
-    (expected,) = run_ranks(1, in_stages, ())
+def _stages(kind: type[nn.Module], ranks: int, *words: str) -> float:
+    (expected,) = run_ranks(1, in_stages, kind, ())
     worst = 0.0
-    for found in run_ranks(ranks, in_stages, words):
+    for found in run_ranks(ranks, in_stages, kind, words):
         worst = max(worst, *(float((found[key] - value).abs().max()) for key, value in expected.items()))
     return worst
 
@@ -153,13 +166,20 @@ CASES: list[Case] = [
         AREA,
         "scalars, and a forward that counts its calls",
         "pp 2",
-        functools.partial(_stages, 2, PIPELINE, "pipeline=gpipe", *_rows(4)),
+        functools.partial(_stages, Counting, 2, PIPELINE, "pipeline=gpipe", *_rows(4)),
     ),
     Case(
         AREA,
         "scalars, and a forward that counts its calls",
         "pp 2 x fsdp2 2",
-        functools.partial(_stages, 4, PIPELINE, "pipeline=gpipe", *_rows(2)),
+        functools.partial(_stages, Counting, 4, PIPELINE, "pipeline=gpipe", *_rows(2)),
+        in_suite=False,
+    ),
+    Case(
+        AREA,
+        "batch normalisation, batch_statistics=global",
+        "pp 2 x fsdp2 2",
+        functools.partial(_stages, Normalised, 4, PIPELINE, "pipeline=gpipe", *_rows(2), "batch_statistics=global"),
         in_suite=False,
     ),
     Case(
