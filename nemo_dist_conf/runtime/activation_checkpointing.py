@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from typing import Any, Callable, ContextManager, Iterator
+from typing import Any, Callable, ContextManager
 
 import torch
 from torch import nn
@@ -73,19 +73,43 @@ class _Checkpointed(Around):
     def _both(self) -> tuple[ContextManager[None], ContextManager[None]]:
         inner = (contextlib.nullcontext(), contextlib.nullcontext()) if self.contexts is None else self.contexts()
         before: Taken = {}
-        return self._first(inner[0], before), self._again(inner[1], before)
+        return _FirstRun(inner[0], self.state, before), _SecondRun(inner[1], self.state, before)
 
-    @contextlib.contextmanager
-    def _first(self, inner: ContextManager[Any], before: Taken) -> Iterator[None]:
-        before.update(self.state.take())
-        with inner:
-            yield
-        self.state.learn(before)
 
-    @contextlib.contextmanager
-    def _again(self, inner: ContextManager[Any], before: Taken) -> Iterator[None]:
-        with self.state.as_it_was(before), inner:
-            yield
+class _FirstRun(ContextManager[None]):
+    """Notes what a run of a block changes. before: filled with how that was."""
+
+    def __init__(self, inner: ContextManager[Any], state: ForwardState, before: Taken) -> None:
+        self.inner, self.state, self.before = inner, state, before
+
+    def __enter__(self) -> None:
+        self.before.update(self.state.take())
+        self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.inner.__exit__(*error)
+        if error[0] is None:
+            self.state.learn(self.before)
+
+
+class _SecondRun(ContextManager[None]):
+    """Lets a block start from the state before its first run, and leaves the one that there is.
+
+    Entered twice where gradients of inputs and of weights are computed apart (zero-bubble schedules).
+    """
+
+    def __init__(self, inner: ContextManager[Any], state: ForwardState, before: Taken) -> None:
+        self.inner, self.state, self.before = inner, state, before
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.state.as_it_was(self.before))
+            stack.enter_context(self.inner)
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 def _without_cache(key: str, value: Any) -> Any:

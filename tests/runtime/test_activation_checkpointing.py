@@ -81,6 +81,25 @@ def test_what_forward_changes_is_changed_once(mode: bool | str, profiled: bool) 
     assert str(found[2]) == str(expected[2])
 
 
+def test_gradients_of_inputs_and_of_weights_may_be_computed_apart() -> None:
+    """As zero-bubble schedules do; blocks then run a third time."""
+    plain = Model()
+    model = copy.deepcopy(plain)
+    apply_activation_checkpointing(model, find_blocks(model), True)
+    found = []
+    for each in (plain, model):
+        random.seed(1)
+        numpy.random.seed(1)
+        x = torch.linspace(0, 1, 32).view(4, 8).requires_grad_()
+        for _ in range(2):
+            loss = each(x).square().sum()
+            of_x = torch.autograd.grad(loss, x, retain_graph=True)
+            loss.backward()
+        found.append([*of_x, *(p.grad for p in each.parameters()), *each.buffers(), *(b.table for b in each.blocks)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_blocks_that_change_nothing_are_not_watched() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)))
     apply_activation_checkpointing(model, find_blocks(model), True)
