@@ -140,8 +140,8 @@ def _stages(kind: type[nn.Module], ranks: int, *words: str) -> float:
 # ------------------------------------------------------------------------------------------------- methods, statistics
 
 
-def _method(ranks: int, layout: str, step: str) -> float:
-    return max(run_ranks(ranks, test_entries.apart, layout, step, 2))
+def _method(layout: str, step: str) -> float:
+    return max(run_ranks(4 if "hsdp" in layout else 2, test_entries.apart, layout, step, 2))
 
 
 def _statistics(layout: str) -> float:
@@ -191,7 +191,7 @@ CASES: list[Case] = [
     ),
     *(
         Case(
-            AREA, f"called by its methods: {step}", layout, functools.partial(_method, 2, layout, step), in_suite=False
+            AREA, f"called by its methods: {step}", layout, functools.partial(_method, layout, step), in_suite=False
         )
         for step in test_entries.STEPS
         for layout in test_entries.LAYOUTS

@@ -99,7 +99,7 @@ def apart(words: tuple[str, ...]) -> float:
     return max(worst, float((model(x[rows]) - plain.eval()(x)[rows]).abs().max()))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "hsdp" not in name])  # conformance has all
 def test_global_statistics_are_those_of_one_process(layout: str) -> None:
     ranks, words = LAYOUTS[layout]
     assert max(run_ranks(ranks, apart, words)) < 1e-5
@@ -233,6 +233,6 @@ def means(words: tuple[str, ...]) -> tuple[Tensor, Tensor]:
 
 
 def test_the_mean_of_running_means_is_that_of_all_rows() -> None:
-    for ranks, words in ((2, (DDP,)), (4, (FP32, "parallelism.dp_replicate_size=2"))):
-        for found, expected in run_ranks(ranks, means, words):
+    for words in ((DDP,), (FP32,)):
+        for found, expected in run_ranks(2, means, words):
             torch.testing.assert_close(found, expected)

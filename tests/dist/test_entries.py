@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "fsdp2": ("strategy.mp_policy=null",),
     "fsdp2, always freed": ("strategy.mp_policy=null", "strategy.reshard_after_forward=true"),
     "fsdp2, checkpointed": ("strategy.mp_policy=null", "activation_checkpointing=true"),
+    "hsdp 2x2": ("strategy.mp_policy=null", "parallelism.dp_replicate_size=2"),
 }
 
 
@@ -109,22 +110,26 @@ def apart(layout: str, step: str, microbatches: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+#: All of them are rows of tests/conformance/of_kinds.py.
+CHOSEN = [
+    *(("ddp", step) for step in STEPS),
+    *(("fsdp2", step) for step in STEPS),
+    ("ddp, gradients in buckets", "beside forward"),
+    ("ddp, gradients in buckets", "two backwards"),
+    ("fsdp2, always freed", "a method that calls forward"),
+    ("fsdp2, always freed", "methods of one loss"),
+    ("fsdp2, checkpointed", "beside forward"),
+]
+
+
+@pytest.mark.parametrize(("layout", "step"), CHOSEN)
 def test_gradients_are_those_of_plain_torch(layout: str, step: str) -> None:
-    words = 2 if layout in ("ddp", "fsdp2") else 1
-    assert max(run_ranks(2, apart, layout, step, words)) < 1e-5
+    assert max(run_ranks(2, apart, layout, step, 2)) < 1e-5
 
 
 def test_on_one_rank_too() -> None:
     for layout in ("ddp", "fsdp2"):
         assert run_ranks(1, apart, layout, "methods of one loss", 2)[0] < 1e-5
-    assert max(run_ranks(4, replicated)) < 1e-5
-
-
-def replicated() -> float:
-    LAYOUTS["hsdp"] = ("strategy.mp_policy=null", "parallelism.dp_replicate_size=2")
-    return apart("hsdp", "a method that calls forward", 2)
 
 
 def plain_calls(strategy: str) -> tuple[int, int, Any]:
