@@ -48,6 +48,12 @@ class Averaged:
                 parameter.register_post_accumulate_grad_hook(self._note)
         self._watched = found
 
+    def move_to(self, device: torch.device) -> None:
+        """Let parameters that have values be where the model computes; those that FSDP has it moves itself."""
+        for parameter in self._parameters():
+            if not parameter.is_meta and parameter.device.type != device.type:
+                parameter.data = parameter.data.to(device)
+
     @torch.no_grad()
     def average(self) -> None:
         """Make all gradients that some rank has the mean over ranks; a rank that has none counts as zeros."""

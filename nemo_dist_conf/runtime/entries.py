@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.copies import RefusesCopy
 from nemo_dist_conf.runtime.forwards import Around, public_methods
-from nemo_dist_conf.runtime.torch_inside import run_as_forward
+from nemo_dist_conf.runtime.torch_inside import is_gathered_for_forward, run_as_forward
 
 __all__ = ["open_entries"]
 
@@ -31,7 +31,7 @@ def open_entries(root: nn.Module, before_forward: Callable[[], None] | None = No
     for module in root.modules():
         if isinstance(module, FSDPModule):
             vars(module)["__deepcopy__"] = RefusesCopy(module)  # torch's own refusal names no way on
-    root.forward = _Forward(root.forward, door)
+    root.forward = _RootForward(root.forward, door)
     inner = list(_of_root(root))
     names = {key for module in (root, *inner) for key in module._parameters}
     for module in inner:
@@ -84,6 +84,15 @@ class _Forward(Around):
             raise
         finally:
             door.is_inside = was
+
+
+class _RootForward(_Forward):
+    """Called by the model, with what gathers around it; or by itself, as ``model.forward(x)``, without."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.door.is_inside or is_gathered_for_forward(self.door.root):
+            return super().__call__(*args, **kwargs)
+        return self.door.enter(self.__wrapped__, args, kwargs)
 
 
 class _Entry(_Forward):

@@ -21,11 +21,11 @@ from nemo_dist_conf.runtime.batch_statistics import keeps_statistics
 from nemo_dist_conf.runtime.blocks import Blocks
 from nemo_dist_conf.runtime.configs import MoEParallelizerConfig
 from nemo_dist_conf.runtime.unit_rules import (
-    check_parameters,
     input_embeddings,
     lay_in_order,
     of_other_dtype,
     output_embeddings,
+    refuse_sparse,
     scalars,
     unshared,
 )
@@ -75,7 +75,7 @@ def shard_blocks(
     Raises ConfigError for what cannot be sharded.
     Source: torch.distributed.fsdp.fully_shard.
     """
-    check_parameters(model)
+    refuse_sparse(model, instead="strategy=ddp")
     lay_in_order(model)
     policy = config.mp_policy or MixedPrecisionPolicy()
     blocks, whole = unshared(model, blocks), _Whole(model, mesh, policy)

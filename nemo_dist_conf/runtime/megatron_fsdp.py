@@ -25,6 +25,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
+from nemo_dist_conf.runtime.unit_rules import refuse_sparse
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig, library_problems
 
 __all__ = [
@@ -125,10 +126,7 @@ def _refuse_parameters(model: nn.Module) -> None:
         if why:
             what = f"{name} {why}, and megatron-fsdp cannot shard such a parameter"
             raise ConfigError(Problem(what, "strategy=megatron_fsdp", "fsdp2 and ddp take it", "strategy=fsdp2"))
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
-            what = f"{name} is an embedding with sparse=True, and sparse gradients cannot be sharded"
-            raise ConfigError(Problem(what, f"{name}.sparse=True", "ddp takes it; or sparse=False", "strategy=ddp"))
+    refuse_sparse(model, instead="strategy=ddp")
 
 
 def _device(device_mesh: DeviceMesh) -> torch.device:

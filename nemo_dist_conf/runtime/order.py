@@ -38,6 +38,7 @@ from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.runtime.precision import tell_precision
+from nemo_dist_conf.runtime.unit_rules import refuse_sparse
 from nemo_dist_conf.strategies.ddp import DDPConfig
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
@@ -136,6 +137,8 @@ def parallelize_fsdp2(
     model._defer_grad_sync = config.defer_fsdp_grad_sync  # type: ignore[assignment]  # read by gradients.accumulate
     if fill is not None:
         fill(model)
+    if averaged is not None:
+        averaged.move_to(device)
     open_entries(model, averaged.watch if averaged is not None else None)
     if optimizer is None:
         return model
@@ -177,9 +180,11 @@ def _pipeline(
         held = {name: unit for name, unit in units.items() if name in row.modules}
         is_last = row.stage == len(stages.rows) - 1
         whole = shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), True, experts)
-        averaged += [whole] if whole is not None else []
         if fill is not None:
             fill(part)
+        if whole is not None:
+            whole.move_to(device)
+            averaged.append(whole)
         parts[row.stage] = part
     policy = config.mp_policy
     sent = pipeline.dtype or (policy.param_dtype if policy is not None and config.autocast_dtype is None else None)
@@ -233,6 +238,8 @@ def parallelize_ddp(
     apply_activation_checkpointing(model, units, config.activation_checkpointing)
     if fill is not None:
         fill(model)
+    if dist.get_backend(group) == "nccl":
+        refuse_sparse(model, "NCCL cannot reduce its gradients")
     parameter = next(model.parameters(), torch.empty(0))
     if parameter.is_meta:
         what = "the model is on the meta device, and DDP needs its values"

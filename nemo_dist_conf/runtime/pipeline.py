@@ -27,6 +27,7 @@ from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.runtime.averaged import Averaged
 from nemo_dist_conf.runtime.blocks import Blocks
 from nemo_dist_conf.runtime.configs import PipelineConfig
+from nemo_dist_conf.runtime.copies import refuse_copy
 from nemo_dist_conf.runtime.loss import token_loss_sum
 from nemo_dist_conf.runtime.stages import Chain, chain_of, plan_stages
 from nemo_dist_conf.topology.pipeline import find_schedule
@@ -189,6 +190,9 @@ class Pipeline(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         what = "a pipeline runs forward and backward of its microbatches in one call"
         raise ConfigError(Problem(what, "model(input_ids)", "model.step", "model.step(input_ids, labels)"))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise refuse_copy(self)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

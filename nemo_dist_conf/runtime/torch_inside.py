@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["after_backward", "hide_sharding", "number_of_backward", "run_as_forward", "what_is_not_reduced"]
+__all__ = [
+    "after_backward",
+    "hide_sharding",
+    "is_gathered_for_forward",
+    "number_of_backward",
+    "run_as_forward",
+    "what_is_not_reduced",
+]
 
 
 def after_backward(call: Callable[[], None]) -> None:
@@ -51,6 +58,15 @@ def what_is_not_reduced(model: DistributedDataParallel) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def is_gathered_for_forward(root: nn.Module) -> bool:
+    """Whether what FSDP2 does before a root's forward has been done, and what it does after it has not.
+
+    torch 2.11 to 2.13: a forward cannot tell otherwise whether it was called by the module or by itself.
+    Test: tests/dist/test_entries.py.
+    """
+    return root._get_fsdp_state()._training_state.name == "FORWARD"  # type: ignore[operator]
 
 
 def run_as_forward(root: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -17,11 +17,11 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.blocks import Blocks
 
 __all__ = [
-    "check_parameters",
     "input_embeddings",
     "lay_in_order",
     "of_other_dtype",
     "output_embeddings",
+    "refuse_sparse",
     "scalars",
     "unshared",
 ]
@@ -29,14 +29,16 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def check_parameters(model: nn.Module) -> None:
-    """Raise ConfigError for parameters whose gradients cannot be sharded."""
+def refuse_sparse(model: nn.Module, why: str = "sparse gradients cannot be sharded", instead: str = "") -> None:
+    """Raise ConfigError for embeddings whose gradients are sparse. instead: a strategy that takes them, if one does."""
     problems = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
-            what = f"{name} is an embedding with sparse=True, and sparse gradients cannot be sharded"
-            allowed = f"strategy=ddp, or sparse=False for {name}: the same gradients as dense tensors"
-            problems.append(Problem(what, f"{name}.sparse=True", allowed, "strategy=ddp"))
+            what = f"{name} is an embedding with sparse=True, and {why}"
+            dense = f"sparse=False where {name} is made: the same gradients as dense tensors"
+            allowed = f"{instead}, or {dense}" if instead else dense
+            type_ = instead or f"{type(module).__name__}(..., sparse=False)"
+            problems.append(Problem(what, f"{name}.sparse=True", allowed, type_))
     ConfigError.raise_if(problems)
 
 

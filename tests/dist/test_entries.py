@@ -82,6 +82,7 @@ STEPS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "an inner module": lambda m, ids: [m.right(features(ids)).square().mean()],
     "a loop of the user's own": lambda m, ids: [m.head(m.left[1](m.left[0](m.words(ids)))).square().mean()],
     "beside forward": lambda m, ids: [(m(ids) + m.right(m.encode(ids))).square().mean()],
+    "forward without the call": lambda m, ids: [(m.forward(ids) + m.right(features(ids))).square().mean()],
     "two backwards": lambda m, ids: [m.encode(ids).square().mean(), m.right(features(ids)).square().mean()],
 }
 
