@@ -90,11 +90,13 @@ def parallelize_fsdp2(
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
-    warn_of_local_statistics(model, math.prod(sizes.get(axis, 1) for axis in (A.DP_REPLICATE, A.DP_SHARD, A.CP)))
+    together = [index for index in range(device_mesh.ndim) if names[index : index + 1] != (A.PP,)]
+    apart = [index for index in together if names[index : index + 1] != (A.TP,)]
+    warn_of_local_statistics(model, math.prod(device_mesh.size(index) for index in apart))
     if sizes.get(A.PP, 1) > 1:
         why = "the stages of a pipeline hand on what the layers before have made, and would not skip the same ones"
         refuse_layerdrop(model, f"parallelism.pp_size={sizes[A.PP]}", why, "parallelism.pp_size=1")
-    share_draws(model, [device_mesh.get_group(index) for index, name in enumerate(names) if name != A.PP])
+    share_draws(model, [device_mesh.get_group(index) for index in together])
     parameters = dict(model.named_parameters()) if optimizer is not None else {}
     units = find_blocks(model, blocks)
     stages = None
