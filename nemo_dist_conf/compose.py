@@ -11,7 +11,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.models.plan_rules import plan_problems
 from nemo_dist_conf.models.rules import model_problems
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES
+from nemo_dist_conf.names import checkpointing_mode
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
 from nemo_dist_conf.sections import (
     SECTIONS,
@@ -21,8 +21,9 @@ from nemo_dist_conf.sections import (
     leaves,
     misspelt_sections,
     read_section,
+    strategy_of,
 )
-from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy, strategy_of_target
+from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.paths import Paths
@@ -57,11 +58,7 @@ def is_root(node: Any) -> bool:
     """Whether this mapping holds a strategy node of ours under the key ``strategy``."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or "strategy" not in node:
         return False
-    strategy = node._get_node("strategy")
-    if not isinstance(strategy, DictConfig) or strategy._is_none() or strategy._is_interpolation():
-        return False
-    target = strategy._get_node("_target_") if "_target_" in strategy else None
-    return target is not None and strategy_of_target(str(target._value())) is not None
+    return strategy_of(node._get_node("strategy")) is not None
 
 
 def find_roots(cfg: Any) -> Iterator[DictConfig]:
@@ -86,9 +83,9 @@ def check(
     root = _single_root(cfg)
     paths = Paths(_prefix(root))
     problems = misspelt_sections(root, paths)
-    strategy = strategy_of_target(str(root.strategy._target_))
+    strategy = strategy_of(root.strategy)
     if strategy is None:
-        raise AssertionError(f"{root.strategy._target_} was found as a strategy node")
+        raise AssertionError(f"{root.strategy} was found as a strategy node")
     values = read_section(root, "strategy", strategy.schema, paths, problems)
     sections = {name: read_section(root, name, schema, paths, problems) for name, schema in SECTIONS.items()}
     ConfigError.raise_if(problems)  # the rules below need well-typed values
@@ -152,7 +149,7 @@ def _prefix(node: DictConfig) -> str:
 
 def _single_root(cfg: Any) -> DictConfig:
     if isinstance(cfg, Mapping) and not isinstance(cfg, DictConfig):
-        cfg = OmegaConf.create(dict(cfg))
+        cfg = OmegaConf.create(dict(cfg), flags={"allow_objects": True})
     if is_root(cfg):
         return cfg
     roots = list(find_roots(cfg))
@@ -203,26 +200,28 @@ def _activation_checkpointing(
     root: DictConfig, values: Mapping[str, Any], strategy: Strategy, paths: Paths
 ) -> tuple[bool | str, list[Problem]]:
     """One answer from the two places that can hold it."""
-    outer = root.get("activation_checkpointing", False)
-    inner = values["activation_checkpointing"]
-    outer_key, inner_key = "activation_checkpointing", "strategy.activation_checkpointing"
+    given = {
+        "activation_checkpointing": root.get("activation_checkpointing", False),
+        "strategy.activation_checkpointing": values["activation_checkpointing"],
+    }
     problems = []
-    for key, mode in ((outer_key, outer), (inner_key, inner)):
-        known = any(mode is m or (isinstance(m, str) and mode == m) for m in ACTIVATION_CHECKPOINTING_MODES)
-        if not known or not (mode in strategy.activation_checkpointing):
-            what = f"{key}={mode} is not a mode" + (f" of strategy={strategy.name}" if known else "")
+    for key, value in given.items():
+        mode = checkpointing_mode(value)
+        if mode is None or mode not in strategy.activation_checkpointing:
+            what = f"{key}={value} is not a mode" + (f" of strategy={strategy.name}" if mode is not None else "")
             allowed = ", ".join(str(m).lower() for m in strategy.activation_checkpointing)
-            problems.append(Problem(what, paths.set(key, mode), allowed, paths.set(key, True)))
-    if not problems and outer is not False and inner is not False and outer != inner:
+            problems.append(Problem(what, paths.set(key, value), allowed, paths.set(key, True)))
+    outer, inner = map(checkpointing_mode, given.values())
+    if not problems and outer and inner and outer != inner:
         problems.append(
             Problem(
                 "activation checkpointing has two different answers",
-                f"{paths.set(outer_key, outer)} {paths.set(inner_key, inner)}",
+                " ".join(paths.set(key, value) for key, value in given.items()),
                 "one of them, or both the same",
-                f"{paths.set(outer_key, outer)} {paths.set(inner_key, outer)}",
+                " ".join(paths.set(key, outer) for key in given),
             )
         )
-    return (outer if outer is not False else inner), problems
+    return outer or inner or False, problems
 
 
 def _section_problems(

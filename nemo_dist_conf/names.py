@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Any, Iterable
 
 __all__ = [
     "ACTIVATION_CHECKPOINTING_MODES",
@@ -15,6 +15,7 @@ __all__ = [
     "SCHEDULES",
     "STRATEGY_NAMES",
     "Schedule",
+    "checkpointing_mode",
     "nearest",
 ]
 
@@ -57,6 +58,17 @@ class DType(Enum):
 
 #: What ``activation_checkpointing`` accepts: off, every block recomputed, or matmuls and attention saved.
 ACTIVATION_CHECKPOINTING_MODES: tuple[bool | str, ...] = (False, True, "selective")
+
+
+def checkpointing_mode(value: Any) -> bool | str | None:
+    """The mode that a value means; None where it means none.
+
+    ``full`` is what logs and guides call true. A text that says true or false comes from the environment.
+    """
+    if isinstance(value, bool):
+        return value
+    words: dict[Any, bool | str] = {"full": True, "true": True, "false": False, "selective": "selective"}
+    return words.get(value) if isinstance(value, str) else None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.models.rules import tied_head_problems
 from nemo_dist_conf.runtime.blocks import Blocks
-from nemo_dist_conf.runtime.configs import MoEParallelizerConfig
-from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
+from nemo_dist_conf.runtime.configs import FSDP2Config, MoEParallelizerConfig
 
 __all__ = ["Experts", "shard_blocks"]
 

@@ -27,12 +27,15 @@ from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_che
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
-from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
+from nemo_dist_conf.runtime.configs import (
+    DDPConfig,
+    FSDP2Config,
+    MegatronFSDPConfig,
+    MoEParallelizerConfig,
+    PipelineConfig,
+)
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
-from nemo_dist_conf.strategies.ddp import DDPConfig
-from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline, PipelinePlan

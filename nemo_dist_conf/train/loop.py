@@ -20,6 +20,7 @@ from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.models.facts import facts_from_config, fields_of
 from nemo_dist_conf.resolvers import autocast_dtype
 from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.runtime.configs import MegatronFSDPConfig
 from nemo_dist_conf.runtime.lower import lower_dtype
 from nemo_dist_conf.runtime.loss import IGNORED
 from nemo_dist_conf.runtime.order import autocast_forward
@@ -27,7 +28,6 @@ from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdow
 from nemo_dist_conf.runtime.routing import ExpertLoad
 from nemo_dist_conf.runtime.unwrap import unwrapped
 from nemo_dist_conf.strategies import strategy_of_target
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.world import launched
 from nemo_dist_conf.recipe.checks import batch_problems

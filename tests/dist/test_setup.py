@@ -134,7 +134,7 @@ def test_configs_are_resolved_and_filled_where_an_axis_needs_them():
         (dict(pipeline_config=PipelineConfig()), "pp_size is 1"),
         (dict(moe_parallel_config={}), "ep_size is 1"),
         (dict(pipeline_config={"schedule": "gpipe"}, parallelism_sizes=ParallelismSizes(pp_size=2)), "schedule"),
-        (dict(activation_checkpointing="full"), "not a mode"),
+        (dict(activation_checkpointing="some"), "not a mode"),
         (dict(strategy="mfsdp", activation_checkpointing="selective"), "not a mode of strategy=megatron_fsdp"),
         (
             dict(strategy=FSDP2Config(activation_checkpointing=True), activation_checkpointing="selective"),
