@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, TypeVar, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, TypeVar, Union
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.lower import LOWERED, lower_config
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
 from nemo_dist_conf.strategies.ddp import DDPConf
@@ -28,6 +30,7 @@ __all__ = [
     "MoEParallelizerConfig",
     "ParallelismSizes",
     "PipelineConfig",
+    "typed_config",
 ]
 
 _Class = TypeVar("_Class", bound=type)
@@ -194,3 +197,26 @@ def _import(path: str) -> Callable[..., Any]:
         what = f"{key}: {path!r} is not an importable function"
         raise ConfigError(Problem(what, f"{key}={path}", "package.module.function, or null", f"{key}=null"))
     return found
+
+
+def typed_config(value: Any, config: type, section: str) -> Any:
+    """The typed config for one, which stays that object, or for a mapping or composed node of its fields; None is None.
+
+    Raises ConfigError for anything else, and for keys that it does not have.
+    """
+    if value is None or isinstance(value, config):
+        return value
+    known = [item.name for item in dataclasses.fields(config)]
+    plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig) else value
+    if not isinstance(plain, Mapping):
+        what = f"{section} is {value!r}, which holds no options"
+        allowed = f"{config.__name__}, or a mapping with the keys {', '.join(known)}"
+        raise ConfigError(Problem(what, f"{section}={value!r}", allowed, f"{config.__name__}()"))
+    fields = {str(key): item for key, item in plain.items() if key != "_target_"}
+    unknown = [key for key in fields if key not in known]
+    if unknown:
+        likely = nearest(unknown[0], known) or known[:1]
+        what = f"{section} has no option {', '.join(map(str, unknown))}"
+        asked, instead = (f"{section}.{key}={fields[unknown[0]]}" for key in (unknown[0], likely[0]))
+        raise ConfigError(Problem(what, asked, ", ".join(known), instead))
+    return config(**fields)

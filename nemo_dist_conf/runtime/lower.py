@@ -49,7 +49,10 @@ def lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
     if value is None:
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        defaults = value == schema()
         value = dataclasses.asdict(value)
+        if defaults:  # typed already; OmegaConf would take a millisecond of every build
+            return value if value.pop("enabled", True) else None
     if isinstance(value, (Mapping, DictConfig)):
         typed = OmegaConf.structured(schema)
         given: Any = value

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Literal, Mapping, Union
-
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any, Dict, Literal, Union
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -18,6 +16,7 @@ from nemo_dist_conf.runtime.configs import (
     MoEParallelizerConfig,
     ParallelismSizes,
     PipelineConfig,
+    typed_config,
 )
 from nemo_dist_conf.runtime.mesh import MeshContext
 from nemo_dist_conf.sections import strategy_of
@@ -57,7 +56,7 @@ def _resolve_strategy_config(
         return strategy
     found = strategy_of(strategy)
     if found is not None and not strategy_kwargs:
-        return _typed(strategy, found.config, "strategy")
+        return typed_config(strategy, found.config, "strategy")
     name = str(strategy).lower()
     if not isinstance(strategy, str) or name not in _STRATEGY_MAP:
         likely = nearest(name, _STRATEGY_MAP) or ["fsdp2"]
@@ -125,9 +124,9 @@ class DistributedSetup:
         device: str | torch.device = "auto",
     ) -> DistributedSetup:
         strategy_config = _resolve_strategy_config(strategy)
-        sizes = _typed(sizes, ParallelismSizes, "parallelism") or ParallelismSizes()
-        pipeline = _typed(pipeline, PipelineConfig, "pipeline")
-        moe = _typed(moe, MoEParallelizerConfig, "moe")
+        sizes = typed_config(sizes, ParallelismSizes, "parallelism") or ParallelismSizes()
+        pipeline = typed_config(pipeline, PipelineConfig, "pipeline")
+        moe = typed_config(moe, MoEParallelizerConfig, "moe")
         problems = _belongs("pipeline_config", pipeline, "pp_size", sizes.pp_size)
         problems += _belongs("moe_parallel_config", moe, "ep_size", sizes.ep_size)
         problems += _mode_problems(mode, strategy_config)
@@ -139,7 +138,7 @@ class DistributedSetup:
         executed = checkpointing_mode(mode) or strategy_config.activation_checkpointing
         if strategy_config.activation_checkpointing != executed:
             strategy_config = dataclasses.replace(strategy_config, activation_checkpointing=executed)
-        context = MeshContext.build(strategy_config, sizes, world_size, device)
+        context = MeshContext.build(strategy_config, sizes, world_size=world_size, device=device)
         return cls(context, strategy_config, pipeline, moe, mode)
 
 
@@ -156,25 +155,6 @@ def setup_from_checked(checked: Checked, device: str | torch.device = "auto") ->
         None,
         device,
     )
-
-
-def _typed(value: Any, config: type, section: str) -> Any:
-    if value is None or isinstance(value, config):
-        return value
-    known = [item.name for item in dataclasses.fields(config)]
-    plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig) else value
-    if not isinstance(plain, Mapping):
-        what = f"{section} is {value!r}, which holds no options"
-        allowed = f"{config.__name__}, or a mapping with the keys {', '.join(known)}"
-        raise ConfigError(Problem(what, f"{section}={value!r}", allowed, f"{config.__name__}()"))
-    fields = {str(key): item for key, item in plain.items() if key != "_target_"}
-    unknown = [key for key in fields if key not in known]
-    if unknown:
-        likely = nearest(unknown[0], known) or known[:1]
-        what = f"{section} has no option {', '.join(map(str, unknown))}"
-        asked, instead = (f"{section}.{key}={fields[unknown[0]]}" for key in (unknown[0], likely[0]))
-        raise ConfigError(Problem(what, asked, ", ".join(known), instead))
-    return config(**fields)
 
 
 def _belongs(name: str, config: Any, size_name: str, size: int) -> list[Problem]:

@@ -54,7 +54,7 @@ def find_strategy(name: str, paths: Paths = Paths()) -> Strategy:
 
 
 def strategy_of_target(target: str) -> Strategy | None:
-    """The strategy whose typed config this class path names, by any of the modules that pass it on; None for no one's."""
+    """The strategy whose typed config a class path names, by any of the modules that pass it on; else None."""
     package, _, rest = target.partition(".")
     name = rest.rpartition(".")[2]
     ours = (strategy for strategy in map(_load, STRATEGY_NAMES) if strategy.target.startswith(f"{package}."))

@@ -1,4 +1,4 @@
-"""Typed classes in the ways that Hydra's users have: hints, OmegaConf.structured, hydra-zen, instantiate in every mode."""
+"""Typed classes in the ways that Hydra's users have: hints, OmegaConf.structured, hydra-zen, instantiate."""
 
 import dataclasses
 import typing
