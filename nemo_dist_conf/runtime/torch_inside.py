@@ -35,6 +35,8 @@ def name_flattened(root: DeviceMesh, axis: str, name: str) -> None:
     found = root._flatten_mapping.get(axis)
     named = copy.copy(found if found is not None else root[axis])
     named._mesh_dim_names, named._hash = (name,), None
+    if hasattr(named._layout, "coalesce"):  # torch 2.11 has a plain number where a name can be taken out of its root
+        named._layout = named._layout.coalesce()
     root._flatten_mapping[name] = named
 
 
