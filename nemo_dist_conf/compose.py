@@ -25,6 +25,7 @@ from nemo_dist_conf.sections import (
 )
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
+from nemo_dist_conf.texts import text_problems, told_as_texts
 from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.pipeline import pipeline_problems
@@ -80,6 +81,13 @@ def check(
     world_size None: of the ranks that a launcher is about to start, from torchrun's or Slurm's variables, else 1.
     facts, seq_len [tokens]: of the model and the data; None: read from cfg.model where it says them, else unknown.
     """
+    try:
+        return _check(cfg, world_size, facts, seq_len)
+    except ConfigError as error:
+        raise told_as_texts(error, cfg, lambda read: _check(read, world_size, facts, seq_len)) from None
+
+
+def _check(cfg: Any, world_size: int | None, facts: ModelFacts | None, seq_len: int | None) -> Checked:
     root = _single_root(cfg)
     paths = Paths(_prefix(root))
     problems = misspelt_sections(root, paths)
@@ -88,6 +96,7 @@ def check(
         raise AssertionError(f"{root.strategy} was found as a strategy node")
     values = read_section(root, "strategy", strategy.schema, paths, problems)
     sections = {name: read_section(root, name, schema, paths, problems) for name, schema in SECTIONS.items()}
+    problems += _model_texts(cfg, root)
     ConfigError.raise_if(problems)  # the rules below need well-typed values
     facts = facts or _facts(cfg, root) or ModelFacts()
     mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
@@ -194,6 +203,13 @@ def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:
         if facts is not None:
             return facts
     return None
+
+
+def _model_texts(cfg: Any, root: DictConfig) -> list[Problem]:
+    """Fields of a transformers config that are texts: the config would keep them as such, whatever they say."""
+    models = [tree.get("model") for tree in (root, cfg) if isinstance(tree, DictConfig) and "model" in tree]
+    configs = [model.get("config") for model in models[:1] if isinstance(model, DictConfig)]
+    return [problem for config in configs for problem in text_problems(config)]
 
 
 def _activation_checkpointing(

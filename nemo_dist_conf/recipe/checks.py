@@ -16,6 +16,7 @@ from nemo_dist_conf.recipe.folder import config_folder
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
+from nemo_dist_conf.texts import told_as_texts
 from nemo_dist_conf.topology.world import planned_world_size
 
 __all__ = [
@@ -46,6 +47,13 @@ def typed_model_config(config: Any, overrides: Iterable[str]) -> dict[str, Any]:
 
 def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
     """The checked recipe config (with or without its ``hydra`` node), or ConfigError with every problem."""
+    try:
+        return _check_recipe(config, world_size)
+    except ConfigError as error:
+        raise told_as_texts(error, config, lambda read: _check_recipe(read, world_size)) from None
+
+
+def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
     checked = None
     problems = list(_stray_keys(config))
     problems += saving_problems(config, OmegaConf.load(config_folder() / "train.yaml").checkpoint)
@@ -63,7 +71,8 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
             )
         facts = facts or facts_from_config(fields)
     try:
-        checked = check(config, world_size, facts=facts, seq_len=OmegaConf.select(config, "data.seq_len"))
+        seq_len = OmegaConf.select(config, "data.seq_len")
+        checked = check(config, world_size, facts=facts, seq_len=seq_len if isinstance(seq_len, int) else None)
         data_size = checked.mesh.size("dp")
         problems += batch_problems(config.train.global_batch_size, config.train.micro_batch_size, data_size)
         if checked.sizes["pp_size"] > 1 and not problems:
