@@ -264,7 +264,7 @@ def _expert_load(model: nn.Module) -> ExpertLoad | None:
     """A counter for the experts of a transformers model; None for a dense one."""
     config: Any = getattr(unwrapped(model), "config", None)
     experts = facts_from_config(fields_of(config)).num_experts if hasattr(config, "to_dict") else None
-    return None if experts is None else ExpertLoad(model, experts)
+    return ExpertLoad(model, experts) if experts else None
 
 
 def _global_tokens(data: DataSource, labels_BS: Tensor, context: Any) -> int:
