@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.device import cuda_present
@@ -48,11 +50,13 @@ def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: An
     return int(micro_batch_size or global_batch_size // data_ranks)
 
 
-def explain_target(target: str) -> str:
-    """Help texts of the composed strategy and of the other sections, for an app's ``--help``."""
+def explain_target(target: str, root: Any) -> str:
+    """Help texts of the composed strategy and of the other sections, with their values in the tree, for ``--help``."""
     from nemo_dist_conf.explain import explain
-    from nemo_dist_conf.sections import SECTIONS
+    from nemo_dist_conf.sections import SECTIONS, leaves
     from nemo_dist_conf.strategies import strategy_of_target
 
     strategy = strategy_of_target(target)
-    return explain(*([f"strategy={strategy.name}"] if strategy else []), *SECTIONS)
+    nodes = {name: root.get(name) for name in ("strategy", *SECTIONS)}
+    held = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items() if OmegaConf.is_dict(node)}
+    return explain(*([f"strategy={strategy.name}"] if strategy else []), *SECTIONS, values=leaves(held))

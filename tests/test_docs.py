@@ -78,6 +78,25 @@ def test_the_two_setup_lines_are_one_line_each():
     assert all(lines.strip().count("\n") == 0 for _, lines in found)
 
 
+def test_what_the_code_refers_to_is_there():
+    """Pages of the docs, results of the benchmarks and tests that a comment or docstring names."""
+    for file in (ROOT / "nemo_dist_conf").rglob("*.py"):
+        for found in re.finditer(r"\b(docs|benchmarks|tests)/[\w./-]*\w(, (test_\w+))?", file.read_text()):
+            path, name = found[0].partition(",")[0], found[3]
+            exact = [ROOT / path, *ROOT.glob(f"{path}*")]  # decisions are named by their number
+            assert any(place.exists() for place in exact), f"{file.name}: {path}"
+            assert name is None or f"def {name}(" in (ROOT / path).read_text(), f"{file.name}: {path}, {name}"
+
+
+def test_the_messages_that_troubleshooting_explains_are_still_given():
+    """But for the names and numbers in them."""
+    text = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
+    source = "".join(file.read_text() for file in sorted((ROOT / "nemo_dist_conf").rglob("*.py")))
+    for message in re.findall(r"^\*\*`([^`]*)`\.\*\*", text, re.MULTILINE):
+        for words in re.split(r"\w*\(\)|'\d+'|\d+|pp_size|^settings", message):
+            assert words.strip() in source, message
+
+
 def test_links_in_the_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

@@ -28,7 +28,7 @@ class DDPConf:
     """Options of torch.nn.parallel.DistributedDataParallel, and what is applied before it."""
 
     activation_checkpointing: Union[bool, str] = option(
-        False, "true: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
+        False, "true or full: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
     )
     broadcast_buffers: bool = option(False, "send rank 0's buffers to all ranks before every forward")
     find_unused_parameters: bool = option(False, "search each forward for parameters that get no gradient")

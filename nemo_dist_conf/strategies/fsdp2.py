@@ -40,7 +40,7 @@ class FSDP2Conf:
     offload_policy: Optional[OffloadConf] = option(OffloadConf, "parameters in host memory; null: off")
     autocast_dtype: Optional[DType] = option(None, "run forward under torch.autocast in this dtype; null: no autocast")
     activation_checkpointing: Union[bool, str] = option(
-        False, "true: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
+        False, "true or full: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
     )
     defer_fsdp_grad_sync: bool = option(
         True, "with gradient accumulation: reduce gradients in the last microbatch only"

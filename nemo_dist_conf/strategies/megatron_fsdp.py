@@ -49,7 +49,7 @@ class MegatronFSDPConf:
     nccl_ub: bool = option(False, "register communication buffers with NCCL")
     fsdp_double_buffer: bool = option(False, "two persistent buffers instead of allocating one per unit")
     activation_checkpointing: Union[bool, str] = option(
-        False, "true: recompute every block in backward; false: keep all"
+        False, "true or full: recompute every block in backward; false: keep all"
     )
 
 
