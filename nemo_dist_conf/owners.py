@@ -7,11 +7,11 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
-from typing import Any, Collection, Iterable, Mapping
+from typing import Any, Collection, Iterable, Mapping, NamedTuple
 
 from hydra.core.config_search_path import ConfigSearchPath
 
-__all__ = ["OWN_GROUP", "folders_of", "owned_by_app"]
+__all__ = ["Claim", "OWN_GROUP", "claim_of_app", "folders_of"]
 
 #: A file of this name in the folder of a group: these are all its options, ours are not wanted beside them.
 OWN_GROUP = "OWN_GROUP"
@@ -19,26 +19,39 @@ OWN_GROUP = "OWN_GROUP"
 _MOST_BYTES = 2**18
 
 
-def owned_by_app(
+class Claim(NamedTuple):
+    """What of a group is the app's. whole: all of it; options: those of ours that it extends under their own names."""
+
+    whole: bool
+    options: frozenset[str] = frozenset()
+
+
+def claim_of_app(
     group: str,
     options: Collection[str],
+    namespace: str,
     stored: Mapping[str, Any],
     folders: Collection[Path],
     foreign: Collection[str],
-) -> bool:
-    """Whether the app has an option of the same name as one of ours, or a root config or plain key of the group's name.
+) -> Claim:
+    """The app's claim: the group is its own where it has an option of the same name, a root config or a plain key.
 
+    An option of the same name that takes in ours from the namespace (``/nemo_dist/strategy@_here_: ddp``) is a preset.
     stored: root configs of other providers in the ConfigStore, by name. foreign: options that they store in the group.
     folders: where Hydra looks for files (``folders_of``).
     """
     if group in stored or not set(foreign).isdisjoint(options):
-        return True
+        return Claim(True)
+    extended = set()
     for folder in folders:
         if (folder / f"{group}.yaml").is_file() or (folder / group / OWN_GROUP).is_file():
-            return True
-        if any((folder / group / f"{name}.yaml").is_file() for name in options):
-            return True
-    return _is_plain_key(group, stored, folders)
+            return Claim(True)
+        for name in options:
+            text = _text_of(folder / group / f"{name}.yaml")
+            if text is not None and f"/{namespace}/{group}" not in text:
+                return Claim(True)
+            extended |= {name} if text is not None else set()
+    return Claim(_is_plain_key(group, stored, folders), frozenset(extended))
 
 
 def _is_plain_key(group: str, stored: Mapping[str, Any], folders: Collection[Path]) -> bool:
@@ -121,10 +134,19 @@ def _package_folders(package: str) -> Iterable[Path]:
 
 def _root_texts(folder: Path) -> Iterable[str]:
     try:
-        files = [(file, file.stat()) for file in sorted(folder.glob("*.yaml"))]
+        files = sorted(folder.glob("*.yaml"))
     except OSError:
         return []
-    return [_text(file, stat.st_mtime_ns) for file, stat in files if stat.st_size <= _MOST_BYTES]
+    return [text for text in map(_text_of, files) if text is not None]
+
+
+def _text_of(file: Path) -> str | None:
+    """What stands in a file; nothing in one that is no page or two; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return _text(file, found.st_mtime_ns) if found.st_size <= _MOST_BYTES else ""
 
 
 @functools.lru_cache(maxsize=256)

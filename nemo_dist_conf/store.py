@@ -10,7 +10,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.owners import folders_of, owned_by_app
+from nemo_dist_conf.owners import claim_of_app, folders_of
 
 __all__ = [
     "BASE",
@@ -105,7 +105,8 @@ def register(
 ) -> None:
     """Store every entry under ``nemo_dist/``, and under the short name where the app does not own that name.
 
-    Options that an app adds to a group stand beside ours, in its files and in the ConfigStore.
+    Options that an app adds to a group stand beside ours, in its files and in the ConfigStore, and what it extends
+    under the same name stands in place of it.
 
     groups: group -> option -> maker of its node; the first option is the default of the base config, which brings
     all groups in with one line. plain_base: what the base config holds besides its defaults list.
@@ -130,16 +131,15 @@ def register(
     for group, options in groups.items():
         first = next(iter(options))
         spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
-        owned = owned_by_app(group, options, stored, folders, _foreign_entries(store, group))
-        short.append(spaced[-1] if owned else {group: first})
-        if owned:
-            _remove_ours(store, group)
+        claim = claim_of_app(group, options, NAMESPACE, stored, folders, _foreign_entries(store, group))
+        short.append(spaced[-1] if claim.whole else {group: first})
+        _remove_ours(store, group)  # another app in this process may have claimed less
         for name, make in options.items():
             _put(store, f"{NAMESPACE}/{group}", name, make)
-            if not owned:
+            if not claim.whole and name not in claim.options:
                 _put(store, group, name, make)
     _put(store, NAMESPACE, BASE, lambda: _base_node(spaced, plain_base))
-    if not owned_by_app(BASE, (), stored, folders, ()):
+    if not claim_of_app(BASE, (), NAMESPACE, stored, folders, ()).whole:
         _put(store, None, BASE, lambda: _base_node(short, plain_base))
 
 

@@ -148,6 +148,36 @@ def test_presets_of_a_package(tmp_path):
     assert "strategy: ddp, fsdp2, megatron-fsdp, megatron_fsdp, mfsdp, mine, plain_ddp" in shown
 
 
+def test_an_option_of_ours_extended_under_its_own_name_stands_in_its_place(tmp_path, store):
+    write(tmp_path, {**PRESETS, "config.yaml": "defaults: [nemo_dist_conf, _self_]\n"})
+    extends = "defaults:\n  - /nemo_dist/strategy@_here_: fsdp2\n  - _self_\nenable_compile: true\n"
+    write(tmp_path, {"strategy/fsdp2.yaml": extends})
+    assert composed(tmp_path).strategy.enable_compile is True
+    assert composed(tmp_path, "strategy=mine").strategy.enable_compile is True  # presets extend the app's
+    assert composed(tmp_path, "strategy=ddp").strategy._target_ == "nemo_dist_conf.config.DDPConfig"
+    assert composed(tmp_path, "+nemo_dist@dist=nemo_dist_conf").dist.strategy.enable_compile is False
+    with initialize(None, version_base="1.3"):
+        assert compose("nemo_dist_conf").strategy.enable_compile is False
+    assert "fsdp2.yaml" in store.list("strategy")
+
+
+def test_a_preset_of_the_recipe_computes_in_what_the_recipe_says(tmp_path):
+    """It extends the recipe's own options, where train.dtype says the dtype."""
+    presets = {**PRESETS, "strategy/kept.yaml": "defaults: [fsdp2, _self_]\nreshard_after_forward: false\n"}
+    write(tmp_path, {f"conf/{name}": text for name, text in presets.items()})
+    words = ["python", "-m", "nemo_dist_conf.train", "--config-dir", "conf", "--cfg", "job", "--resolve"]
+    for option, dtype, key in (
+        ("kept", "auto", "param_dtype: float32"),
+        ("kept", "bfloat16", "param_dtype: bfloat16"),
+        ("plain_ddp", "bfloat16", "autocast_dtype: bfloat16"),
+    ):
+        done = warm.run([*words, f"strategy={option}", f"train.dtype={dtype}", "device=cpu"], cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert key in done.stdout
+    done = warm.run([*words, "+experiment=wide"], cwd=tmp_path)
+    assert "tp_size: 2" in done.stdout and "enable_compile: true" in done.stdout
+
+
 # ------------------------------------------------------------------------------- what the app owns
 
 

@@ -73,6 +73,7 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
     try:
         seq_len = OmegaConf.select(config, "data.seq_len")
         checked = check(config, world_size, facts=facts, seq_len=seq_len if isinstance(seq_len, int) else None)
+        problems += _dtype_problems(config.train.get("dtype"), checked)
         data_size = checked.mesh.size("dp")
         problems += batch_problems(config.train.global_batch_size, config.train.micro_batch_size, data_size)
         if checked.sizes["pp_size"] > 1 and not problems:
@@ -83,6 +84,27 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
     if checked is None:
         raise AssertionError("not checked, but no problem either")
     return checked
+
+
+def _dtype_problems(dtype: Any, checked: Checked) -> list[Problem]:
+    """``train.dtype`` and the strategy's own option, where a preset or a typed word answers otherwise."""
+    values = checked.strategy_values
+    policy = values.get("mp_policy") or {}
+    if "mp_policy" in values:
+        key, own = "strategy.mp_policy.param_dtype", policy.get("param_dtype") if policy.get("enabled") else None
+    else:
+        key, own = "strategy.autocast_dtype", values.get("autocast_dtype")
+    name = getattr(own, "name", own) or "float32"
+    if dtype == "auto" or name == dtype or not {"mp_policy", "autocast_dtype"} & values.keys():
+        return []
+    return [
+        Problem(
+            "what the model computes in has two different answers",
+            f"train.dtype={dtype} {key}={'null' if own is None else name}",
+            "one of them, or both the same",
+            "train.dtype=auto",
+        )
+    ]
 
 
 def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem:
