@@ -179,6 +179,8 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (1, "train.global_batch_size=0"),
     (1, "train.dtype=float16"),
     (1, "train.dtype=bf16"),
+    (1, "train.dtype=bfloat16 strategy.mp_policy=null"),
+    (1, "strategy=ddp train.dtype=bfloat16 strategy.autocast_dtype=float16"),
     # A plan of tensor parallelism.
     (2, "parallelism.tp_size=2 'strategy.tp_plan={model.layers.*.mlp.up_proj:columns}'"),
     (2, "parallelism.tp_size=2 'strategy.tp_plan={model.layer.*.up_proj:colwise,lm_head:colwise_gather_output}'"),
