@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping
 
@@ -182,12 +183,23 @@ def _single_root(cfg: Any) -> DictConfig:
     elif isinstance(value, str):
         find_strategy(value)
         raise AssertionError("unreachable: the strategy is unknown")
+    elif (extended := _meant_by(value)) is not None:
+        what = f"strategy holds options of {extended}, but the file that sets them does not take in the strategy first"
+        allowed = f"a preset that begins with defaults: [{extended}, _self_]"
+        instead = f"defaults: [{extended}, _self_]"
     else:
         what = "the config holds no strategy of nemo_dist_conf"
         allowed = "one of " + ", ".join(name for s in STRATEGIES for name in s.names)
         instead = "+nemo_dist_conf@_global_=default" if value is None else "strategy=fsdp2"
     shown = value if isinstance(value, (str, type(None))) else type(value).__name__
     raise ConfigError(Problem(what, f"strategy={'null' if shown is None else shown}", allowed, instead))
+
+
+def _meant_by(node: Any) -> str | None:
+    """The strategy that has all keys of a node, which is no strategy of ours."""
+    keys = set(map(str, node)) if isinstance(node, DictConfig) and not node._is_none() else set()
+    fields = ((s.name, {item.name for item in dataclasses.fields(s.schema)}) for s in STRATEGIES)
+    return next((name for name, known in fields if keys and keys <= known), None)
 
 
 def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:

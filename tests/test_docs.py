@@ -1,8 +1,8 @@
 """Every command in the README and the guides runs as written, and every refusal shown is the one that comes.
 
-The lines of a block ```bash are run one after the other in an empty folder; after the comment <!-- refused --> the
-last one must fail with the text of the block ```text that follows. The two lines after <!-- command: ... --> set up
-environments: CI and the install tests run them.
+The lines of a block ```bash are run one after the other in a folder with the files that the page shows; after the comment
+<!-- refused --> the last one must fail with the text of the block ```text that follows. The two lines after
+<!-- command: ... --> set up environments: CI and the install tests run them.
 """
 
 import re
@@ -50,6 +50,14 @@ def test_the_pages_hold_commands_and_every_command_block_is_understood():
         assert text.count("```bash") == len(BLOCK.findall(text))
 
 
+def write_files(page: str, folder: Path) -> None:
+    """What a page shows as a file, which is a block with its path in the first line."""
+    text = next(path for path in PAGES if path.name == page).read_text()
+    for path, rest in re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(rest)
+
+
 def run(line: str, folder: Path, fresh: bool) -> subprocess.CompletedProcess[str]:
     program, *words = shlex.split(line)
     if "nemo_dist_conf.train" in words and not fresh and not any("=submitit" in word for word in words):
@@ -62,6 +70,7 @@ def run(line: str, folder: Path, fresh: bool) -> subprocess.CompletedProcess[str
 def test_it_runs(block, tmp_path):
     """In a fresh interpreter: the README's first run under torchrun, and what is refused, which needs no torch."""
     first = block.page == "README.md" and block.lines[0].startswith("torchrun ")
+    write_files(block.page, tmp_path)
     for line in block.lines:
         done = run(line, tmp_path, fresh=first or block.refused is not None or "--cfg" in line)
         if block.refused is not None and line == block.lines[-1]:
