@@ -1,7 +1,7 @@
 """Every command in the README and the guides runs as written, and every refusal shown is the one that comes.
 
-The lines of a block ```bash are run one after the other in a folder with the files that the page shows; after the comment
-<!-- refused --> the last one must fail with the text of the block ```text that follows. The two lines after
+The lines of a block ```bash are run one after the other in a folder with the files that the page shows; after the
+comment <!-- refused --> the last one must fail with the text of the block ```text that follows. The two lines after
 <!-- command: ... --> set up environments: CI and the install tests run them.
 """
 
