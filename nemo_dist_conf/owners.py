@@ -69,7 +69,7 @@ def _is_plain_key(group: str, stored: Mapping[str, Any], folders: Collection[Pat
 
 
 def _has_plain_value(entry: Any, key: str) -> bool:
-    node = getattr(entry, "node", None)
+    node: Any = getattr(entry, "node", None)
     child = node._get_node(key) if hasattr(node, "_get_node") and key in node else None
     return child is not None and not hasattr(child, "keys")
 

@@ -49,7 +49,7 @@ def strategy_of(node: Any) -> Strategy | None:
         return None
     target = node._get_node("_target_") if "_target_" in node else None
     if target is not None:
-        return strategy_of_target(str(target._value()))  # type: ignore[union-attr]
+        return strategy_of_target(str(target._value()))
     kind = OmegaConf.get_type(node)
     classes = kind.__mro__ if isinstance(kind, type) else ()
     return next(filter(None, (strategy_of_target(f"{c.__module__}.{c.__name__}") for c in classes)), None)

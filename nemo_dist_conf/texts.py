@@ -58,7 +58,7 @@ def text_problems(node: Any) -> Iterable[Problem]:
 
 def _problem(node: DictConfig, key: str, raw: str, text: str, allowed: str) -> Problem:
     what = f"{key} is the text {text!r}"
-    overrides = OmegaConf.select(node._get_root(), "hydra.overrides.task") or []  # type: ignore[arg-type]
+    overrides = OmegaConf.select(node._get_root(), "hydra.overrides.task") or []
     key = f"+{key}" if any(str(word).startswith(f"+{key}=") for word in overrides) else key
     if "${" not in raw:
         return Problem(what, f"'{key}=\"{text}\"'", allowed, f"{key}={text}")

@@ -277,7 +277,9 @@ def _name_joined(root: DeviceMesh, joined: tuple[tuple[str, tuple[str, ...]], ..
 def _keep_timeout(mesh: DeviceMesh) -> None:
     """Let collectives over every axis wait as long as those of all ranks; torch's own default would hold for them."""
     timeout = group_timeout()
-    for group in mesh.get_all_groups() if timeout is not None else ():
+    if timeout is None:
+        return
+    for group in mesh.get_all_groups():
         if group is not dist.group.WORLD:
             set_group_timeout(group, timeout)
 

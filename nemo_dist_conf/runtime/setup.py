@@ -135,7 +135,7 @@ class DistributedSetup:
             pipeline = PipelineConfig()
         if sizes.ep_size > 1 and moe is None:
             moe = MoEParallelizerConfig()
-        executed = checkpointing_mode(mode) or strategy_config.activation_checkpointing
+        executed: Any = checkpointing_mode(mode) or strategy_config.activation_checkpointing
         if strategy_config.activation_checkpointing != executed:
             strategy_config = dataclasses.replace(strategy_config, activation_checkpointing=executed)
         context = MeshContext.build(strategy_config, sizes, world_size=world_size, device=device)
