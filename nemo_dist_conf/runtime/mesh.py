@@ -212,13 +212,17 @@ class MeshContext:
 
         Each data axis is reduced in turn: exact, and no process group beyond the mesh's own is needed.
         """
-        if self._all_ranks()[1] > 1:
-            dist.all_reduce(value)
-        names = (self.device_mesh.mesh_dim_names or ()) if self.device_mesh is not None else ()
-        for axis in (A.DP, A.DP_SHARD, A.CP, A.DP_REPLICATE):
-            if self.device_mesh is not None and axis in names and (self.size(axis) or 1) > 1:
-                dist.all_reduce(value, group=self.device_mesh.get_group(axis.value))
+        for group in self.data_groups():
+            dist.all_reduce(value, group=group)
         return value
+
+    def data_groups(self) -> list[dist.ProcessGroup | None]:
+        """This rank's group along each axis above 1 whose ranks hold different tokens (data and cp); None: all ranks."""
+        if self.device_mesh is None:
+            return [None] if self._all_ranks()[1] > 1 else []
+        wide = [name for name, size in _axes(self.device_mesh) if size > 1]
+        axes = (A.DP, A.DP_SHARD, A.CP, A.DP_REPLICATE)
+        return [self.device_mesh.get_group(axis.value) for axis in axes if axis in wide]
 
     def layout(self) -> str:
         """``dp_shard 2 x tp 2``: the axes above 1, outermost first; ``1 rank`` when there is none."""
