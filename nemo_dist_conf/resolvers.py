@@ -13,17 +13,15 @@ from nemo_dist_conf.topology.world import planned_world_size
 
 __all__ = ["autocast_dtype", "compute_dtype", "explain_target", "pipeline_rows"]
 
-_DTYPES = ("auto", "float32", "bfloat16")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def compute_dtype(dtype: Any, device: str) -> str:
     """``train.dtype`` as a dtype's name: auto is bfloat16 on CUDA and float32 on the CPU."""
     if dtype not in _DTYPES:
         likely = nearest(str(dtype), _DTYPES) or ["auto"]
-        also = " (float16 would need loss scaling, which this recipe does not do)" if dtype == "float16" else ""
-        what = f"train.dtype={dtype} is not a dtype to train in{also}"
-        best = "bfloat16" if dtype == "float16" else likely[0]
-        raise ConfigError(Problem(what, f"train.dtype={dtype}", ", ".join(_DTYPES), f"train.dtype={best}"))
+        what = f"train.dtype={dtype} is not a dtype to train in"
+        raise ConfigError(Problem(what, f"train.dtype={dtype}", ", ".join(_DTYPES), f"train.dtype={likely[0]}"))
     if dtype != "auto":
         return str(dtype)
     return "bfloat16" if device == "cuda" or (device == "auto" and cuda_present()) else "float32"

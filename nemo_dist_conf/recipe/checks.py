@@ -95,7 +95,9 @@ def _dtype_problems(dtype: Any, checked: Checked) -> list[Problem]:
     else:
         key, own = "strategy.autocast_dtype", values.get("autocast_dtype")
     name = getattr(own, "name", own) or "float32"
-    if dtype == "auto" or name == dtype or not {"mp_policy", "autocast_dtype"} & values.keys():
+    if not {"mp_policy", "autocast_dtype"} & values.keys():
+        return _unscaled_problems(dtype, checked)
+    if dtype == "auto" or name == dtype:
         return []
     return [
         Problem(
@@ -105,6 +107,15 @@ def _dtype_problems(dtype: Any, checked: Checked) -> list[Problem]:
             "train.dtype=auto",
         )
     ]
+
+
+def _unscaled_problems(dtype: Any, checked: Checked) -> list[Problem]:
+    """float16 under a strategy that keeps gradients in buffers of its own, where nothing scales them."""
+    if dtype != "float16":
+        return []
+    what = f"strategy={checked.strategy.name} has no loss scaling here, without which gradients in float16 become zero"
+    asked = f"{checked.paths.choose('strategy', checked.strategy.name)} train.dtype=float16"
+    return [Problem(what, asked, "auto, float32, bfloat16; or strategy=fsdp2", "train.dtype=bfloat16")]
 
 
 def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem:

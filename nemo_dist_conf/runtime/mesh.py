@@ -217,7 +217,7 @@ class MeshContext:
         return value
 
     def data_groups(self) -> list[dist.ProcessGroup | None]:
-        """This rank's group along each axis above 1 whose ranks hold different tokens (data and cp); None: all ranks."""
+        """This rank's group along each axis above 1 whose ranks hold different tokens (data, cp); None: all ranks."""
         if self.device_mesh is None:
             return [None] if self._all_ranks()[1] > 1 else []
         wide = [name for name, size in _axes(self.device_mesh) if size > 1]
