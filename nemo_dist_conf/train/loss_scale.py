@@ -11,9 +11,9 @@ _FIRST, _FACTOR, _PATIENCE = 2.0**16, 2.0, 2000
 class LossScale:
     """A power of two: lower as soon as gradients overflow, higher after many steps in which none did.
 
-    Not torch.amp.GradScaler: that one looks at the gradients of a rank, and ranks of a pipeline, or experts on a mesh of
-    their own, would decide differently. The norm of the step is known on all ranks anyway. A step whose gradients
-    overflow is computed again with a lower factor, so none is left out and layouts stay comparable.
+    Not torch.amp.GradScaler: that one looks at the gradients of a rank, and the stages of a pipeline would decide
+    differently; the norm of the step is known on all ranks anyway. A step whose gradients overflow is computed again
+    with a lower factor, so none is left out and layouts stay comparable.
     """
 
     def __init__(self, value: float = _FIRST, steps: int = 0) -> None:

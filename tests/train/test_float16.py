@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from nemo_dist_conf.gradients import clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.train.step import train_step
 from tests import warm
-from tests.dist.layouts import MODELS, batch, composed
+from tests.dist.layouts import MODELS, batch, composed, loss_sum
 from tests.dist.pool import run_ranks
 from tests.train.test_recipe import TINY
 
@@ -71,6 +74,35 @@ def test_steps_are_those_of_float32_also_where_gradients_overflow_first(layout, 
     assert 1.0 <= scale < 2.0**40
     for (loss, norm, updated), (right, right_norm, _) in zip(steps, expected):
         assert updated
+        assert loss == pytest.approx(right, rel=3e-3) and norm == pytest.approx(right_norm, rel=2e-2)
+
+
+def own_loop(words: list[str]):
+    """Steps of a loop that brings torch's scaler, and the scale at its end."""
+    sgd = {"name": "sgd", "lr": 0.5, "momentum": 0.9}
+    setup, model, optimizer = instantiate(composed(*words, model=MODELS["llama"], optimizer=sgd))
+    context, scaler = setup.mesh_context, torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    ids, labels = (part.chunk(context.data_size)[context.data_rank] for part in batch())
+    found = []
+    while len(found) < 3:
+        loss = loss_sum(model, ids, labels)
+        scaler.scale(loss * (context.gradient_size / (16 * 15))).backward()
+        scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(model, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if torch.isfinite(norm):
+            found.append((float(context.sum_over_data(loss.detach()) / (16 * 15)), float(norm)))
+    return found, scaler.get_scale()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "tp"])
+def test_a_loop_may_bring_torchs_scaler(layout, in_float32):
+    ranks = run_ranks(2, own_loop, LAYOUTS[layout])
+    assert ranks[0] == ranks[1] and 1.0 <= ranks[0][1] < 2.0**40
+    for (loss, norm), (right, right_norm, _) in zip(ranks[0][0], in_float32[0]):
         assert loss == pytest.approx(right, rel=3e-3) and norm == pytest.approx(right_norm, rel=2e-2)
 
 
