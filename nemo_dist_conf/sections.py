@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from typing import Any, Mapping
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import AnyNode, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -43,8 +43,10 @@ _POLICIES = ("CPUOffloadPolicy", "MixedPrecisionPolicy")
 def strategy_of(node: Any) -> Strategy | None:
     """The strategy whose options a node holds: as composed, or as Hydra leaves it once it is instantiated.
 
-    hydra.utils.instantiate makes the typed config of a node, and a node of that class again where it stands in a tree.
+    hydra.utils.instantiate makes the typed config of a node. Where it stands in a tree it is a node of that class again
+    with OmegaConf 2.3, and the object itself with 2.4.
     """
+    node = _as_node(node)
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
         return None
     target = node._get_node("_target_") if "_target_" in node else None
@@ -55,9 +57,17 @@ def strategy_of(node: Any) -> Strategy | None:
     return next(filter(None, (strategy_of_target(f"{c.__module__}.{c.__name__}") for c in classes)), None)
 
 
+def _as_node(value: Any) -> Any:
+    """A typed config or a policy as a node of its fields; anything else as it is."""
+    value = value._value() if isinstance(value, AnyNode) else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return OmegaConf.structured(value, flags={"allow_objects": True})
+    return value
+
+
 def read_section(root: DictConfig, name: str, schema: type, paths: Paths, problems: list[Problem]) -> dict[str, Any]:
     """The node's values by field, typed as its schema; problems are appended, defaults stand in for what is wrong."""
-    node = root.get(name) if name in root else None
+    node = _as_node(root.get(name)) if name in root else None
     if node is None and name not in root:
         return _defaults(schema)
     if isinstance(node, DictConfig):
@@ -162,7 +172,7 @@ def _merge(
             problems.append(_stray(f"{name}.{key}", _raw(node, key), known, paths))
             continue
         try:
-            value = node[key]
+            value = _as_node(node[key])
             inner = getattr(known[key].default_factory, "__call__", None) and _nested_schema(known[key])
             if inner and isinstance(value, DictConfig):
                 if _is_policy(value):
