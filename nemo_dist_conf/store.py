@@ -10,7 +10,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.owners import claim_of_app, folders_of
+from nemo_dist_conf.owners import claim_of_app, places_of
 
 __all__ = [
     "BASE",
@@ -117,7 +117,7 @@ def register(
     if not isinstance(store.repo, _SharedEntries):
         store.repo = _SharedEntries(store.repo)
     _put(store, NAMESPACE, "hooks", _hooks_node)
-    folders = folders_of(search_path, PROVIDER)
+    places = places_of(search_path, PROVIDER)
     stored = {
         name.removesuffix(".yaml"): entry
         for name, entry in store.repo.items()
@@ -131,7 +131,7 @@ def register(
     for group, options in groups.items():
         first = next(iter(options))
         spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
-        claim = claim_of_app(group, options, NAMESPACE, stored, folders, _foreign_entries(store, group))
+        claim = claim_of_app(group, options, NAMESPACE, stored, places, _foreign_entries(store, group))
         short.append(spaced[-1] if claim.whole else {group: first})
         _remove_ours(store, group)  # another app in this process may have claimed less
         for name, make in options.items():
@@ -139,7 +139,7 @@ def register(
             if not claim.whole and name not in claim.options:
                 _put(store, group, name, make)
     _put(store, NAMESPACE, BASE, lambda: _base_node(spaced, plain_base))
-    if not claim_of_app(BASE, (), NAMESPACE, stored, folders, ()).whole:
+    if not claim_of_app(BASE, (), NAMESPACE, stored, places, ()).whole:
         _put(store, None, BASE, lambda: _base_node(short, plain_base))
 
 

@@ -20,6 +20,7 @@ from nemo_dist_conf import (
     ParallelismSizes,
     PipelineConfig,
 )
+from tests import warm
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -375,3 +376,31 @@ def test_a_thousand_ranks_are_placed_by_the_closed_form():
         assert found["data_rank"] == rank // (2 * 8) % dp
         assert (found["dp_size"], found["dp_shard_size"], found["world_size"]) == (dp, dp // 2, 1024)
         assert all(found[name] == size for name, size in sizes.items())
+
+
+DDP_APP = """
+import torch, torch.distributed as dist
+from nemo_dist_conf import DistributedSetup
+from nemo_dist_conf.strategies.ddp import DDPManager
+
+setup = DistributedSetup.build("ddp")
+mesh = setup.mesh_context
+assert not dist.is_initialized() and mesh.layout() == "dp 2", mesh
+torch.manual_seed(mesh.data_rank)
+model = DDPManager(setup.strategy_config, mesh.device_mesh).parallelize(torch.nn.Linear(3, 1))
+rows = torch.arange(12.0).view(4, 3).chunk(mesh.data_size)[mesh.data_rank]
+model(rows).square().mean().backward()
+gradient = next(model.parameters()).grad
+both = [torch.empty_like(gradient) for _ in range(2)]
+dist.all_gather(both, gradient)
+assert torch.equal(*both) and mesh.sum_over_data(torch.ones(1)).item() == 2
+print("rank", dist.get_rank(), "of", mesh.world_size, mesh.is_main)
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_on_two_ranks_of_a_launcher_starts_its_group_when_the_model_is_wrapped(tmp_path):
+    (tmp_path / "app.py").write_text(DDP_APP)
+    done = warm.run(["torchrun", "--nproc-per-node", "2", "app.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0 of 2 True", "rank 1 of 2 False"]
