@@ -50,9 +50,12 @@ def text_problems(node: Any) -> Iterable[Problem]:
         if isinstance(child, DictConfig) and not child._is_interpolation():
             yield from text_problems(child)
             continue
+        raw = child._value() if child is not None else None  # type: ignore[union-attr]
+        if not isinstance(raw, str) or "${" not in raw:
+            continue
         key = str(node._get_full_key(name))
         found = _text_at(node, key)
-        if found is not None and "${" in found[0]:
+        if found is not None:
             yield _problem(node, key, *found, "a value that is read: a number, true, false, null")
 
 
