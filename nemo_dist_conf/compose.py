@@ -184,7 +184,7 @@ def _single_root(cfg: Any) -> DictConfig:
         find_strategy(value)
         raise AssertionError("unreachable: the strategy is unknown")
     elif (extended := _meant_by(value)) is not None:
-        what = f"strategy holds options of {extended}, but the file that sets them does not take in the strategy first"
+        what = f"the config holds no strategy of nemo_dist_conf, only options of {extended}, whose file takes in none"
         allowed = f"a preset that begins with defaults: [{extended}, _self_]"
         instead = f"defaults: [{extended}, _self_]"
     else:
