@@ -50,7 +50,7 @@ def text_problems(node: Any) -> Iterable[Problem]:
         if isinstance(child, DictConfig) and not child._is_interpolation():
             yield from text_problems(child)
             continue
-        raw = child._value() if child is not None else None  # type: ignore[union-attr]
+        raw = child._value() if child is not None else None
         if not isinstance(raw, str) or "${" not in raw:
             continue
         key = str(node._get_full_key(name))
