@@ -3,7 +3,8 @@
     python -m tests.typed_answers          all of them, and what is wrong with the offers
     python -m tests.typed_answers tp_plan  those whose words hold one of these, and every step of theirs
 
-Typed as a person would: the words that were asked go, those that are offered come, the rest of the line stays. Right is
+Typed as a person would: the words that were asked go where none of them is offered with another value, those that are
+offered come, the rest of the line stays. Right is
 an offer after which its problem is gone, and a chain of offers that ends in a run and never comes back to a line.
 """
 
@@ -332,7 +333,9 @@ def typed(line: Line, problem: Problem) -> Line | None:
         OverridesParser.create().parse_overrides(words)
     except HydraException:
         return None
-    replaced = {_key(word) for word in [*shlex.split(problem.asked.replace(" with ", " ")), *words]}
+    asked, offered_keys = {_key(word) for word in shlex.split(problem.asked)}, {_key(word) for word in words}
+    # What is offered for one of the words asked leaves the others; what has another name takes their place.
+    replaced = offered_keys if asked & offered_keys else asked | offered_keys
     kept = [word for word in line.words if _key(word) not in replaced]
     if any(re.match(r"\+?strategy(@\S+)?=", word) for word in words):  # its options go with the old strategy
         kept = [word for word in kept if not re.match(r"\+?(dist\.)?strategy\.", word)]

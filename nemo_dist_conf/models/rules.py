@@ -17,7 +17,7 @@ def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
 
     The vocabulary is not in it: torch shards it unevenly and the logits stay exact.
     """
-    known = [n for n in (facts.num_heads, facts.num_kv_heads, facts.intermediate_size) if n]
+    known = [n for n in (facts.num_heads, facts.num_kv_heads, facts.intermediate_size) if n and n > 0]
     if not known:
         return None
     return [d for d in divisors(min(known)) if all(n % d == 0 for n in known)]
