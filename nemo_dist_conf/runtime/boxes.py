@@ -34,9 +34,10 @@ class Box:
 def box_of(tensor: Tensor) -> Box:
     """The part that this rank holds; of a plain tensor, all of it.
 
-    Cut as it was sharded: tensor parallelism first, on the mesh's last axis, then fully_shard on what that left.
-    torch's own answer cuts from the first axis on, which is another part where sizes do not divide (torch 2.13).
-    A tensor that was cut in another way says so itself (torch/distributed/_checkpointable.py).
+    Cut as it was sharded. A dimension that fully_shard cut again after tensor parallelism, which its placement tells,
+    is cut from the mesh's last axis on, any other from the first: torch's own answer for the former is another part
+    where sizes do not divide (torch 2.13). A tensor that was cut in another way says so itself
+    (torch/distributed/_checkpointable.py).
     """
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
@@ -46,10 +47,12 @@ def box_of(tensor: Tensor) -> Box:
         return Box(tuple(chunk.offsets), tuple(chunk.sizes))
     offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
     mesh = tensor.device_mesh
-    for index in reversed(range(mesh.ndim)):
-        placement: Any = tensor.placements[index]
-        if placement.is_replicate():
-            continue
+    placements: list[Any] = list(tensor.placements)
+    cut_again = {placement.dim for placement in placements if hasattr(placement, "split_factor")}
+    order = [i for i, p in enumerate(placements) if not p.is_replicate() and p.dim not in cut_again]
+    order += [i for i, p in reversed(list(enumerate(placements))) if not p.is_replicate() and p.dim in cut_again]
+    for index in order:
+        placement = placements[index]
         whole = sizes[placement.dim]
         piece = -(-whole // mesh.size(index))
         begin = min(mesh.get_local_rank(index) * piece, whole)
