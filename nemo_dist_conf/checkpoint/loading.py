@@ -87,13 +87,17 @@ class Saved:
 
 @dataclass
 class _Target:
-    """An object to be filled. tensors: of its own state, by path, where they tell how what is loaded has to lie."""
+    """An object to be filled.
+
+    like: its own state, where what is loaded has tensors; tensors: in it, by path, which tell how these have to lie.
+    """
 
     name: str
     value: Any
     kind: str
     tree: Any
     is_own: bool
+    like: Any = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -134,7 +138,8 @@ class Loading:
             raise DataError(Problem(what, asked, was, f"load(folder, ...) without {name!r}"))
         target = _Target(name, value, kind, entry["tree"], name not in self._saved.entries)
         if kind == STATE and any(True for _ in tensors_in(target.tree)) and hasattr(value, "state_dict"):
-            target.tensors = dict(tensors_at(value.state_dict(), path_of(name)))
+            target.like = value.state_dict()
+            target.tensors = dict(tensors_at(target.like, path_of(name), self._models))
         return target
 
     def _names(self, target: _Target) -> Iterator[str]:
@@ -224,7 +229,9 @@ class Loading:
         filled = {one["at"]: self._room(target, one, everywhere) for one in tensors_in(target.tree)}
 
         def finish(settings: bool) -> None:
-            target.value.load_state_dict(from_json(target.tree, lambda reference: filled[reference["at"]]))
+            read = from_json(target.tree, lambda one: filled[one["at"]], target.like, self._models.rename)
+            target.like = None
+            target.value.load_state_dict(read)
 
         self._finish.append(finish)
 

@@ -26,11 +26,12 @@ from nemo_dist_conf.checkpoint.pieces import (
     named_state,
     optimizer_pieces,
     parameter_names,
+    raw_names,
     weight_pieces,
     whole_piece,
 )
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, bytes_of
-from nemo_dist_conf.checkpoint.values import merged, refuse_tensor, step_to, to_json
+from nemo_dist_conf.checkpoint.values import merged, refuse_tensor, renamed_keys, step_to, to_json
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName
 from nemo_dist_conf.runtime.boxes import Box, box_of, local_values
@@ -90,7 +91,12 @@ class Models:
         equal += [prefix_of(name) for name, module in modules.items() if unwrapped(module) is not module]
         if unwrapped(model) is not model:
             equal.append("")
-        self.has_stages = any(hasattr(one, "pp_mesh") for one in (model, *modules.values()))
+        everything = [model, *modules.values()]
+        canonical = {name for state in self.states.values() for name in state}
+        aliases = {raw: name for one in everything for raw, name in raw_names(one).items()}
+        #: Names under wrappers -> in the user's model.
+        self.aliases = {raw: name for raw, name in aliases.items() if raw not in canonical}
+        self.has_stages = any(hasattr(one, "pp_mesh") for one in everything)
         #: ids of tensors that a strategy keeps alike on the ranks that hold them.
         self.alike = {id(value) for prefix in equal for value in self.states[prefix].values()}
 
@@ -106,6 +112,10 @@ class Models:
                     found[axis] = max(found[axis], size)
         return found
 
+    def rename(self, key: Any) -> Any:
+        """A key of a dictionary as it is kept: a parameter's by its name in the user's model."""
+        return self.aliases.get(key, key) if isinstance(key, str) else key
+
     def names_of(self, optimizer: Optimizer) -> dict[int, str] | None:
         """Names of an optimizer's parameters; None where some are of no model here."""
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -114,7 +124,7 @@ class Models:
     def like(self, path_end: str, value: DTensor) -> DTensor | None:
         """The parameter that a tensor is a copy of, by its name."""
         for state in self.states.values():
-            found = state.get(path_end.removeprefix("module."))
+            found = state.get(path_end)
             if isinstance(found, DTensor) and found.shape == value.shape and found.device_mesh == value.device_mesh:
                 return found
         return None
@@ -264,7 +274,7 @@ def _state(name: str, value: Any, models: Models) -> Held:
         is_whole = not isinstance(tensor, DTensor)
         return {"at": full, "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "whole": is_whole}
 
-    held.tree = to_json(state, path_of(name), keep)
+    held.tree = to_json(state, path_of(name), keep, models.rename)
     return held
 
 
@@ -309,16 +319,17 @@ def _last_key(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def tensors_at(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state, by the paths that ``to_json`` gives them; anything else in it is passed over."""
+def tensors_at(value: Any, path: str, models: Models) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state, by the paths that they are kept under; anything else in it is passed over."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, dict):
+        renamed = renamed_keys(value, models.rename)
         for key, item in value.items():
-            yield from tensors_at(item, path + step_to(key))
+            yield from tensors_at(item, path + step_to(renamed[key]), models)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from tensors_at(item, f"{path}[{index}]")
+            yield from tensors_at(item, f"{path}[{index}]", models)
 
 
 # ----------------------------------------------------------------------------------------------------------- agree

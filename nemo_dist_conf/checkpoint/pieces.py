@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Iterable, Mapping
 
@@ -29,6 +30,7 @@ __all__ = [
     "optimizer_pieces",
     "parameter_names",
     "piece_of",
+    "raw_names",
     "set_group_settings",
     "set_weights",
     "weight_pieces",
@@ -38,6 +40,9 @@ __all__ = [
 MODEL, OPTIMIZER = "model.", "optimizer."
 #: Ends the name of what a module's ``get_extra_state`` gives, in torch's state dictionaries.
 EXTRA = "_extra_state"
+
+#: What torch's checkpoint wrapper adds to names; its state dictionary is without.
+_CHECKPOINTED = "_checkpoint_wrapped_module."
 
 #: Settings of a group that say how its update is computed, not what it is; what one layout can run another may not.
 _EXECUTION = ("foreach", "fused")
@@ -88,17 +93,41 @@ def named_state(model: nn.Module) -> dict[str, Tensor]:
     if is_wrapped(model):
         show_shards(model)
     inner = unwrapped(model)
-    wrappers = [path for path, module in inner.named_modules() if path and unwrapped(module) is not module]
+    wrappers = _wrappers(inner)
     seen: set[int] = set()
     state: dict[str, Tensor] = {}
     for name, value in inner.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen and not name.endswith(EXTRA):
             seen.add(id(value))
-            for path in reversed(wrappers):  # inner ones first, whose paths have the outer ones' in them
-                if name.startswith(f"{path}.module."):
-                    name = f"{path}.{name.removeprefix(f'{path}.module.')}"
-            state[name] = value
+            state[_without_wrappers(name, wrappers)] = value
     return state
+
+
+def _wrappers(model: nn.Module) -> list[str]:
+    """Beginnings of names of what wrappers in a model hold; inner ones first, which have the outer ones' in them."""
+    found = [path for path, module in model.named_modules() if unwrapped(module) is not module]
+    return [f"{path}.module." if path else "module." for path in reversed(found)]
+
+
+def _without_wrappers(name: str, wrappers: Iterable[str]) -> str:
+    for begin in wrappers:
+        if name.startswith(begin):
+            name = begin.removesuffix("module.") + name.removeprefix(begin)
+    return name
+
+
+def raw_names(model: nn.Module) -> dict[str, str]:
+    """Names of ``named_parameters``, ``named_buffers``, ``state_dict`` that are others in the user's model -> those."""
+    wrappers = _wrappers(model)
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    found = {}
+    for raw in dict.fromkeys([*(name for one in named for name, _ in one), *model.state_dict(keep_vars=True)]):
+        name = _without_wrappers(raw, wrappers).replace(_CHECKPOINTED, "")
+        if hasattr(model, "pp_mesh"):
+            name = re.sub(r"^parts\.\d+\.", "", name)
+        if name != raw:
+            found[raw] = name
+    return found
 
 
 def weight_pieces(state: Mapping[str, Tensor], prefix: str = MODEL) -> dict[str, Piece]:

@@ -21,6 +21,7 @@ __all__ = [
     "merged",
     "random_state",
     "refuse_tensor",
+    "renamed_keys",
     "set_random_state",
     "step_to",
     "tensors_in",
@@ -31,23 +32,34 @@ _KIND = "__is__"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def to_json(value: Any, path: str, tensor: Callable[[torch.Tensor, str], Any] | None = None) -> Any:
+def to_json(
+    value: Any,
+    path: str,
+    tensor: Callable[[torch.Tensor, str], Any] | None = None,
+    rename: Callable[[Any], Any] = lambda key: key,
+) -> Any:
     """A value as JSON keeps it: numbers, texts, lists, tuples, dictionaries, and tensors among them.
 
     path: where it stands, in words; no two values of one tree have the same. tensor: what stands for a tensor of that
-    path, any JSON; None: the tensor itself, packed, which is for small ones.
+    path, any JSON; None: the tensor itself, packed, which is for small ones. rename: what a key of a dictionary is kept
+    as, where no two become one.
     Raises ConfigError, naming where it stands, for anything else.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+
+    def inner(item: Any, at: str) -> Any:
+        return to_json(item, f"{path}{at}", tensor, rename)
+
     if isinstance(value, tuple):
-        return {_KIND: "tuple", "items": [to_json(item, f"{path}[{i}]", tensor) for i, item in enumerate(value)]}
+        return {_KIND: "tuple", "items": [inner(item, f"[{index}]") for index, item in enumerate(value)]}
     if isinstance(value, list):
-        return [to_json(item, f"{path}[{index}]", tensor) for index, item in enumerate(value)]
+        return [inner(item, f"[{index}]") for index, item in enumerate(value)]
     if isinstance(value, dict):
+        renamed = renamed_keys(value, rename)
         if all(isinstance(key, str) for key in value) and _KIND not in value:
-            return {key: to_json(item, path + step_to(key), tensor) for key, item in value.items()}
-        pairs = [[to_json(key, path), to_json(item, path + step_to(key), tensor)] for key, item in value.items()]
+            return {renamed[key]: inner(item, step_to(renamed[key])) for key, item in value.items()}
+        pairs = [[to_json(renamed[key], path), inner(item, step_to(renamed[key]))] for key, item in value.items()]
         return {_KIND: "dict", "items": pairs}
     if isinstance(value, torch.Tensor):
         return {_KIND: "tensor", **(_packed(value, path) if tensor is None else tensor(value, path))}
@@ -56,6 +68,12 @@ def to_json(value: Any, path: str, tensor: Callable[[torch.Tensor, str], Any] | 
     if hasattr(value, "state_dict"):
         allowed, instead = f"{allowed}; an object with a state_dict of its own", f"objects={{'a name': {path}, ...}}"
     raise ConfigError(Problem(what, path, allowed, instead))
+
+
+def renamed_keys(value: Mapping[Any, Any], rename: Callable[[Any], Any]) -> dict[Any, Any]:
+    """Key of a dictionary -> what it is renamed to; all stay as they are where two would be one."""
+    found = {key: rename(key) for key in value}
+    return found if len(set(found.values())) == len(found) else {key: key for key in value}
 
 
 def step_to(key: Any) -> str:
@@ -111,33 +129,46 @@ def tensors_in(tree: Any) -> Iterator[dict[str, Any]]:
             yield from tensors_in(item)
 
 
-def from_json(value: Any, tensor: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def from_json(
+    value: Any,
+    tensor: Callable[[dict[str, Any]], Any] | None = None,
+    like: Any = None,
+    rename: Callable[[Any], Any] = lambda key: key,
+) -> Any:
     """What ``to_json`` was given.
 
     tensor: the tensor for what stands for it, or ``LEFT_OUT``, which takes the entry out of its dictionary.
+    like: a value of the same kind, whose keys are taken where ``rename`` makes one of them that is there.
     """
+
+    def inner(item: Any, beside: Any) -> Any:
+        return from_json(item, tensor, beside, rename)
+
     if isinstance(value, list):
-        return [from_json(item, tensor) for item in value]
+        return [inner(item, beside) for item, beside in zip(value, _as_many(like, len(value)))]
     if not isinstance(value, dict):
         return value
     kind = value.get(_KIND)
-    if kind is None:
-        return _without({key: from_json(item, tensor) for key, item in value.items()})
     if kind == "tuple":
-        return tuple(from_json(item, tensor) for item in value["items"])
-    if kind == "dict":
-        return _without({from_json(key): from_json(item, tensor) for key, item in value["items"]})
+        return tuple(inner(item, beside) for item, beside in zip(value["items"], _as_many(like, len(value["items"]))))
+    if kind in (None, "dict"):
+        pairs = value.items() if kind is None else [(from_json(key), item) for key, item in value["items"]]
+        there = like if isinstance(like, dict) else {}
+        theirs = {name: key for key, name in renamed_keys(there, rename).items()}
+        found = {theirs.get(key, key): inner(item, there.get(theirs.get(key, key))) for key, item in pairs}
+        return {key: item for key, item in found.items() if item is not LEFT_OUT}
     if tensor is not None and "data" not in value:
         return tensor(value)
     return tensor_of(bytearray(base64.b64decode(value["data"])), value["dtype"], value["shape"])
 
 
+def _as_many(like: Any, count: int) -> list[Any]:
+    """Of a list, so many; of anything else as many times nothing."""
+    return [*like[:count], *[None] * (count - len(like))] if isinstance(like, (list, tuple)) else [None] * count
+
+
 #: Stands for a tensor that is not for this rank.
 LEFT_OUT: Any = object()
-
-
-def _without(values: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: value for key, value in values.items() if value is not LEFT_OUT}
 
 
 def merged(trees: Sequence[Any]) -> Any:

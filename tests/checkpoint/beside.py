@@ -29,7 +29,7 @@ _ODD: dict[str, Any] = {"config": {**_MODEL["config"], "vocab_size": 97}}
 LAYOUTS: dict[str, Layout] = {
     "1 rank": Layout(1, FSDP2, _ODD),
     "ddp 2": Layout(2, ("strategy=ddp",), _ODD),
-    "fsdp2 2": Layout(2, FSDP2, _ODD),
+    "fsdp2 2": Layout(2, (*FSDP2, "activation_checkpointing=true"), _ODD),
     "tp 2": Layout(2, (*FSDP2, TP), _ODD),
     "pp 2": Layout(2, (*FSDP2, PP, "pipeline.pp_batch_size=8"), _ODD),
     "megatron zero 3, 2 ranks": Layout(2, MEGATRON, _ODD),
@@ -47,7 +47,7 @@ class Ema:
         if is_wrapped(model):
             show_shards(model)
         self.decay = 0.99
-        self.copies = {name: p.detach().clone() * factor for name, p in named_parameters(model)}
+        self.copies = {name: p.detach().clone() * factor for name, p in model.named_parameters()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"decay": self.decay, "copies": self.copies}
@@ -139,10 +139,11 @@ def go_on(layout: Layout, sources: list[tuple[Path, str]]) -> list[dict[str, Ten
 def whole(objects: dict[str, Any], second: Any) -> dict[str, Tensor]:
     """All numbers of objects in full, put together by torch's own means, not by what is tested; on rank 0."""
     found: dict[str, Tensor] = {}
-    names = dict(named_parameters(second))
+    names = {_plain(name): parameter for name, parameter in named_parameters(second)}
     for name, value in objects.items():
         if isinstance(value, Ema):
-            found |= {f"{name}: {key}": _full(copy, key, names) for key, copy in value.copies.items()}
+            copies = {_plain(key): copy for key, copy in value.copies.items()}
+            found |= {f"{name}: {key}": _full(copy, key, names) for key, copy in copies.items()}
         elif isinstance(value, nn.Module):
             found |= {f"{name}: {key}": _full(p, key, names) for key, p in names.items()}
         else:
@@ -157,6 +158,10 @@ def whole(objects: dict[str, Any], second: Any) -> dict[str, Tensor]:
         dist.all_gather_object(everywhere, found, group=second.pp_mesh.get_group())
         found = {name: tensor for rank in everywhere for name, tensor in rank.items()}
     return found if dist.get_rank() == 0 else {}
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
 
 
 def _full(value: Tensor, name: str, parameters: dict[str, Any]) -> Tensor:
