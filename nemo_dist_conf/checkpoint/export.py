@@ -168,19 +168,10 @@ def _values(reader: FolderReader, names: Mapping[str, _Source], wanted: list[str
         source = names[name]
         value = torch.empty(source.box.sizes, dtype=source.dtype)
         for file, offsets, sizes in reader.index.tensors[source.name]["parts"]:
-            _copy_overlap(value, source.box, reader, file, source.name, Box(tuple(offsets), tuple(sizes)))
+            both = source.box.shared(Box(tuple(offsets), tuple(sizes)))
+            if both is not None:
+                both[0].of(value).copy_(both[1].of(reader.read(file, source.name)))
         yield value.view(source.shape)
-
-
-def _copy_overlap(value: Tensor, box: Box, reader: FolderReader, file: str, name: str, part: Box) -> None:
-    begins = [max(a, b) for a, b in zip(box.offsets, part.offsets)]
-    ends = [min(a + s, b + t) for a, s, b, t in zip(box.offsets, box.sizes, part.offsets, part.sizes)]
-    if any(begin >= end for begin, end in zip(begins, ends)):
-        return
-    sizes = tuple(end - begin for begin, end in zip(begins, ends))
-    theirs = Box(tuple(begin - offset for begin, offset in zip(begins, part.offsets)), sizes)
-    mine = Box(tuple(begin - offset for begin, offset in zip(begins, box.offsets)), sizes)
-    mine.of(value).copy_(theirs.of(reader.read(file, name)))
 
 
 def _write_rest(

@@ -62,6 +62,9 @@ log = logging.getLogger(__name__)
 PARTIAL = ".partial-"
 
 
+_OTHERWISE = "save to another folder, or remove that one; Checkpoints(folder) names folders by their steps"
+
+
 @dataclass(frozen=True)
 class Restored:
     """What ``load`` found. config: the composed config of the run that saved, as data; nothing of it is called.
@@ -207,9 +210,11 @@ def write_snapshot(
     """Write a snapshot to ``folder``, which must not exist; every rank calls it. See ``save``."""
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
     rank = 0 if is_alone else dist.get_rank()
-    aside = [folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"]
+    aside: list[Any] = [None if folder.exists() else folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"]
     if not is_alone:
         dist.broadcast_object_list(aside, src=0, group=group)
+    if aside[0] is None:
+        raise TrainingError(f"{folder} exists already; it was left as it is\n  {_OTHERWISE}")
     partial = aside[0]
     world_size = 1 if is_alone else dist.get_world_size()
 
@@ -240,7 +245,7 @@ def write_snapshot(
         if finding:
             raise OSError(finding)
         if folder.exists():
-            raise FileExistsError(f"{folder} exists already; it was left as it is")
+            raise FileExistsError(f"{folder} exists by now; it was left as it is")
         os.rename(partial, folder)
         _sync_folder(folder.parent)
 
@@ -347,7 +352,7 @@ def load(
     if mine is not None:
         set_random_state(from_json(json.loads(mine["random"])))
     elif rank == 0:
-        log.info("%d ranks saved, %d load: random states go on as they are", manifest.world_size, world_size)
+        log.info("saved by %d, loaded by %d ranks: random states go on as they are", manifest.world_size, world_size)
     states = SavedObjects(saved, reader)
     return Restored(path, manifest.step, manifest.run, manifest.origin, manifest.world_size, config, states)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, Iterable
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,11 +13,12 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hooks import DistributedCallback
 from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.recipe.earlier import keep_snapshot
 from nemo_dist_conf.recipe.folder import config_folder
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
-from nemo_dist_conf.topology.world import planned_world_size
+from nemo_dist_conf.topology.world import launched, planned_world_size
 
 __all__ = [
     "RecipeCallback",
@@ -29,6 +31,13 @@ __all__ = [
 
 class RecipeCallback(DistributedCallback):
     """The package's callback, with the recipe's rules."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        super().on_run_start(config, **kwargs)
+        if launched().rank == 0:
+            earlier = keep_snapshot(config)
+            if earlier is not None:
+                print(f"the config of an earlier run in this folder is now {earlier}", file=sys.stderr, flush=True)
 
     def check(self, config: DictConfig) -> Checked:
         return check_recipe(config)

@@ -24,6 +24,16 @@ class Box:
     def is_empty(self) -> bool:
         return math.prod(self.sizes) == 0
 
+    def shared(self, other: Box) -> tuple[Box, Box] | None:
+        """What two boxes of one tensor have in common, as it lies in each of them; None where that is nothing."""
+        begins = [max(a, b) for a, b in zip(self.offsets, other.offsets)]
+        ends = [min(a + s, b + t) for a, s, b, t in zip(self.offsets, self.sizes, other.offsets, other.sizes)]
+        if any(begin >= end for begin, end in zip(begins, ends)):
+            return None
+        sizes = tuple(end - begin for begin, end in zip(begins, ends))
+        mine, theirs = (tuple(b - o for b, o in zip(begins, box.offsets)) for box in (self, other))
+        return Box(mine, sizes), Box(theirs, sizes)
+
     def of(self, full: Tensor) -> Tensor:
         """This part of a whole tensor, a view."""
         for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes)):

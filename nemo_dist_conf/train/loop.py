@@ -114,8 +114,9 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
         restored = saving.restore(model, optimizer, data, context.is_main)
         if restored is not None and restored.step >= settings.steps:
             return _nothing_left(restored, settings.steps, saving, context.is_main)
-        start = 0 if restored is None else restored.step
-        return _train(cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, saving, began, start)
+        return _train(
+            cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, saving, began, restored
+        )
     finally:
         if saving is not None:
             saving.close()
@@ -178,9 +179,10 @@ def _train(
     folder: Path,
     saving: Saving,
     began: float,
-    start: int,
+    restored: Restored | None,
 ) -> float:
-    """Steps ``start`` (counted from 0) to the last; rows: of a microbatch on this rank."""
+    """The steps after those of ``restored``; rows: of a microbatch on this rank."""
+    start = 0 if restored is None else restored.step
     context = setup.mesh_context
     is_main = context.is_main
     console = Console(settings.steps, enabled=is_main, first_step=start + 1)
@@ -190,7 +192,10 @@ def _train(
     load = _expert_load(model)
     first: StepResult | None = None
     result: StepResult | None = None
-    writer = MetricsWriter(folder, enabled=is_main, first_step=start + 1, tensorboard=settings.tensorboard)
+    last_loss = None if restored is None else restored.objects["position"]["loss"]
+    writer = MetricsWriter(
+        folder, enabled=is_main, first_step=start + 1, tensorboard=settings.tensorboard, last_loss=last_loss
+    )
     with writer, console, Preemption(saving.is_on) as preemption:
         for step in range(start, settings.steps):
             step_began = time.perf_counter()
