@@ -21,6 +21,7 @@ from nemo_dist_conf.topology.world import about_to_start
 __all__ = ["PlanCallback", "run"]
 
 _OWN = ("world_size", "hardware", "plan")
+_PICTURES = (".html", ".htm", ".svg")
 _KNOBS = ("search", "top", "formulas", "json", "picture")
 
 
@@ -49,9 +50,10 @@ def run(cfg: DictConfig, hydra: Any = None) -> str:
             best = make_plan(job_of(recipe, world_size, cfg.hardware))
             text, found = best.table(bool(cfg.plan.formulas)), best.to_dict()
     if cfg.plan.picture is not None:
-        from nemo_dist_conf.plan.picture import picture
+        from nemo_dist_conf.plan.picture import page, svg
 
-        text += f"\n\npicture  {_write('picture', cfg.plan.picture, picture(best))}"
+        drawn = svg(best) if _suffix(cfg.plan.picture) == ".svg" else page(best)
+        text += f"\n\npicture  {_write('picture', cfg.plan.picture, drawn)}"
     if cfg.plan.json == "-":
         return json.dumps(found, indent=1)
     if cfg.plan.json is not None:
@@ -93,7 +95,17 @@ def _check_knobs(node: Any) -> None:
         if not isinstance(node[key], bool):
             what = f"plan.{key}={node[key]} is not true or false"
             problems.append(Problem(what, f"plan.{key}={node[key]}", "true, false", f"plan.{key}=true"))
+    picture = node["picture"]
+    if picture is not None and _suffix(picture) not in _PICTURES:
+        what = f"plan.picture={picture} ends in nothing that the plan can draw"
+        stem = Path(str(picture)).with_suffix("")
+        allowed = f"a file whose name ends in {', '.join(_PICTURES)}"
+        problems.append(Problem(what, f"plan.picture={picture}", allowed, f"plan.picture={stem}.html"))
     ConfigError.raise_if(problems)
+
+
+def _suffix(path: Any) -> str:
+    return Path(str(path)).suffix.lower()
 
 
 def _write(key: str, path: Any, text: str) -> Path:

@@ -36,7 +36,7 @@ def keep_snapshot(config: DictConfig) -> Path | None:
     if OmegaConf.select(config, "checkpoint.resume") is not None and checkpoints_in(Path(str(folder)) / ROOT):
         return None
     there = Path(str(folder)) / str(name)
-    task = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         before = (there / "config.yaml").read_text(encoding="utf-8")
         return set_aside(there) if before != OmegaConf.to_yaml(task) else None

@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 #: Where the folder of an exported model lies in the output folder.
 _EXPORT = "hf"
 #: Sections that say how a run is executed; that they are others than before changes no number.
-_EXECUTION = ("parallelism.", "strategy.", "pipeline.", "checkpoint.", "device", "activation_checkpointing")
-_EXECUTION += ("train.micro_batch_size", "train.log_every", "train.tensorboard")
+_EXECUTION = (
+    *("parallelism.", "strategy.", "pipeline.", "checkpoint.", "device", "activation_checkpointing"),
+    *("train.micro_batch_size", "train.log_every", "train.tensorboard"),
+)
 #: What a run that is to go on is given another value of.
 _LENGTH = "train.steps"
 
