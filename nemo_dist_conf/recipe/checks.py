@@ -15,6 +15,7 @@ from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.recipe.earlier import keep_snapshot
 from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.recipe.node_checks import node_problems
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
@@ -55,13 +56,14 @@ def typed_model_config(config: Any, overrides: Iterable[str]) -> dict[str, Any]:
 
 def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
     """The checked recipe config (with or without its ``hydra`` node), or ConfigError with every problem."""
+    ConfigError.raise_if(node_problems(config))  # the rules below look into these nodes
     checked = None
     problems = list(_stray_keys(config))
     problems += saving_problems(config, OmegaConf.load(config_folder() / "train.yaml").checkpoint)
     problems += value_problems(config)
     facts = None
-    model = config.get("model")
-    if isinstance(model, DictConfig) and "_target_" not in model:
+    model = config.model
+    if "_target_" not in model:
         overrides = OmegaConf.select(config, "hydra.overrides.task") or []
         if model.get("name_or_path"):
             facts = facts_from_folder(model.name_or_path)
@@ -74,7 +76,8 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
     try:
         checked = check(config, world_size, facts=facts, seq_len=OmegaConf.select(config, "data.seq_len"))
         data_size = checked.mesh.size("dp")
-        problems += batch_problems(config.train.global_batch_size, config.train.micro_batch_size, data_size)
+        train = config.train
+        problems += batch_problems(train.get("global_batch_size"), train.get("micro_batch_size"), data_size)
         if checked.sizes["pp_size"] > 1 and not problems:
             problems += _pipeline_batch_problems(config.train, checked.pipeline["pp_batch_size"], data_size)
     except ConfigError as error:

@@ -109,6 +109,7 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
         rows = micro or size // context.data_size
         _check_model_knows(cfg, data, model, context)
+        _refuse_both_directions(model)
         if saving.goes_on:
             settle(model, optimizer, _microbatches(data, 0, rows, context)[0], context)
         restored = saving.restore(model, optimizer, data, context.is_main)
@@ -156,6 +157,18 @@ def _check_model_knows(cfg: Any, data: DataSource, model: nn.Module, context: An
         check_vocabulary(data.corpus, vocabulary, checkpoint=checkpoint)
         if checkpoint and data.corpus.tokenizer is None and context.is_main:
             log.warning("data.tokenizer=null: %s is fed bytes, not the ids that its own tokenizer makes", checkpoint)
+
+
+def _refuse_both_directions(model: nn.Module) -> None:
+    """Raise ConfigError for an encoder of transformers: each token would see the one that it is to foretell."""
+    modules = list(model.modules())
+    config: Any = next((module.config for module in modules if hasattr(module, "config")), None)
+    key = next((key for key in ("is_decoder", "causal") if getattr(config, key, None) is False), None)
+    # Some configs have the field, and no module reads it.
+    if key is not None and any(getattr(module, "is_decoder", None) is False for module in modules):
+        what = f"{config.model_type} reads a row in both directions, so each token would see the one it has to foretell"
+        asked, allowed = f"model.config.model_type={config.model_type}", "a causal model; an encoder as a decoder"
+        raise ConfigError(Problem(what, asked, allowed, f"+model.config.{key}=true"))
 
 
 def _vocabulary(model: nn.Module) -> int | None:
