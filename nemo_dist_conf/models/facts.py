@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
-__all__ = ["ModelFacts", "facts_from_config", "facts_from_folder", "fields_of"]
+__all__ = ["ModelFacts", "facts_from_config", "facts_from_folder", "fields_of", "plain_floats"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,19 @@ def facts_from_folder(folder: str | Path) -> ModelFacts | None:
         config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts_from_config(config) if isinstance(config, dict) else None
+    return facts_from_config(plain_floats(config)) if isinstance(config, dict) else None
+
+
+def plain_floats(value: Any) -> Any:
+    """Fields of a transformers config as they stand in JSON, with its infinities and NaN as numbers.
+
+    JSON has no word for them, and transformers 5 writes ``{"__float__": "Infinity"}``.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: plain_floats(item) for key, item in value.items()}
+    return [plain_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _whole(config: Mapping[str, Any], *names: str) -> int | None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.models.facts import fields_of
+from nemo_dist_conf.models.facts import fields_of, plain_floats
 from nemo_dist_conf.models.shapes import shape_of
 from nemo_dist_conf.runtime.load import check_weights
 from nemo_dist_conf.runtime.materialise import (
@@ -268,7 +268,7 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
         what = f"model.config is {type(fields).__name__}, not a group of fields"
         allowed = "fields of a transformers config, with model_type"
         raise ConfigError(Problem(what, f"model.config={fields}", allowed, "model.config.model_type=llama"))
-    fields = dict(fields)
+    fields = plain_floats(dict(fields))
     try:
         if folder is not None:
             if not (folder / "config.json").is_file():
