@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
@@ -22,7 +22,6 @@ from nemo_dist_conf.checkpoint.objects import (
     OPTIMIZER,
     STATE,
     Models,
-    kind_of,
     own_name,
     path_of,
     places_of,
@@ -85,6 +84,9 @@ class Saved:
         return self.own[name]
 
 
+_NOTHING = "nothing"
+
+
 @dataclass
 class _Target:
     """An object to be filled.
@@ -104,8 +106,11 @@ class _Target:
 class Loading:
     """The pieces that objects need of a checkpoint, and ``finish``, which hands over what was read into them."""
 
-    def __init__(self, saved: Saved, objects: Mapping[str, Any], models: Models) -> None:
-        """Every rank calls it. Raises DataError on all of them, before any value is changed, for what does not fit."""
+    def __init__(self, saved: Saved, names: Iterable[str], models: Models) -> None:
+        """names: of ``models.objects``. Every rank calls it.
+
+        Raises DataError on all of them, before any value is changed, for what does not fit.
+        """
         self._saved, self._models = saved, models
         self._has_stages = models.has_stages or saved.has_stages
         self._rank = dist.get_rank() if dist.is_initialized() else 0
@@ -113,7 +118,7 @@ class Loading:
         self._optimizers: list[tuple[_Target, Mapping[int, str]]] = []
         self.pieces: dict[str, Piece] = {}
         targets, known = together(
-            lambda: [self._target(name, value) for name, value in objects.items()],
+            lambda: [self._target(name) for name in names],
             lambda targets: [sorted(self._names(target)) for target in targets],
         )
         everywhere = [{name for of_rank in known for name in of_rank[i]} for i in range(len(targets))]
@@ -124,8 +129,10 @@ class Loading:
 
         together(add)
 
-    def _target(self, name: str, value: Any) -> _Target:
-        entry, kind = self._saved.entry(name), kind_of(value)
+    def _target(self, name: str) -> _Target:
+        entry, kind, value = self._saved.entry(name), self._models.kinds[name], self._models.objects[name]
+        if value is None and entry["kind"] == STATE and entry["tree"] is None:
+            return _Target(name, None, _NOTHING, None, name not in self._saved.entries)  # as on a rank without one
         if kind == STATE and not hasattr(value, "load_state_dict"):
             what = f"objects[{name!r}] is a {type(value).__name__}, which cannot be filled"
             allowed = "what has load_state_dict; what load returns has the values of all others"
@@ -149,6 +156,8 @@ class Loading:
         return iter(target.tensors)
 
     def _add(self, target: _Target, everywhere: set[str]) -> None:
+        if target.kind == _NOTHING:
+            return
         add = {MODULE: self._add_module, OPTIMIZER: self._add_optimizer, STATE: self._add_state}[target.kind]
         add(target, everywhere)
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Iterator, Mapping
 
 import torch.distributed as dist
@@ -23,10 +24,10 @@ from nemo_dist_conf.checkpoint.pieces import (
     EXTRA,
     Piece,
     group_settings,
-    named_state,
     optimizer_pieces,
     parameter_names,
     raw_names,
+    state_of,
     weight_pieces,
     whole_piece,
 )
@@ -51,7 +52,6 @@ __all__ = [
     "STATE",
     "agree",
     "hold",
-    "kind_of",
     "own_name",
     "path_of",
     "places_of",
@@ -59,7 +59,6 @@ __all__ = [
     "shapes_of",
     "shard_box",
     "tensors_at",
-    "with_extra",
 ]
 
 MODULE, OPTIMIZER, STATE = "module", "optimizer", "state"
@@ -77,28 +76,42 @@ _SHARING = (MeshAxisName.PP.value, MeshAxisName.CP.value, MeshAxisName.TP.value)
 
 
 class Models:
-    """The models that are saved or loaded together, with the names of all their parameters."""
+    """The models that are saved or loaded together, and objects beside them: names, kinds, how they lie."""
 
     def __init__(self, model: nn.Module, objects: Mapping[str, Any]) -> None:
         """Every rank makes one."""
-        modules = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
         self.main = model
-        self.states = {"": named_state(model), **{prefix_of(n): named_state(m) for n, m in modules.items()}}
+        modules = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
+        own, found = state_of(model), {name: state_of(module) for name, module in modules.items()}
+        #: Names in the model's state dictionary that nothing could fill.
+        self.foreign = own.foreign
+        # A module whose state is something else than its parameters and buffers is kept as any other object.
+        fillable = {name: module for name, module in modules.items() if not found[name].foreign}
+        self.kinds = {name: _kind_of(value, name in fillable) for name, value in objects.items()}
+        #: Prefix of a model's names -> its tensors.
+        self.states = {"": own.tensors, **{prefix_of(name): found[name].tensors for name in fillable}}
+        self.models = {"": model, **{prefix_of(name): module for name, module in fillable.items()}}
         self.names = parameter_names(self.states)
-        self.is_split = {"": _is_split(model, self.states[""])}
-        self.is_split |= {prefix_of(n): _is_split(m, self.states[prefix_of(n)]) for n, m in modules.items()}
-        equal = [prefix for prefix, is_split in self.is_split.items() if is_split]
-        equal += [prefix_of(name) for name, module in modules.items() if unwrapped(module) is not module]
-        if unwrapped(model) is not model:
-            equal.append("")
-        everything = [model, *modules.values()]
-        canonical = {name for state in self.states.values() for name in state}
-        aliases = {raw: name for one in everything for raw, name in raw_names(one).items()}
-        #: Names under wrappers -> in the user's model.
-        self.aliases = {raw: name for raw, name in aliases.items() if raw not in canonical}
-        self.has_stages = any(hasattr(one, "pp_mesh") for one in everything)
+        self.is_split = {prefix: _is_split(one, self.states[prefix]) for prefix, one in self.models.items()}
+        self.has_stages = any(hasattr(one, "pp_mesh") for one in self.models.values())
+        equal = [p for p, one in self.models.items() if self.is_split[p] or unwrapped(one) is not one]
         #: ids of tensors that a strategy keeps alike on the ranks that hold them.
         self.alike = {id(value) for prefix in equal for value in self.states[prefix].values()}
+        self.objects = {**objects, **self._extras()}
+        self.kinds |= dict.fromkeys(set(self.objects) - set(objects), STATE)
+
+    def _extras(self) -> dict[str, Any]:
+        """What modules of these models keep by ``get_extra_state``, as objects of their own."""
+        titles = {"": "the model", **{prefix_of(name): repr(name) for name in self.kinds}}
+        found = {f"{EXTRA_OF}{titles[prefix]}": Extra(one) for prefix, one in self.models.items()}
+        return {name: extra for name, extra in found.items() if extra.has_any()}
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Names under wrappers -> in the user's model."""
+        canonical = {name for state in self.states.values() for name in state}
+        found = {raw: name for one in self.models.values() for raw, name in raw_names(one).items()}
+        return {raw: name for raw, name in found.items() if raw not in canonical}
 
     def axes(self) -> dict[str, int]:
         """Sizes of the axes whose ranks share data: what decides which part of the data a rank reads."""
@@ -138,17 +151,6 @@ def _is_split(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
 EXTRA_OF = "extra state of "
 
 
-def with_extra(objects: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Objects, and beside them what modules of the model, and of modules among them, keep by ``get_extra_state``."""
-    found = dict(objects)
-    modules = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
-    for name, module in (("the model", model), *((repr(name), module) for name, module in modules.items())):
-        extra = Extra(module)
-        if extra.state_dict():
-            found[f"{EXTRA_OF}{name}"] = extra
-    return found
-
-
 class Extra:
     """What modules of a model give by ``get_extra_state``, as an object with a state; by the names of torch."""
 
@@ -163,6 +165,9 @@ class Extra:
 
     def state_dict(self) -> dict[str, Any]:
         return {name: module.get_extra_state() for name, module in self._held()}
+
+    def has_any(self) -> bool:
+        return next(self._held(), None) is not None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, module in self._held():
@@ -187,8 +192,8 @@ class Held:
         return _digest([self.kind, self.tree, self.marks])
 
 
-def kind_of(value: Any) -> str:
-    return MODULE if isinstance(value, nn.Module) else OPTIMIZER if isinstance(value, Optimizer) else STATE
+def _kind_of(value: Any, is_fillable: bool) -> str:
+    return MODULE if is_fillable else OPTIMIZER if isinstance(value, Optimizer) else STATE
 
 
 def prefix_of(name: str) -> str:
@@ -213,9 +218,9 @@ def _digest(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------ hold
 
 
-def hold(name: str, value: Any, models: Models) -> Held:
+def hold(name: str, models: Models) -> Held:
     """What this rank holds of an object. Raises ConfigError, naming it, for what cannot be kept."""
-    kind = kind_of(value)
+    kind, value = models.kinds[name], models.objects[name]
     if kind == MODULE:
         return _module(name, models)
     return _optimizer(name, value, models) if kind == OPTIMIZER else _state(name, value, models)

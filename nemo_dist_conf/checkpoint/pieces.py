@@ -22,17 +22,18 @@ from nemo_dist_conf.runtime.unwrap import unwrapped
 __all__ = [
     "EXTRA",
     "MODEL",
+    "ModelState",
     "OPTIMIZER",
     "Piece",
     "Stored",
     "group_settings",
-    "named_state",
     "optimizer_pieces",
     "parameter_names",
     "piece_of",
     "raw_names",
     "set_group_settings",
     "set_weights",
+    "state_of",
     "weight_pieces",
     "whole_piece",
 ]
@@ -85,27 +86,41 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def named_state(model: nn.Module) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class ModelState:
     """Parameters and persistent buffers by their names in the user's model, whatever is wrapped in what.
 
-    Tied ones once. Every rank calls it.
+    Tied ones once. foreign: names in the state dictionary of what is neither, so that it cannot be filled in place.
     """
+
+    tensors: Mapping[str, Tensor]
+    foreign: tuple[str, ...]
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """What a checkpoint keeps of a model. Every rank calls it."""
     if is_wrapped(model):
         show_shards(model)
     inner = unwrapped(model)
     wrappers = _wrappers(inner)
+    own = {id(tensor) for held in (inner.parameters(), inner.buffers()) for tensor in held}
     seen: set[int] = set()
-    state: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    foreign: list[str] = []
     for name, value in inner.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor) and id(value) not in seen and not name.endswith(EXTRA):
-            seen.add(id(value))
-            state[_without_wrappers(name, wrappers)] = value
-    return state
+        if name.endswith(EXTRA) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if id(value) in own:
+            tensors[_without_wrappers(name, wrappers)] = value
+        else:
+            foreign.append(name)
+    return ModelState(tensors, tuple(foreign))
 
 
 def _wrappers(model: nn.Module) -> list[str]:
     """Beginnings of names of what wrappers in a model hold; inner ones first, which have the outer ones' in them."""
-    found = [path for path, module in model.named_modules() if unwrapped(module) is not module]
+    found = [path for path, one in model.named_modules() if hasattr(one, "module") and unwrapped(one) is not one]
     return [f"{path}.module." if path else "module." for path in reversed(found)]
 
 
@@ -131,7 +146,7 @@ def raw_names(model: nn.Module) -> dict[str, str]:
 
 
 def weight_pieces(state: Mapping[str, Tensor], prefix: str = MODEL) -> dict[str, Piece]:
-    """What this rank holds of a model's ``named_state``, by ``prefix`` and name."""
+    """What this rank holds of a model's tensors, by ``prefix`` and name."""
     for name, value in state.items():
         refuse_tensor(value, f"{prefix}{name}")
     return {f"{prefix}{name}": piece_of(value) for name, value in state.items() if value.numel()}
@@ -148,7 +163,7 @@ def piece_of(value: Tensor) -> Piece:
 
 
 def parameter_names(states: Mapping[str, Mapping[str, Tensor]]) -> dict[int, str]:
-    """id of a tensor -> prefix and name. states: ``named_state`` of models, by prefix."""
+    """id of a tensor -> prefix and name. states: tensors of models, by prefix."""
     found: dict[int, str] = {}
     for prefix, state in states.items():
         for name, value in state.items():

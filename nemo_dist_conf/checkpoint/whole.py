@@ -38,7 +38,7 @@ from nemo_dist_conf.checkpoint.folder import (
     wrong_sizes,
 )
 from nemo_dist_conf.checkpoint.loading import Loading, Saved, SavedObjects, compare
-from nemo_dist_conf.checkpoint.objects import EXTRA_OF, Models, agree, hold, with_extra
+from nemo_dist_conf.checkpoint.objects import EXTRA_OF, Models, agree, hold
 from nemo_dist_conf.checkpoint.pieces import (
     MODEL,
     Piece,
@@ -131,10 +131,9 @@ def take_snapshot(
 ) -> Snapshot:
     """The state as it is now. copies: where to copy tensors to, on the CPU, so that training can go on; kept for the
     next time. None: the pieces share the memory of the model and the optimizer."""
-    everything = with_extra(objects or {}, model)
-    models = Models(model, everything)
+    models = Models(model, objects or {})
     held, marks = together(
-        lambda: {name: hold(name, value, models) for name, value in everything.items()},
+        lambda: {name: hold(name, models) for name in models.objects},
         lambda held: {name: one.mark() for name, one in held.items()},
     )
     agreed = agree(held, marks)
@@ -161,6 +160,10 @@ def take_snapshot(
 def _own_pieces(models: Models, optimizer: Optimizer | None) -> tuple[dict[str, Piece], list[dict[str, Any]]]:
     """Pieces of the model and its optimizer, and the settings of the optimizer's groups."""
     pieces = weight_pieces(models.states[""])
+    if models.foreign:
+        name, allowed = models.foreign[0], "parameters, buffers, and get_extra_state for the rest"
+        what = f"{name} stands in the model's state_dict() and is none of its parameters or buffers"
+        raise ConfigError(Problem(what, f"model.{name}", allowed, "get_extra_state and set_extra_state"))
     if optimizer is None:
         return pieces, []
     names = _names_of(optimizer, models)
@@ -332,8 +335,7 @@ def load(
     own = json.loads(mine["objects"]) if mine is not None and state["axes"] == models.axes() else None
     of_rank = tuple(state["of_rank"])
     saved = Saved(path, manifest, index.stored, state["objects"], of_rank, own, state["axes"]["pp"] > 1)
-    targets = {name: v for name, v in with_extra(objects or {}, model).items() if not _is_new(name, saved)}
-    loading = Loading(saved, targets, models)
+    loading = Loading(saved, [name for name in models.objects if not _is_new(name, saved)], models)
     pieces = _wanted(path, index, state, models, optimizer)
     loading.make_states()
     failed = f"the checkpoint {path} could not be read"

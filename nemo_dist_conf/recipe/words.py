@@ -32,7 +32,7 @@ def refuse_words(words: Iterable[str]) -> None:
         group = group.removeprefix("~")
         what = f"{group} is chosen by the name of an option"
         if deletes or written in ("null", "None"):
-            what = f"the recipe needs {'an' if group[0] in 'aeiou' else 'a'} {group}"
+            what = f"{group} cannot be left out"
         allowed = f"an option of the group {group}, such as {_OFFERED[group]}"
         problems.append(Problem(what, word, allowed, f"{group}={_OFFERED[group]}"))
     ConfigError.raise_if(problems)

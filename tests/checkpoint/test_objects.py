@@ -288,6 +288,50 @@ def test_what_modules_keep_by_themselves_comes_back(tmp_path: Path) -> None:
         save(tmp_path / "two", nn.Sequential(Scaled(Path("x"))))
 
 
+class Counting(nn.Module):
+    """A module whose state is no parameter or buffer, as those of metrics are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+        self.total = torch.zeros(())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {"seen": list(self.seen), "total": self.total.clone()}
+
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        self.seen, self.total = state["seen"], state["total"]
+
+
+def test_a_module_with_a_state_of_its_own_kind_is_given_it(tmp_path: Path) -> None:
+    """Filling what it returned would change a copy; as the model itself, it is refused."""
+    counts, again = Counting(), Counting()
+    counts.seen, counts.total = [torch.ones(2), torch.zeros(1)], torch.tensor(3.0)
+    save(tmp_path / "one", make()[0], objects={"counts": counts})
+    load(tmp_path / "one", make()[0], objects={"counts": again})
+    assert again.total == 3.0 and [len(one) for one in again.seen] == [2, 1]
+    with pytest.raises(ConfigError, match=r"seen stands in the model's state_dict\(\) and is none of its parameters"):
+        save(tmp_path / "two", counts)
+
+
+def _on_one_rank(folder: Path) -> float:
+    """Averaged weights that rank 0 alone keeps, whole."""
+    model = nn.Linear(2, 2)
+    average = nn.Linear(2, 2) if dist.get_rank() == 0 else None
+    if average is not None:
+        nn.init.constant_(average.weight, 5.0)
+    save(folder, model, objects={"average": average})
+    if average is not None:
+        nn.init.zeros_(average.weight)
+    load(folder, model, objects={"average": average})
+    return float(average.weight.sum()) if average is not None else 0.0
+
+
+@pytest.mark.dist
+def test_an_object_that_one_rank_has(tmp_path: Path) -> None:
+    assert run_ranks(2, _on_one_rank, tmp_path / "one") == [20.0, 0.0]
+
+
 def test_tensors_that_cannot_be_kept_are_named(tmp_path: Path) -> None:
     wrong: dict[str, Any] = {
         "sparse_coo": torch.ones(2, 2).to_sparse(),

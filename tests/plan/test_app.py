@@ -348,6 +348,36 @@ def test_a_picture_of_another_kind_is_refused(name: str, instead: str) -> None:
     assert refused.value.type == f"plan.picture={instead}" and ".svg" in refused.value.allowed
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plan": None},
+        {"plan": 3},
+        {"hardware": None},
+        {"world_size": None},
+        {"plan": {"search": None}},
+        {"plan": {"json": [1]}},
+        {"plan": {"search": True, "top": None}},
+        {"model": None},
+        {"data": 3},
+    ],
+    ids=str,
+)
+def test_a_wrong_node_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run(OmegaConf.merge(composed(), OmegaConf.create(changes)) if "plan" not in changes else _with(changes["plan"]))
+    assert refused.value.type
+
+
+def _with(plan: Any) -> Any:
+    """A composed config with another node ``plan``; keys that were taken away from it stay away."""
+    config = composed()
+    known = OmegaConf.to_container(config.plan)
+    assert isinstance(known, dict)
+    config.plan = {**known, **plan} if isinstance(plan, dict) else plan
+    return config
+
+
 def test_small_things_have_small_words() -> None:
     """2.5 M parameters are not 0.00 B, 17 MiB not 0.0 GiB, and one node is not "1 nodes"."""
     text = run(composed("parallelism.pp_size=2", "world_size=2", "train.global_batch_size=8"))
