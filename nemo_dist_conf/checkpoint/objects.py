@@ -42,6 +42,7 @@ from nemo_dist_conf.runtime.unwrap import unwrapped
 __all__ = [
     "Agreed",
     "BY_NAME",
+    "BY_PLACE",
     "EXTRA_OF",
     "Extra",
     "Held",

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_dist_conf.errors import NemoDistConfError, Preempted
 from nemo_dist_conf.recipe.folder import config_folder
 
-__all__ = ["main"]
+__all__ = ["checked_main", "main"]
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
