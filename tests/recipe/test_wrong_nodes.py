@@ -25,9 +25,9 @@ from nemo_dist_conf.sections import SECTIONS
 GROUPS = ("strategy", "parallelism", "pipeline", "moe", "model", "data", "optimizer")
 NODES = (*GROUPS, "activation_checkpointing", "seed", "device", "train", "checkpoint")
 #: Of wrong kinds. What ``+`` puts in the place of a node that was taken away ends with a brace.
-VALUES = ("null", "a_word", "[1,2]", "[]", "3", "1.5", "true", "''", "'{}'", "{foo: 1}", "{_target_: 3}")
+VALUES = ("null", "a_word", "[1,2]", "[]", "3", "true", "''", "{foo: 1}", "{_target_: 3}")
 #: Of them, what Hydra looks for among a group's options.
-OPTIONS = ("a_word", "[]", "''", "'{}'")
+OPTIONS = ("a_word", "[]", "''")
 INSIDE = ("model.config", "model.name_or_path", "model.config.model_type", "model.config.hidden_size", "optimizer.name")
 INSIDE += ("optimizer.lr", "data.path", "data.seq_len", "train.steps", "train.global_batch_size", "checkpoint.resume")
 INSIDE += ("train.micro_batch_size", "train.dtype", "checkpoint.every", "checkpoint.async", "parallelism.tp_size")
@@ -36,9 +36,9 @@ INSIDE += ("train.micro_batch_size", "train.dtype", "checkpoint.every", "checkpo
 RIGHT = {
     *("~parallelism", "~pipeline", "~moe", "~activation_checkpointing"),
     *("activation_checkpointing=true", "seed=3", "train.steps=3", "train.global_batch_size=3", "optimizer.lr=3"),
-    *("optimizer.lr=1.5", "data.path=null", "data.path=a_word", "data.path=''", "data.path='{}'", "data.seq_len=3"),
-    *("model.name_or_path=null", "model.name_or_path=a_word", "model.name_or_path=''", "model.name_or_path='{}'"),
-    *("model.config.model_type=a_word", "model.config.model_type='{}'", "model.config.hidden_size=null"),
+    *("data.path=null", "data.path=a_word", "data.path=''", "data.seq_len=3"),
+    *("model.name_or_path=null", "model.name_or_path=a_word", "model.name_or_path=''"),
+    *("model.config.model_type=a_word", "model.config.hidden_size=null"),
     *("~model.config.hidden_size", "train.micro_batch_size=null", "train.micro_batch_size=1", "checkpoint.every=3"),
     *("checkpoint.every=null", "checkpoint.resume=null", "~checkpoint.resume"),
 }
@@ -70,16 +70,21 @@ def _checked(words: list[str], check: Any = check_recipe) -> Exception | None:
     return None
 
 
+@functools.cache
+def _again(words: tuple[str, ...]) -> Exception | None:
+    return _checked(list(words))
+
+
 def _command_lines() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for node in (*NODES, *INSIDE):
         ours = [value for value in VALUES if node not in GROUPS or value not in OPTIONS]
-        ours = [value for value in ours if node in NODES or value not in ("1.5", "[]", "'{}'", "{_target_: 3}")]
+        ours = [value for value in ours if node in NODES or value not in ("[]", "{_target_: 3}")]
         if node in SECTIONS and node in NODES:
             ours.remove("{_target_: 3}")  # a bookkeeping key of the typed sections, which they do not read
         found += [(f"~{node}",), *((f"{node}={value}",) for value in ours)]
         if "." not in node and node != "strategy":
-            found += [(f"~{node}", f"+{node}={value}") for value in ours if value not in ("null", "1.5", "true")]
+            found += [(f"~{node}", f"+{node}={value}") for value in ours if value not in ("null", "true")]
     return found
 
 
@@ -94,7 +99,7 @@ def test_a_wrong_node_is_refused_and_what_is_offered_passes(node: str) -> None:
             assert error is None, (words, error)
         elif isinstance(error, ConfigError):
             offered = [word for problem in error.problems for word in problem.type.split()]
-            again = None if "torchrun" in offered else _checked([word for word in offered if word[0] != "~"])
+            again = None if "torchrun" in offered else _again(tuple(word for word in offered if word[0] != "~"))
             assert offered and again is None, (words, error.problems, again)
         elif error is None:
             assert len(words) > 1 and words[1].lstrip("+") in RIGHT, words
