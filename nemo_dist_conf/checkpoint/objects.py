@@ -95,9 +95,9 @@ class Models:
         self.names = parameter_names(self.states)
         self.is_split = {prefix: _is_split(one, self.states[prefix]) for prefix, one in self.models.items()}
         self.has_stages = any(hasattr(one, "pp_mesh") for one in self.models.values())
-        equal = [p for p, one in self.models.items() if self.is_split[p] or unwrapped(one) is not one]
-        #: ids of tensors that a strategy keeps alike on the ranks that hold them.
-        self.alike = {id(value) for prefix in equal for value in self.states[prefix].values()}
+        #: Prefixes of models whose tensors a strategy keeps alike on the ranks that hold them, and ids of those.
+        self.wrapped = [p for p, one in self.models.items() if self.is_split[p] or unwrapped(one) is not one]
+        self.alike = {id(value) for prefix in self.wrapped for value in self.states[prefix].values()}
         self.objects = {**objects, **self._extras()}
         self.kinds |= dict.fromkeys(set(self.objects) - set(objects), STATE)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from nemo_dist_conf.checkpoint.buffers import make_buffers_equal
 from nemo_dist_conf.checkpoint.folder import (
     CONFIG,
     STATE,
@@ -38,7 +39,7 @@ from nemo_dist_conf.checkpoint.folder import (
     wrong_sizes,
 )
 from nemo_dist_conf.checkpoint.loading import Loading, Saved, SavedObjects, compare
-from nemo_dist_conf.checkpoint.objects import EXTRA_OF, Models, agree, hold
+from nemo_dist_conf.checkpoint.objects import EXTRA_OF, Models, agree, hold, prefix_of
 from nemo_dist_conf.checkpoint.pieces import (
     MODEL,
     Piece,
@@ -129,14 +130,20 @@ def take_snapshot(
     config: Any = None,
     copies: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """The state as it is now. copies: where to copy tensors to, on the CPU, so that training can go on; kept for the
-    next time. None: the pieces share the memory of the model and the optimizer."""
+    """The state as it is now; buffers that differ between ranks are made equal.
+
+    copies: where to copy tensors to, on the CPU, so that training can go on; kept for the next time. None: the pieces
+    share the memory of the model and the optimizer."""
+    make_buffers_equal(model)
     models = Models(model, objects or {})
     held, marks = together(
         lambda: {name: hold(name, models) for name in models.objects},
         lambda held: {name: one.mark() for name, one in held.items()},
     )
     agreed = agree(held, marks)
+    for name in agreed.entries:
+        if prefix_of(name) in models.wrapped:
+            make_buffers_equal(models.models[prefix_of(name)])
     own, _ = together(lambda: _own_pieces(models, optimizer))
     pieces, groups = {**own[0], **agreed.pieces}, own[1]
     if copies is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import math
@@ -109,7 +110,8 @@ def _built(
     if not isinstance(node, (Mapping, DictConfig)):
         raise _not_a_model(node)
     if "_target_" in node:
-        return _from_factory(lambda: build_target(node, "model", instead="model=llama_tiny"), seed, device, None)
+        build = functools.partial(build_target, node, "model", instead="model=llama_tiny")
+        return _from_factory(build() if node.get("_partial_") else build, seed, device, None)
     if node.get("name_or_path") or node.get("config"):
         return _from_transformers(node, seed, device, blocks, whole)
     raise _not_a_model(node)

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from nemo_dist_conf.checkpoint import load, save
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.runtime.boxes import local_values
+from nemo_dist_conf.runtime.ema import EMA
 from nemo_dist_conf.runtime.megatron_fsdp import is_wrapped, show_shards
 from nemo_dist_conf.runtime.unwrap import unwrapped
 from tests.checkpoint.exchange import CP, FSDP2, MEGATRON, PP, TP, Layout
@@ -99,9 +101,22 @@ def two(layout: Layout, seed: int) -> Iterator[tuple[Any, Any, Any, Any]]:
         yield *made(layout, seed), *made(layout, seed + 1)
 
 
+def _averages(model: nn.Module) -> EMA:
+    """After an update with weights that are others."""
+    ema = EMA(model, decay=None)
+    with torch.no_grad():
+        for _, parameter in named_parameters(model):
+            local_values(parameter).mul_(0.5)
+        ema.update()
+        for _, parameter in named_parameters(model):
+            local_values(parameter).mul_(2.0)
+    return ema
+
+
 #: name -> (model, optimizer, second model, its optimizer) -> objects
 BESIDE: dict[str, Any] = {
     "averaged weights by name": lambda m, o, second, its: {"ema": Ema(m, 0.5)},
+    "the package's EMA": lambda m, o, second, its: {"ema": _averages(m)},
     "averaged weights in a list": lambda m, o, second, its: {"ema": List(m, 0.5)},
     "a second model and its optimizer": lambda m, o, second, its: {"critic": second, "its optimizer": its},
     "a second optimizer alone": lambda m, o, second, its: {"its.optimizer": its},
@@ -141,8 +156,9 @@ def whole(objects: dict[str, Any], second: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     names = {_plain(name): parameter for name, parameter in named_parameters(second)}
     for name, value in objects.items():
-        if isinstance(value, Ema):
-            copies = {_plain(key): copy for key, copy in value.copies.items()}
+        if isinstance(value, (Ema, EMA)):
+            held = value.copies if isinstance(value, Ema) else value.state_dict()["averages"]
+            copies = {_plain(key): copy for key, copy in held.items()}
             found |= {f"{name}: {key}": _full(copy, key, names) for key, copy in copies.items()}
         elif isinstance(value, nn.Module):
             found |= {f"{name}: {key}": _full(p, key, names) for key, p in names.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from nemo_dist_conf.checkpoint import Checkpoints, load, save
 from nemo_dist_conf.checkpoint.tensor_file import TensorFile
 from nemo_dist_conf.errors import ConfigError, DataError
+from nemo_dist_conf.instantiate import instantiate
 from tests.checkpoint.beside import BESIDE, LAYOUTS, Ema, difference, go_on, save_beside, two
 from tests.checkpoint.small import bits, make, train
+from tests.dist.layouts import composed
 from tests.dist.pool import run_ranks
 
 #: Kinds that know their tensors by name: under every layout from every layout.
-BY_NAME = ["averaged weights by name", "a second model and its optimizer"]
+BY_NAME = ["averaged weights by name", "the package's EMA", "a second model and its optimizer"]
 TWO = ["ddp 2", "fsdp2 2", "tp 2", "pp 2", "megatron zero 3, 2 ranks"]
 
 
@@ -156,6 +159,25 @@ def _asynchronous(folder: Path) -> tuple[bool, bool]:
 def test_an_asynchronous_save_keeps_objects_of_its_step(tmp_path: Path) -> None:
     """And what is asked for without an object comes whole."""
     assert run_ranks(2, _asynchronous, tmp_path) == [(True, True)] * 2
+
+
+def _second_statistics(folder: Path) -> list[float]:
+    """A second model under ddp whose running statistics are each rank's own."""
+    cfg = composed("strategy=ddp")
+    _, model, _ = instantiate(cfg, model=functools.partial(nn.Linear, 2, 2))
+    _, critic, _ = instantiate(cfg, model=lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    statistics = critic.module[1].running_mean
+    statistics.fill_(float(dist.get_rank()))
+    save(folder, model, objects={"critic": critic})
+    here = float(statistics[0])
+    statistics.zero_()
+    load(folder, model, objects={"critic": critic})
+    return [here, float(statistics[0])]
+
+
+@pytest.mark.dist
+def test_statistics_of_a_second_model_are_made_equal_as_the_firsts(tmp_path: Path) -> None:
+    assert run_ranks(2, _second_statistics, tmp_path / "one") == [[0.5, 0.5]] * 2
 
 
 def _made_later(folder: Path) -> None:
