@@ -103,11 +103,12 @@ def state_of(model: nn.Module) -> ModelState:
         show_shards(model)
     inner = unwrapped(model)
     wrappers = _wrappers(inner)
+    state = inner.state_dict(keep_vars=True)  # first: after a forward without backward it shards the parameters again
     own = {id(tensor) for held in (inner.parameters(), inner.buffers()) for tensor in held}
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     foreign: list[str] = []
-    for name, value in inner.state_dict(keep_vars=True).items():
+    for name, value in state.items():
         if name.endswith(EXTRA) or id(value) in seen:
             continue
         seen.add(id(value))

@@ -180,6 +180,33 @@ def test_statistics_of_a_second_model_are_made_equal_as_the_firsts(tmp_path: Pat
     assert run_ranks(2, _second_statistics, tmp_path / "one") == [[0.5, 0.5]] * 2
 
 
+def _after_evaluation(folder: Path) -> bool:
+    """Models whose last forward had no backward, so that fully_shard left them whole."""
+    cfg = composed("strategy=fsdp2", "strategy.mp_policy=null")
+    _, model, _ = instantiate(cfg, model=functools.partial(nn.Linear, 2, 3))
+    _, critic, its = instantiate(cfg, model=functools.partial(nn.Linear, 2, 3), optimizer=torch.optim.AdamW)
+    critic(torch.ones(1, 2)).sum().backward()
+    its.step()
+    expected = critic.weight.full_tensor().clone()
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            model(torch.ones(1, 2)), critic(torch.ones(1, 2))
+
+    evaluate()
+    assert not isinstance(critic.weight, DTensor)
+    save(folder, model, objects={"critic": critic, "its": its})
+    critic.weight.detach().zero_()
+    evaluate()
+    load(folder, model, objects={"critic": critic, "its": its})
+    return torch.equal(critic.weight.full_tensor(), expected)
+
+
+@pytest.mark.dist
+def test_models_that_were_evaluated_before_are_saved_and_filled(tmp_path: Path) -> None:
+    assert run_ranks(2, _after_evaluation, tmp_path / "one") == [True, True]
+
+
 def _made_later(folder: Path) -> None:
     with two(LAYOUTS["fsdp2 2"], 1) as (model, _, _, _):
         ema = Ema(model)
