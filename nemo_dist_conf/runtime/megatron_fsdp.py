@@ -64,12 +64,17 @@ def is_wrapped(model: Any) -> bool:
 
 
 def wrap(
-    model: nn.Module, config: MegatronFSDPConfig, device_mesh: DeviceMesh, blocks: str | Iterable[str] | None = None
+    model: nn.Module,
+    config: MegatronFSDPConfig,
+    device_mesh: DeviceMesh,
+    blocks: str | Iterable[str] | None = None,
+    counts: Mapping[type, set[Any]] | None = None,
 ) -> Any:
     """The model in the library's wrapper, its parameters sharded as the config says.
 
     model: materialised, or on meta with init_fsdp_with_meta_device, where the library lets it initialise itself.
     device_mesh: axes dp, cp, tp. blocks: path of the blocks, where the model's own declaration is not meant.
+    counts: what a trial found for context parallelism (``apply_context_parallel``).
     Raises ConfigError without CUDA or the library, and for unit modules that the model does not have.
     """
     ConfigError.raise_if(library_problems())
@@ -82,7 +87,7 @@ def wrap(
     if sizes.get(A.CP, 1) > 1:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
-        apply_context_parallel(model, device_mesh[A.CP.value])
+        apply_context_parallel(model, device_mesh[A.CP.value], counts)
     policy = library.MixedPrecisionPolicy(
         main_params_dtype=torch.float32 if config.preserve_fp32_weights else None,
         main_grads_dtype=torch.float32 if config.grad_reduce_in_fp32 else None,

@@ -83,6 +83,11 @@ def parallelize_fsdp2(
     _sync_from_rank0(model)
     parameters = dict(model.named_parameters()) if optimizer is not None else {}
     units = find_blocks(model, blocks)
+    counts = None
+    if sizes.get(A.CP, 1) > 1:
+        from nemo_dist_conf.runtime.context_trial import try_context_parallel
+
+        counts = try_context_parallel(model, device_mesh[A.CP.value], units)
     stages = None
     if pipeline is not None:
         from nemo_dist_conf.runtime.pipeline import plan_pipeline
@@ -104,10 +109,10 @@ def parallelize_fsdp2(
         experts = Experts(list(found.values()), moe_mesh[A.EP_SHARD.value], moe or MoEParallelizerConfig())
         if config.activation_checkpointing and experts.config.ignore_router_for_ac:
             keep_routing(model, found)
-    if sizes.get(A.CP, 1) > 1:
+    if counts is not None:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
-        apply_context_parallel(model, device_mesh[A.CP.value])
+        apply_context_parallel(model, device_mesh[A.CP.value], counts)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
@@ -249,12 +254,17 @@ def parallelize_megatron_fsdp(
     _refuse_wrapped(model)
     _sync_from_rank0(model)
     parameters = dict(model.named_parameters())
+    counts = None
+    if device_mesh[A.CP.value].size() > 1:
+        from nemo_dist_conf.runtime.context_trial import try_context_parallel
+
+        counts = try_context_parallel(model, device_mesh[A.CP.value], find_blocks(model, blocks))
     if device_mesh[A.TP.value].size() > 1:
         _split_by_own_plan(model, device_mesh[A.TP.value])
     if fill is not None:
         fill(model)
     keep_local_shards(model)
-    wrapped = wrap(model, config, device_mesh, blocks)
+    wrapped = wrap(model, config, device_mesh, blocks, counts)
     if optimizer is None:
         return wrapped
     _rebind(optimizer, parameters, wrapped.module)

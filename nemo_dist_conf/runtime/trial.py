@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from nemo_dist_conf.runtime.blocks import Blocks
 
-__all__ = ["Seen", "differ", "keep_generators", "observed", "parted", "small_input", "twin"]
+__all__ = ["Seen", "differ", "keep_generators", "observed", "parted", "small_input", "tensors_of", "twin"]
 
 #: Rows of a small input, and how many ids it draws from.
 _ROWS, _IDS = 2, 64
@@ -65,8 +65,9 @@ def small_input(
 ) -> dict[str, Any] | None:
     """Keyword arguments for forward: two rows of ``length`` random ids, or what the model takes instead of them.
 
-    example: what the user says the model takes; it is returned as it is. None where no input can be told: forward
-    takes neither ids nor the pixels or sound that the config of a transformers model describes.
+    Instead of ids, what the first linear layer of an own model without an embedding takes, or the pixels that the
+    config of a transformers model describes; None where neither is there.
+    example: what the user says the model takes; it is returned as it is.
     """
     if example is not None:
         return dict(example)
@@ -78,8 +79,11 @@ def small_input(
     if main == "pixel_values":
         return _pixels(model, generator, torch.device(device))
     table = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if table is None or not parameters:
-        return None
+    if table is None:
+        first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+        if first is None or not names or hasattr(getattr(model, "config", None), "model_type"):
+            return None
+        return {names[0]: torch.randn(_ROWS, length, first.in_features, generator=generator).to(device)}
     lowest, count = (2, min(_IDS, table.num_embeddings)) if table.num_embeddings > 4 else (0, table.num_embeddings)
     ids_BS = torch.randint(lowest, count, (_ROWS, length), generator=generator).to(device)
     if "input_ids" not in names and names and not hasattr(getattr(model, "config", None), "model_type"):
@@ -116,9 +120,8 @@ def observed(
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-            tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-            calls.append(Seen(name, type(module).__name__, tuple(read(tensor).clone() for tensor in tensors)))
+            tensors = tuple(read(tensor).clone() for tensor in tensors_of(output))
+            calls.append(Seen(name, type(module).__name__, tensors))
 
         return hook
 
@@ -170,6 +173,12 @@ def keep_generators() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in whatever a forward returned, in order, without their graph."""
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _numbered(calls: list[Seen]) -> list[tuple[tuple[str, int], Seen]]:
@@ -333,7 +342,8 @@ def _compute_buffers(
                 values[id(buffer)] = buffer if computed is None else computed
             module._parameters.update(held)
     for module in copied.modules():
-        for slots in (module._buffers, vars(module)):
+        places: tuple[dict[str, Any], ...] = (module._buffers, vars(module))
+        for slots in places:
             for key, tensor in slots.items():
                 if isinstance(tensor, Tensor) and id(tensor) in values:
                     slots[key] = values[id(tensor)]
