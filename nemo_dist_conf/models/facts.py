@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
+from nemo_dist_conf.models.mixers import own_mixer
+
 __all__ = ["ModelFacts", "facts_from_config", "facts_from_folder", "fields_of"]
 
 
@@ -15,6 +17,7 @@ class ModelFacts:
     """Sizes of a decoder; None where the config does not say.
 
     num_experts None: a dense model. balances_experts: it computes a loss for an even load of its experts.
+    own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (``mixers.own_mixer``).
     """
 
     model_type: str | None = None
@@ -27,6 +30,7 @@ class ModelFacts:
     num_experts: int | None = None
     tied: bool = False
     balances_experts: bool = False
+    own_mixer: str | None = None
 
 
 def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
@@ -43,6 +47,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         num_experts=_whole(config, "num_local_experts", "num_experts", "n_routed_experts"),
         tied=bool(config.get("tie_word_embeddings", False)),
         balances_experts=bool(config.get("output_router_logits", False)),
+        own_mixer=own_mixer(config),
     )
 
 

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 _SPLIT = frozenset({"input_ids", "inputs_embeds", "position_ids", "token_type_ids"})
 #: Arguments that say something of a whole row, and what to give instead.
 _WHOLE = {
-    "attention_mask": "rows padded at their end with label -100: causal attention never looks there",
+    "attention_mask": "rows padded at their end with label -100, where a causal attention never looks",
     "labels": "the loss of model(input_ids).logits and of labels from mesh_context.split_sequence(input_ids, labels)",
     "past_key_values": "forward without a cache",
 }

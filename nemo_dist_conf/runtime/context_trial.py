@@ -125,9 +125,11 @@ class _Trial:
         configs = own_configs(tried)
         before = [config._attn_implementation for config in configs]
         if configs:
-            from transformers import AttentionInterface
+            from transformers import AttentionInterface, AttentionMaskInterface
 
             AttentionInterface.register(_NO_MIXING, _sees_itself)
+            # Attention of a model's own may run with it.
+            AttentionMaskInterface.register(_NO_MIXING, AttentionMaskInterface()["eager"])
             set_attention(configs, {}, _NO_MIXING)
         tried.train()
         try:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.mask_rules import (
+    Both,
     Causal,
     Documents,
     Either,
@@ -26,6 +27,7 @@ from nemo_dist_conf.runtime.mask_rules import (
     Packed,
     Rule,
     SameGroup,
+    Unpadded,
     read_rule,
     simplified,
 )
@@ -139,8 +141,6 @@ def exchanged_mask(
 
         what = f"transformers {transformers.__version__} describes a mask by {', '.join(unknown) or 'other arguments'}"
         raise exchange.refuse(f"{what}, which this version does not know", "transformers 5.23")
-    if attention_mask is not None:
-        raise exchange.refuse("an attention mask cannot be split over the sequence", "attention_mask=None")
     offset = any(isinstance(value, Tensor) or value for value in (q_offset, kv_offset))
     if offset or not q_length == kv_length == row.length:
         what = f"attention of {q_length} tokens to {kv_length} keys, where this rank holds {row.length} of a row"
@@ -149,6 +149,8 @@ def exchanged_mask(
         rule, packed = read_rule(mask_function, lambda part: _whole_row(exchange, part, row.length))
     except NotImplementedError as error:
         raise exchange.refuse(f"its mask cannot be made over the whole row: {error}", "cp_size=1") from None
+    if attention_mask is not None:  # the model's own: a user's is refused before
+        rule = _with_padding(exchange, rule, attention_mask, row.length)
     if row.documents is not None and _on_any_rank(exchange, packed):
         rule = _in_documents(rule, row.documents)
     rule = simplified(rule, row.length * exchange.size)
@@ -177,6 +179,14 @@ def _on_any_rank(exchange: Exchange, packed: bool) -> bool:
     seen = torch.tensor(packed, dtype=torch.uint8, device=exchange.device)
     dist.all_reduce(seen, dist.ReduceOp.MAX, group=exchange.mesh.get_group())
     return bool(seen)
+
+
+def _with_padding(exchange: Exchange, rule: Rule, mask: Tensor, length: int) -> Rule:
+    """The rule for rows of which some tokens are seen by none. mask: [B, L]."""
+    if mask.dim() != 2 or mask.size(1) != length:
+        raise exchange.refuse(f"a mask of shape {tuple(mask.shape)} says nothing of other ranks' tokens", "cp_size=1")
+    seen_BS = exchange.whole((mask != 0).to(torch.uint8), 1).to(torch.bool)
+    return rule if bool(seen_BS.all()) else Both((rule, Unpadded(seen_BS)))
 
 
 def _in_documents(rule: Rule, documents: Documents) -> Rule:

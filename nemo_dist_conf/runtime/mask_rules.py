@@ -33,6 +33,7 @@ __all__ = [
     "Packed",
     "Rule",
     "SameGroup",
+    "Unpadded",
     "read_rule",
     "simplified",
 ]
@@ -144,6 +145,17 @@ class SameGroup(Rule):
         own = self.groups[batch, query]
         same = own == self.groups[batch, key]
         return same & (own >= 0) if self.named_only else same
+
+
+@dataclass(frozen=True, eq=False)
+class Unpadded(Rule):
+    """Keys of tokens that are no padding. tokens: [B, S], bool."""
+
+    tokens: Tensor
+    is_relative = False
+
+    def seen(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self.tokens[batch, key]
 
 
 @dataclass(frozen=True, eq=False)

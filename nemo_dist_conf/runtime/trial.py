@@ -22,7 +22,7 @@ import inspect
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,11 @@ def small_input(
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of a module: its name in the model, its class, and the tensors that it returned."""
+    """One call of a module: its name in the model, its class, and the tensors that it was given and returned."""
 
     module: str
     kind: str
+    inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
     def __str__(self) -> str:
@@ -119,14 +120,15 @@ def observed(
     handles = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = tuple(read(tensor).clone() for tensor in tensors_of(output))
-            calls.append(Seen(name, type(module).__name__, tensors))
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given, returned = (tuple(read(t).clone() for t in tensors_of(x)) for x in ((args, kwargs), output))
+            calls.append(Seen(name, type(module).__name__, given, returned))
 
         return hook
 
     try:
-        handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
         with torch.no_grad():
             model(**inputs)
     finally:
@@ -136,24 +138,30 @@ def observed(
 
 
 def parted(plain: list[Seen], other: list[Seen], tolerance: float = _TOLERANCE) -> Seen | None:
-    """The first call, innermost first, that returned something else in the other run; None where all are the same.
+    """The call where two runs part: the first, innermost first, that was given the same and returned something else.
 
-    Calls whose tensors have other shapes there cannot be compared and are passed over, but not the model's own.
+    Tensors that have another shape in the other run cannot be compared, and are passed over, but not those that the
+    model itself returns. None where all are the same.
     """
     found = {key: call for key, call in _numbered(other)}
+    first: Seen | None = None
     for key, call in _numbered(plain):
-        twin_call = found.get(key)
+        counterpart = found.get(key)
         last = call is plain[-1]
-        if twin_call is None or len(twin_call.outputs) != len(call.outputs):
-            if last:
+        if counterpart is None or _apart(call.outputs, counterpart.outputs, tolerance, strict=last):
+            if counterpart is None and not last:
+                continue
+            if counterpart is not None and not _apart(call.inputs, counterpart.inputs, tolerance, strict=False):
                 return call
-            continue
-        pairs = list(zip(call.outputs, twin_call.outputs))
-        if any(a.shape != b.shape if last else False for a, b in pairs):
-            return call
-        if any(differ(a, b, tolerance) for a, b in pairs if a.shape == b.shape):
-            return call
-    return None
+            first = first or call
+    return first
+
+
+def _apart(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float, strict: bool) -> bool:
+    """Whether two lists of tensors differ; strict: also by their number and shapes."""
+    if len(one) != len(other):
+        return strict
+    return any(strict if a.shape != b.shape else differ(a, b, tolerance) for a, b in zip(one, other))
 
 
 def differ(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:

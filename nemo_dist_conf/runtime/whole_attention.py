@@ -26,6 +26,8 @@ __all__ = ["Scores", "attend"]
 #: Scores of one block, over rows and heads: 32 MiB in float32.
 _BLOCK_ELEMENTS = 2**23
 _BLOCK_QUERIES = 256
+#: Queries x keys up to which one kernel with a mask is faster than two without one, or than blocks: 256 KiB.
+_MASK_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, start: int, rule: Rule, sc
         end = start + query.size(2)
         if isinstance(rule, Everything):
             return _with_kernel(query, key, value, False, scores, rule, start)
+        masked = _with_small_mask(query, key, value, start, rule, scores)
+        if masked is not None:
+            return masked
         if isinstance(rule, Causal):
             return _with_kernel(query, key[:, :, :end], value[:, :, :end], True, scores, rule, start)
         size = _causal_chunks(rule)
@@ -69,6 +74,36 @@ def attend(query: Tensor, key: Tensor, value: Tensor, start: int, rule: Rule, sc
                 parts.append(_with_kernel(*own, True, scores, Causal(), begin - keys.start))
             return torch.cat(parts, dim=2)
     return _in_blocks(query, key, value, start, rule, scores)
+
+
+def _with_small_mask(
+    query: Tensor, key: Tensor, value: Tensor, start: int, rule: Rule, scores: Scores
+) -> Tensor | None:
+    """With a mask of the keys in reach, where it is small and no kernel without one is as fast; else None."""
+    if isinstance(rule, Causal) and (start == 0 or query.device.type == "cuda"):
+        return None
+    begin, end = rule.reach(start, start + query.size(2) - 1, key.size(2))
+    if query.size(2) * (end - begin) > _MASK_ELEMENTS:
+        return None
+    mask = _seen(rule, query, range(start, start + query.size(2)), range(begin, end))
+    keys = slice(begin, end)
+    return F.scaled_dot_product_attention(
+        query,
+        key[:, :, keys],
+        value[:, :, keys],
+        mask,
+        scores.dropout,
+        scale=scores.scale,
+        enable_gqa=query.size(1) != key.size(1),
+    )
+
+
+def _seen(rule: Rule, query: Tensor, queries: range, keys: range) -> Tensor:
+    """The mask [B or 1, 1, t, k] of a block."""
+    batch = torch.arange(query.size(0), device=query.device).view(-1, 1, 1, 1)
+    places = torch.arange(queries.start, queries.stop, device=query.device).view(1, 1, -1, 1)
+    others = torch.arange(keys.start, keys.stop, device=query.device).view(1, 1, 1, -1)
+    return rule.seen(batch, places, others)
 
 
 def _causal_chunks(rule: Rule) -> int | None:
@@ -188,7 +223,6 @@ def _blocks(query: Tensor, key: Tensor, settings: _Settings) -> Iterator[list[_B
     rows, heads, count, length = *query.shape[:3], key.size(2)
     step = min(count, max(16, min(_BLOCK_QUERIES, _BLOCK_ELEMENTS // (rows * heads * 64))))
     width = max(64, _BLOCK_ELEMENTS // (rows * heads * step))
-    batch = torch.arange(rows, device=query.device).view(-1, 1, 1, 1)
     number = 0
     for begin in range(0, count, step):
         queries = slice(begin, min(begin + step, count))
@@ -199,9 +233,7 @@ def _blocks(query: Tensor, key: Tensor, settings: _Settings) -> Iterator[list[_B
             keys = slice(left, min(left + width, to_key))
             mask = None
             if not settings.rule.sees_all(first, last, keys.start, keys.stop):
-                places = torch.arange(first, last + 1, device=query.device).view(1, 1, -1, 1)
-                others = torch.arange(keys.start, keys.stop, device=query.device).view(1, 1, 1, -1)
-                mask = settings.rule.seen(batch, places, others)
+                mask = _seen(settings.rule, query, range(first, last + 1), range(keys.start, keys.stop))
             found.append(_Block(number, queries, keys, mask))
             number += 1
         yield found
