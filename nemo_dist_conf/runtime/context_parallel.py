@@ -36,6 +36,8 @@ __all__ = [
     "own_configs",
     "set_attention",
     "split_sequence",
+    "takes_tokens",
+    "with_positions",
 ]
 
 #: Groups over which a sequence was split: a model that gets whole rows would take them for parts of longer ones.
@@ -100,7 +102,7 @@ def exchange_tokens(model: nn.Module, mesh: DeviceMesh, counts: Mapping[type, se
     exchange = Exchange(mesh)
     _register(model, exchange)
     for name, module in model.named_modules():
-        if name == "" or _takes_tokens(module):
+        if name == "" or takes_tokens(module):
             module.register_forward_pre_hook(functools.partial(_enter, exchange), with_kwargs=True)
             module.register_forward_hook(functools.partial(_leave, exchange), always_call=True)
         if type(module) in counts:
@@ -152,19 +154,22 @@ def set_attention(configs: list[Any], names: Mapping[str | None, str], default: 
         config._attn_implementation = names.get(name, default)
 
 
-def _takes_tokens(module: nn.Module) -> bool:
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether this is a model, or the part of one, whose forward is given tokens and their positions."""
     names = _parameters(module)
     return "position_ids" in names and ("input_ids" in names or "inputs_embeds" in names)
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of what the forward of the module's class takes."""
+    """Names of what the forward of the module's class takes, in order."""
     return _parameters_of(type(module).forward)
 
 
 @functools.cache
 def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    own = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(parameter.name for parameter in own if parameter.kind not in several)
 
 
 def _check_length(length: int, size: int) -> None:
@@ -188,15 +193,21 @@ def _enter(exchange: Exchange, module: nn.Module, args: tuple[Any, ...], kwargs:
             _refuse_whole(exchange, module, given)
             exchange.row = _row(exchange, tokens, given.get("position_ids"))
             exchange.lengths.add(exchange.row.length)
-    if exchange.row is not None and tokens is not None and "position_ids" in names:
-        if given.get("position_ids") is None:
-            positions = local_positions(exchange.row.length, exchange.mesh, tokens.device).expand(tokens.size(0), -1)
-            place = names.index("position_ids")
-            if place < len(args):
-                args = (*args[:place], positions, *args[place + 1 :])
-            else:
-                kwargs["position_ids"] = positions
+    if exchange.row is not None and tokens is not None and given.get("position_ids") is None:
+        positions = local_positions(exchange.row.length, exchange.mesh, tokens.device)
+        return with_positions(module, args, kwargs, positions.expand(tokens.size(0), -1))
     return args, kwargs
+
+
+def with_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions_BL: Tensor) -> Any:
+    """What a forward is given, with position ids, where it takes them; they were not given yet, or as None."""
+    names = _parameters(module)
+    if "position_ids" not in names:
+        return args, kwargs
+    place = names.index("position_ids")
+    if place < len(args):
+        return (*args[:place], positions_BL, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "position_ids": positions_BL}
 
 
 def _leave(exchange: Exchange, module: nn.Module, args: Any, output: Any) -> None:

@@ -16,7 +16,6 @@ Shapes: B rows, S tokens of a whole sequence, L = S / cp tokens of a rank, H hea
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from typing import Any, Iterator, Mapping
 
@@ -28,7 +27,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.mixers import EXCHANGED_FAMILIES
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
-from nemo_dist_conf.runtime.context_parallel import exchange_tokens, own_configs, set_attention, split_sequence
+from nemo_dist_conf.runtime.context_parallel import (
+    exchange_tokens,
+    own_configs,
+    set_attention,
+    split_sequence,
+    takes_tokens,
+    with_positions,
+)
 from nemo_dist_conf.runtime.counting import Site, counted_by, counting_from
 from nemo_dist_conf.runtime.exchange import Exchange
 from nemo_dist_conf.runtime.trial import differ, keep_generators, observed, parted, small_input, tensors_of, twin
@@ -178,16 +184,24 @@ class _Trial:
 
     def _counts(self, tried: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[type, set[Site]], bool]:
         """Modules that count tokens where it shows, and whether they can count from far away."""
-        given = dict(inputs)
-        if "position_ids" in inspect.signature(tried.forward).parameters:
-            tokens = _tokens_of(inputs)
-            assert tokens is not None
-            given["position_ids"] = torch.arange(self.length).expand(tokens[1].size(0), -1)
+        tokens = _tokens_of(inputs)
+        assert tokens is not None
+        positions_BS = torch.arange(self.length).expand(tokens[1].size(0), -1)
+
+        def fill(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            filled = kwargs.get("position_ids") is not None
+            return (args, kwargs) if filled else with_positions(module, args, kwargs, positions_BS)
 
         def run() -> list[Tensor]:
             torch.manual_seed(0)
-            with torch.no_grad():
-                return tensors_of(tried(**given))
+            modules = [module for module in tried.modules() if takes_tokens(module)]
+            handles = [m.register_forward_pre_hook(fill, with_kwargs=True) for m in modules]
+            try:
+                with torch.no_grad():
+                    return tensors_of(tried(**inputs))
+            finally:
+                for handle in handles:
+                    handle.remove()
 
         found = counted_by(tried, self.length, run)
         plain, matters, far = run() if found else [], set(), True
@@ -256,15 +270,26 @@ def _tokens_of(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:
 
 
 def _sees_itself(
-    module: nn.Module, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, *args: Any, **kwargs: Any
+    module: nn.Module,
+    query_BHSD: Tensor,
+    key_BKSD: Tensor,
+    value_BKSD: Tensor,
+    attention_mask: Any = None,
+    *,
+    position_bias: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention in which a token sees itself alone; it shows every change of its query, key or value."""
+    """An attention in which a token sees itself alone; it shows every change of what is told of a token."""
     if query_BHSD.size(2) != key_BKSD.size(2):
         raise NotImplementedError(f"attention from {query_BHSD.size(2)} to {key_BKSD.size(2)} tokens")
     groups = query_BHSD.size(1) // key_BKSD.size(1)
     key_BHSD, value_BHSD = (part.repeat_interleave(groups, 1) for part in (key_BKSD, value_BKSD))
     probe_D = torch.linspace(-1, 1, query_BHSD.size(-1), device=query_BHSD.device, dtype=query_BHSD.dtype)
     score = ((query_BHSD + 2 * key_BHSD) * probe_D).sum(-1, keepdim=True)
+    for added in (attention_mask, position_bias):
+        if isinstance(added, Tensor) and added.is_floating_point() and added.size(-1) == query_BHSD.size(2):
+            own = added.expand(*added.shape[:-2], added.size(-1), -1).diagonal(dim1=-2, dim2=-1)
+            score = score + own.unsqueeze(-1)
     return (value_BHSD * torch.sigmoid(score)).transpose(1, 2).contiguous(), None
 
 

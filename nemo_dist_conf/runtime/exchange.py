@@ -35,8 +35,9 @@ from nemo_dist_conf.runtime.whole_attention import Scores, attend
 
 __all__ = ["Exchange", "Row", "chunks_of", "exchanged_attention", "exchanged_mask"]
 
-#: torch 2.13 renamed it; the old name warns there, the new one is unknown to torch 2.11.
+#: torch 2.13 renamed them; the old names warn there, the new ones are unknown to torch 2.11.
 _all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
+_all_gather_whole = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 
 #: What attention functions of transformers 5.23 are handed and none of those for a single process reads: it is there
 #: for flash attention on packed rows without position ids of their own (which comes as cu_seq_lens), or passes by.
@@ -93,7 +94,7 @@ class Exchange:
         if part.is_floating_point():
             gathered = _all_gather(part.contiguous(), dim, self.mesh.get_group())
         else:
-            gathered = funcol.all_gather_tensor(part.contiguous(), dim, self.mesh.get_group())
+            gathered = _all_gather_whole(part.contiguous(), dim, self.mesh.get_group())
         chunks = gathered.chunk(2 * self.size, dim=dim)
         # Rank r's two chunks stand at 2r and 2r + 1.
         held = [index for rank in range(self.size) for index in chunks_of(rank, self.size)]

@@ -159,8 +159,8 @@ def parted(plain: list[Seen], other: list[Seen], tolerance: float = _TOLERANCE) 
 
 def _apart(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float, strict: bool) -> bool:
     """Whether two lists of tensors differ; strict: also by their number and shapes."""
-    if len(one) != len(other):
-        return strict
+    if strict and len(one) != len(other):
+        return True
     return any(strict if a.shape != b.shape else differ(a, b, tolerance) for a, b in zip(one, other))
 
 

@@ -24,6 +24,7 @@ __all__ = ["CASES", "SMALL", "built", "compared", "documents"]
 AREA = "Rows split over ranks"
 ROWS, TOKENS, VOCABULARY, STEPS = 2, 32, 97, 3
 OPTIMIZER = {"lr": 0.02, "momentum": 0.9}
+CAUSAL, MASKED = "AutoModelForCausalLM", "AutoModelForMaskedLM"
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -43,7 +44,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def built(family: str, config: dict[str, Any], kind: str = "AutoModelForCausalLM") -> nn.Module:
+def built(family: str, config: dict[str, Any], kind: str = CAUSAL) -> nn.Module:
     """As transformers builds it, with larger weights, the same in every process."""
     import transformers
 
@@ -128,7 +129,7 @@ FP32 = ("strategy.mp_policy=null",)
 def family(
     name: str,
     config: dict[str, Any],
-    kind: str = "AutoModelForCausalLM",
+    kind: str = CAUSAL,
     *,
     ranks: int = 2,
     words: tuple[str, ...] = FP32,
@@ -179,49 +180,45 @@ DYNAMIC = {
     "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     "max_position_embeddings": 26,
 }
-MASKED = "AutoModelForMaskedLM"
 UNTIED = {"tie_word_embeddings": False}
 
 #: what is brought -> (family, its config, the class that builds it); in the suite: one for every mechanism.
 EQUAL_IN_SUITE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mistral, a window": ("mistral", {"sliding_window": 5}, "AutoModelForCausalLM"),
-    "mixtral": ("mixtral", EXPERTS, "AutoModelForCausalLM"),
+    "mistral, a window": ("mistral", {"sliding_window": 5}, CAUSAL),
+    "mixtral": ("mixtral", EXPERTS, CAUSAL),
     "qwen2, windows in some layers": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
-        "AutoModelForCausalLM",
+        CAUSAL,
     ),
-    "qwen3, norms of queries and keys": ("qwen3", {}, "AutoModelForCausalLM"),
-    "qwen3_moe": ("qwen3_moe", EXPERTS, "AutoModelForCausalLM"),
-    "gpt_oss, sinks": ("gpt_oss", GPT_OSS, "AutoModelForCausalLM"),
+    "qwen3, norms of queries and keys": ("qwen3", {}, CAUSAL),
+    "qwen3_moe": ("qwen3_moe", EXPERTS, CAUSAL),
+    "gpt_oss, sinks": ("gpt_oss", GPT_OSS, CAUSAL),
     "gemma2, soft caps": (
         "gemma2",
         {"sliding_window": 5, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0},
-        "AutoModelForCausalLM",
+        CAUSAL,
     ),
     "llama4, chunks, positions counted in a layer": (
         "llama4_text",
         {**LLAMA4, "floor_scale": 4, "attn_scale": 0.5},
-        "AutoModelForCausalLM",
+        CAUSAL,
     ),
-    "deepseek_v3, values narrower than keys": ("deepseek_v3", LATENT, "AutoModelForCausalLM"),
+    "deepseek_v3, values narrower than keys": ("deepseek_v3", LATENT, CAUSAL),
     "bert, sees both ways": ("bert", UNTIED, MASKED),
-    "llama, frequencies that depend on the length": ("llama", DYNAMIC, "AutoModelForCausalLM"),
+    "llama, frequencies that depend on the length": ("llama", DYNAMIC, CAUSAL),
 }
 EQUAL: dict[str, tuple[str, dict[str, Any], str]] = {
-    **{name: (name, {}, "AutoModelForCausalLM") for name in ("apertus", "arcee", "bitnet", "cohere", "ernie4_5", "gemma")},
-    **{name: (name, {}, "AutoModelForCausalLM") for name in ("glm", "glm4", "gpt_neox", "granite", "helium", "jais2")},
-    **{name: (name, {}, "AutoModelForCausalLM") for name in ("hunyuan_v1_dense", "internlm3", "nanochat", "nemotron")},
-    **{name: (name, {}, "AutoModelForCausalLM") for name in ("olmo", "olmo2", "persimmon", "phi", "smollm3", "stablelm")},
-    **{name: (name, {"sliding_window": 5}, "AutoModelForCausalLM") for name in ("cohere2", "exaone4", "gemma3_text")},
-    **{name: (name, {"sliding_window": 5}, "AutoModelForCausalLM") for name in ("ministral", "ministral3", "olmo3")},
-    **{name: (name, {"sliding_window": 5}, "AutoModelForCausalLM") for name in ("cwm", "laguna", "starcoder2")},
-    **{name: (name, EXPERTS, "AutoModelForCausalLM") for name in ("granitemoe", "minimax_m2", "olmoe", "qwen2_moe")},
-    **{name: (name, GPT, "AutoModelForCausalLM") for name in ("gpt2", "gpt_bigcode")},
-    "biogpt": ("biogpt", {}, "AutoModelForCausalLM"),
-    "ctrl": ("ctrl", {"n_embd": 32, "n_layer": 4, "n_head": 4, "dff": 48}, "AutoModelForCausalLM"),
-    "deepseek_v2": ("deepseek_v2", LATENT, "AutoModelForCausalLM"),
-    "diffllama": ("diffllama", {}, "AutoModelForCausalLM"),
+    **{name: (name, {}, CAUSAL) for name in ("apertus", "arcee", "bitnet", "cohere", "ernie4_5", "gemma", "glm")},
+    **{name: (name, {}, CAUSAL) for name in ("gpt_neox", "granite", "helium", "hunyuan_v1_dense", "internlm3")},
+    **{name: (name, {}, CAUSAL) for name in ("nanochat", "nemotron", "olmo", "olmo2", "persimmon", "phi", "smollm3")},
+    **{name: (name, {}, CAUSAL) for name in ("biogpt", "diffllama", "glm4", "jais2", "stablelm")},
+    **{name: (name, {"sliding_window": 5}, CAUSAL) for name in ("cohere2", "cwm", "exaone4", "gemma3_text", "laguna")},
+    **{name: (name, {"sliding_window": 5}, CAUSAL) for name in ("ministral", "ministral3", "olmo3", "starcoder2")},
+    **{name: (name, EXPERTS, CAUSAL) for name in ("granitemoe", "minimax_m2", "olmoe", "qwen2_moe")},
+    **{name: (name, GPT, CAUSAL) for name in ("gpt2", "gpt_bigcode")},
+    "ctrl": ("ctrl", {"n_embd": 32, "n_layer": 4, "n_head": 4, "dff": 48}, CAUSAL),
+    "deepseek_v2": ("deepseek_v2", LATENT, CAUSAL),
     "distilbert": (
         "distilbert",
         {"dim": 32, "hidden_dim": 48, "n_heads": 4, "n_layers": 4, **UNTIED},
@@ -230,7 +227,7 @@ EQUAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "ernie4_5_moe": (
         "ernie4_5_moe",
         {"moe_num_experts": 4, "moe_intermediate_size": 16, "moe_k": 2},
-        "AutoModelForCausalLM",
+        CAUSAL,
     ),
     "gemma3n_text": (
         "gemma3n_text",
@@ -245,7 +242,7 @@ EQUAL: dict[str, tuple[str, dict[str, Any], str]] = {
             "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
             "altup_num_inputs": 2,
         },
-        "AutoModelForCausalLM",
+        CAUSAL,
     ),
     "modernbert, windows both ways": (
         "modernbert",
@@ -255,10 +252,10 @@ EQUAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "nemotron_h, attention alone": (
         "nemotron_h",
         {"hybrid_override_pattern": "*-*-", "num_hidden_layers": None},
-        "AutoModelForCausalLM",
+        CAUSAL,
     ),
-    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, "AutoModelForCausalLM"),
-    "phi3, frequencies for long rows": ("phi3", {**LONG, "head_dim": None}, "AutoModelForCausalLM"),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, CAUSAL),
+    "phi3, frequencies for long rows": ("phi3", {**LONG, "head_dim": None}, CAUSAL),
 }
 REFUSED_IN_SUITE: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon, attention of its own": ("falcon", {"head_dim": None}, "FalconAttention"),
@@ -350,10 +347,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 PACKED = documents((5, 9, 11, 7), (TOKENS,))
+PACKED_TOO: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 1.0},
+    "gpt2": GPT,
+    "llama4_text": LLAMA4,
+    "mistral": {"sliding_window": 5},
+}
 
 
-def _equal(name: str, row: tuple[str, dict[str, Any], str], in_suite: bool) -> Case:
-    return Case(AREA, name, "cp 2", functools.partial(family, *row), in_suite=in_suite)
+def _equal(name: str, row: tuple[str, dict[str, Any], str], in_suite: bool, positions: Tensor | None = None) -> Case:
+    return Case(AREA, name, "cp 2", functools.partial(family, *row, positions=positions), in_suite=in_suite)
 
 
 def _refused(name: str, row: tuple[str, dict[str, Any], str], in_suite: bool) -> Case:
@@ -374,16 +377,8 @@ CASES: list[Case] = [
             family, "gpt_oss", GPT_OSS, ranks=4, words=(*FP32, "activation_checkpointing=true"), positions=PACKED
         ),
     ),
-    Case(AREA, "llama, packed rows", "cp 2", functools.partial(family, "llama", {}, positions=PACKED)),
-    *(
-        Case(AREA, f"{name}, packed rows", "cp 2", functools.partial(family, name, config, positions=PACKED), in_suite=False)
-        for name, config in {
-            "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 1.0},
-            "gpt2": GPT,
-            "llama4_text": LLAMA4,
-            "mistral": {"sliding_window": 5},
-        }.items()
-    ),
+    _equal("llama, packed rows", ("llama", {}, CAUSAL), True, PACKED),
+    *(_equal(f"{name}, packed rows", (name, config, CAUSAL), False, PACKED) for name, config in PACKED_TOO.items()),
     Case(
         AREA,
         "gemma2, soft caps",
