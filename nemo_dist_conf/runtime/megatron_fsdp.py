@@ -96,7 +96,7 @@ def wrap(
     wrapped = library.fully_shard_model(
         model,
         device_mesh=device_mesh,
-        dp_shard_dim=_shard_axis(sizes),
+        dp_shard_dim=_shard_axis(device_mesh, sizes),
         tp_dim=A.TP.value,
         # Of the same axes; without it the library cannot average while it reduces.
         expt_device_mesh=device_mesh if config.average_in_collective else None,
@@ -126,11 +126,20 @@ def _device(device_mesh: DeviceMesh) -> torch.device:
     return torch.device(device_mesh.device_type)
 
 
-def _shard_axis(sizes: Mapping[str, int]) -> str:
-    """The axis to shard over; ranks of cp hold the same weights, so it counts too."""
+def _shard_axis(device_mesh: DeviceMesh, sizes: Mapping[str, int]) -> str:
+    """The axis to shard over; ranks of cp hold the same weights, so it counts too.
+
+    A mesh that is not ours gets the axis of both.
+    """
     if sizes.get(A.CP, 1) == 1:
         return A.DP.value
-    return A.DP_CP.value if sizes[A.DP] > 1 else A.CP.value
+    if sizes[A.DP] == 1:
+        return A.CP.value
+    try:
+        device_mesh[A.DP_CP.value]
+    except KeyError:
+        device_mesh[A.DP.value, A.CP.value]._flatten(A.DP_CP.value)
+    return A.DP_CP.value
 
 
 def _unit_classes(model: nn.Module, config: MegatronFSDPConfig, units: Blocks) -> list[type]:
