@@ -23,8 +23,8 @@ from nemo_dist_conf.runtime.torch_inside import flash_backward_on_cpu, flash_on_
 
 __all__ = ["Scores", "attend"]
 
-#: Scores of one block, over rows and heads: 32 MiB in float32.
-_BLOCK_ELEMENTS = 2**23
+#: Scores of one block, over rows and heads: 16 MiB in float32.
+_BLOCK_ELEMENTS = 2**22
 _BLOCK_QUERIES = 256
 #: Queries x keys up to which one kernel with a mask is faster than two without one, or than blocks: 256 KiB.
 _MASK_ELEMENTS = 2**18
