@@ -189,10 +189,10 @@ def _enter(exchange: Exchange, module: nn.Module, args: tuple[Any, ...], kwargs:
         tokens = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if exchange.depth == 1:
         exchange.row = None
-        if tokens is not None and tokens.dim() > 1:
-            _refuse_whole(exchange, module, given)
-            exchange.row = _row(exchange, tokens, given.get("position_ids"))
-            exchange.lengths.add(exchange.row.length)
+    if exchange.row is None and tokens is not None and tokens.dim() > 1:
+        _refuse_whole(exchange, module, given)
+        exchange.row = _row(exchange, tokens, given.get("position_ids"))
+        exchange.lengths.add(exchange.row.length)
     if exchange.row is not None and tokens is not None and given.get("position_ids") is None:
         positions = local_positions(exchange.row.length, exchange.mesh, tokens.device)
         return with_positions(module, args, kwargs, positions.expand(tokens.size(0), -1))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from typing import Any, Iterator, Mapping
 
 import torch
@@ -205,8 +206,16 @@ class _Trial:
                 for handle in handles:
                     handle.remove()
 
-        found = counted_by(tried, self.length, run)
-        plain, matters, far = run() if found else [], set(), True
+        try:
+            found = counted_by(tried, self.length, run)
+        except Exception as error:
+            what = f"{self.name} does not run with the positions of its tokens ({_first_line(error)})"
+            raise self._refusal(what, "cp_size=1") from error
+        # Where transformers makes masks it counts too; those are replaced by rules.
+        masks = getattr(sys.modules.get("transformers.masking_utils"), "__file__", None)
+        found = {kind: {site for site in sites if site[0] != masks} for kind, sites in found.items()}
+        matters: set[Site] = set()
+        plain, far = run(), True
         for site in sorted(set().union(*found.values())):
             try:
                 with counting_from(self.length, _FAR, {site}):

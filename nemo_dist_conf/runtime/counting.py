@@ -20,15 +20,15 @@ Site = tuple[str, int]
 
 
 class _Counts(TorchFunctionMode):
-    """Hands each torch.arange over ``length`` numbers to ``replace``, with where it was called."""
+    """Hands each torch.arange over so many numbers to ``replace``, with where it was called."""
 
-    def __init__(self, length: int, replace: Callable[[Tensor, Site], Tensor]) -> None:
+    def __init__(self, lengths: set[int], replace: Callable[[Tensor, Site], Tensor]) -> None:
         super().__init__()
-        self.length, self.replace = length, replace
+        self.lengths, self.replace = lengths, replace
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.arange and result.numel() == self.length and not result.is_meta:
+        if func is torch.arange and result.numel() in self.lengths and not result.is_meta:
             return self.replace(result, _site())
         return result
 
@@ -61,7 +61,7 @@ def counted_by(model: nn.Module, length: int, run: Callable[[], Any]) -> dict[ty
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))
-        with _Counts(length, note):
+        with _Counts({length}, note):
             run()
     finally:
         for handle in handles:
@@ -72,7 +72,7 @@ def counted_by(model: nn.Module, length: int, run: Callable[[], Any]) -> dict[ty
 @contextlib.contextmanager
 def counting_from(length: int, offset: int, sites: set[Site] | None = None) -> Iterator[None]:
     """torch.arange over ``length`` numbers starts ``offset`` later, at these places, or wherever it is called."""
-    with _Counts(length, lambda counted, site: counted + offset if sites is None or site in sites else counted):
+    with _Counts({length}, lambda counted, site: counted + offset if sites is None or site in sites else counted):
         yield
 
 
@@ -87,9 +87,7 @@ class CountsPositions:
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            for length in self.lengths:
-                stack.enter_context(_Counts(length, self._placed))
+        with _Counts(self.lengths, self._placed):
             return self.forward(*args, **kwargs)
 
     def _placed(self, counted: Tensor, site: Site) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: B rows, S tokens of a whole sequence, L = S / cp tokens of a rank, H hea
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -22,11 +23,9 @@ from nemo_dist_conf.runtime.mask_rules import (
     Both,
     Causal,
     Documents,
-    Either,
     Everything,
     Packed,
     Rule,
-    SameGroup,
     Unpadded,
     read_rule,
     simplified,
@@ -147,13 +146,15 @@ def exchanged_mask(
         what = f"attention of {q_length} tokens to {kv_length} keys, where this rank holds {row.length} of a row"
         raise exchange.refuse(what, "self-attention over the row, without past_key_values")
     try:
-        rule, packed = read_rule(mask_function, lambda part: _whole_row(exchange, part, row.length))
+        rule, packed = read_rule(mask_function, row.length, functools.partial(_on_any_rank, exchange))
     except NotImplementedError as error:
         raise exchange.refuse(f"its mask cannot be made over the whole row: {error}", "cp_size=1") from None
     if attention_mask is not None:  # the model's own: a user's is refused before
         rule = _with_padding(exchange, rule, attention_mask, row.length)
+    # transformers looks for documents in a rank's own positions. Where the rank's two parts follow on one another it
+    # sees none; with a cache it never looks.
     if row.documents is not None and _on_any_rank(exchange, packed):
-        rule = _in_documents(rule, row.documents)
+        rule = Packed(rule, row.documents)
     rule = simplified(rule, row.length * exchange.size)
     # Positions jump between a rank's two parts, which transformers takes for two documents.
     skips = may_be_none and (allow_is_causal_skip or packed)
@@ -162,24 +163,10 @@ def exchanged_mask(
     return rule
 
 
-def _whole_row(exchange: Exchange, part: Tensor, length: int) -> Tensor:
-    """What a mask function knows of this rank's tokens, [B, L], of all of them; what is no such tensor as it is."""
-    if length not in part.shape:
-        return part
-    if part.dim() != 2 or part.size(1) != length:
-        raise NotImplementedError(f"it knows a tensor of shape {tuple(part.shape)} of this rank's {length} tokens")
-    return exchange.whole(part.to(torch.uint8) if part.dtype == torch.bool else part, 1).to(part.dtype)
-
-
-def _on_any_rank(exchange: Exchange, packed: bool) -> bool:
-    """Whether transformers keeps the documents of these rows apart, which it decides by a rank's own positions.
-
-    Where both parts of a rank follow on one another, it sees none; without any on all ranks, it has a cache, with
-    which it never looks for documents.
-    """
-    seen = torch.tensor(packed, dtype=torch.uint8, device=exchange.device)
-    dist.all_reduce(seen, dist.ReduceOp.MAX, group=exchange.mesh.get_group())
-    return bool(seen)
+def _on_any_rank(exchange: Exchange, said: bool) -> bool:
+    word = torch.tensor(said, dtype=torch.uint8, device=exchange.device)
+    dist.all_reduce(word, dist.ReduceOp.MAX, group=exchange.mesh.get_group())
+    return bool(word)
 
 
 def _with_padding(exchange: Exchange, rule: Rule, mask: Tensor, length: int) -> Rule:
@@ -188,13 +175,6 @@ def _with_padding(exchange: Exchange, rule: Rule, mask: Tensor, length: int) -> 
         raise exchange.refuse(f"a mask of shape {tuple(mask.shape)} says nothing of other ranks' tokens", "cp_size=1")
     seen_BS = exchange.whole((mask != 0).to(torch.uint8), 1).to(torch.bool)
     return rule if bool(seen_BS.all()) else Both((rule, Unpadded(seen_BS)))
-
-
-def _in_documents(rule: Rule, documents: Documents) -> Rule:
-    """transformers lets blocks that see one another see over documents' borders."""
-    if isinstance(rule, Either) and isinstance(rule.rules[-1], SameGroup):
-        return Either((Packed(Either(rule.rules[:-1]), documents), rule.rules[-1]))
-    return Packed(rule, documents)
 
 
 def exchanged_attention(

@@ -30,9 +30,9 @@ __all__ = [
     "Either",
     "Everything",
     "Function",
+    "Nothing",
     "Packed",
     "Rule",
-    "SameGroup",
     "Unpadded",
     "read_rule",
     "simplified",
@@ -133,18 +133,15 @@ class Chunks(Rule):
         return all(place // self.size == chunk for place in (last, begin, end - 1))
 
 
-@dataclass(frozen=True, eq=False)
-class SameGroup(Rule):
-    """Keys of the query's own group. groups: [B, S]. named_only: those of a group below 0 see nothing."""
-
-    groups: Tensor
-    named_only: bool = False
-    is_relative = False
+@dataclass(frozen=True)
+class Nothing(Rule):
+    """No key."""
 
     def seen(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = self.groups[batch, query]
-        same = own == self.groups[batch, key]
-        return same & (own >= 0) if self.named_only else same
+        return torch.zeros((), dtype=torch.bool, device=query.device).expand(1, 1, query.size(-2), key.size(-1))
+
+    def reach(self, first: int, last: int, length: int) -> tuple[int, int]:
+        return first, first
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +205,7 @@ class Packed(Rule):
 
 @dataclass(frozen=True, eq=False)
 class Function(Rule):
-    """Whatever a function of (batch, head, query, key) says that knows tensors of the whole sequence."""
+    """Whatever a function of (batch, head, query, key) says that knows nothing of a rank's tokens."""
 
     function: Callable[..., Tensor]
     is_relative = False
@@ -272,24 +269,24 @@ def simplified(rule: Rule, length: int) -> Rule:
     kept: list[Rule] = []
     for part in (simplified(part, length) for part in rule.rules):
         kept += part.rules if type(part) is type(rule) else [part]
-    everything = Everything() in kept
-    if isinstance(rule, Either) and everything:
-        return Everything()
-    kept = [part for index, part in enumerate(kept) if part != Everything() and part not in kept[:index]]
-    return kept[0] if len(kept) == 1 else type(rule)(tuple(kept)) if kept else Everything()
+    idle, final = (Everything(), Nothing()) if isinstance(rule, Both) else (Nothing(), Everything())
+    if final in kept:
+        return final
+    kept = [part for index, part in enumerate(kept) if part != idle and part not in kept[:index]]
+    return kept[0] if len(kept) == 1 else type(rule)(tuple(kept)) if kept else idle
 
 
-def read_rule(function: Callable[..., Any], whole: Callable[[Tensor], Tensor]) -> tuple[Rule, bool]:
+def read_rule(function: Callable[..., Any], length: int, on_any_rank: Callable[[bool], bool]) -> tuple[Rule, bool]:
     """(the rule that a mask function of transformers is, whether it keeps documents of packed rows apart).
 
-    function: made for a rank's L tokens. whole: gathers what it knows of them, [B, L], to [B, S].
+    function: made for a rank's tokens; length: L, how many they are. on_any_rank: whether something is so on one rank.
     The rule is that of unpacked rows: documents are told by the positions of whole rows (``Documents``), not by those
     of a rank, between whose parts positions jump.
-    Raises NotImplementedError for a function that is no Python function.
+    Raises NotImplementedError for a function that says nothing of other ranks' tokens.
     """
     made = maker_of_mask(function)
     if made is None:
-        return Function(_over_whole(function, whole)), False
+        return _any_other(function, length), False
     name, values = made
     if name == "causal_mask_function":
         return Causal(), False
@@ -302,18 +299,18 @@ def read_rule(function: Callable[..., Any], whole: Callable[[Tensor], Tensor]) -
     if name == "chunked_overlay":  # rows that are padded on their left come with a mask, which is refused
         return Chunks(int(values["chunk_size"])), False
     if name == "blockwise_overlay":
-        return SameGroup(whole(values["block_sequence_ids"]), named_only=True), False
-    if name == "packed_sequence_mask_function":
-        return SameGroup(whole(values["packed_sequence_mask"])), False
+        if on_any_rank(bool((values["block_sequence_ids"] >= 0).any())):
+            raise NotImplementedError("blocks that see both ways, of images for instance, are numbered by a rank")
+        return Nothing(), False
     if name in ("and_masks", "or_masks"):
         parts = values["mask_functions"]
         inner = _packed(parts) if name == "and_masks" else None
         if inner is not None:
-            return read_rule(inner, whole)[0], True
-        read = [read_rule(part, whole) for part in parts]
+            return read_rule(inner, length, on_any_rank)[0], True
+        read = [read_rule(part, length, on_any_rank) for part in parts]
         combined = (Both if name == "and_masks" else Either)(tuple(rule for rule, _ in read))
         return combined, any(packed for _, packed in read)
-    return Function(_over_whole(function, whole)), False
+    return _any_other(function, length), False
 
 
 def _packed(parts: Sequence[Any]) -> Any:
@@ -325,23 +322,26 @@ def _packed(parts: Sequence[Any]) -> Any:
     return makers[1][1]["mask_function"]
 
 
-def _over_whole(function: Any, whole: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The function with the tensors that it encloses gathered."""
+def _any_other(function: Any, length: int) -> Function:
+    """A function that is evaluated, if it encloses nothing of a rank's tokens."""
+    seen: list[Any] = []
 
-    def gathered(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return whole(value)
+    def look(value: Any) -> None:
+        if any(value is other for other in seen):
+            return
+        seen.append(value)
+        if isinstance(value, Tensor) and length in value.shape:
+            raise NotImplementedError(f"it knows a tensor of shape {tuple(value.shape)} of this rank's {length} tokens")
         if isinstance(value, (tuple, list)):
-            return type(value)(gathered(item) for item in value)
-        return _over_whole(value, whole) if isinstance(value, (types.FunctionType, functools.partial)) else value
+            for item in value:
+                look(item)
+        elif isinstance(value, functools.partial):
+            look([value.func, *value.args, *value.keywords.values()])
+        elif isinstance(value, types.FunctionType):
+            enclosed = [cell.cell_contents for cell in value.__closure__ or ()]
+            look([*enclosed, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()])
 
-    if isinstance(function, functools.partial):
-        keywords = {key: gathered(value) for key, value in function.keywords.items()}
-        return functools.partial(_over_whole(function.func, whole), *map(gathered, function.args), **keywords)
-    if not isinstance(function, types.FunctionType):
-        raise NotImplementedError(f"a mask of {type(function).__name__}")
-    cells = tuple(types.CellType(gathered(cell.cell_contents)) for cell in function.__closure__ or ())
-    copied = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
-    copied.__defaults__ = None if function.__defaults__ is None else tuple(map(gathered, function.__defaults__))
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
+    if not isinstance(function, (functools.partial, types.FunctionType)):
+        raise NotImplementedError(f"nobody can look into a {type(function).__name__}")
+    look(function)
+    return Function(function)

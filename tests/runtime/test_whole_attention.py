@@ -20,7 +20,7 @@ from nemo_dist_conf.runtime.mask_rules import (
     Everything,
     Packed,
     Rule,
-    SameGroup,
+    Unpadded,
 )
 from nemo_dist_conf.runtime.whole_attention import Scores, attend
 
@@ -34,7 +34,8 @@ RULES: dict[str, Rule] = {
     "window both ways": Around(3),
     "chunks": Both((Chunks(4), Causal())),
     "documents": Packed(Both((Behind(3), Causal())), DOCUMENTS),
-    "groups": Either((Causal(), SameGroup(torch.arange(S).expand(B, -1) // 5 - 1, True))),
+    "padded": Both((Causal(), Unpadded(torch.arange(S).expand(B, -1) % 7 != 3))),
+    "one of two": Either((Causal(), Around(4))),
 }
 
 
