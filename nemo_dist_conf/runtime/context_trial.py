@@ -69,9 +69,12 @@ def try_context_parallel(model: nn.Module, mesh: DeviceMesh, blocks: Blocks | No
 
 def _is_known(model: nn.Module) -> bool:
     """Whether this is a model of a family whose numbers tests compare, with nothing in it that is not the family's."""
-    family = getattr(getattr(model, "config", None), "model_type", None)
+    config: Any = getattr(model, "config", None)
+    family = getattr(config, "model_type", None)
     if family not in EXCHANGED_FAMILIES or not type(model).__name__.endswith(("ForCausalLM", "Model")):
         return False
+    if config._attn_implementation not in ("eager", "sdpa") and not _is_kernel(config._attn_implementation):
+        return False  # somebody's own
     known = ("torch.nn.modules.", "transformers.activations", f"transformers.models.{family}.")
     for module in model.modules():
         if not type(module).__module__.startswith(known) or "forward" in vars(module):
@@ -81,8 +84,13 @@ def _is_known(model: nn.Module) -> bool:
     return True
 
 
+def _is_kernel(attention: str | None) -> bool:
+    """Whether this is one of transformers' attentions that compute what ``eager`` does, on a GPU in half precision."""
+    return attention is not None and (attention.startswith(("flash_attention", "flex_attention")) or "/" in attention)
+
+
 class _Trial:
-    """The trial of one model. sizes: rows and tokens of the small input."""
+    """The trial of one model, on rows of ``length`` tokens."""
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, blocks: Blocks, device: torch.device) -> None:
         self.model, self.mesh, self.blocks, self.device = model, mesh, blocks, device
@@ -114,6 +122,9 @@ class _Trial:
                 break
             try:
                 tried = twin(self.model, blocks, device)
+                for config in own_configs(tried):
+                    if _is_kernel(config._attn_implementation):
+                        config._attn_implementation = "eager"
                 inputs = small_input(tried, self.length, device=device)
                 if inputs is None or _tokens_of(inputs) is None:
                     what = f"nobody says what {self.name} takes, so what it does to the tokens of a row cannot be tried"

@@ -49,6 +49,7 @@ _IDLE = frozenset(
         "output_router_logits",
         "position_ids",
         "return_dict",
+        "token_type_ids",
         "use_cache",
     }
 )

@@ -49,7 +49,9 @@ def built(family: str, config: dict[str, Any], kind: str = CAUSAL) -> nn.Module:
     import transformers
 
     fields = {key: value for key, value in {**SMALL, **config}.items() if value is not None}
-    model = getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(family, **fields))
+    config_of = transformers.AutoConfig.for_model(family, **fields)
+    maker = getattr(transformers, kind)
+    model = maker.from_config(config_of) if kind.startswith("Auto") else maker(config_of)
     enlarge(model)
     return model
 
@@ -136,6 +138,18 @@ def family(
     positions: Tensor | None = None,
 ) -> float:
     return max(run_ranks(ranks, compared, functools.partial(built, name, config, kind), words, positions))
+
+
+def wrapped(name: str, config: dict[str, Any], kind: str) -> float:
+    """Whether it is let through at all."""
+    return max(run_ranks(2, wrapped_on_rank, functools.partial(built, name, config, kind)))
+
+
+def wrapped_on_rank(make: Callable[[], nn.Module]) -> float:
+    from nemo_dist_conf import instantiate
+
+    instantiate(composed("parallelism.cp_size=2", *FP32), model=make())
+    return 0.0
 
 
 def on_megatron(make: Callable[[], nn.Module]) -> float:
@@ -346,6 +360,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "Zamba2MambaMixer",
     ),
 }
+#: what is brought -> (family, its config, the class that builds it, text of the refusal)
+REFUSED_KINDS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "bert, the first token of a row pooled": ("bert", {}, "AutoModel", "BertModel) computes something else"),
+    "llama, a class for a row": ("llama", {}, "AutoModelForSequenceClassification", "returns nothing for each"),
+    "t5's encoder, a bias for pairs of tokens": (
+        "t5",
+        {"d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 2, "d_ff": 48, "num_hidden_layers": None},
+        "T5EncoderModel",
+        "position_bias of T5Attention",
+    ),
+}
 PACKED = documents((5, 9, 11, 7), (TOKENS,))
 PACKED_TOO: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 1.0},
@@ -376,6 +401,10 @@ CASES: list[Case] = [
         functools.partial(
             family, "gpt_oss", GPT_OSS, ranks=4, words=(*FP32, "activation_checkpointing=true"), positions=PACKED
         ),
+    ),
+    *(
+        Case(AREA, name, "cp 2", functools.partial(wrapped, *row[:3]), refused=row[3], in_suite=False)
+        for name, row in REFUSED_KINDS.items()
     ),
     _equal("llama, packed rows", ("llama", {}, CAUSAL), True, PACKED),
     *(_equal(f"{name}, packed rows", (name, config, CAUSAL), False, PACKED) for name, config in PACKED_TOO.items()),

@@ -241,6 +241,26 @@ def test_a_wrapped_model_of_transformers_is_given_its_positions() -> None:
     assert max(run_ranks(2, compared, _adapted, (FP32,))) < 1e-5
 
 
+def _capped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Any:
+    score = torch.tanh(query @ key.repeat_interleave(2, 1).mT)
+    score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -torch.inf)
+    return (score.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2).contiguous(), None
+
+
+def _with_own_attention() -> nn.Module:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("capped", _capped)
+    model = built("llama", {})
+    model.set_attn_implementation("capped")  # type: ignore[operator]
+    return model
+
+
+def test_an_attention_of_the_user_s_own_in_a_known_model_is_not_replaced_by_another() -> None:
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.self_attn \(LlamaAttention\) computes something else"):
+        run_ranks(2, compared, _with_own_attention, (FP32,))
+
+
 def _beside_another() -> bool:
     """One of two models that were built of one config object, and the part of it that is run without its head."""
     from transformers import LlamaConfig, LlamaForCausalLM
