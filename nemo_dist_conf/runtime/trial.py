@@ -36,6 +36,8 @@ __all__ = ["Seen", "differ", "keep_generators", "observed", "parted", "small_inp
 _ROWS, _IDS = 2, 64
 #: 1 GiB in float32: above, experts of one layer and parameters of one shape share their values.
 _MOST_ELEMENTS = 2**28
+#: Values of a large parameter repeat after so many, a prime: drawing them all takes seconds.
+_DRAWN_ELEMENTS = 1_048_573
 #: Outputs that differ by less than this part of their largest value are the same: sums in another order differ by 1e-6.
 _TOLERANCE = 2e-4
 
@@ -307,8 +309,7 @@ def _quiet(settings: dict[str, Any]) -> None:
 
 def _shorten(copied: nn.Module) -> None:
     """Embeddings of words, and heads over them, keep as many rows as a small input has ids."""
-    found = (module for module in copied.modules() if isinstance(module, nn.Embedding))
-    tables = {id(m.weight): m.weight for m in found if type(m).forward is nn.Embedding.forward}
+    tables = {id(m.weight): m.weight for m in copied.modules() if isinstance(m, nn.Embedding)}
     output: Any = getattr(copied, "get_output_embeddings", None)
     heads = [output()] if callable(output) else []
     rows = {weight.size(0) for weight in tables.values() if weight.size(0) > 32 * _IDS}
@@ -396,7 +397,11 @@ def _draw(copied: nn.Module, skipped: set[str], device: torch.device, seed: int)
 def _random(name: str, shape: torch.Size, spread: float, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    drawn = torch.randn(shape, generator=generator)
+    count = math.prod(shape)
+    drawn = torch.randn(min(count, _DRAWN_ELEMENTS), generator=generator)
+    if count > len(drawn):
+        drawn = drawn.repeat(-(-count // len(drawn)))[:count]
+    drawn = drawn.view(shape)
     if len(shape) > 1:
         return drawn * spread
     return 1 + 0.2 * drawn if name.endswith("weight") else 0.5 * drawn  # scales of norms; biases, sinks and the like
