@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Iterator, Mapping
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.models.plan_rules import plan_problems
-from nemo_dist_conf.models.rules import model_problems
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES
+from nemo_dist_conf.models.rules import layerdrop_problems, model_problems
+from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, BATCH_STATISTICS
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
 from nemo_dist_conf.sections import (
     SECTIONS,
@@ -51,6 +51,7 @@ class Checked:
     paths: Paths = Paths()
     facts: ModelFacts = ModelFacts()
     notes: tuple[str, ...] = field(default=())
+    batch_statistics: str = "local"
 
 
 def is_root(node: Any) -> bool:
@@ -95,11 +96,14 @@ def check(
     facts = facts or _facts(cfg, root) or ModelFacts()
     mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
     checked, found = check_values(strategy, values, sections, mode, world_size, facts, seq_len, paths)
-    problems += mode_problems + found
+    statistics, statistics_problems = _batch_statistics(root, paths)
+    problems += mode_problems + statistics_problems + found
+    if checked is not None:
+        problems += layerdrop_problems(_model_config(cfg, root), values, checked.sizes, checked.mesh.world_size, paths)
     ConfigError.raise_if(problems)
     if checked is None:
         raise AssertionError("not checked, but no problem either")
-    return checked
+    return replace(checked, batch_statistics=statistics)
 
 
 def check_values(
@@ -199,6 +203,15 @@ def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:
     return None
 
 
+def _model_config(cfg: Any, root: DictConfig) -> Mapping[str, Any]:
+    """Fields that the tree gives to the model's config."""
+    for tree in (root, cfg):
+        config = OmegaConf.select(tree, "model.config", throw_on_missing=False) if "model" in tree else None
+        if isinstance(config, DictConfig):
+            return {str(key): config.get(key) for key in config}
+    return {}
+
+
 def _activation_checkpointing(
     root: DictConfig, values: Mapping[str, Any], strategy: Strategy, paths: Paths
 ) -> tuple[bool | str, list[Problem]]:
@@ -223,6 +236,14 @@ def _activation_checkpointing(
             )
         )
     return (outer if outer is not False else inner), problems
+
+
+def _batch_statistics(root: DictConfig, paths: Paths) -> tuple[str, list[Problem]]:
+    value, key = root.get("batch_statistics", "local"), "batch_statistics"
+    if value in BATCH_STATISTICS:
+        return value, []
+    what, allowed = f"{key}={value} is not one of its values", ", ".join(BATCH_STATISTICS)
+    return "local", [Problem(what, paths.set(key, value), allowed, paths.set(key, "global"))]
 
 
 def _section_problems(

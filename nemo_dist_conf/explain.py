@@ -8,7 +8,7 @@ from typing import Sequence
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.schema import documented
+from nemo_dist_conf.schema import SwitchesConf, documented
 from nemo_dist_conf.schema.launcher import TorchrunConf
 from nemo_dist_conf.sections import SECTIONS
 from nemo_dist_conf.strategies import STRATEGIES, find_strategy
@@ -16,14 +16,15 @@ from nemo_dist_conf.strategies import STRATEGIES, find_strategy
 __all__ = ["explain", "main"]
 
 _LAUNCHER = "hydra/launcher=torchrun"
+_SWITCHES = tuple(row.name for row in documented(SwitchesConf))
 
 
 def explain(*words: str) -> str:
-    """The options of what is named (``strategy=ddp``, ``moe``, ``hydra/launcher=torchrun``), of all without a name.
+    """The options of what is named (``strategy=ddp``, ``moe``, ``batch_statistics``), of all without a name.
 
     Raises ConfigError for an unknown name.
     """
-    chosen = words or (*(f"strategy={strategy.name}" for strategy in STRATEGIES), *SECTIONS, _LAUNCHER)
+    chosen = words or (*(f"strategy={each.name}" for each in STRATEGIES), *SECTIONS, _SWITCHES[0], _LAUNCHER)
     return "\n\n".join(_section(word) for word in chosen)
 
 
@@ -34,13 +35,15 @@ def _section(word: str) -> str:
         schema, title = strategy.schema, f"strategy={' | '.join(strategy.names)}"
     elif section in SECTIONS:
         schema, title = SECTIONS[section], section
+    elif section in _SWITCHES:
+        schema, title, section = SwitchesConf, ", ".join(_SWITCHES), ""
     elif section == "hydra/launcher" and option in ("", "torchrun"):
         schema, title, section = TorchrunConf, _LAUNCHER, "hydra.launcher"
     else:
-        known = ["strategy", *SECTIONS, _LAUNCHER]
+        known = ["strategy", *SECTIONS, *_SWITCHES, _LAUNCHER]
         likely = nearest(section, known) or known[:1]
         raise ConfigError(Problem(f"there is no section {section!r}", word, ", ".join(known), likely[0]))
-    rows = list(documented(schema, f"{section}."))
+    rows = list(documented(schema, f"{section}." if section else ""))
     width = max(len(row.name) + len(row.default) + 1 for row in rows)
     lines = [f"== {title} ==", *_wrap(next(iter((schema.__doc__ or "").splitlines()), ""), "")]
     for row in rows:

@@ -44,7 +44,7 @@ def register_groups(search_path: ConfigSearchPath) -> None:
     """Register everything with Hydra; called by the plugin for every app, so it must cost next to nothing."""
     _register_resolvers()
     hardware = {"hardware": {name: functools.partial(_hardware, name) for name in HARDWARE}}
-    register(config_groups(), search_path, {"activation_checkpointing": False}, hardware)
+    register(config_groups(), search_path, {"activation_checkpointing": False, "batch_statistics": "local"}, hardware)
     register_launcher(_torchrun)
     register_sweeper(_layouts)
     if _RANK_COUNTS & os.environ.keys():

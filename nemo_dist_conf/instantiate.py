@@ -14,7 +14,9 @@ from torch import nn
 from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
+from nemo_dist_conf.runtime.batch_statistics import use_global_statistics
 from nemo_dist_conf.runtime.build import Built, build_model, whole_up_to
+from nemo_dist_conf.runtime.ddp import SeveralRanksDDP, check_reduced
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import initialise_in_turn, materialise
 from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer
@@ -69,6 +71,8 @@ def instantiate(
             log.warning(note)
     if built is None:
         return setup, None, None
+    if checked.batch_statistics == "global":
+        use_global_statistics(built.model, setup.mesh_context.data_groups())
     wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks, example)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:
@@ -77,6 +81,8 @@ def instantiate(
         made = build_optimizer(settings, wrapped.named_parameters())
     if made is not None and checked.strategy.name == "megatron_fsdp":
         made = adopt_optimizer(wrapped, made)
+    elif made is not None and isinstance(wrapped, SeveralRanksDDP):
+        made.register_step_pre_hook(lambda *_: check_reduced(wrapped))
     return setup, wrapped, made
 
 

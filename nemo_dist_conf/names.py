@@ -9,6 +9,7 @@ from typing import Iterable
 
 __all__ = [
     "ACTIVATION_CHECKPOINTING_MODES",
+    "BATCH_STATISTICS",
     "DType",
     "HARDWARE",
     "MeshAxisName",
@@ -57,6 +58,9 @@ class DType(Enum):
 
 #: What ``activation_checkpointing`` accepts: off, every block recomputed, or matmuls and attention saved.
 ACTIVATION_CHECKPOINTING_MODES: tuple[bool | str, ...] = (False, True, "selective")
+
+#: What ``batch_statistics`` accepts: of a rank's own rows, or of those of all data ranks.
+BATCH_STATISTICS: tuple[str, ...] = ("local", "global")
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: An
 
 
 def explain_target(target: str) -> str:
-    """Help texts of the composed strategy and of the other sections, for an app's ``--help``."""
+    """Help texts of the composed strategy, the other sections and the switches, for an app's ``--help``."""
     from nemo_dist_conf.explain import explain
     from nemo_dist_conf.sections import SECTIONS
     from nemo_dist_conf.strategies import strategy_of_target
 
     strategy = strategy_of_target(target)
-    return explain(*([f"strategy={strategy.name}"] if strategy else []), *SECTIONS)
+    return explain(*([f"strategy={strategy.name}"] if strategy else []), *SECTIONS, "batch_statistics")

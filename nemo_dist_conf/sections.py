@@ -203,7 +203,7 @@ def _stray(path: str, value: Any, known: Mapping[str, Any], paths: Paths) -> Pro
 
 def misspelt_sections(root: DictConfig, paths: Paths) -> list[Problem]:
     """Siblings of ours that look like one of our sections but are not, so that their values would be ignored."""
-    names = ["strategy", *SECTIONS, "activation_checkpointing"]
+    names = ["strategy", *SECTIONS, "activation_checkpointing", "batch_statistics"]
     problems = []
     for key in map(str, root):
         likely = [] if key in names else nearest(key, names, cutoff=0.8)

@@ -168,10 +168,14 @@ class MeshContext:
 
         Each data axis is reduced in turn: exact, and no process group beyond the mesh's own is needed.
         """
-        for axis in (A.DP, A.DP_SHARD, A.CP, A.DP_REPLICATE):
-            if (self.size(axis) or 1) > 1 and self.device_mesh is not None:
-                dist.all_reduce(value, group=self.device_mesh.get_group(axis.value))
+        for group in self.data_groups():
+            dist.all_reduce(value, group=group)
         return value
+
+    def data_groups(self) -> list[dist.ProcessGroup]:
+        """This rank's group along each axis above 1 whose ranks hold different tokens (data and cp)."""
+        mesh, axes = self.device_mesh, (A.DP, A.DP_SHARD, A.CP, A.DP_REPLICATE)
+        return [] if mesh is None else [mesh.get_group(axis.value) for axis in axes if (self.size(axis) or 1) > 1]
 
     def layout(self) -> str:
         """``dp_shard 2 x tp 2``: the axes above 1, outermost first; ``1 rank`` when there is none."""

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.runtime.loss import token_loss_sum
-from nemo_dist_conf.runtime.routing import ExpertLoad, balancing_loss
+from nemo_dist_conf.runtime.routing import ExpertLoad, balancing_loss, routed
 from nemo_dist_conf.runtime.unwrap import unwrapped
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class StepResult:
 
     loss: mean over the counted tokens of the global batch. grad_norm: of all gradients, before clipping.
     updated: whether the optimizer made its step; false where a number is not finite.
-    more: of a mixture-of-experts model: expert_imbalance (``ExpertLoad.imbalance``) and aux_loss, the mean of the
-    balancing loss over the microbatches, without its coefficient, where the model's config asks for it.
+    more: of a mixture-of-experts model: expert_imbalance (``ExpertLoad.imbalance``) and aux_loss, the balancing loss of
+    the global batch, without its coefficient, where the model's config asks for it.
     """
 
     loss: float
@@ -59,23 +59,43 @@ def forward_backward(
     """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum.
 
     Also those of the loss that balances experts, where the model's config asks for it (output_router_logits), times
-    its coefficient; returns its mean over the microbatches, else None.
+    its coefficient; returns that loss of the global batch, else None. With several microbatches it takes a forward of
+    all of them without gradients first: what one adds depends on where the tokens of all go.
     """
     total = torch.zeros((), dtype=torch.float64, device=context.device)  # microbatches must not change the number
     balance: Tensor | None = None
     config: Any = getattr(unwrapped(model), "config", None)
+    routing = _routed_before(model, microbatches, context) if len(microbatches) > 1 else None
     for number, (input_ids, labels) in enumerate(microbatches, 1):
         with accumulate(model, last=number == len(microbatches)):
             logits, router_logits = _forward(model, input_ids)
             loss_sum = token_loss_sum(logits, labels)
             objective = loss_sum * scale
             if router_logits is not None:
-                part = balancing_loss(router_logits, config.num_experts_per_tok, context) / len(microbatches)
+                if routing is None:
+                    routing = context.sum_over_data(routed(router_logits, config.num_experts_per_tok))
+                part = balancing_loss(router_logits, routing)
                 objective = objective + part * (config.router_aux_loss_coef * context.gradient_size)
                 balance = part.detach() if balance is None else balance + part.detach()
             objective.backward()
         total += loss_sum.detach()
-    return total, balance
+    return total, None if balance is None else context.sum_over_data(balance)
+
+
+@torch.no_grad()
+def _routed_before(model: nn.Module, microbatches: Microbatches, context: Any) -> Tensor | None:
+    """``routed`` of the global batch, whose tokens will draw the same random numbers; None without such a loss."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    if not getattr(config, "output_router_logits", False) or not getattr(config, "router_aux_loss_coef", 0.0):
+        return None
+    found: Tensor | None = None
+    with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+        for input_ids, _ in microbatches:
+            _, router_logits = _forward(model, input_ids)
+            if router_logits is not None:
+                part = routed(router_logits, config.num_experts_per_tok)
+                found = part if found is None else found + part
+    return None if found is None else context.sum_over_data(found)
 
 
 def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, context: Any) -> None:

@@ -482,7 +482,7 @@ def test_groups_below_a_package_work_as_at_the_root(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text((tmp_path / "config.yaml").read_text().replace("mp_policy: null", ""))
     words = ("strategy@dist.strategy=ddp", "dist.strategy.bucket_cap_mb=1.0")
     replicated = run_ranks(2, relocated, str(tmp_path), *words)
-    assert [found[:2] for found in replicated] == [("DistributedDataParallel", "dp 2")] * 2
+    assert [found[:2] for found in replicated] == [("SeveralRanksDDP", "dp 2")] * 2
     assert sharded[0][2] == pytest.approx(replicated[0][2], rel=1e-6)
     with pytest.raises(ConfigError) as error:
         run_ranks(2, relocated, str(tmp_path), "strategy@dist.strategy=ddp", "dist.parallelism.tp_size=2")
