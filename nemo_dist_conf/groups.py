@@ -120,10 +120,10 @@ def _register_resolvers() -> None:
 
         return resolvers.autocast_dtype(dtype, device)
 
-    def explain(strategy_target: str) -> str:
+    def explain(strategy_target: str, *, _root_: Any) -> str:
         from nemo_dist_conf import resolvers
 
-        return resolvers.explain_target(strategy_target)
+        return resolvers.explain_target(strategy_target, _root_)
 
     def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: Any) -> int:
         from nemo_dist_conf import resolvers

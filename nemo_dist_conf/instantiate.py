@@ -45,6 +45,8 @@ def instantiate(
     those of ``cfg.model.name_or_path``. With pp_size above 1 the model is a Pipeline: its ``step`` runs forward and
     backward.
 
+    cfg: a composed tree, or what hydra.utils.instantiate makes of one, whose nodes are typed configs by then and whose
+    model and optimizer may be objects: so a node ``_target_: nemo_dist_conf.instantiate`` needs nothing else.
     model: a module (its weights are kept; FSDP2 and DDP take rank 0's), a factory of one, or None for ``cfg.model``.
     Without either, the model and the optimizer returned are None.
     optimizer: called with the wrapped parameters; None: built from ``cfg.optimizer``, or None where that is absent.
@@ -57,6 +59,8 @@ def instantiate(
     device = _value(cfg, "device", "auto")
     info = initialize_distributed(device=device)
     node = _value(cfg, "model", None)
+    if model is None and callable(node):  # Hydra made it already
+        model = node
     seed = int(_value(cfg, "seed", 0))
 
     def build() -> Built | None:
@@ -72,7 +76,8 @@ def instantiate(
     if built is None:
         return setup, None, None
     if checked.batch_statistics == "global":
-        use_global_statistics(built.model, setup.mesh_context.data_groups())
+        groups = [group for group in setup.mesh_context.data_groups() if group is not None]  # there is a mesh
+        use_global_statistics(built.model, groups)
     wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks, example)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:

@@ -73,6 +73,8 @@ def test_two_strategies_in_one_tree_need_a_choice():
         ({"strategy": "ddpp"}, "no strategy 'ddpp'"),
         ({"strategy": None}, "no strategy of nemo_dist_conf"),
         ({"strategy": {"name": "mine"}}, "no strategy of nemo_dist_conf"),
+        ({"strategy": {"reshard_after_forward": False}}, "type     defaults: .fsdp2, _self_."),
+        ({"strategy": {"bucket_cap_mb": 4}}, "type     defaults: .ddp, _self_."),
         ({}, "no strategy of nemo_dist_conf"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
-from nemo_dist_conf.models.facts import ModelFacts
+from nemo_dist_conf.models.facts import ModelFacts, is_dense_family
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.solve import divisors
 
@@ -65,7 +65,7 @@ def model_problems(
     problems = []
     tp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "cp_size", "ep_size"))
     pp = sizes.get("pp_size") or 1
-    if tp > 1 and facts.num_experts is not None:
+    if tp > 1 and facts.num_experts:
         problems.append(
             Problem(
                 f"tp_size={tp}: the experts of {facts.model_type or 'the model'} have no tensor-parallel plan",
@@ -148,9 +148,9 @@ def tied_head_problems(moe: Mapping[str, Any], paths: Paths = Paths()) -> list[P
 
 def _expert_problems(facts: ModelFacts, ep: int, paths: Paths) -> list[Problem]:
     asked = paths.set("parallelism.ep_size", ep)
-    if facts.num_experts is None:
-        if facts.model_type is None:  # the model is asked itself when it is built
-            return []
+    if facts.num_experts is None and not is_dense_family(facts.model_type or ""):
+        return []  # the model is asked itself when it is built
+    if not facts.num_experts:
         return [
             Problem(
                 f"ep_size={ep}, but the model ({facts.model_type}) has no experts",

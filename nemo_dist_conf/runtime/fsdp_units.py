@@ -19,7 +19,7 @@ from nemo_dist_conf.models.rules import tied_head_problems
 from nemo_dist_conf.runtime.averaged import Averaged
 from nemo_dist_conf.runtime.batch_statistics import keeps_statistics
 from nemo_dist_conf.runtime.blocks import Blocks
-from nemo_dist_conf.runtime.configs import MoEParallelizerConfig
+from nemo_dist_conf.runtime.configs import FSDP2Config, MoEParallelizerConfig
 from nemo_dist_conf.runtime.unit_rules import (
     input_embeddings,
     lay_in_order,
@@ -29,7 +29,6 @@ from nemo_dist_conf.runtime.unit_rules import (
     scalars,
     unshared,
 )
-from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
 
 __all__ = ["Experts", "shard_blocks"]
 

@@ -25,8 +25,9 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
+from nemo_dist_conf.runtime.configs import MegatronFSDPConfig
 from nemo_dist_conf.runtime.unit_rules import refuse_sparse
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig, library_problems
+from nemo_dist_conf.strategies.megatron_fsdp import library_problems
 
 __all__ = [
     "ARGUMENTS",

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.optimizers import optimizer_problems
+from nemo_dist_conf.texts import told_as_texts
 from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["build_optimizer"]
@@ -58,7 +59,7 @@ def build_optimizer(
         if values.get("_partial_"):
             return _from_factory(instantiate(values, _convert_="all"), trainable)
         return _an_optimizer(instantiate(values, [parameter for _, parameter in trainable], _convert_="all"))
-    ConfigError.raise_if(optimizer_problems(values, paths))
+    _check(node, paths)
     kind = _OPTIMIZERS[values["name"]]
     options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
     if "betas" in options:
@@ -68,6 +69,16 @@ def build_optimizer(
         options["fused"] = True
     groups = _groups(trainable, options.get("weight_decay"), values.get("decay_1d", False))
     return kind.build([part for group in groups for part in _of_one_kind(group)], **options)
+
+
+def _check(node: Any, paths: Paths) -> None:
+    def once(read: Any) -> None:
+        ConfigError.raise_if(optimizer_problems(_plain(read, paths), paths))
+
+    try:
+        once(node)
+    except ConfigError as error:
+        raise told_as_texts(error, node, once) from None
 
 
 def _plain(node: Any, paths: Paths) -> dict[str, Any]:

@@ -33,15 +33,18 @@ from nemo_dist_conf.runtime.ddp import SeveralRanksDDP
 from nemo_dist_conf.runtime.entries import open_entries
 from nemo_dist_conf.runtime.forwards import Autocast, public_methods
 from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
-from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
+from nemo_dist_conf.runtime.configs import (
+    DDPConfig,
+    FSDP2Config,
+    MegatronFSDPConfig,
+    MoEParallelizerConfig,
+    PipelineConfig,
+)
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.runtime.precision import tell_precision
 from nemo_dist_conf.runtime.unit_rules import refuse_sparse
-from nemo_dist_conf.strategies.ddp import DDPConfig
-from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline, PipelinePlan

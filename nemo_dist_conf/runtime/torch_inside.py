@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import copy
+import datetime
+from typing import Any, Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "after_backward",
+    "flattened",
+    "group_timeout",
     "hide_sharding",
     "is_gathered_for_forward",
+    "name_flattened",
     "number_of_backward",
     "run_as_forward",
+    "set_group_timeout",
     "what_is_not_reduced",
 ]
 
@@ -79,3 +87,58 @@ def run_as_forward(root: nn.Module, call: Callable[..., Any], args: Any, kwargs:
     state: Any = root._get_fsdp_state()  # type: ignore[operator]
     args, kwargs = state._pre_forward(root, args, kwargs)
     return state._post_forward(root, args, call(*args, **kwargs))
+
+
+def flattened(mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceMesh:
+    """The axes of a root mesh as one of that name, on a group of its own that is made the first time.
+
+    torch 2.11 to 2.13: there is no other way to one axis over the ranks of several.
+    Test: tests/dist/test_setup.py, test_names_of_several_axes_answer_whatever_the_sizes.
+    """
+    return mesh[tuple(axes)]._flatten(name)
+
+
+def name_flattened(root: DeviceMesh, axis: str, name: str) -> None:
+    """Let ``root[name]`` be the ranks of an axis that the mesh has already, flattened or not, on that axis's group.
+
+    A mesh that has the name already is left as it is.
+
+    torch 2.11 to 2.13: ``_flatten`` makes a second group of the same ranks, or, of axes of one rank each, a group for
+    every rank on every rank.
+    Test: tests/dist/test_setup.py, test_names_of_several_axes_answer_whatever_the_sizes.
+    """
+    if name in root._flatten_mapping:
+        return
+    found = root._flatten_mapping.get(axis)
+    named = copy.copy(found if found is not None else root[axis])
+    named._mesh_dim_names, named._hash = (name,), None
+    if hasattr(named._layout, "coalesce"):  # torch 2.11 has a plain number where a name can be taken out of its root
+        named._layout = named._layout.coalesce()
+    root._flatten_mapping[name] = named
+
+
+def group_timeout(group: dist.ProcessGroup | None = None) -> datetime.timedelta | None:
+    """How long a collective of a group, by default of all ranks, may wait; None where its backend has no such time.
+
+    torch 2.11 to 2.13: what was given to init_process_group cannot be asked for otherwise, and groups that are made
+    later, those of a mesh among them, do not take it over.
+    Test: tests/dist/test_setup.py, test_every_group_of_the_meshes_has_the_timeout_of_the_process_group.
+    """
+    group = group or dist.group.WORLD
+    if group is None or dist.get_backend(group) == "fake":
+        return None
+    for device in group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if timeout is not None:
+            return timeout
+    return None
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
+    """Let collectives of this group wait so long.
+
+    torch 2.11 to 2.13: init_device_mesh takes a timeout only with options of a backend, and then makes a new group
+    where all ranks have one already.
+    Test: tests/dist/test_setup.py, test_every_group_of_the_meshes_has_the_timeout_of_the_process_group.
+    """
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
