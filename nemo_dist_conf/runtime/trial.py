@@ -22,7 +22,7 @@ import inspect
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from nemo_dist_conf.runtime.blocks import Blocks
 
-__all__ = ["Seen", "differ", "keep_generators", "observed", "parted", "small_input", "twin"]
+__all__ = ["Seen", "differ", "keep_generators", "observed", "parted", "small_input", "tensors_of", "twin"]
 
 #: Rows of a small input, and how many ids it draws from.
 _ROWS, _IDS = 2, 64
 #: 1 GiB in float32: above, experts of one layer and parameters of one shape share their values.
 _MOST_ELEMENTS = 2**28
+#: Values of a large parameter repeat after so many, a prime: drawing them all takes seconds.
+_DRAWN_ELEMENTS = 1_048_573
 #: Outputs that differ by less than this part of their largest value are the same: sums in another order differ by 1e-6.
 _TOLERANCE = 2e-4
 
@@ -65,8 +67,9 @@ def small_input(
 ) -> dict[str, Any] | None:
     """Keyword arguments for forward: two rows of ``length`` random ids, or what the model takes instead of them.
 
-    example: what the user says the model takes; it is returned as it is. None where no input can be told: forward
-    takes neither ids nor the pixels or sound that the config of a transformers model describes.
+    Instead of ids, what the first linear layer of an own model without an embedding takes, or the pixels that the
+    config of a transformers model describes; None where neither is there.
+    example: what the user says the model takes; it is returned as it is.
     """
     if example is not None:
         return dict(example)
@@ -78,8 +81,11 @@ def small_input(
     if main == "pixel_values":
         return _pixels(model, generator, torch.device(device))
     table = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if table is None or not parameters:
-        return None
+    if table is None:
+        first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+        if first is None or not names or hasattr(getattr(model, "config", None), "model_type"):
+            return None
+        return {names[0]: torch.randn(_ROWS, length, first.in_features, generator=generator).to(device)}
     lowest, count = (2, min(_IDS, table.num_embeddings)) if table.num_embeddings > 4 else (0, table.num_embeddings)
     ids_BS = torch.randint(lowest, count, (_ROWS, length), generator=generator).to(device)
     if "input_ids" not in names and names and not hasattr(getattr(model, "config", None), "model_type"):
@@ -94,10 +100,11 @@ def small_input(
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of a module: its name in the model, its class, and the tensors that it returned."""
+    """One call of a module: its name in the model, its class, and the tensors that it was given and returned."""
 
     module: str
     kind: str
+    inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
     def __str__(self) -> str:
@@ -115,15 +122,15 @@ def observed(
     handles = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-            tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-            calls.append(Seen(name, type(module).__name__, tuple(read(tensor).clone() for tensor in tensors)))
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given, returned = (tuple(read(t).clone() for t in tensors_of(x)) for x in ((args, kwargs), output))
+            calls.append(Seen(name, type(module).__name__, given, returned))
 
         return hook
 
     try:
-        handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
         with torch.no_grad():
             model(**inputs)
     finally:
@@ -133,24 +140,30 @@ def observed(
 
 
 def parted(plain: list[Seen], other: list[Seen], tolerance: float = _TOLERANCE) -> Seen | None:
-    """The first call, innermost first, that returned something else in the other run; None where all are the same.
+    """The call where two runs part: the first, innermost first, that was given the same and returned something else.
 
-    Calls whose tensors have other shapes there cannot be compared and are passed over, but not the model's own.
+    Tensors that have another shape in the other run cannot be compared, and are passed over, but not those that the
+    model itself returns. None where all are the same.
     """
     found = {key: call for key, call in _numbered(other)}
+    first: Seen | None = None
     for key, call in _numbered(plain):
-        twin_call = found.get(key)
+        counterpart = found.get(key)
         last = call is plain[-1]
-        if twin_call is None or len(twin_call.outputs) != len(call.outputs):
-            if last:
+        if counterpart is None or _apart(call.outputs, counterpart.outputs, tolerance, strict=last):
+            if counterpart is None and not last:
+                continue
+            if counterpart is not None and not _apart(call.inputs, counterpart.inputs, tolerance, strict=False):
                 return call
-            continue
-        pairs = list(zip(call.outputs, twin_call.outputs))
-        if any(a.shape != b.shape if last else False for a, b in pairs):
-            return call
-        if any(differ(a, b, tolerance) for a, b in pairs if a.shape == b.shape):
-            return call
-    return None
+            first = first or call
+    return first
+
+
+def _apart(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float, strict: bool) -> bool:
+    """Whether two lists of tensors differ; strict: also by their number and shapes."""
+    if strict and len(one) != len(other):
+        return True
+    return any(strict if a.shape != b.shape else differ(a, b, tolerance) for a, b in zip(one, other))
 
 
 def differ(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
@@ -170,6 +183,12 @@ def keep_generators() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in whatever a forward returned, in order, without their graph."""
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _numbered(calls: list[Seen]) -> list[tuple[tuple[str, int], Seen]]:
@@ -290,8 +309,7 @@ def _quiet(settings: dict[str, Any]) -> None:
 
 def _shorten(copied: nn.Module) -> None:
     """Embeddings of words, and heads over them, keep as many rows as a small input has ids."""
-    found = (module for module in copied.modules() if isinstance(module, nn.Embedding))
-    tables = {id(m.weight): m.weight for m in found if type(m).forward is nn.Embedding.forward}
+    tables = {id(m.weight): m.weight for m in copied.modules() if isinstance(m, nn.Embedding)}
     output: Any = getattr(copied, "get_output_embeddings", None)
     heads = [output()] if callable(output) else []
     rows = {weight.size(0) for weight in tables.values() if weight.size(0) > 32 * _IDS}
@@ -333,7 +351,8 @@ def _compute_buffers(
                 values[id(buffer)] = buffer if computed is None else computed
             module._parameters.update(held)
     for module in copied.modules():
-        for slots in (module._buffers, vars(module)):
+        places: tuple[dict[str, Any], ...] = (module._buffers, vars(module))
+        for slots in places:
             for key, tensor in slots.items():
                 if isinstance(tensor, Tensor) and id(tensor) in values:
                     slots[key] = values[id(tensor)]
@@ -378,7 +397,11 @@ def _draw(copied: nn.Module, skipped: set[str], device: torch.device, seed: int)
 def _random(name: str, shape: torch.Size, spread: float, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    drawn = torch.randn(shape, generator=generator)
+    count = math.prod(shape)
+    drawn = torch.randn(min(count, _DRAWN_ELEMENTS), generator=generator)
+    if count > len(drawn):
+        drawn = drawn.repeat(-(-count // len(drawn)))[:count]
+    drawn = drawn.view(shape)
     if len(shape) > 1:
         return drawn * spread
     return 1 + 0.2 * drawn if name.endswith("weight") else 0.5 * drawn  # scales of norms; biases, sinks and the like

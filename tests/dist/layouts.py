@@ -36,6 +36,7 @@ __all__ = [
     "MODELS",
     "Net",
     "Operators",
+    "ROWS",
     "SGD",
     "STEPS",
     "Trajectory",
