@@ -88,7 +88,7 @@ def test_a_model_that_takes_vectors_is_tried_and_stays_as_it_was() -> None:
 
 
 def test_where_a_plan_parts_is_said_with_one_that_was_tried() -> None:
-    with pytest.raises(ConfigError, match=r"what layers.0.down \(Linear\) returns is not what it returns") as refused:
+    with pytest.raises(ConfigError, match=r"what the model \(Sums\) returns is not what it returns") as refused:
         run_ranks(2, apply, Sums(), PLAN)
     assert refused.value.type == "parallelism.tp_size=1"
     with pytest.raises(ConfigError, match="no tensor-parallel plan is known for Vectors") as refused:
