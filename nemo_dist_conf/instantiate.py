@@ -15,12 +15,12 @@ from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
 from nemo_dist_conf.runtime.batch_statistics import use_global_statistics
-from nemo_dist_conf.runtime.build import Built, build_model, whole_up_to
+from nemo_dist_conf.runtime.build import Built, build_model, refuse_given_model, whole_up_to
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP, check_reduced
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import initialise_in_turn, materialise
 from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer
-from nemo_dist_conf.runtime.optimizer import build_optimizer
+from nemo_dist_conf.runtime.optimizer import an_optimizer, build_optimizer, refuse_given
 from nemo_dist_conf.runtime.order import parallelize_ddp, parallelize_fsdp2, parallelize_megatron_fsdp
 from nemo_dist_conf.runtime.process_group import initialize_distributed
 from nemo_dist_conf.runtime.setup import DistributedSetup, setup_from_checked
@@ -55,6 +55,10 @@ def instantiate(
     is wrapped, whether tensor parallelism by a plan that nobody has proven computes what the plain model does.
     Raises ConfigError for whatever cannot work, before anything is started where that can be told.
     """
+    if model is not None:
+        refuse_given_model(model)
+    if optimizer is not None:
+        refuse_given(optimizer)
     checked = check(cfg)
     device = _value(cfg, "device", "auto")
     info = initialize_distributed(device=device)
@@ -81,7 +85,7 @@ def instantiate(
     wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks, example)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:
-        made: torch.optim.Optimizer | None = optimizer(wrapped.parameters())
+        made: torch.optim.Optimizer | None = an_optimizer(optimizer(wrapped.parameters()))
     else:
         made = build_optimizer(settings, wrapped.named_parameters())
     if made is not None and checked.strategy.name == "megatron_fsdp":

@@ -24,6 +24,7 @@ __all__ = [
     "maker_of_mask",
     "name_flattened",
     "number_of_backward",
+    "root_mesh",
     "run_as_forward",
     "set_group_timeout",
     "what_is_not_reduced",
@@ -152,6 +153,15 @@ def set_group_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> 
     Test: tests/dist/test_setup.py, test_every_group_of_the_meshes_has_the_timeout_of_the_process_group.
     """
     dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh was cut out of or flattened from, with all axes; itself where there is none.
+
+    torch 2.11 to 2.13: a flattened mesh (dp_shard_cp) does not tell how large the axes are that went into it.
+    Test: tests/checkpoint/test_objects.py, test_a_ranks_own_state_needs_ranks_that_are_laid_out_alike.
+    """
+    return mesh._get_root_mesh()
 
 
 def flash_on_cpu(
