@@ -246,7 +246,8 @@ def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:
 def _model_config(cfg: Any, root: DictConfig) -> Mapping[str, Any]:
     """Fields that the tree gives to the model's config."""
     for tree in (root, cfg):
-        config = OmegaConf.select(tree, "model.config", throw_on_missing=False) if "model" in tree else None
+        held = isinstance(tree, DictConfig) and "model" in tree
+        config = OmegaConf.select(tree, "model.config", throw_on_missing=False) if held else None
         if isinstance(config, DictConfig):
             return {str(key): config.get(key) for key in config}
     return {}
