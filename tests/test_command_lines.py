@@ -1,4 +1,7 @@
-"""Every command line of the table has exactly the outcome of the golden file; test_typed_answers.py types what it says."""
+"""Every command line of the table has exactly the outcome of the golden file.
+
+What they offer is typed by test_typed_answers.py.
+"""
 
 import re
 from pathlib import Path

@@ -204,7 +204,8 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (1, "model.config.num_attention_heads=7"),
     (1, "model.config.hidden_size=72"),
     (1, "model.config.num_key_value_heads=3"),
-    *((1, f"model.config.{key}={value}") for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
+    *((1, f"model.config.{key}={value}")
+      for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
       for value in (0, -1, "two", "1.5")),
     # Plans of tensor parallelism.
     (2, "parallelism.tp_size=2 'strategy.tp_plan={model.layers.*.mlp.up_proj:columns}'"),
@@ -220,13 +221,17 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (4, "train.global_batch_size=6"),
     (2, "train.global_batch_size=12 train.micro_batch_size=4"),
     (3, "train.global_batch_size=16"),
-    *((1, f"train.{key}={value}") for key in ("global_batch_size", "micro_batch_size") for value in (0, -1, "many", "2.5")),
+    *((1, f"train.{key}={value}")
+      for key in ("global_batch_size", "micro_batch_size")
+      for value in (0, -1, "many", "2.5")),
     # Values of the recipe.
     *((1, f"{key}={value}") for key in ("device", "seed") for value in ("gpu", "-1", "null", "1.5", "true", "[1]")),
     *((1, f"train.{key}={value}")
       for key in ("steps", "log_every", "warmup_steps", "max_grad_norm", "schedule", "tensorboard", "dtype")
       for value in ("0", "-1", "maybe", "[1]")),
-    *((1, f"data.{key}={value}") for key in ("seq_len", "max_mb", "path", "tokenizer") for value in ("0", "-1", "[1]", "true")),
+    *((1, f"data.{key}={value}")
+      for key in ("seq_len", "max_mb", "path", "tokenizer")
+      for value in ("0", "-1", "[1]", "true")),
     *((1, f"optimizer.{key}={value}") for key in ("name", "lr", "betas", "eps", "weight_decay", "decay_1d")
       for value in ("-1", "fast", "[0.9]", "null")),
     (1, "optimizer=sgd optimizer.nesterov=true optimizer.momentum=0"),
