@@ -35,7 +35,8 @@ def as_typed_here(error: ConfigError, config: Any) -> ConfigError:
 def _hydra(config: Any, key: str) -> Any:
     """What Hydra noted of the tree that a config is part of, else of the running job; None where it made neither."""
     whole: Any = config._get_root() if isinstance(config, DictConfig) else None
-    for tree in (whole, HydraConfig.instance().cfg):
+    running: Any = HydraConfig.instance().cfg
+    for tree in (whole, running):
         found = OmegaConf.select(tree, f"hydra.{key}") if tree is not None else None
         if found is not None:
             return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.command_lines import COMMAND_LINES
@@ -22,6 +25,19 @@ def test_what_is_offered_leads_to_a_run(chunk: int) -> None:
 
 def test_every_line_of_the_golden_file_leads_to_a_run() -> None:
     assert [finding for ranks, words in COMMAND_LINES for finding in findings(Line.of(ranks, words))] == []
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [("llama", "tie_word_embeddings"), ("mixtral", "output_router_logits")],
+    ids=["tied", "balanced"],
+)
+def test_what_a_folder_says_is_not_offered_to_be_typed(tmp_path: Path, family: str, field: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, field: True}))
+    line = Line.of(2, f"model.name_or_path={tmp_path} parallelism.pp_size=2")
+    text, error = line.outcome()
+    assert error is not None and field not in error.type, text
+    assert findings(line) == []
 
 
 def test_there_are_hundreds_of_every_kind() -> None:
