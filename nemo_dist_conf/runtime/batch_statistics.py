@@ -77,7 +77,8 @@ def warn_of_own_rows(model: nn.Module, ranks: int) -> None:
     """
     names = list(inspect.signature(model.forward).parameters)
     if ranks > 1 and "return_loss" in names and dist.get_rank() == 0:
-        model.register_forward_pre_hook(_Compared(type(model).__name__, names.index("return_loss"), ranks), with_kwargs=True)
+        compared = _Compared(type(model).__name__, names.index("return_loss"), ranks)
+        model.register_forward_pre_hook(compared, with_kwargs=True)
     local = {name: m for name, m in with_statistics(model).items() if not isinstance(m.forward, _Global)}
     if ranks > 1 and local and dist.get_rank() == 0:
         what = "%s: statistics of a rank's own rows, so the losses of %d ranks are not those of one process; "
