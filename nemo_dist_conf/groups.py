@@ -19,7 +19,7 @@ from nemo_dist_conf.store import (
     typed_node,
 )
 
-__all__ = ["config_groups", "register_groups"]
+__all__ = ["config_groups", "register_groups", "register_resolvers"]
 
 #: Variables by which launchers say how many ranks there are; apps without them need not know more.
 _RANK_COUNTS = {"WORLD_SIZE", "SLURM_NTASKS", "SUBMITIT_LOCAL_NTASKS"}
@@ -42,7 +42,7 @@ def config_groups() -> dict[str, dict[str, Callable[[], Any]]]:
 
 def register_groups(search_path: ConfigSearchPath) -> None:
     """Register everything with Hydra; called by the plugin for every app, so it must cost next to nothing."""
-    _register_resolvers()
+    register_resolvers()
     hardware = {"hardware": {name: functools.partial(_hardware, name) for name in HARDWARE}}
     register(config_groups(), search_path, {"activation_checkpointing": False}, hardware)
     register_launcher(_torchrun)
@@ -107,7 +107,7 @@ def _layouts() -> Any:
     return typed_node(LayoutsConf, "hydra_plugins.nemo_dist_conf.layouts_sweeper.LayoutsSweeper", __name__)
 
 
-def _register_resolvers() -> None:
+def register_resolvers() -> None:
     """``${nemo_dist.compute_dtype:...}`` and the others that the recipe's YAML uses."""
 
     def compute_dtype(dtype: Any, device: str) -> str:

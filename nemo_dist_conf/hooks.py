@@ -72,7 +72,7 @@ class DistributedCallback(Callback):
         if place.world_size > 1 and place.source != "torchrun" and _is_sweep(config) and not is_starting():
             from nemo_dist_conf.ranks.agreement import agree_on_job
 
-            _or_end(lambda: agree_on_job(config, place))
+            _or_end(lambda: agree_on_job(config, place, strict=any(find_roots(config))))
 
     def check(self, config: DictConfig) -> Checked | None:
         """Raise ConfigError for what cannot work; an app may extend it. The checked config, where there is one."""

@@ -30,8 +30,9 @@ from nemo_dist_conf.launch.nodes import Nodes
 from nemo_dist_conf.launch.records import Record, Records, text_table
 from nemo_dist_conf.launch.settings import Settings, read_settings
 from nemo_dist_conf.launch.task import Payload, pack, refuse_unguarded
+from nemo_dist_conf.ranks.drawn import find_drawn, put_drawn
 from nemo_dist_conf.ranks.logs import rank_file
-from nemo_dist_conf.ranks.tree import resolve_for_ranks, same_now
+from nemo_dist_conf.ranks.tree import as_ranks_read, same_now
 from nemo_dist_conf.topology.world import about_to_start
 
 __all__ = ["TorchrunSweep"]
@@ -239,7 +240,7 @@ class TorchrunSweep:
         options, full = self.settings.options, copy.deepcopy(job.config)
         now = self.nodes.agree(f"job{job.number}/now", datetime.datetime.now)
         fork = options.start_method.name == "fork"
-        body = self.nodes.agree(f"job{job.number}/body", lambda: self._body(full, None if fork else self.task))
+        body = self.nodes.agree(f"job{job.number}/body", lambda: self._body(full, now, None if fork else self.task))
         folder = Path(str(job.config.hydra.runtime.output_dir))
         log_dir = options.log_dir or str(folder / "ranks")
         payload = Payload(body, JobRuntime.instance().get("name"), now, self.settings.threads)
@@ -261,15 +262,20 @@ class TorchrunSweep:
             raise JobFailed(job.number, job.words, first, _log_file(full, first.rank, log_dir))
         return next(value for has_rank_0, value in ends if has_rank_0)
 
-    def _body(self, full: DictConfig, task: TaskFunction | None) -> bytes:
-        """Resolve the job's tree once, note it beside Hydra's own files, and pack it."""
-        resolve_for_ranks(full)
+    def _body(self, full: DictConfig, now: datetime.datetime, task: TaskFunction | None) -> bytes:
+        """Draw once for all ranks, note the tree beside Hydra's own files as it reads at the start, and pack it."""
+        drawn = find_drawn(full)
+        put_drawn(full, drawn)
         config = copy.deepcopy(full)
         with read_write(config), open_dict(config):
             del config["hydra"]
         if full.hydra.output_subdir is not None:
-            OmegaConf.save(config, Path(full.hydra.runtime.output_dir) / full.hydra.output_subdir / "resolved.yaml")
-        return pack(task, config, full)
+            same_now(now)
+            noted = OmegaConf.create(as_ranks_read(config), flags={"allow_objects": True})
+            setup_globals()
+            self._same_time()
+            OmegaConf.save(noted, Path(full.hydra.runtime.output_dir) / full.hydra.output_subdir / "resolved.yaml")
+        return pack(task, config, full, drawn)
 
     def _record(self, job: Job, status: str, **more: Any) -> None:
         if not self.nodes.leads:

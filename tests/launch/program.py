@@ -66,6 +66,8 @@ CONFIG = """
     seed: ${random:}
     name: run-${random:}-${now:%H-%M-%S-%f}
     mine: gpu${oc.env:LOCAL_RANK,none}
+    late: {size: null}
+    follows: {size: "${late.size}", folder: "${hydra:runtime.output_dir}/x", set: "${oc.env:SET,unset}"}
     hydra:
       callbacks:
         noting: {_target_: noting.Noting}
