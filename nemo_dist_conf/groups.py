@@ -22,7 +22,7 @@ from nemo_dist_conf.store import (
 __all__ = ["config_groups", "register_groups", "register_resolvers"]
 
 #: Variables by which launchers say how many ranks there are; apps without them need not know more.
-_RANK_COUNTS = {"WORLD_SIZE", "SLURM_NTASKS", "SUBMITIT_LOCAL_NTASKS"}
+_RANK_COUNTS = {"WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SUBMITIT_LOCAL_NTASKS"}
 
 
 def config_groups() -> dict[str, dict[str, Callable[[], Any]]]:

@@ -12,7 +12,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hydra_inside import config_of_the_running_job
 from nemo_dist_conf.ranks.drawn import find_drawn, folder_of_run, put_constants, put_drawn
 from nemo_dist_conf.ranks.logs import keep_apart
-from nemo_dist_conf.ranks.meeting import export_ranks, rank_store
+from nemo_dist_conf.ranks.meeting import export_ranks, rank_store, waiting_for_rank_0
 from nemo_dist_conf.ranks.tree import different_keys, flat_config, same_now
 from nemo_dist_conf.topology.world import Launched
 
@@ -39,7 +39,7 @@ def agree_on_run(config: DictConfig, place: Launched, *, strict: bool) -> None:
         drawn = find_drawn(config)
         put_drawn(config, drawn)
         store.set("run", pickle.dumps((now, asked, drawn, folder_of_run(config))))
-    now, theirs, drawn, their_folder = pickle.loads(store.get("run"))
+    now, theirs, drawn, their_folder = _of_rank_0(store, "run", place)
     same_now(now, config)
     if strict:
         _refuse_different(asked, theirs)
@@ -69,7 +69,7 @@ def agree_on_job(config: DictConfig, place: Launched, *, strict: bool) -> None:
         same_now(now)
         drawn = find_drawn(task)
         store.set("job", pickle.dumps((now, asked, drawn, folder)))
-    now, theirs, drawn, their_folder = pickle.loads(store.get("job"))
+    now, theirs, drawn, their_folder = _of_rank_0(store, "job", place)
     same_now(now)
     if strict and their_folder != folder:
         raise ConfigError(
@@ -98,6 +98,12 @@ def _store(place: Launched) -> Any:
     store = PrefixStore("nemo_dist_conf", rank_store(place))
     _open_stores.append(store)
     return store
+
+
+def _of_rank_0(store: Any, key: str, place: Launched) -> Any:
+    """What rank 0 has put there, or will put there once it has read its config."""
+    with waiting_for_rank_0(place):
+        return pickle.loads(store.get(key))
 
 
 def _refuse_different(mine: dict[str, str], theirs: dict[str, str]) -> None:

@@ -29,6 +29,7 @@ from nemo_dist_conf.topology.world import is_rank_variable
 
 __all__ = [
     "Drawn",
+    "can_be_sent",
     "find_drawn",
     "folder_of_run",
     "put_constants",
@@ -201,7 +202,7 @@ class _Finder:
                 break
             for node in first:
                 self.look_at(node._get_parent_container(), node._key())
-        if not _can_be_sent(value):
+        if not can_be_sent(value):
             return None
         return value, any(node is place for node in self._drawing)
 
@@ -330,18 +331,18 @@ def _quoted(value: Any) -> str | None:
     return None
 
 
-def _can_be_sent(value: Any) -> bool:
+def can_be_sent(value: Any) -> bool:
     """Whether it can stand in a config and go to another process."""
     if OmegaConf.is_config(value):
         return True
     if isinstance(value, (list, tuple, dict)):
-        return all(_can_be_sent(item) for item in (value.values() if isinstance(value, dict) else value))
+        return all(can_be_sent(item) for item in (value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, (bool, int, float, str, bytes, PurePath, Enum))
 
 
 def _plain(value: Any) -> str:
     """Two answers are the same if this is; nan is like itself, and an object that is made anew each time too."""
-    if not _can_be_sent(value):
+    if not can_be_sent(value):
         return ""
     return repr(OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value)
 

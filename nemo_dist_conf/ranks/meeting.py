@@ -2,30 +2,117 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
-from typing import TYPE_CHECKING
+import shlex
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Iterator
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.topology.world import Launched, launch_command
+from nemo_dist_conf.topology.world import Launched, launch_command, program
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-__all__ = ["export_ranks", "master_address", "rank_store"]
+__all__ = ["all_have_come", "export_ranks", "is_started_by_agent", "master_address", "rank_store", "waiting_for_rank_0"]
+
+#: Ranks that are started together come within this time, unless some were not started at all.
+_AT_ONCE_S = 3.0
 
 
 def rank_store(place: Launched) -> TCPStore:
     """A connection to the store of all ranks; rank 0 serves it where torchrun's agent does not.
 
     A rank may ask several times: the server on a port is shared within a process.
+    Raises ConfigError where nobody answers there, or something else holds the port.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import DistError, TCPStore
 
     host, port = master_address(place)
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
-    serves = not agent and place.rank == 0
-    return TCPStore(host, port, place.world_size, is_master=serves, wait_for_workers=False, multi_tenant=serves)
+    serves = not is_started_by_agent() and place.rank == 0
+    try:
+        with waiting_for_rank_0(place):
+            return TCPStore(host, port, place.world_size, is_master=serves, wait_for_workers=False, multi_tenant=serves)
+    except DistError as error:
+        reason = str(error).splitlines()[0]
+        if serves:
+            what = f"rank 0 cannot serve the others at {host}:{port}: {reason}"
+            allowed = "an address of this machine and a port that is free; two steps of a job need one each"
+            problem = Problem(what, f"MASTER_PORT={port}", allowed, f"export MASTER_PORT={port + 1}")
+        else:
+            problem = _not_there(place, f"rank {place.rank} found nobody at {host}:{port}: {reason}")
+        raise ConfigError(problem) from None
+
+
+def all_have_come(place: Launched, store: Any, timeout_s: float) -> None:
+    """Returns when every rank has called this; rank 0 says which are missing if they do not come at once.
+
+    Raises ConfigError on all that have come, where some have not within that time.
+    """
+    from torch.distributed import DistStoreError
+
+    store.set(f"come/{place.rank}", "")
+    if store.add("come", 1) == place.world_size:
+        store.set("all have come", "")
+    began, patience_s = time.monotonic(), _AT_ONCE_S
+    while True:
+        try:
+            return store.wait(["all have come"], datetime.timedelta(seconds=patience_s))
+        except DistStoreError:
+            if time.monotonic() > began + timeout_s:
+                raise ConfigError(_not_there(place, _waiting(place, store, f"after {timeout_s:g} s"))) from None
+        if patience_s == _AT_ONCE_S and place.rank == 0:
+            print(_waiting(place, store, "waiting"), file=sys.stderr, flush=True)
+        patience_s = 1.0  # in between Ctrl-C is heard
+
+
+def _waiting(place: Launched, store: Any, state: str) -> str:
+    come = [rank for rank in range(place.world_size) if store.check([f"come/{rank}"])]
+    missing = [str(rank) for rank in range(place.world_size) if rank not in come]
+    more = ", ..." if len(missing) > 8 else ""
+    host, port = master_address(place)
+    found = f"{len(come)} of {place.world_size} ranks have come to {host}:{port}"
+    return f"{state}: {found}; missing: {', '.join(missing[:8])}{more}"
+
+
+@contextmanager
+def waiting_for_rank_0(place: Launched) -> Iterator[None]:
+    """Says what this rank waits for, if rank 0 does not do its part at once."""
+    if place.rank == 0 or is_started_by_agent():
+        yield
+        return
+    host, port = master_address(place)
+    line = f"waiting: rank {place.rank} of {place.world_size} waits for rank 0 at {host}:{port}"
+    timer = threading.Timer(_AT_ONCE_S, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def is_started_by_agent() -> bool:
+    """Whether torchrun's agent started this rank: then it started all of them, serves the store, and tells who failed."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
+
+
+def _not_there(place: Launched, what: str) -> Problem:
+    ranks = place.world_size
+    if place.source == "Slurm":
+        words = " ".join(["srun", f"--ntasks={ranks}", "python", program(), *map(shlex.quote, sys.argv[1:])])
+        asked = f"SLURM_NTASKS={os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS')}"
+        return Problem(what, asked, "one process a task, started by srun", words)
+    asked = f"WORLD_SIZE={ranks}"
+    return Problem(what, asked, f"{ranks} ranks, started by one launcher", _by_torchrun(ranks))
+
+
+def _by_torchrun(ranks: int) -> str:
+    return launch_command().format(n=ranks, asked=" ".join(map(shlex.quote, sys.argv[1:]))).strip()
 
 
 def export_ranks(place: Launched) -> None:
@@ -60,9 +147,12 @@ def master_address(place: Launched) -> tuple[str, int]:
                 f"{place.world_size} ranks, but {missing} is not set, so they cannot meet",
                 f"WORLD_SIZE={place.world_size}",
                 "started by torchrun, or with MASTER_ADDR and MASTER_PORT set",
-                launch_command().format(n=place.world_size, asked="").strip(),
+                _by_torchrun(place.world_size),
             )
         )
+    if not port.isdigit():
+        what = f"the environment variable MASTER_PORT is not a port, so {place.world_size} ranks cannot meet"
+        raise ConfigError(Problem(what, f"MASTER_PORT={port}", "a free port, such as 29500", "export MASTER_PORT=29500"))
     return host, int(port)
 
 
@@ -73,6 +163,6 @@ def _port_of_job(job: str) -> str:
 
 
 def _first_host(nodes: str) -> str:
-    """First host of a Slurm node list such as ``node[003-005,9],other``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    return "".join(part or "" for part in match.groups()) if match else "127.0.0.1"
+    """First host of a Slurm node list such as ``rack[1-2]node[003-005,9],other``: of each bracket the first number."""
+    first = re.match(r"(?:[^\[\],]|\[[^\]]*\])+", nodes.strip())
+    return re.sub(r"\[\s*([^\],-]+)[^\]]*\]", r"\1", first[0]) if first else "127.0.0.1"

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.ranks.drawn import rank_variables_open
+from nemo_dist_conf.ranks.drawn import can_be_sent, rank_variables_open
 from nemo_dist_conf.store import register_resolver
 
 __all__ = ["as_ranks_read", "different_keys", "flat_config", "same_now"]
@@ -32,8 +32,10 @@ def _read_value(node: Any, key: Any) -> Any:
     try:
         value = node[key]
     except (OmegaConfBaseException, LookupError, ValueError, TypeError, AttributeError):
-        value = node._get_node(key)._value()
-    return _read(value) if OmegaConf.is_config(value) else value
+        return node._get_node(key)._value()
+    if OmegaConf.is_config(value):
+        return _read(value)
+    return value if can_be_sent(value) else node._get_node(key)._value()
 
 
 def same_now(now: datetime.datetime, *configs: DictConfig) -> None:

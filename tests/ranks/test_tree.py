@@ -5,10 +5,12 @@ import datetime
 from omegaconf import MISSING, OmegaConf
 
 from nemo_dist_conf.ranks.tree import as_ranks_read, different_keys, flat_config, same_now
+from nemo_dist_conf.store import register_resolver
 
 
 def test_what_one_process_can_say_for_all_ranks_is_read_and_the_rest_is_as_written(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "7")
+    register_resolver("object_of", object)
     tree = OmegaConf.create(
         {
             "x": 1,
@@ -16,6 +18,7 @@ def test_what_one_process_can_say_for_all_ranks_is_read_and_the_rest_is_as_writt
             "node": "${refers.1}",
             "mine": "gpu${oc.env:LOCAL_RANK}",
             "wrong": "${no_such:}",
+            "object": "${object_of:}",
             "missing": MISSING,
             "none": None,
         }
@@ -26,6 +29,7 @@ def test_what_one_process_can_say_for_all_ranks_is_read_and_the_rest_is_as_writt
         "node": {"deep": "a1"},
         "mine": "gpu${oc.env:LOCAL_RANK}",
         "wrong": "${no_such:}",
+        "object": "${object_of:}",
         "missing": "???",
         "none": None,
     }
