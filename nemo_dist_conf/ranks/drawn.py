@@ -38,7 +38,7 @@ __all__ = [
     "rank_variables_open",
 ]
 
-Path = tuple[Any, ...]
+_Path = tuple[Any, ...]
 
 #: Resolvers of Hydra: they draw nothing but the time, which ``same_now`` gives to all ranks.
 _OF_HYDRA = frozenset("now hydra python_version hydra_override_dirname hydra_deprecated_override_dirname".split())
@@ -63,8 +63,8 @@ class Drawn:
     app's other resolvers, as the process that looked reads them.
     """
 
-    values: dict[Path, tuple[str, Any]] = field(default_factory=dict)
-    answers: list[tuple[Path, str, Any]] = field(default_factory=list)
+    values: dict[_Path, tuple[str, Any]] = field(default_factory=dict)
+    answers: list[tuple[_Path, str, Any]] = field(default_factory=list)
 
 
 def find_drawn(config: DictConfig) -> Drawn:
@@ -142,7 +142,7 @@ class _Finder:
     def __init__(self, root: DictConfig) -> None:
         self.root = root
         self.drawn = Drawn()
-        self._done: set[Path] = set()
+        self._done: set[_Path] = set()
         self._drawing: list[Any] = []
 
     def walk(self, container: Any) -> None:
@@ -258,7 +258,7 @@ def _written(node: Any) -> Any:
     return node._value() if node is not None and node._is_interpolation() else None
 
 
-def _path(container: Any, key: Any) -> Path:
+def _path(container: Any, key: Any) -> _Path:
     keys = [key]
     while container is not None and container._key() is not None:
         keys.append(container._key())
@@ -266,7 +266,7 @@ def _path(container: Any, key: Any) -> Path:
     return tuple(reversed(keys))
 
 
-def _at(config: DictConfig, path: Path) -> tuple[Any, Any, str] | None:
+def _at(config: DictConfig, path: _Path) -> tuple[Any, Any, str] | None:
     """(container, key, text) of an interpolation; None where there is none."""
     container: Any = config
     for key in path[:-1]:
@@ -282,7 +282,9 @@ def _at(config: DictConfig, path: Path) -> tuple[Any, Any, str] | None:
 
 
 def _has(container: Any, key: Any) -> bool:
-    return key in container.keys() if isinstance(container, DictConfig) else isinstance(key, int) and key < len(container)
+    if isinstance(container, DictConfig):
+        return key in container.keys()
+    return isinstance(key, int) and key < len(container)
 
 
 def _put(container: Any, key: Any, value: Any) -> None:
@@ -292,7 +294,7 @@ def _put(container: Any, key: Any, value: Any) -> None:
         container[key] = copy.deepcopy(value)
 
 
-def _replace_everywhere(config: DictConfig, path: Path, call: str, value: Any) -> None:
+def _replace_everywhere(config: DictConfig, path: _Path, call: str, value: Any) -> None:
     found = _at(config, path)
     if found is None or call not in found[2]:
         return
@@ -379,7 +381,7 @@ def _set_folder(root: DictConfig) -> None:
 
 @contextmanager
 def _as_in_the_job(root: DictConfig) -> Iterator[None]:
-    """``${hydra:...}`` is answered from this tree inside, and ``hydra.job.env_set`` is set, where it has Hydra's node."""
+    """Inside, ``${hydra:...}`` is answered from this tree and ``hydra.job.env_set`` is set, where it has Hydra's node."""
     if "hydra" not in root:
         yield
         return

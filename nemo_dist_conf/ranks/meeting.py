@@ -97,7 +97,7 @@ def waiting_for_rank_0(place: Launched) -> Iterator[None]:
 
 
 def is_started_by_agent() -> bool:
-    """Whether torchrun's agent started this rank: then it started all of them, serves the store, and tells who failed."""
+    """Whether torchrun's agent started this rank: then it started all, serves the store, and tells who failed."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
 
 
@@ -152,7 +152,8 @@ def master_address(place: Launched) -> tuple[str, int]:
         )
     if not port.isdigit():
         what = f"the environment variable MASTER_PORT is not a port, so {place.world_size} ranks cannot meet"
-        raise ConfigError(Problem(what, f"MASTER_PORT={port}", "a free port, such as 29500", "export MASTER_PORT=29500"))
+        asked, allowed = f"MASTER_PORT={port}", "a free port, such as 29500"
+        raise ConfigError(Problem(what, asked, allowed, "export MASTER_PORT=29500"))
     return host, int(port)
 
 

@@ -152,7 +152,7 @@ TORCHRUN = ("torchrun", "--nproc-per-node", "2", "--max-restarts", "1")
 
 
 def told(folder: Path, *words: str, by: tuple[str, ...] = TORCHRUN) -> tuple[dict[str, list], str]:
-    """What each rank of an app that uses none of our groups saw: ``rank.attempt`` -> config, folder; and what was shown."""
+    """What each rank of an app without our groups saw: ``rank.attempt`` -> config, folder; and what was shown."""
     (folder / "app.py").write_text(APP)
     (folder / "config.yaml").write_text(CONFIG + FOREIGN)
     done = warm.run([*by, "app.py", *words], cwd=folder)

@@ -39,7 +39,8 @@ def sent(config):
 
 def ranks(tree, **flags):
     """The tree as rank 0 has it and as another rank has it, which composed for itself."""
-    both = [OmegaConf.structured(tree) if hasattr(tree, "__dataclass_fields__") else OmegaConf.create(tree) for _ in "01"]
+    make = OmegaConf.structured if hasattr(tree, "__dataclass_fields__") else OmegaConf.create
+    both = [make(tree) for _ in "01"]
     for made in both:
         for name, value in flags.items():
             getattr(OmegaConf, f"set_{name}")(made, value)
@@ -69,7 +70,8 @@ def test_what_draws_stands_still_and_is_the_same_everywhere():
 
 
 def test_what_refers_to_it_is_left_and_reads_the_same():
-    tree = {"before": "x${seed}", "seed": "${count:}", "twice": "${double:${seed}}", "deep": {"near": ["${...twice}"]}}
+    deep = {"near": ["${...twice}"]}
+    tree = {"before": "x${seed}", "seed": "${count:}", "twice": "${double:${seed}}", "deep": deep}
     first, second = ranks(tree)
     assert read(first) == read(second)
     assert first.before == f"x{first.seed}" and first.deep.near == [first.twice] == [2 * first.seed]
@@ -203,7 +205,7 @@ def test_a_constant_that_was_drawn_when_a_module_was_imported_is_rank_0s(constan
 
 @pytest.mark.parametrize(
     "mine, theirs",
-    [(0, 1), ("0", "1"), ("cuda:0", "cuda:1"), ("rank_00000", "rank_00001"), ("node-a", "node-b"), ("p-1000", "p-2000")],
+    [(0, 1), ("0", "1"), ("cuda:0", "cuda:1"), ("rank_00000000", "rank_00000001"), ("node-a", "node-b"), ("1000", "2000")],
 )
 def test_a_constant_that_belongs_to_a_rank_stays_its_own(mine, theirs):
     first, second = (OmegaConf.create({"a": "${constant:}"}) for _ in "01")
@@ -252,8 +254,8 @@ def test_what_cannot_be_said_here_is_left_and_gives_omegaconfs_own_error_in_the_
 
     register_resolver("broken", broken)
     monkeypatch.delenv("LATER", raising=False)
-    tree = {"a": "${broken:}", "b": "${join:${oc.env:LATER},x}", "c": "${no_such:1}", "d": "${join:${missing}}", "missing": MISSING}
-    first, _ = ranks({**tree, "text": "${oc.env:LATER}-${draw:}", "bad": "x"})
+    tree = {"a": "${broken:}", "b": "${join:${oc.env:LATER},x}", "c": "${no_such:1}", "d": "${join:${missing}}"}
+    first, _ = ranks({**tree, "text": "${oc.env:LATER}-${draw:}", "missing": MISSING})
     assert [written(first, key) for key in "abcd"] == [tree[key] for key in "abcd"]
     with pytest.raises(InterpolationResolutionError):
         first.a
@@ -268,15 +270,22 @@ def test_objects_made_anew_each_time_are_not_drawn():
 
 @pytest.mark.parametrize("made", [True, False])
 def test_a_drawn_list_or_mapping_and_what_stands_in_it(made):
-    register_resolver("layers", lambda: OmegaConf.create([next(numbers), {"x": 1}]) if made else [next(numbers), {"x": 1}])
     numbers = itertools.count()
+    register_resolver("layers", lambda: (OmegaConf.create if made else list)([next(numbers), {"x": 1}]))
     first, second = ranks({"a": "${layers:}", "b": "${a.1}", "c": "n${a.0}"})
     assert read(first) == read(second) and second.b == {"x": 1} and second.c == f"n{second.a[0]}"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["\\${not_one}", "\\\\${count:}\\${d", "\\${e} ${count:}", "a\\\\${count:}${f}", "${count:}\\\\${f}", "tail\\ \\${g} \\\\"],
+    [
+        "\\${not_one}",
+        "\\\\${count:}\\${d",
+        "\\${e} ${count:}",
+        "a\\\\${count:}${f}",
+        "${count:}\\\\${f}",
+        "tail\\ \\${g} \\\\",
+    ],
 )
 def test_escaped_text_stays_text(text, count):
     plain = {"f": "end"}
@@ -309,7 +318,8 @@ def test_values_of_each_kind_come_as_they_are_also_inside_other_interpolations(v
 
 
 def test_missing_values_none_and_empty_nodes_stay():
-    first, _ = ranks({"missing": MISSING, "none": None, "empty": {}, "list": [], "refers": "${missing}", "x": "${count:}"})
+    tree = {"missing": MISSING, "none": None, "empty": {}, "list": [], "refers": "${missing}", "x": "${count:}"}
+    first, _ = ranks(tree)
     assert OmegaConf.is_missing(first, "missing") and written(first, "refers") == "${missing}"
     assert (first.none, first.empty, first.list) == (None, {}, [])
 

@@ -17,7 +17,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
         (SLURM, Launched(5, 8, 1, "Slurm")),
         ({**SLURM, **TORCHRUN}, Launched(3, 4, 1, "torchrun")),
         ({"SLURM_NTASKS": "8"}, Launched()),  # inside salloc, without srun: one process
-        ({**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launched(0, 1, 1, "Slurm")),  # its shell is a step
+        ({**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launched(0, 1, 1, "Slurm")),  # a step of one
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_ID": "2"}, Launched(5, 6, 1, "Slurm")),  # a part of the job
         ({**SLURM, "ENVIRONMENT": "BATCH"}, Launched()),  # a line of a batch script without srun
         ({**SLURM, "ENVIRONMENT": "BATCH", "SLURM_STEP_ID": "0"}, Launched(5, 8, 1, "Slurm")),
