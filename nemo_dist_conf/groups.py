@@ -8,6 +8,7 @@ from typing import Any, Callable
 
 from hydra.core.config_search_path import ConfigSearchPath
 
+from nemo_dist_conf.hydra_inside import asked_by_callbacks
 from nemo_dist_conf.names import HARDWARE, SCHEDULES, STRATEGY_NAMES
 from nemo_dist_conf.store import (
     NODE_CLASSES,
@@ -108,7 +109,7 @@ def _layouts() -> Any:
 
 
 def register_resolvers() -> None:
-    """``${nemo_dist.compute_dtype:...}`` and the others that the recipe's YAML uses."""
+    """``${nemo_dist.compute_dtype:...}`` and the others that the recipe's YAML and our own nodes use."""
 
     def compute_dtype(dtype: Any, device: str) -> str:
         from nemo_dist_conf import resolvers
@@ -130,5 +131,13 @@ def register_resolvers() -> None:
 
         return resolvers.pipeline_rows(parallelism, global_batch_size, micro_batch_size)
 
-    for function in (compute_dtype, autocast_dtype, explain, pipeline_rows):
+    def callback() -> Any:
+        target = "nemo_dist_conf.hooks.DistributedCallback"
+        if not asked_by_callbacks():
+            return target
+        from nemo_dist_conf.hooks import callback_as_config
+
+        return callback_as_config()
+
+    for function in (compute_dtype, autocast_dtype, explain, pipeline_rows, callback):
         register_resolver(f"nemo_dist.{function.__name__}", function)

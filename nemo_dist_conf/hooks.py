@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from typing import Any, Callable, NoReturn
 
 from hydra.experimental.callback import Callback
@@ -16,7 +17,7 @@ from nemo_dist_conf.compose import Checked, check, find_roots
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.topology.world import Start, about_to_start, is_starting, launch_command, launched, program
 
-__all__ = ["DistributedCallback", "check_of", "end"]
+__all__ = ["DistributedCallback", "callback_as_config", "check_of", "end"]
 
 #: Ends of the class names of launchers that run a job as one process.
 _ONE_PROCESS = ("BasicLauncher", "JoblibLauncher")
@@ -80,13 +81,25 @@ class DistributedCallback(Callback):
         return found[0] if found else None
 
 
+@dataclass
+class _Default(DistributedCallback):
+    """The callback as a structured config, which Hydra's instantiate makes an object of without a ``_target_``."""
+
+    _convert_: str = "object"
+
+
+def callback_as_config() -> DictConfig:
+    """What stands at ``hydra.callbacks.nemo_dist_conf`` when Hydra makes the callbacks of an app."""
+    return OmegaConf.structured(_Default)
+
+
 def check_of(config: DictConfig) -> Any:
     """The check that a job's own callbacks do: ours, or what an app extended it to."""
-    from hydra.utils import get_class
+    from hydra.utils import get_object
 
     for node in (OmegaConf.select(config, "hydra.callbacks") or {}).values():
-        kind = get_class(node._target_) if isinstance(node, DictConfig) and "_target_" in node else object
-        if issubclass(kind, DistributedCallback):
+        kind = get_object(node._target_) if isinstance(node, DictConfig) and "_target_" in node else None
+        if isinstance(kind, type) and issubclass(kind, DistributedCallback):
             return kind(**{str(key): node[key] for key in node if not str(key).startswith("_")}).check
     return DistributedCallback().check
 

@@ -13,7 +13,13 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
 
-__all__ = ["config_of_the_running_job", "read_in_place", "resolver_calls", "resolvers_asked_through"]
+__all__ = [
+    "asked_by_callbacks",
+    "config_of_the_running_job",
+    "read_in_place",
+    "resolver_calls",
+    "resolvers_asked_through",
+]
 
 
 def resolver_calls(text: str) -> list[tuple[int, int, str]]:
@@ -70,6 +76,22 @@ def resolvers_asked_through(ask: Callable[..., Any]) -> Iterator[None]:
         for name, stand_in in replaced.items():
             if BaseContainer._resolvers.get(name) is stand_in:
                 BaseContainer._resolvers[name] = originals[name]
+
+
+def asked_by_callbacks() -> bool:
+    """Whether Hydra is making the callbacks of an app now, further up the stack.
+
+    Hydra 1.3 and 1.4 make them from ``hydra.callbacks`` alone. A node with ``_target_`` there is refused by 1.4 where the
+    app has an execution whitelist, and warned of where it has none, with no way for a plugin to be allowed; a structured
+    config that becomes an object needs none. It must be one for Hydra's callbacks only: wherever else the value is read
+    (``--cfg hydra --resolve``, an app's own entry that replaces it) it is to be a word. tests/test_hooks.py
+    """
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "hydra._internal.callbacks":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def config_of_the_running_job() -> DictConfig:

@@ -1,6 +1,7 @@
-"""How often a good run ends badly: ``python -m tests.end_of_run [times]`` starts one that ends on a checkpoint, on 2
-ranks, and counts those that torchrun takes for failed. Some 15 minutes for 200, and not in the suite, which has
-tests/runtime/test_ending.py.
+"""How often a good run ends badly: ``python -m tests.end_of_run [times] [without]`` starts one that ends on a checkpoint,
+on 2 ranks, and counts those that torchrun takes for failed. without: as it would be without runtime/ending.py.
+
+Some 15 minutes for 200 on a machine without other work, so not in the suite, which has tests/runtime/test_ending.py.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from pathlib import Path
 
 PROGRAM = textwrap.dedent(
     """
-    import tempfile
+    import atexit, sys, tempfile
     import torch
     from hydra import compose, initialize
     from torch import nn
     import nemo_dist_conf
     from nemo_dist_conf.checkpoint import Checkpoints
+    from nemo_dist_conf.runtime.ending import let_gloo_rest
 
+    if "without" in sys.argv:
+        atexit.unregister(let_gloo_rest)
     with initialize(version_base="1.3", config_path=None):
         cfg = compose("nemo_dist_conf", overrides=["strategy=fsdp2", "strategy.mp_policy=null"])
     build = lambda: nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)))
@@ -35,14 +39,14 @@ PROGRAM = textwrap.dedent(
 )
 
 
-def main(times: int) -> int:
+def main(times: int, words: list[str]) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "app.py")
         program.write_text(PROGRAM)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         for number in range(1, times + 1):
-            done = subprocess.run([*launcher, str(program)], capture_output=True, text=True, cwd=folder)
+            done = subprocess.run([*launcher, str(program), *words], capture_output=True, text=True, cwd=folder)
             if done.returncode or done.stdout.count("done") != 2:
                 failed += 1
                 print(done.stderr[-2000:])
@@ -52,4 +56,5 @@ def main(times: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 200))
+    numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    raise SystemExit(main(numbers[0] if numbers else 200, [word for word in sys.argv[1:] if word == "without"]))

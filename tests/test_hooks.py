@@ -1,15 +1,27 @@
 """The callback that comes with a strategy: it ends a wrong run with the message alone, and lets ranks agree."""
 
+import inspect
+import os
+import socket
 import subprocess
 import sys
 import textwrap
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
+
+from nemo_dist_conf.groups import register_resolvers
+from nemo_dist_conf.hooks import DistributedCallback, check_of
+
+#: Hydra 1.4: what the app lets Hydra call. Without a whitelist everything is let, with a warning for each.
+WHITELISTS = ["execution_whitelist" in inspect.signature(hydra.main).parameters]
+OPTIONS = {False: 'version_base="1.3"' if not WHITELISTS[0] else "", True: 'execution_whitelist=["app.*"]'}
 
 APP = """
     import hydra
 
-    @hydra.main(version_base="1.3", config_path=None, config_name="{base}")
+    @hydra.main({options}{comma}config_path={path}, config_name={base})
     def main(cfg):
         print("the task ran")
 
@@ -18,13 +30,17 @@ APP = """
 """
 
 
-@pytest.fixture
-def app(tmp_path):
-    def run(*words, base="nemo_dist_conf"):
-        (tmp_path / "app.py").write_text(textwrap.dedent(APP.format(base=base)))
-        # Hydra 1.4 warns of version_base, which 1.3 needs, and of callbacks outside its list of trusted modules
-        python = [sys.executable, "-W", "ignore:The version_base", "-W", "ignore:hydra.utils.instantiate() resolved"]
-        return subprocess.run([*python, "app.py", *words], cwd=tmp_path, capture_output=True, text=True)
+@pytest.fixture(params=[False, *WHITELISTS], ids=lambda listed: "whitelist" if listed else "plain")
+def app(tmp_path, request):
+    """Runs it; any warning of Hydra or ours is an error."""
+
+    def run(*words, base="nemo_dist_conf", path=None, warnings="error", **env):
+        options = OPTIONS[request.param]
+        comma, base, path = ", " if options else "", repr(base), repr(path)
+        (tmp_path / "app.py").write_text(textwrap.dedent(APP.format(options=options, comma=comma, base=base, path=path)))
+        python = [sys.executable, "-W", f"{warnings}::UserWarning"]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("HYDRA_")} | env
+        return subprocess.run([*python, "app.py", *words], cwd=tmp_path, capture_output=True, text=True, env=environ)
 
     return run
 
@@ -64,3 +80,69 @@ def test_a_launcher_without_a_sweep_is_not_ignored(app):
     done = app("hydra/launcher=torchrun", "strategy=ddp")
     assert done.returncode == 1 and done.stdout == ""
     assert "type     python app.py -m hydra/launcher=torchrun strategy=ddp" in done.stderr
+
+
+def first_of_two_ranks():
+    """Variables of rank 0 of two; it needs no answer of the other one before the task runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_app_without_our_groups_is_not_warned_whatever_it_lets_hydra_call(app, ranks):
+    done = app(base=None, **(first_of_two_ranks() if ranks == 2 else {}))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the task ran\n", "")
+
+
+def test_the_callback_of_several_ranks_is_called_in_an_app_without_our_groups(app):
+    done = app("-m", base=None, **first_of_two_ranks())
+    assert done.returncode == 1 and done.stderr.startswith("2 ranks were started, and each would sweep for itself")
+
+
+def test_hydras_node_can_be_shown_resolved(app):
+    done = app("strategy=ddp", "--cfg", "hydra", "--resolve")
+    assert done.returncode == 0 and "nemo_dist_conf: nemo_dist_conf.hooks.DistributedCallback\n" in done.stdout
+
+
+EXTENDED = """
+defaults: [nemo_dist_conf, _self_]
+size: 1
+hydra: {callbacks: {nemo_dist_conf: {_target_: mine.Mine, most: 2}}}
+"""
+MINE = """
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.groups import register_resolvers
+from nemo_dist_conf.hooks import DistributedCallback
+
+
+class Mine(DistributedCallback):
+    def __init__(self, most):
+        self.most = most
+
+    def check(self, config):
+        if config.size > self.most:
+            raise ConfigError(Problem("too large", f"size={config.size}", f"{self.most}", f"size={self.most}"))
+        return super().check(config)
+"""
+
+
+@pytest.mark.parametrize("app", [False], indirect=True, ids=["plain"])
+def test_an_app_may_put_its_own_in_the_place_of_the_callback(app, tmp_path):
+    (tmp_path / "config.yaml").write_text(EXTENDED)
+    (tmp_path / "mine.py").write_text(MINE)
+    its_own = {"base": "config", "path": ".", "warnings": "default"}  # Hydra 1.4 warns of the app's own target
+    done = app("size=3", **its_own)
+    assert done.returncode == 1 and "too large\n" in done.stderr
+    done = app("size=2", "parallelism.tp_size=2", **its_own)
+    assert done.returncode == 1 and "parallelism.tp_size=2" in done.stderr
+    assert app("size=2", **its_own).returncode == 0
+
+
+def test_other_callbacks_of_an_app_are_no_check():
+    """A function makes them as well as a class."""
+    register_resolvers()
+    callbacks = {"other": {"_target_": "operator.methodcaller", "name": "x"}, "nemo_dist_conf": "${nemo_dist.callback:}"}
+    check = check_of(OmegaConf.create({"hydra": {"callbacks": callbacks | {"more": {"_target_": "builtins.len"}}}}))
+    assert isinstance(check.__self__, DistributedCallback)

@@ -10,6 +10,7 @@ import pickle
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 from typing import Any, Callable
 
 from omegaconf import DictConfig
@@ -42,9 +43,10 @@ def run_rank(blob: bytes, task: Callable[..., Any] | None = None) -> bytes | Non
     function = task or named
     if function is None:
         raise AssertionError("no task function came with the payload")
-    _hydra(payload, config, hydra, drawn, rank)
     try:
-        value = function(config)
+        with _allowed_to_execute(payload.allowed):
+            _hydra(payload, config, hydra, drawn, rank)
+            value = function(config)
     except SystemExit as end:
         if isinstance(end.__context__, NemoDistConfError):
             raise end.__context__  # told to the user before the exit; the sweep's report tells it too
@@ -54,6 +56,15 @@ def run_rank(blob: bytes, task: Callable[..., Any] | None = None) -> bytes | Non
     finally:
         _flush()
     return _packed(value) if rank == 0 else None
+
+
+def _allowed_to_execute(whitelist: Any) -> Any:
+    """What the app lets ``hydra.utils.instantiate`` call; since Hydra 1.4, where ``@hydra.main`` puts it up."""
+    try:
+        from hydra.utils import execution_whitelist
+    except ImportError:
+        return nullcontext()
+    return execution_whitelist(whitelist, reset=True)
 
 
 def _end_with_launcher(parent: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import functools
 import logging
@@ -209,7 +210,7 @@ class TorchrunSweep:
         if not self.nodes.leads:
             from hydra._internal.callbacks import Callbacks
 
-            context = HydraContext(context.config_loader, Callbacks())
+            context = dataclasses.replace(context, callbacks=Callbacks())
             with flag_override(job.config, ["readonly", "struct"], False):
                 job.config.hydra.output_subdir = None
 
@@ -243,7 +244,8 @@ class TorchrunSweep:
         body = self.nodes.agree(f"job{job.number}/body", lambda: self._body(full, now, None if fork else self.task))
         folder = Path(str(job.config.hydra.runtime.output_dir))
         log_dir = options.log_dir or str(folder / "ranks")
-        payload = Payload(body, JobRuntime.instance().get("name"), now, self.settings.threads)
+        allowed = getattr(self.context, "execution_whitelist", None)
+        payload = Payload(body, JobRuntime.instance().get("name"), now, self.settings.threads, allowed)
         payload.environment.update(options.env)
         endpoint, run_id = self.nodes.endpoint(job.number), f"job{job.number}-{self.mark}"
         blob = pickle.dumps(payload)

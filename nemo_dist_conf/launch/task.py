@@ -45,13 +45,15 @@ class Reference:
 @dataclass(frozen=True)
 class Payload:
     """All that the ranks of a job share. body: pickled task function, its config, Hydra's and what was drawn, opened in
-    the rank only after the surroundings are put up, because it may import the user's modules.
+    the rank only after the surroundings are put up, because it may import the user's modules. allowed: the app's
+    execution whitelist (Hydra 1.4).
     """
 
     body: bytes
     job_name: str
     now: datetime.datetime
     threads: int
+    allowed: Any = None
     folder: str = field(default_factory=os.getcwd)
     argv: list[str] = field(default_factory=lambda: list(sys.argv))
     environment: dict[str, str] = field(

@@ -288,10 +288,12 @@ def _has(container: Any, key: Any) -> bool:
 
 
 def _put(container: Any, key: Any, value: Any) -> None:
-    """Set a key whatever flags stand there or above."""
+    """Set a key whatever flags stand there or above; a typed node converts, as it does what its resolver answers."""
     node = container._get_node(key)
-    with flag_override(container, ["readonly", "struct"], False), flag_override(node, "readonly", False):
-        container[key] = copy.deepcopy(value)
+    with warnings.catch_warnings(), flag_override(container, ["readonly", "struct"], False):
+        warnings.simplefilter("ignore", FutureWarning)  # OmegaConf 2.4, of conversions when a value is set
+        with flag_override(node, "readonly", False):
+            container[key] = copy.deepcopy(value)
 
 
 def _replace_everywhere(config: DictConfig, path: _Path, call: str, value: Any) -> None:

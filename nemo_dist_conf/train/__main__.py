@@ -14,12 +14,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import NemoDistConfError, Preempted
-from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.recipe.folder import config_folder, main_options
 
 __all__ = ["main"]
 
 
-@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
+@hydra.main(config_path=str(config_folder()), config_name="train", **main_options())
 def main(cfg: DictConfig) -> float:
     """Train as the config says; the last loss is the job's value for sweepers."""
     from nemo_dist_conf.hooks import end
