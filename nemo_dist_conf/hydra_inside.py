@@ -81,10 +81,10 @@ def resolvers_asked_through(ask: Callable[..., Any]) -> Iterator[None]:
 def asked_by_callbacks() -> bool:
     """Whether Hydra is making the callbacks of an app now, further up the stack.
 
-    Hydra 1.3 and 1.4 make them from ``hydra.callbacks`` alone. A node with ``_target_`` there is refused by 1.4 where the
-    app has an execution whitelist, and warned of where it has none, with no way for a plugin to be allowed; a structured
-    config that becomes an object needs none. It must be one for Hydra's callbacks only: wherever else the value is read
-    (``--cfg hydra --resolve``, an app's own entry that replaces it) it is to be a word. tests/test_hooks.py
+    Hydra 1.3 and 1.4 make them from ``hydra.callbacks`` alone. A node with ``_target_`` there is refused by 1.4 where
+    the app has an execution whitelist, and warned of where it has none, with no way for a plugin to be allowed; a
+    structured config that becomes an object needs none. It must be one for Hydra's callbacks only: wherever else the
+    value is read (``--cfg hydra --resolve``, an app's own entry that replaces it) it is to be a word. tests/test_hooks.py
     """
     frame: Any = sys._getframe()
     while frame is not None:

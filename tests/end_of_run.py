@@ -1,5 +1,5 @@
-"""How often a good run ends badly: ``python -m tests.end_of_run [times] [without]`` starts one that ends on a checkpoint,
-on 2 ranks, and counts those that torchrun takes for failed. without: as it would be without runtime/ending.py.
+"""How often a good run ends badly: ``python -m tests.end_of_run [times] [without]`` starts one that ends on a
+checkpoint, on 2 ranks, and counts those that torchrun takes for failed. without: as without runtime/ending.py.
 
 Some 15 minutes for 200 on a machine without other work, so not in the suite, which has tests/runtime/test_ending.py.
 """

@@ -36,8 +36,8 @@ def app(tmp_path, request):
 
     def run(*words, base="nemo_dist_conf", path=None, warnings="error", **env):
         options = OPTIONS[request.param]
-        comma, base, path = ", " if options else "", repr(base), repr(path)
-        (tmp_path / "app.py").write_text(textwrap.dedent(APP.format(options=options, comma=comma, base=base, path=path)))
+        text = APP.format(options=options, comma=", " if options else "", base=repr(base), path=repr(path))
+        (tmp_path / "app.py").write_text(textwrap.dedent(text))
         python = [sys.executable, "-W", f"{warnings}::UserWarning"]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("HYDRA_")} | env
         return subprocess.run([*python, "app.py", *words], cwd=tmp_path, capture_output=True, text=True, env=environ)
@@ -143,6 +143,7 @@ def test_an_app_may_put_its_own_in_the_place_of_the_callback(app, tmp_path):
 def test_other_callbacks_of_an_app_are_no_check():
     """A function makes them as well as a class."""
     register_resolvers()
-    callbacks = {"other": {"_target_": "operator.methodcaller", "name": "x"}, "nemo_dist_conf": "${nemo_dist.callback:}"}
-    check = check_of(OmegaConf.create({"hydra": {"callbacks": callbacks | {"more": {"_target_": "builtins.len"}}}}))
+    others = {"class": {"_target_": "operator.methodcaller", "name": "x"}, "function": {"_target_": "builtins.len"}}
+    callbacks = {**others, "nemo_dist_conf": "${nemo_dist.callback:}"}
+    check = check_of(OmegaConf.create({"hydra": {"callbacks": callbacks}}))
     assert isinstance(check.__self__, DistributedCallback)

@@ -60,11 +60,10 @@ def run_rank(blob: bytes, task: Callable[..., Any] | None = None) -> bytes | Non
 
 def _allowed_to_execute(whitelist: Any) -> Any:
     """What the app lets ``hydra.utils.instantiate`` call; since Hydra 1.4, where ``@hydra.main`` puts it up."""
-    try:
-        from hydra.utils import execution_whitelist
-    except ImportError:
-        return nullcontext()
-    return execution_whitelist(whitelist, reset=True)
+    from hydra import utils
+
+    allow = getattr(utils, "execution_whitelist", None)
+    return nullcontext() if allow is None else allow(whitelist, reset=True)
 
 
 def _end_with_launcher(parent: int) -> None:

@@ -383,7 +383,7 @@ def _set_folder(root: DictConfig) -> None:
 
 @contextmanager
 def _as_in_the_job(root: DictConfig) -> Iterator[None]:
-    """Inside, ``${hydra:...}`` is answered from this tree and ``hydra.job.env_set`` is set, where it has Hydra's node."""
+    """Inside, a tree with Hydra's node answers ``${hydra:...}``, and its ``hydra.job.env_set`` is set."""
     if "hydra" not in root:
         yield
         return

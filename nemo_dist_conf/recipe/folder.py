@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
-import hydra
+import hydra.utils
 
 import nemo_dist_conf
 
@@ -23,11 +22,8 @@ def config_folder() -> Path:
 def main_options() -> dict[str, Any]:
     """Arguments of ``@hydra.main`` beside the config's.
 
-    Hydra 1.3 does as 1.1 did without ``version_base``; 1.4 warns of it, and of each target that no whitelist allows: the
-    recipe's programs run whatever model, optimizer and data the words of a command line name.
+    Hydra 1.3 does as 1.1 did without ``version_base``; 1.4 warns of it, and of each target that no whitelist allows:
+    the recipe's programs run whatever model, optimizer and data the words of a command line name.
     """
-    if "execution_whitelist" not in inspect.signature(hydra.main).parameters:
-        return {"version_base": "1.3"}
-    from hydra.utils import UNSAFE_DISABLE_EXECUTION_CHECKS
-
-    return {"execution_whitelist": UNSAFE_DISABLE_EXECUTION_CHECKS}
+    everything = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
+    return {"version_base": "1.3"} if everything is None else {"execution_whitelist": everything}

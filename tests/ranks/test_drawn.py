@@ -62,7 +62,8 @@ def read(tree):
 
 
 def test_what_draws_stands_still_and_is_the_same_everywhere():
-    tree = {"a": "${count:}", "b": "${count:}", "list": ["${count:}", {"x": "${draw:}"}], "name": "run-${draw:}-${draw:}"}
+    many = ["${count:}", {"x": "${draw:}"}]
+    tree = {"a": "${count:}", "b": "${count:}", "many": many, "name": "run-${draw:}-${draw:}"}
     first, second = ranks(tree)
     assert read(first) == read(second) == read(first)
     assert first.a != first.b and len(set(first.name.split("-"))) == 3
@@ -205,7 +206,7 @@ def test_a_constant_that_was_drawn_when_a_module_was_imported_is_rank_0s(constan
 
 @pytest.mark.parametrize(
     "mine, theirs",
-    [(0, 1), ("0", "1"), ("cuda:0", "cuda:1"), ("rank_00000000", "rank_00000001"), ("node-a", "node-b"), ("1000", "2000")],
+    [(0, 1), ("0", "1"), ("cuda:0", "cuda:1"), ("rank_00000000", "rank_00000001"), ("node-a", "node-b"), ("p9", "p10")],
 )
 def test_a_constant_that_belongs_to_a_rank_stays_its_own(mine, theirs):
     first, second = (OmegaConf.create({"a": "${constant:}"}) for _ in "01")
