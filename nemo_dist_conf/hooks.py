@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from dataclasses import dataclass
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.batch import SweepRefused, compose_jobs, jobs_of_basic_sweep, judge, refusal
 from nemo_dist_conf.compose import Checked, check, find_roots
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
+from nemo_dist_conf.hydra_inside import error_of_job
+from nemo_dist_conf.ranks.telling import another_rank_told, end, wants_everything
 from nemo_dist_conf.topology.world import Start, about_to_start, is_starting, launch_command, launched, program
 
-__all__ = ["DistributedCallback", "callback_as_config", "check_of", "end"]
+__all__ = ["DistributedCallback", "callback_as_config", "check_of"]
 
 #: Ends of the class names of launchers that run a job as one process.
 _ONE_PROCESS = ("BasicLauncher", "JoblibLauncher")
-_PATIENCE_S = 10.0
 _SKIP = "hydra/launcher=torchrun hydra.launcher.on_invalid=skip"
 _TORCHRUN = "hydra_plugins.nemo_dist_conf.torchrun_launcher.TorchrunLauncher"
 
@@ -75,6 +76,16 @@ class DistributedCallback(Callback):
 
             _or_end(lambda: agree_on_job(config, place, strict=any(find_roots(config))))
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """A refusal in the app's own main function ends a single run with the message alone, once for all ranks."""
+        error = error_of_job(job_return)
+        if error is None or _is_sweep(config) or wants_everything():
+            return  # a launcher decides about the jobs of its sweep
+        if isinstance(error, NemoDistConfError):
+            end(error)
+        if another_rank_told():
+            raise SystemExit(1)
+
     def check(self, config: DictConfig) -> Checked | None:
         """Raise ConfigError for what cannot work; an app may extend it. The checked config, where there is one."""
         found = [check(root) for root in find_roots(config)]
@@ -104,24 +115,14 @@ def check_of(config: DictConfig) -> Any:
     return DistributedCallback().check
 
 
-def end(error: NemoDistConfError) -> NoReturn:
-    """End this rank with the message alone, which rank 0 prints.
-
-    The others wait for it: the launcher stops all ranks as soon as one ends, and rank 0 might not have printed yet.
-    A rank that is still there then is the only one with an error, and prints it.
-    """
-    if launched().rank > 0:
-        time.sleep(_PATIENCE_S)
-    print(error, file=sys.stderr, flush=True)
-    raise SystemExit(1) from None
-
-
 def _or_end(agree: Callable[[], None]) -> None:
     """Hydra would turn an exception into a warning, and this rank would go on with a config of its own."""
     try:
         agree()
-    except Exception as error:
-        print(error if isinstance(error, NemoDistConfError) else traceback.format_exc(), file=sys.stderr, flush=True)
+    except NemoDistConfError as error:
+        end(error)
+    except Exception:
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator
 
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import AnyNode, DictConfig
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +17,7 @@ from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
 __all__ = [
     "asked_by_callbacks",
     "config_of_the_running_job",
+    "error_of_job",
     "read_in_place",
     "resolver_calls",
     "resolvers_asked_through",
@@ -84,7 +86,8 @@ def asked_by_callbacks() -> bool:
     Hydra 1.3 and 1.4 make them from ``hydra.callbacks`` alone. A node with ``_target_`` there is refused by 1.4 where
     the app has an execution whitelist, and warned of where it has none, with no way for a plugin to be allowed; a
     structured config that becomes an object needs none. It must be one for Hydra's callbacks only: wherever else the
-    value is read (``--cfg hydra --resolve``, an app's own entry that replaces it) it is to be a word. tests/test_hooks.py
+    value is read (``--cfg hydra --resolve``, an app's own entry that replaces it) it is to be a word.
+    tests/test_hooks.py
     """
     frame: Any = sys._getframe()
     while frame is not None:
@@ -106,3 +109,11 @@ def config_of_the_running_job() -> DictConfig:
             return frame.f_locals["task_cfg"]
         frame = frame.f_back
     raise AssertionError("not called from a callback of hydra.core.utils.run_job")
+
+
+def error_of_job(job_return: JobReturn) -> BaseException | None:
+    """What the task function of a job raised, if it did.
+
+    Hydra 1.3 and 1.4: the published ``return_value`` prints and raises it. tests/test_hooks.py
+    """
+    return job_return._return_value if job_return.status is JobStatus.FAILED else None

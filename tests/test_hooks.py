@@ -24,6 +24,9 @@ APP = """
     @hydra.main({options}{comma}config_path={path}, config_name={base})
     def main(cfg):
         print("the task ran")
+        if "refuses" in cfg:
+            from nemo_dist_conf.errors import ConfigError, Problem
+            raise ConfigError(Problem("in main", "this", "that", "other"))
 
     if __name__ == "__main__":
         main()
@@ -147,3 +150,19 @@ def test_other_callbacks_of_an_app_are_no_check():
     callbacks = {**others, "nemo_dist_conf": "${nemo_dist.callback:}"}
     check = check_of(OmegaConf.create({"hydra": {"callbacks": callbacks}}))
     assert isinstance(check.__self__, DistributedCallback)
+
+
+def test_a_refusal_in_the_apps_own_main_function_is_the_message_alone(app):
+    done = app("+refuses=1")
+    assert (done.returncode, done.stdout) == (1, "the task ran\n")
+    assert done.stderr == "in main\n  asked    this\n  allowed  that\n  type     other\n"
+
+
+def test_hydras_switch_still_shows_everything(app):
+    done = app("+refuses=1", HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "in main\n  asked    this" in done.stderr
+
+
+def test_a_sweep_decides_itself_about_a_job_that_refuses(app):
+    done = app("-m", "+refuses=1,2")
+    assert done.returncode == 1 and "ConfigError: in main" in done.stderr

@@ -15,7 +15,7 @@ __all__ = ["main"]
 @hydra.main(config_path=str(config_folder()), config_name="plan", **main_options())
 def main(cfg: DictConfig) -> None:
     """Print the plan of the config."""
-    from nemo_dist_conf.hooks import end
+    from nemo_dist_conf.ranks.telling import end
     from nemo_dist_conf.plan.app import run
 
     try:

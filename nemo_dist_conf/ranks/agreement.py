@@ -18,9 +18,6 @@ from nemo_dist_conf.topology.world import Launched
 
 __all__ = ["agree_on_job", "agree_on_run"]
 
-#: Stores that this process may serve stay open until it ends: another rank may not have read yet.
-_open_stores: list[Any] = []
-
 
 def agree_on_run(config: DictConfig, place: Launched, *, strict: bool) -> None:
     """Before Hydra makes the folder of a single run: one time, and what is random, for all ranks.
@@ -95,9 +92,7 @@ def _store(place: Launched) -> Any:
     from torch.distributed import PrefixStore
 
     export_ranks(place)
-    store = PrefixStore("nemo_dist_conf", rank_store(place))
-    _open_stores.append(store)
-    return store
+    return PrefixStore("nemo_dist_conf", rank_store(place))
 
 
 def _of_rank_0(store: Any, key: str, place: Launched) -> Any:

@@ -18,10 +18,20 @@ from nemo_dist_conf.topology.world import Launched, launch_command, program
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-__all__ = ["all_have_come", "export_ranks", "is_started_by_agent", "master_address", "rank_store", "waiting_for_rank_0"]
+__all__ = [
+    "all_have_come",
+    "export_ranks",
+    "is_started_by_agent",
+    "master_address",
+    "open_store",
+    "rank_store",
+    "waiting_for_rank_0",
+]
 
 #: Ranks that are started together come within this time, unless some were not started at all.
 _AT_ONCE_S = 3.0
+#: Stores that this process may serve stay open until it ends: another rank may not have read yet.
+_open: list[TCPStore] = []
 
 
 def rank_store(place: Launched) -> TCPStore:
@@ -36,7 +46,9 @@ def rank_store(place: Launched) -> TCPStore:
     serves = not is_started_by_agent() and place.rank == 0
     try:
         with waiting_for_rank_0(place):
-            return TCPStore(host, port, place.world_size, is_master=serves, wait_for_workers=False, multi_tenant=serves)
+            store = TCPStore(
+                host, port, place.world_size, is_master=serves, wait_for_workers=False, multi_tenant=serves
+            )
     except DistError as error:
         reason = str(error).splitlines()[0]
         if serves:
@@ -46,6 +58,13 @@ def rank_store(place: Launched) -> TCPStore:
         else:
             problem = _not_there(place, f"rank {place.rank} found nobody at {host}:{port}: {reason}")
         raise ConfigError(problem) from None
+    _open.append(store)
+    return store
+
+
+def open_store() -> TCPStore | None:
+    """A store that this rank is connected to already, for what must not wait."""
+    return _open[-1] if _open else None
 
 
 def all_have_come(place: Launched, store: Any, timeout_s: float) -> None:

@@ -22,7 +22,7 @@ __all__ = ["main"]
 @hydra.main(config_path=str(config_folder()), config_name="train", **main_options())
 def main(cfg: DictConfig) -> float:
     """Train as the config says; the last loss is the job's value for sweepers."""
-    from nemo_dist_conf.hooks import end
+    from nemo_dist_conf.ranks.telling import end
     from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
     from nemo_dist_conf.topology.world import launched
 
