@@ -6,6 +6,7 @@ after the config has passed.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 
@@ -25,7 +26,9 @@ def main(cfg: DictConfig) -> float:
     from nemo_dist_conf.ranks.telling import end
     from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
     from nemo_dist_conf.topology.world import launched
+    from nemo_dist_conf.train.ctrl_c import hear_once, was_heard
 
+    hear_once()
     try:
         check_recipe(cfg)
         if cfg.model.get("name_or_path"):
@@ -38,9 +41,16 @@ def main(cfg: DictConfig) -> float:
     except Preempted as stop:
         if launched().rank == 0:
             print(stop, file=sys.stderr, flush=True)
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except NemoDistConfError as error:
-        end(error)
+        raise SystemExit(128 + stop.by) from None
+    except (KeyboardInterrupt, Exception) as error:
+        if was_heard():
+            logging.disable()  # what modules that are half imported log at their end
+            if launched().rank == 0:
+                print("stopped by Ctrl-C before the first step", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGINT) from None
+        if isinstance(error, NemoDistConfError):
+            end(error)
+        raise
 
 
 if __name__ == "__main__":
