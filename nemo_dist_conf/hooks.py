@@ -12,7 +12,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.batch import SweepRefused, compose_jobs, jobs_of_basic_sweep, judge, refusal
+from nemo_dist_conf.batch import SweepRefused, compose_jobs, folder_problems, jobs_of_basic_sweep, judge, refusal
 from nemo_dist_conf.compose import Checked, check, find_roots
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.hydra_inside import error_of_job
@@ -36,6 +36,7 @@ class DistributedCallback(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             _refuse_launcher_without_sweep(config)
+            ConfigError.raise_if(folder_problems(config, "run"))
             self.check(config)
         except NemoDistConfError as error:
             end(error)

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from nemo_dist_conf.groups import register_resolvers
 from nemo_dist_conf.hooks import DistributedCallback, check_of
 
 #: Hydra 1.4: what the app lets Hydra call. Without a whitelist everything is let, with a warning for each.
-WHITELISTS = ["execution_whitelist" in inspect.signature(hydra.main).parameters]
-OPTIONS = {False: 'version_base="1.3"' if not WHITELISTS[0] else "", True: 'execution_whitelist=["app.*"]'}
+HAS_WHITELIST = "execution_whitelist" in inspect.signature(hydra.main).parameters
+OPTIONS = {False: "" if HAS_WHITELIST else 'version_base="1.3"', True: 'execution_whitelist=["app.*"]'}
 
 APP = """
     import hydra
@@ -33,7 +34,7 @@ APP = """
 """
 
 
-@pytest.fixture(params=[False, *WHITELISTS], ids=lambda listed: "whitelist" if listed else "plain")
+@pytest.fixture(params=list(OPTIONS)[: 1 + HAS_WHITELIST], ids=lambda listed: "whitelist" if listed else "plain")
 def app(tmp_path, request):
     """Runs it; any warning of Hydra or ours is an error."""
 
@@ -166,3 +167,12 @@ def test_hydras_switch_still_shows_everything(app):
 def test_a_sweep_decides_itself_about_a_job_that_refuses(app):
     done = app("-m", "+refuses=1,2")
     assert done.returncode == 1 and "ConfigError: in main" in done.stderr
+
+
+def test_a_folder_name_that_is_too_long_is_refused_with_another(app, tmp_path):
+    words = [f"+a={'v' * 150}", f"+b={'w' * 150}"]
+    done = app("hydra.run.dir='runs/${a}${b}'", *words)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("the name of the output folder has 300 bytes, and the file system takes 255\n")
+    instead = shlex.split(done.stderr.partition("  type ")[2])
+    assert not (tmp_path / "runs").exists() and app(*instead, *words).returncode == 0

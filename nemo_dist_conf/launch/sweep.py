@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import logging
+import math
 import os
 import pickle
 import signal
@@ -262,7 +263,11 @@ class TorchrunSweep:
         if failures:
             first = min(failures, key=lambda failure: failure.when)
             raise JobFailed(job.number, job.words, first, _log_file(full, first.rank, log_dir))
-        return next(value for has_rank_0, value in ends if has_rank_0)
+        value = next(value for has_rank_0, value in ends if has_rank_0)
+        if not _is_finite(value):
+            failure = Failure(f"returned {value}, which no sweeper can compare", 0)
+            raise JobFailed(job.number, job.words, failure, _log_file(full, 0, log_dir))
+        return value
 
     def _body(self, full: DictConfig, now: datetime.datetime, task: TaskFunction | None) -> bytes:
         """Draw once for all ranks, note the tree beside Hydra's own files as it reads at the start, and pack it."""
@@ -322,6 +327,16 @@ class _AtTheEnd(Callback):
         self.sweep.show_table()
         if self.sweep.failed:
             raise SystemExit(1)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number among what a job returned is infinite or none at all."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_finite(item) for item in value)
+    try:
+        return isinstance(value, str) or math.isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, or an integer beyond floats
+        return True
 
 
 def _task_words(job: Job) -> list[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
+from nemo_dist_conf.typed_path import typed_path
+
 __all__ = ["ModelFacts", "facts_from_config", "facts_from_folder", "fields_of"]
 
 
@@ -54,7 +56,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 def facts_from_folder(folder: str | Path) -> ModelFacts | None:
     """Facts from a checkpoint folder's config.json; None when there is no readable one (reported when it is loaded)."""
     try:
-        config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((typed_path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return facts_from_config(config) if isinstance(config, dict) else None

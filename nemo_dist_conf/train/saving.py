@@ -22,6 +22,7 @@ from nemo_dist_conf.ranks.tree import different_keys, flat_config
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.topology.world import launched, program
 from nemo_dist_conf.train.data import DataSource, TextData
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = ["Saving", "SavingSettings"]
 
@@ -64,12 +65,13 @@ class Saving:
         self._settings = settings = SavingSettings.of(cfg.get("checkpoint") or {})
         root = folder / ROOT
         self._checkpoints: Checkpoints | None = None
+        resume = settings.resume if settings.resume in (None, "auto") else str(typed_path(settings.resume))
         saves = settings.every is not None or settings.export is not None
         there = settings.resume == "auto" and any(together(lambda: bool(checkpoints_in(root)), bool)[1])
         if saves or there or settings.resume not in (None, "auto"):
             self._checkpoints = Checkpoints(
                 root,
-                resume=settings.resume,
+                resume=resume,
                 keep=settings.keep,
                 asynchronous=settings.asynchronous,
                 layout=layout,
@@ -171,6 +173,8 @@ class Saving:
             from nemo_dist_conf.checkpoint.export import export_hf
 
             tokenizer = self._cfg.data.get("tokenizer")
+            if tokenizer is not None and typed_path(tokenizer).exists():
+                tokenizer = typed_path(tokenizer)
             facts["export"] = str(export_hf(self._newest, self._folder / _EXPORT, tokenizer=tokenizer))
         return facts
 

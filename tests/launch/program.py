@@ -45,6 +45,8 @@ APP = """
             time.sleep(300)
         if cfg.do.startswith("exit"):
             sys.exit(int(cfg.do[4:]))
+        if cfg.do in ("no_number", "infinite"):
+            return (1.0, float("nan" if cfg.do == "no_number" else "-inf"))
         if cfg.do == "lock":
             return threading.Lock()
         (out / f"written.{rank}").write_text(OmegaConf.to_yaml(cfg))

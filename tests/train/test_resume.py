@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 FOLDER = "hydra.run.dir=run"
 EVERY = "checkpoint.every=2"
 FP32 = "strategy.mp_policy=null"
+#: A path that was typed means the folder in which it was typed.
+IN_ITS_FOLDER = "hydra.job.chdir=true"
 #: The learning rate of a step does not depend on the number of steps.
 SAME = ("train.warmup_steps=0", "train.schedule=constant")
 #: Threads change the order of sums.
@@ -153,11 +155,11 @@ def test_an_exported_folder_trains_on(tmp_path: Path) -> None:
     done = train(tmp_path, "checkpoint.export=hf", "parallelism.tp_size=2", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "export" in done.stdout and (tmp_path / "run/hf/config.json").is_file()
-    again = train(tmp_path, "checkpoint.export=hf", "checkpoint.resume=run", "hydra.run.dir=other")
+    again = train(tmp_path, "checkpoint.export=hf", "checkpoint.resume=run", "hydra.run.dir=other", IN_ITS_FOLDER)
     assert again.returncode == 0, again.stderr  # nothing is left to be trained
     weights = [(tmp_path / name / "hf/model.safetensors").read_bytes() for name in ("run", "other")]
     assert weights[0] == weights[1]
-    on = train(tmp_path, "model.name_or_path=run/hf", "hydra.run.dir=on", "train.steps=1")
+    on = train(tmp_path, "model.name_or_path=run/hf", "hydra.run.dir=on", "train.steps=1", IN_ITS_FOLDER)
     assert on.returncode == 0, on.stderr
 
 
@@ -237,7 +239,7 @@ def interrupted(text: str) -> list[str]:
 
 
 def test_ctrl_c_says_where_the_run_stopped_what_is_saved_and_the_command_that_goes_on(tmp_path: Path) -> None:
-    """Fresh: torchrun's ranks hear the terminal's signal and its own. What torchrun prints itself, no rank can prevent."""
+    """Fresh: torchrun's ranks hear the terminal's signal and its own. What torchrun prints, no rank can prevent."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["-m", "nemo_dist_conf.train", *TINY, "device=cpu", FOLDER, "train.steps=9999", "checkpoint.every=9999"]
     environ = os.environ | ONE_THREAD
