@@ -81,18 +81,19 @@ def resolvers_asked_through(ask: Callable[..., Any]) -> Iterator[None]:
 
 
 def asked_by_callbacks() -> bool:
-    """Whether Hydra is making the callbacks of an app now, further up the stack.
+    """Whether Hydra asks, which is making the callbacks of an app.
 
     Hydra 1.3 and 1.4 make them from ``hydra.callbacks`` alone. A node with ``_target_`` there is refused by 1.4 where
     the app has an execution whitelist, and warned of where it has none, with no way for a plugin to be allowed; a
     structured config that becomes an object needs none. It must be one for Hydra's callbacks only: wherever else the
-    value is read (``--cfg hydra --resolve``, an app's own entry that replaces it) it is to be a word.
-    tests/test_hooks.py
+    value is read (``--cfg hydra --resolve``, an app's own entry that replaces it, also where a callback composes) it is
+    to be a word. So the first function of Hydra's on the stack is looked at. tests/test_hooks.py
     """
     frame: Any = sys._getframe()
     while frame is not None:
-        if frame.f_globals.get("__name__") == "hydra._internal.callbacks":
-            return True
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith("hydra."):
+            return module == "hydra._internal.callbacks" and frame.f_code.co_name == "__init__"
         frame = frame.f_back
     return False
 

@@ -176,3 +176,12 @@ def test_a_folder_name_that_is_too_long_is_refused_with_another(app, tmp_path):
     assert done.stderr.startswith("the name of the output folder has 300 bytes, and the file system takes 255\n")
     instead = shlex.split(done.stderr.partition("  type ")[2])
     assert not (tmp_path / "runs").exists() and app(*instead, *words).returncode == 0
+
+
+@pytest.mark.parametrize("app", [False], indirect=True, ids=["plain"])
+def test_a_callback_of_the_apps_own_composes_the_jobs_of_a_sweep(app, tmp_path):
+    """While Hydra calls its callbacks, its node is composed, and what stands in our place there is merged over ours."""
+    (tmp_path / "config.yaml").write_text(EXTENDED)
+    (tmp_path / "mine.py").write_text(MINE)
+    done = app("-m", "size=1,3", base="config", path=".", warnings="default")
+    assert done.returncode == 1 and done.stderr.count("1 of 2 jobs cannot work, so none was started\n#1 size=3\n") == 1
