@@ -265,8 +265,8 @@ class TorchrunSweep:
             raise JobFailed(job.number, job.words, first, _log_file(full, first.rank, log_dir))
         value = next(value for has_rank_0, value in ends if has_rank_0)
         if not _is_finite(value):
-            failure = Failure(f"returned {value}, which no sweeper can compare", 0)
-            raise JobFailed(job.number, job.words, failure, _log_file(full, 0, log_dir))
+            no_value = Failure(f"returned {value}, which no sweeper can compare", 0)
+            raise JobFailed(job.number, job.words, no_value, _log_file(full, 0, log_dir))
         return value
 
     def _body(self, full: DictConfig, now: datetime.datetime, task: TaskFunction | None) -> bytes:
