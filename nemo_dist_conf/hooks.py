@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -16,10 +17,13 @@ from nemo_dist_conf.batch import SweepRefused, compose_jobs, folder_problems, jo
 from nemo_dist_conf.compose import Checked, check, find_roots
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.hydra_inside import error_of_job
+from nemo_dist_conf.ranks.meeting import CannotMeet, NoAddress
 from nemo_dist_conf.ranks.telling import another_rank_told, end, wants_everything
 from nemo_dist_conf.topology.world import Start, about_to_start, is_starting, launch_command, launched, program
 
 __all__ = ["DistributedCallback", "callback_as_config", "check_of"]
+
+log = logging.getLogger(__name__)
 
 #: Ends of the class names of launchers that run a job as one process.
 _ONE_PROCESS = ("BasicLauncher", "JoblibLauncher")
@@ -44,7 +48,8 @@ class DistributedCallback(Callback):
         if place.world_size > 1:
             from nemo_dist_conf.ranks.agreement import agree_on_run
 
-            _or_end(lambda: agree_on_run(config, place, strict=any(find_roots(config))))
+            strict = any(find_roots(config))
+            _agree(lambda: agree_on_run(config, place, strict=strict), strict)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Every combination of a grid is checked before the first job, where the launcher does not do it itself."""
@@ -53,7 +58,7 @@ class DistributedCallback(Callback):
             return
         place = launched()
         try:
-            if place.world_size > 1:
+            if place.world_size > 1 and any(find_roots(config)):
                 raise _sweep_in_every_rank(config, place.world_size)
             start = _planned(config, launcher)
             if start is None:
@@ -75,7 +80,8 @@ class DistributedCallback(Callback):
         if place.world_size > 1 and place.source != "torchrun" and _is_sweep(config) and not is_starting():
             from nemo_dist_conf.ranks.agreement import agree_on_job
 
-            _or_end(lambda: agree_on_job(config, place, strict=any(find_roots(config))))
+            strict = any(find_roots(config))
+            _agree(lambda: agree_on_job(config, place, strict=strict), strict)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """A refusal in the app's own main function ends a single run with the message alone, once for all ranks."""
@@ -116,10 +122,18 @@ def check_of(config: DictConfig) -> Any:
     return DistributedCallback().check
 
 
-def _or_end(agree: Callable[[], None]) -> None:
-    """Hydra would turn an exception into a warning, and this rank would go on with a config of its own."""
+def _agree(agree: Callable[[], None], strict: bool) -> None:
+    """Ranks of our groups that cannot agree end: Hydra would turn an exception into a warning, and go on.
+
+    An app without our groups goes on as it would without us, each rank with a config and a folder of its own.
+    """
     try:
         agree()
+    except CannotMeet as error:
+        if strict:
+            end(error)
+        level = logging.DEBUG if isinstance(error, NoAddress) else logging.WARNING
+        log.log(level, "the ranks share no output folder: %s", error.what)
     except NemoDistConfError as error:
         end(error)
     except Exception:

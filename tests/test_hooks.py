@@ -100,9 +100,24 @@ def test_an_app_without_our_groups_is_not_warned_whatever_it_lets_hydra_call(app
     assert (done.returncode, done.stdout, done.stderr) == (0, "the task ran\n", "")
 
 
-def test_the_callback_of_several_ranks_is_called_in_an_app_without_our_groups(app):
-    done = app("-m", base=None, **first_of_two_ranks())
-    assert done.returncode == 1 and done.stderr.startswith("2 ranks were started, and each would sweep for itself")
+def test_a_sweep_of_an_app_without_our_groups_in_every_rank_is_left_to_it(app):
+    done = app("-m", "+x=1,2", base=None, **first_of_two_ranks())
+    assert (done.returncode, done.stdout.count("the task ran"), done.stderr) == (0, 2, "")
+
+
+@pytest.mark.parametrize("base", [None, "nemo_dist_conf"])
+def test_ranks_that_cannot_meet_go_on_only_without_our_groups(app, base):
+    """They would run without us, too."""
+    done = app(base=base, **first_of_two_ranks() | {"MASTER_PORT": "none"})
+    assert "MASTER_PORT is not a port" in (done.stdout if base is None else done.stderr)
+    assert (done.returncode, "the task ran" in done.stdout) == ((0, True) if base is None else (1, False))
+
+
+def test_nothing_is_said_to_an_app_without_our_groups_whose_ranks_are_not_to_meet(app):
+    variables = first_of_two_ranks()
+    del variables["MASTER_ADDR"], variables["MASTER_PORT"]
+    done = app(base=None, **variables)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the task ran\n", "")
 
 
 def test_hydras_node_can_be_shown_resolved(app):

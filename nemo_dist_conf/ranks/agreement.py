@@ -12,7 +12,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hydra_inside import config_of_the_running_job
 from nemo_dist_conf.ranks.drawn import find_drawn, folder_of_run, put_constants, put_drawn
 from nemo_dist_conf.ranks.logs import keep_apart
-from nemo_dist_conf.ranks.meeting import export_ranks, rank_store, waiting_for_rank_0
+from nemo_dist_conf.ranks.meeting import CannotMeet, export_ranks, rank_store, waiting_for_rank_0
 from nemo_dist_conf.ranks.tree import different_keys, flat_config, same_now
 from nemo_dist_conf.topology.world import Launched
 
@@ -61,12 +61,13 @@ def agree_on_job(config: DictConfig, place: Launched, *, strict: bool) -> None:
     store = _store(place)
     task = config_of_the_running_job()
     asked, folder = flat_config(task), config.hydra.runtime.output_dir
+    key = f"job{config.hydra.job.num}"  # one process may run the jobs of a sweep in turn
     if place.rank == 0:
         now = datetime.datetime.now()
         same_now(now)
         drawn = find_drawn(task)
-        store.set("job", pickle.dumps((now, asked, drawn, folder)))
-    now, theirs, drawn, their_folder = _of_rank_0(store, "job", place)
+        store.set(key, pickle.dumps((now, asked, drawn, folder)))
+    now, theirs, drawn, their_folder = _of_rank_0(store, key, place)
     same_now(now)
     if strict and their_folder != folder:
         raise ConfigError(
@@ -96,9 +97,17 @@ def _store(place: Launched) -> Any:
 
 
 def _of_rank_0(store: Any, key: str, place: Launched) -> Any:
-    """What rank 0 has put there, or will put there once it has read its config."""
-    with waiting_for_rank_0(place):
-        return pickle.loads(store.get(key))
+    """What rank 0 has put there, or will put there once it has read its config. Raises CannotMeet where it does not."""
+    from torch.distributed import DistError
+
+    try:
+        with waiting_for_rank_0(place):
+            found = store.get(key)
+    except DistError as error:
+        what = f"rank 0 has not said what the config of all ranks is: {str(error).splitlines()[0]}"
+        asked, allowed = f"rank {place.rank} of {place.world_size}", "the same program in every rank"
+        raise CannotMeet(Problem(what, asked, allowed, "one command line for all ranks")) from None
+    return pickle.loads(found)
 
 
 def _refuse_different(mine: dict[str, str], theirs: dict[str, str]) -> None:

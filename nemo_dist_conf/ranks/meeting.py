@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 __all__ = [
+    "CannotMeet",
+    "NoAddress",
     "all_have_come",
     "export_ranks",
     "is_started_by_agent",
@@ -32,6 +34,14 @@ __all__ = [
 _AT_ONCE_S = 3.0
 #: Stores that this process may serve stay open until it ends: another rank may not have read yet.
 _open: list[TCPStore] = []
+
+
+class CannotMeet(ConfigError):
+    """The ranks cannot reach one another, or some of them were not started."""
+
+
+class NoAddress(CannotMeet):
+    """Nothing says where the ranks meet."""
 
 
 def rank_store(place: Launched) -> TCPStore:
@@ -57,7 +67,7 @@ def rank_store(place: Launched) -> TCPStore:
             problem = Problem(what, f"MASTER_PORT={port}", allowed, f"export MASTER_PORT={port + 1}")
         else:
             problem = _not_there(place, f"rank {place.rank} found nobody at {host}:{port}: {reason}")
-        raise ConfigError(problem) from None
+        raise CannotMeet(problem) from None
     _open.append(store)
     return store
 
@@ -83,7 +93,7 @@ def all_have_come(place: Launched, store: Any, timeout_s: float) -> None:
             return store.wait(["all have come"], datetime.timedelta(seconds=patience_s))
         except DistStoreError:
             if time.monotonic() > began + timeout_s:
-                raise ConfigError(_not_there(place, _waiting(place, store, f"after {timeout_s:g} s"))) from None
+                raise CannotMeet(_not_there(place, _waiting(place, store, f"after {timeout_s:g} s"))) from None
         if patience_s == _AT_ONCE_S and place.rank == 0:
             print(_waiting(place, store, "waiting"), file=sys.stderr, flush=True)
         patience_s = 1.0  # in between Ctrl-C is heard
@@ -161,7 +171,7 @@ def master_address(place: Launched) -> tuple[str, int]:
         host, port = host or "127.0.0.1", port or _port_of_job(os.environ.get("SUBMITIT_LOCAL_JOB_ID", "0"))
     if not host or not port:
         missing = "MASTER_ADDR" if not host else "MASTER_PORT"
-        raise ConfigError(
+        raise NoAddress(
             Problem(
                 f"{place.world_size} ranks, but {missing} is not set, so they cannot meet",
                 f"WORLD_SIZE={place.world_size}",
@@ -172,7 +182,7 @@ def master_address(place: Launched) -> tuple[str, int]:
     if not port.isdigit():
         what = f"the environment variable MASTER_PORT is not a port, so {place.world_size} ranks cannot meet"
         asked, allowed = f"MASTER_PORT={port}", "a free port, such as 29500"
-        raise ConfigError(Problem(what, asked, allowed, "export MASTER_PORT=29500"))
+        raise CannotMeet(Problem(what, asked, allowed, "export MASTER_PORT=29500"))
     return host, int(port)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from types import FrameType, TracebackType
 from typing import Any, Callable
 
@@ -15,13 +14,11 @@ import torch
 import torch.distributed as dist
 
 from nemo_dist_conf.errors import Preempted
+from nemo_dist_conf.ranks.meeting import is_started_by_agent
 from nemo_dist_conf.runtime.process_group import host_group
 from nemo_dist_conf.train.ctrl_c import is_heard_here
 
 __all__ = ["Preemption"]
-
-#: torchrun passes Ctrl-C on to ranks that have heard it already; what comes later was typed again.
-_AGAIN_S = 3.0
 
 
 class Preemption:
@@ -41,7 +38,9 @@ class Preemption:
         self._hears_int = is_heard_here()
         self._stopped = stopped
         self._told = False
-        self._interrupted_at: float | None = None
+        self._interrupts = 0
+        #: torchrun passes Ctrl-C on to ranks that have heard it already; one more was typed again.
+        self._patience = 2 if is_started_by_agent() else 1
         self._group = host_group() if enabled else None
         self._is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         self._word = torch.zeros((), dtype=torch.uint8)
@@ -62,7 +61,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
         if not self._hears_int:
             return
-        interrupted = self._interrupted_at is not None
+        interrupted = self._interrupts > 0
         ends = interrupted and self._int_before is not signal.default_int_handler  # the recipe does; an own app may not
         signal.signal(signal.SIGINT, signal.SIG_IGN if ends else self._int_before)
         if interrupted and error is not None and not isinstance(error, Preempted):
@@ -72,19 +71,15 @@ class Preemption:
     @property
     def by(self) -> int:
         """The number of the signal that this rank has heard."""
-        return signal.SIGTERM if self._interrupted_at is None else signal.SIGINT
+        return signal.SIGINT if self._interrupts else signal.SIGTERM
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._told = True
 
     def _hear_ctrl_c(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        first = self._interrupted_at is None
-        if first:
-            self._interrupted_at = now
-        if first and self._active:
-            self._told = True
-        elif first or now > self._interrupted_at + _AGAIN_S:  # type: ignore[operator]
+        self._interrupts += 1
+        self._told = True
+        if self._interrupts == 1 and not self._active or self._interrupts > self._patience:
             raise KeyboardInterrupt
 
     def begin_step(self) -> None:

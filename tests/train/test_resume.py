@@ -231,6 +231,12 @@ def test_sigterm_reaches_all_ranks_through_torchrun(tmp_path: Path) -> None:
     assert len(list(output(tmp_path).glob("checkpoints/step_*"))) == 1
 
 
+def wait_for_a_step(folder: Path, process: Any) -> None:
+    wait_for("run/metrics.jsonl", folder, process)
+    while not (folder / "run/metrics.jsonl").read_text() and process.poll() is None:
+        time.sleep(0.02)
+
+
 def interrupted(text: str) -> list[str]:
     """The lines of the message, of which there is one."""
     assert text.count("stopped by") == 1 and "KeyboardInterrupt" not in text, text
@@ -245,7 +251,7 @@ def test_ctrl_c_says_where_the_run_stopped_what_is_saved_and_the_command_that_go
     environ = os.environ | ONE_THREAD
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*torchrun, *words], cwd=tmp_path, env=environ, start_new_session=True, **both)
-    wait_for("run/metrics.jsonl", tmp_path, process)
+    wait_for_a_step(tmp_path, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the command
     text = process.communicate(timeout=60)[0]
     stopped, kept, go_on = interrupted(text)
@@ -262,7 +268,7 @@ def test_ctrl_c_says_where_the_run_stopped_what_is_saved_and_the_command_that_go
 
 def test_ctrl_c_ends_a_run_that_saves_nothing_at_once_and_says_so(tmp_path: Path) -> None:
     process = start(tmp_path, FOLDER, "train.steps=9999", "checkpoint.every=null")
-    wait_for("run/metrics.jsonl", tmp_path, process)
+    wait_for_a_step(tmp_path, process)
     os.kill(process.pid, signal.SIGINT)
     text = "".join(process.communicate(timeout=60))
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in text
