@@ -22,6 +22,7 @@ from nemo_dist_conf.ranks.tree import different_keys, flat_config
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.topology.world import launched, program
 from nemo_dist_conf.train.data import DataSource, TextData
+from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.typed_path import typed_path
 
 __all__ = ["Saving", "SavingSettings"]
@@ -76,6 +77,7 @@ class Saving:
                 asynchronous=settings.asynchronous,
                 layout=layout,
             )
+        self.loss_scale: LossScale | None = None  # of a run in float16: saved, because the last bits follow from it
         self._newest: Path | None = None
         self._rows = self._step = 0
 
@@ -106,6 +108,8 @@ class Saving:
             asked, allowed = f"checkpoint.resume={self._settings.resume}", "a checkpoint of the recipe, or null"
             raise DataError(Problem(what, asked, allowed, "checkpoint.resume=null"))
         self._rows, self._step = position["rows"], restored.step
+        if self.loss_scale is not None and position.get("loss_scale") is not None:
+            self.loss_scale.load_state_dict(position["loss_scale"])
         if isinstance(data, TextData):
             data.go_on(restored.step, self._rows)
         if is_main:
@@ -156,7 +160,8 @@ class Saving:
     def _save(self, step: int, model: nn.Module, optimizer: Optimizer, data: DataSource, loss: float) -> None:
         assert self._checkpoints is not None
         text = str(data.corpus.fingerprint) if isinstance(data, TextData) else None
-        position = {"rows": self._rows, "loss": loss, "text": text}
+        scale = None if self.loss_scale is None else self.loss_scale.state_dict()
+        position = {"rows": self._rows, "loss": loss, "text": text, "loss_scale": scale}
         objects = {"position": position, **_own(data)}
         self._checkpoints.save(step, model, optimizer, objects=objects, config=self._cfg)
         self._newest = step_folder(self._checkpoints.folder, step)
