@@ -38,13 +38,14 @@ APP = """
 def app(tmp_path, request):
     """Runs it; any warning of Hydra or ours is an error."""
 
-    def run(*words, base="nemo_dist_conf", path=None, warnings="error", **env):
+    def run(*words, base="nemo_dist_conf", path=None, warnings="error", by=(), **env):
         options = OPTIONS[request.param]
         text = APP.format(options=options, comma=", " if options else "", base=repr(base), path=repr(path))
         (tmp_path / "app.py").write_text(textwrap.dedent(text))
-        python = [sys.executable, "-W", f"{warnings}::UserWarning"]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("HYDRA_")} | env
-        return subprocess.run([*python, "app.py", *words], cwd=tmp_path, capture_output=True, text=True, env=environ)
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("HYDRA_")}
+        environ |= {"PYTHONWARNINGS": f"{warnings}::UserWarning", **env}  # of the ranks, too
+        command = [sys.executable, *by, "app.py", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environ)
 
     return run
 
@@ -94,10 +95,29 @@ def first_of_two_ranks():
     return {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_app_without_our_groups_is_not_warned_whatever_it_lets_hydra_call(app, ranks):
-    done = app(base=None, **(first_of_two_ranks() if ranks == 2 else {}))
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_an_app_without_our_groups_is_not_warned_whatever_it_lets_hydra_call(app):
+    done = app(base=None)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the task ran\n", "")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [None, "nemo_dist_conf"])
+def test_no_rank_of_an_app_is_warned_whatever_it_lets_hydra_call(app, base):
+    done = app(base=base, by=TORCHRUN)
+    assert (done.returncode, done.stdout, done.stderr) == (0, 2 * "the task ran\n", "")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_WHITELIST, reason="tests/launch sweeps with Hydra 1.3 many times")
+def test_no_rank_of_a_sweep_is_warned_whatever_the_app_lets_hydra_call(app):
+    """Of two ranks the first is shown."""
+    done = app("-m", "hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2", "+x=1", base=None)
+    assert (done.returncode, done.stdout.count("the task ran\n"), done.stderr) == (0, 1, "")
 
 
 def test_a_sweep_of_an_app_without_our_groups_in_every_rank_is_left_to_it(app):

@@ -124,6 +124,7 @@ def test_a_refusal_in_every_rank_of_a_script_without_hydra_main_is_shown_once(tm
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared["PYTHONWARNINGS"] = "ignore:The version_base"  # of Hydra 1.4, about the app's own words
     ranks = [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     command = {"args": [sys.executable, "app.py"], "cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(**command, env=os.environ | variables) for variables in ranks]
