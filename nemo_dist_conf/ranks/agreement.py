@@ -12,7 +12,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hydra_inside import config_of_the_running_job
 from nemo_dist_conf.ranks.drawn import find_drawn, folder_of_run, put_constants, put_drawn
 from nemo_dist_conf.ranks.logs import keep_apart
-from nemo_dist_conf.ranks.meeting import CannotMeet, export_ranks, rank_store, waiting_for_rank_0
+from nemo_dist_conf.ranks.meeting import CannotMeet, export_ranks, rank_store, stay_until_read, waiting_for_rank_0
 from nemo_dist_conf.ranks.tree import different_keys, flat_config, same_now
 from nemo_dist_conf.topology.world import Launched
 
@@ -103,10 +103,13 @@ def _of_rank_0(store: Any, key: str, place: Launched) -> Any:
     try:
         with waiting_for_rank_0(place):
             found = store.get(key)
+        if place.rank:
+            store.add(f"{key}/read", 1)
     except DistError as error:
         what = f"rank 0 has not said what the config of all ranks is: {str(error).splitlines()[0]}"
         asked, allowed = f"rank {place.rank} of {place.world_size}", "the same program in every rank"
         raise CannotMeet(Problem(what, asked, allowed, "one command line for all ranks")) from None
+    stay_until_read(place, store, f"{key}/read")
     return pickle.loads(found)
 
 

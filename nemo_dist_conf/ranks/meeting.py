@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import re
@@ -27,11 +28,14 @@ __all__ = [
     "master_address",
     "open_store",
     "rank_store",
+    "stay_until_read",
     "waiting_for_rank_0",
 ]
 
 #: Ranks that are started together come within this time, unless some were not started at all.
 _AT_ONCE_S = 3.0
+#: How long rank 0 of a short program stays for ranks that come later.
+_STAY_S = 10.0
 #: Stores that this process may serve stay open until it ends: another rank may not have read yet.
 _open: list[TCPStore] = []
 
@@ -75,6 +79,24 @@ def rank_store(place: Launched) -> TCPStore:
 def open_store() -> TCPStore | None:
     """A store that this rank is connected to already, for what must not wait."""
     return _open[-1] if _open else None
+
+
+def stay_until_read(place: Launched, store: Any, key: str) -> None:
+    """Rank 0, which serves the store, does not end before the others have added to this key, within some seconds.
+
+    Its program may be over before another rank has started, which would then look for a store that is gone.
+    """
+
+    def stay() -> None:
+        deadline = time.monotonic() + _STAY_S
+        try:
+            while store.add(key, 0) < place.world_size - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
+        except KeyboardInterrupt:
+            return
+
+    if place.rank == 0 and not is_started_by_agent():
+        atexit.register(stay)
 
 
 def all_have_come(place: Launched, store: Any, timeout_s: float) -> None:

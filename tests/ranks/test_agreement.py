@@ -3,6 +3,7 @@
 import itertools
 import json
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,24 @@ def test_without_the_callback_each_rank_is_a_run_of_its_own(tmp_path):
     ranks, _ = told(tmp_path, "~hydra.callbacks.nemo_dist_conf")
     assert ranks["0.0"][0]["drawn"] != ranks["1.0"][0]["drawn"]
     assert not list((tmp_path / "outputs").rglob("app.rank1.log"))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_rank_that_starts_when_rank_0_is_through_still_meets_it(tmp_path):
+    """As srun starts them: rank 0 serves what the others read, and the app never lets them wait for one another."""
+    (tmp_path / "app.py").write_text(APP)
+    (tmp_path / "config.yaml").write_text(CONFIG + FOREIGN)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = []
+    for rank in range(2):
+        env = {**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        started.append(warm.Program(["python", "app.py"], cwd=tmp_path, env=env))
+        while not (tmp_path / f"rank{rank}.0.json").exists() and started[-1].poll() is None:
+            time.sleep(0.05)
+    said = [program.communicate(timeout=20) for program in started]
+    assert [program.returncode for program in started] == [0, 0], said
+    first, second = (json.loads((tmp_path / f"rank{rank}.0.json").read_text()) for rank in range(2))
+    assert first[0].pop("local") == "0" and second[0].pop("local") == "1" and first == second
