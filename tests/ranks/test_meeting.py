@@ -100,7 +100,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr("nemo_dist_conf.ranks.meeting._AT_ONCE_S", 0.2)
 
 
-def test_rank_0_says_at_once_who_is_missing_and_after_the_timeout_what_to_type(environ, impatient, capsys):
+def test_rank_0_says_at_once_who_is_missing_and_after_the_timeout_what_to_type(environ, impatient, capfd):
     port = free_port()
     environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, SLURM_NTASKS="3")
     first, second = Launched(0, 3, 0, "Slurm"), Launched(1, 3, 1, "Slurm")
@@ -111,12 +111,12 @@ def test_rank_0_says_at_once_who_is_missing_and_after_the_timeout_what_to_type(e
         all_have_come(first, store, 1)
     waiting.join()
     state = f"2 of 3 ranks have come to 127.0.0.1:{port}; missing: 2"
-    assert capsys.readouterr().err == f"waiting: {state}\n"
+    assert capfd.readouterr().err == f"waiting: {state}\n"
     assert error.value.what == f"after 1 s: {state}" and error.value.asked == "SLURM_NTASKS=3"
     assert error.value.type.startswith("srun --ntasks=3 python ")
 
 
-def test_ranks_that_all_come_are_told_nothing(environ, impatient, capsys):
+def test_ranks_that_all_come_are_told_nothing(environ, impatient, capfd):
     environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     places = [Launched(rank, 3, rank, "Slurm") for rank in range(3)]
     stores = [rank_store(place) for place in places]
@@ -125,7 +125,7 @@ def test_ranks_that_all_come_are_told_nothing(environ, impatient, capsys):
         thread.start()
     for thread in threads:
         thread.join()
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
 
 
 def test_a_rank_that_finds_nobody_says_whom_it_waits_for_and_where(environ, impatient, capsys, monkeypatch):
