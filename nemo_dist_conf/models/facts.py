@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping
 
+from nemo_dist_conf.models.mixers import own_mixer
 from nemo_dist_conf.models.shapes import SHAPED_FAMILIES
 from nemo_dist_conf.typed_path import typed_path
 
-__all__ = ["EXPERT_COUNTS", "ModelFacts", "facts_from_config", "facts_from_folder", "fields_of", "is_dense_family"]
+__all__ = [
+    "EXPERT_COUNTS",
+    "ModelFacts",
+    "facts_from_config",
+    "facts_from_folder",
+    "fields_of",
+    "is_dense_family",
+    "plain_floats",
+]
 
 #: How configs of transformers call the number of a layer's experts. A test compares with all families of 5.23.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
@@ -23,6 +32,8 @@ class ModelFacts:
     """Sizes of a decoder; None where the config does not say, and what the family takes then is not known here.
 
     num_experts 0: a dense model. balances_experts: it computes a loss for an even load of its experts.
+    own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (``mixers.own_mixer``).
+    folder: of the checkpoint whose config says so; None: its fields are the tree's own, and can be typed.
     """
 
     model_type: str | None = None
@@ -35,6 +46,8 @@ class ModelFacts:
     num_experts: int | None = None
     tied: bool = False
     balances_experts: bool = False
+    own_mixer: str | None = None
+    folder: str | None = None
 
 
 def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
@@ -53,6 +66,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         num_experts=_experts(config),
         tied=bool(config.get("tie_word_embeddings", False)),
         balances_experts=bool(config.get("output_router_logits", False)),
+        own_mixer=own_mixer(config),
     )
 
 
@@ -67,7 +81,21 @@ def facts_from_folder(folder: str | Path) -> ModelFacts | None:
         config = json.loads((typed_path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts_from_config(config) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return None
+    return replace(facts_from_config(plain_floats(config)), folder=str(folder))
+
+
+def plain_floats(value: Any) -> Any:
+    """Fields of a transformers config as they stand in JSON, with its infinities and NaN as numbers.
+
+    JSON has no word for them, and transformers 5 writes ``{"__float__": "Infinity"}``.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: plain_floats(item) for key, item in value.items()}
+    return [plain_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _experts(config: Mapping[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, Mapping
 
@@ -10,15 +11,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.models.facts import plain_floats
 from nemo_dist_conf.models.shapes import ModelShape, shape_of
 from nemo_dist_conf.names import HARDWARE, nearest
 from nemo_dist_conf.plan.job import Job, Update
 from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
+from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
 from nemo_dist_conf.typed_path import typed_path
 
-__all__ = ["batch_of", "hardware_of", "job_of", "model_config", "planned_start", "update_of"]
+__all__ = ["batch_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
 
 
 def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start:
@@ -32,10 +35,24 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
     Raises ConfigError for everything that the recipe refuses, and for a model or hardware that is not known.
     """
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
-    model = shape_of(model_config(cfg))
+    model = model_shape(cfg)
     with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
         return _job(cfg, checked, machine, model)
+
+
+def model_shape(cfg: DictConfig) -> ModelShape:
+    """The shape of ``cfg.model``. Raises ConfigError for a family or a size that cannot be planned."""
+    config = model_config(cfg)
+    try:
+        return shape_of(config)
+    except ConfigError as error:
+        folder = OmegaConf.select(cfg, "model.name_or_path")
+        if not folder:
+            raise
+        # What the folder's config says cannot be typed.
+        asked, best = f"model.name_or_path={folder}", "model=llama3_8b"
+        raise ConfigError(*(dataclasses.replace(each, asked=asked, type=best) for each in error.problems)) from None
 
 
 def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelShape) -> Job:
@@ -119,11 +136,12 @@ def model_config(cfg: Any) -> dict[str, Any]:
         what = "a plan needs a model's config, and a module of your own has none"
         asked = f"model._target_={model['_target_']}"
         raise ConfigError(Problem(what, asked, "a model of transformers", "model=llama3_8b"))
+    ConfigError.raise_if(model_problems(model if isinstance(model, DictConfig) else OmegaConf.create(dict(model))))
     if not model.get("name_or_path"):
         return dict(OmegaConf.to_container(model["config"], resolve=True))  # type: ignore[arg-type]
     file = typed_path(str(model["name_or_path"])) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = plain_floats(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         what = f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not JSON'})"
         asked = f"model.name_or_path={model['name_or_path']}"

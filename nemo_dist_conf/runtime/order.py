@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.averaged import Averaged
-from nemo_dist_conf.runtime.batch_statistics import warn_of_local_statistics
+from nemo_dist_conf.runtime.batch_statistics import warn_of_own_rows
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP
@@ -78,6 +78,7 @@ def parallelize_fsdp2(
     fill: Fill | None = None,
     pipeline: PipelineConfig | None = None,
     moe: MoEParallelizerConfig | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> Any:
     """The model with every technique of ``strategy=fsdp2`` applied in place; with an optimizer, the pair.
 
@@ -86,6 +87,7 @@ def parallelize_fsdp2(
     pipeline: split the model into stages over the axis pp and return a Pipeline. None: on a mesh with that axis the
     model is taken to be a stage already.
     moe: how experts are wrapped on a mesh with the axis ep. None: by its defaults.
+    example: what the model's forward takes, by keyword, where a technique has to be tried on it; None: guessed.
     Raises ConfigError for what the model or the build cannot do.
     """
     _refuse_wrapped(model)
@@ -93,15 +95,20 @@ def parallelize_fsdp2(
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
+    units = find_blocks(model, blocks)
+    counts = None
+    if sizes.get(A.CP, 1) > 1:
+        from nemo_dist_conf.runtime.context_trial import try_context_parallel
+
+        counts = try_context_parallel(model, device_mesh[A.CP.value], units)
     together = [index for index in range(device_mesh.ndim) if names[index : index + 1] != (A.PP,)]
     apart = [index for index in together if names[index : index + 1] != (A.TP,)]
-    warn_of_local_statistics(model, math.prod(device_mesh.size(index) for index in apart))
+    warn_of_own_rows(model, math.prod(device_mesh.size(index) for index in apart))
     if sizes.get(A.PP, 1) > 1:
         why = "the stages of a pipeline hand on what the layers before have made, and would not skip the same ones"
         refuse_layerdrop(model, f"parallelism.pp_size={sizes[A.PP]}", why, "parallelism.pp_size=1")
     share_draws(model, [device_mesh.get_group(index) for index in together])
     parameters = dict(model.named_parameters()) if optimizer is not None else {}
-    units = find_blocks(model, blocks)
     stages = None
     if pipeline is not None:
         from nemo_dist_conf.runtime.pipeline import plan_pipeline
@@ -111,7 +118,8 @@ def parallelize_fsdp2(
         from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
 
         tp_mesh = device_mesh[A.TP.value]
-        apply_tensor_parallel(model, tp_mesh, plan=config.tp_plan, sequence_parallel=config.sequence_parallel)
+        sequence = config.sequence_parallel
+        apply_tensor_parallel(model, tp_mesh, plan=config.tp_plan, sequence_parallel=sequence, example=example)
         if config.enable_async_tensor_parallel:
             enable_async_tensor_parallel(device, tp_mesh.get_group().group_name)
     experts = None
@@ -123,10 +131,10 @@ def parallelize_fsdp2(
         experts = Experts(list(found.values()), moe_mesh[A.EP_SHARD.value], moe or MoEParallelizerConfig())
         if config.activation_checkpointing and experts.config.ignore_router_for_ac:
             keep_routing(model, found)
-    if sizes.get(A.CP, 1) > 1:
+    if counts is not None:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
-        apply_context_parallel(model, device_mesh[A.CP.value])
+        apply_context_parallel(model, device_mesh[A.CP.value], counts)
     _tell_precision_of_fsdp2(model, config)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
@@ -232,7 +240,7 @@ def parallelize_ddp(
 
         initialize_distributed()
     ranks = dist.get_world_size() if device_mesh is None else device_mesh.size()
-    warn_of_local_statistics(model, ranks)
+    warn_of_own_rows(model, ranks)
     if ranks > 1 and not config.find_unused_parameters:
         switch = "strategy.find_unused_parameters"
         why = f"layers that a step skips get no gradient, which DDP takes with {switch}=true only"
@@ -281,6 +289,7 @@ def parallelize_megatron_fsdp(
     *,
     blocks: str | Iterable[str] | None = None,
     fill: Fill | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> Any:
     """The model wrapped with megatron-fsdp as the config says; with an optimizer, the pair.
 
@@ -292,30 +301,35 @@ def parallelize_megatron_fsdp(
 
     _refuse_wrapped(model)
     _sync_from_rank0(model)
-    warn_of_local_statistics(model, device_mesh[A.DP.value].size() * device_mesh[A.CP.value].size())
+    counts = None
+    if device_mesh[A.CP.value].size() > 1:
+        from nemo_dist_conf.runtime.context_trial import try_context_parallel
+
+        counts = try_context_parallel(model, device_mesh[A.CP.value], find_blocks(model, blocks))
+    warn_of_own_rows(model, device_mesh[A.DP.value].size() * device_mesh[A.CP.value].size())
     share_draws(model, [device_mesh.get_group(index) for index in range(device_mesh.ndim)])
     parameters = dict(model.named_parameters())
     if device_mesh[A.TP.value].size() > 1:
-        _split_by_own_plan(model, device_mesh[A.TP.value])
+        _split_by_own_plan(model, device_mesh[A.TP.value], example)
     if fill is not None:
         fill(model)
     keep_local_shards(model)
     float32 = torch.float32
     kept, reduced = config.preserve_fp32_weights, config.grad_reduce_in_fp32
     tell_precision("megatron_fsdp", model, None, float32 if reduced else None, float32 if kept else None)
-    wrapped = wrap(model, config, device_mesh, blocks)
+    wrapped = wrap(model, config, device_mesh, blocks, counts)
     if optimizer is None:
         return wrapped
     _rebind(optimizer, parameters, wrapped.module)
     return wrapped, adopt_optimizer(wrapped, optimizer)
 
 
-def _split_by_own_plan(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+def _split_by_own_plan(model: nn.Module, tp_mesh: DeviceMesh, example: Mapping[str, Any] | None) -> None:
     """Tensor parallelism by the plan that a model comes with; a plan on the command line is an option of fsdp2."""
     from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
 
     try:
-        apply_tensor_parallel(model, tp_mesh)
+        apply_tensor_parallel(model, tp_mesh, example=example)
     except ConfigError as error:
         raise ConfigError(
             *(

@@ -1,32 +1,43 @@
-"""What torch does not publish and cannot be done without: each with version, reason, and the test that breaks."""
+"""What torch and transformers do not publish and cannot be done without: each with version, reason, and test."""
 
 from __future__ import annotations
 
 import copy
 import datetime
+import inspect
 import os
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "after_backward",
+    "flash_backward_on_cpu",
+    "flash_on_cpu",
     "flattened",
     "gloo_threads",
     "group_timeout",
     "hide_sharding",
     "is_gathered_for_forward",
+    "maker_of_mask",
     "name_flattened",
     "number_of_backward",
+    "root_mesh",
     "run_as_forward",
     "set_group_timeout",
     "what_is_not_reduced",
 ]
+
+#: torch 2.11 to 2.13: the kernel that scaled_dot_product_attention runs on a CPU, and its backward. The published
+#: function does not give the log-sum-exp, without which attention over some of the keys cannot be added to that over
+#: the others. Test: tests/runtime/test_whole_attention.py.
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def after_backward(call: Callable[[], None]) -> None:
@@ -163,3 +174,52 @@ def set_group_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> 
     Test: tests/dist/test_setup.py, test_every_group_of_the_meshes_has_the_timeout_of_the_process_group.
     """
     dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh was cut out of or flattened from, with all axes; itself where there is none.
+
+    torch 2.11 to 2.13: a flattened mesh (dp_shard_cp) does not tell how large the axes are that went into it.
+    Test: tests/checkpoint/test_objects.py, test_a_ranks_own_state_needs_ranks_that_are_laid_out_alike.
+    """
+    return mesh._get_root_mesh()
+
+
+def flash_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
+    """(attention [B, H, L, D], log-sum-exp [B, H, L]), key heads a divisor of H; None where the kernel does not do it.
+
+    causal: query i sees keys 0 to i.
+    """
+    if _FLASH is None or _FLASH_BACKWARD is None or not query.size(-1) == key.size(-1) == value.size(-1):
+        return None
+    return _FLASH(query, key, value, 0.0, causal, scale=scale)
+
+
+def flash_backward_on_cpu(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; out and log_sum are of all keys, also where these are some of them."""
+    assert _FLASH_BACKWARD is not None, "flash_on_cpu gave something"
+    return _FLASH_BACKWARD(gradient, query, key, value, out, log_sum, 0.0, causal, scale=scale)
+
+
+def maker_of_mask(function: Callable[..., Any]) -> tuple[str, dict[str, Any]] | None:
+    """(name, values) of the function of transformers that made a mask function, and what it made it of; None: another.
+
+    transformers 5.23 hands mask functions of (batch, head, query, key) to the registered mask interface; what they are
+    (causal, a window of so many keys) is in the closure that masking_utils makes them with, and nowhere else. One that
+    is not recognised is evaluated block by block, which is as right and slower. Test: tests/runtime/test_mask_rules.py.
+    """
+    if getattr(function, "__module__", None) != "transformers.masking_utils":
+        return None
+    name = getattr(function, "__qualname__", "").partition(".")[0]
+    return name, dict(inspect.getclosurevars(function).nonlocals)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_dist_conf.errors import NemoDistConfError, Preempted
 from nemo_dist_conf.recipe.folder import config_folder, main_options
 
-__all__ = ["main"]
+__all__ = ["checked_main", "main"]
 
 
 @hydra.main(config_path=str(config_folder()), config_name="train", **main_options())
@@ -53,5 +53,18 @@ def main(cfg: DictConfig) -> float:
         raise
 
 
-if __name__ == "__main__":
+def checked_main() -> None:
+    """``main``, once Hydra can read the words."""
+    from nemo_dist_conf.recipe.words import refuse_words
+
+    try:
+        refuse_words(sys.argv[1:])
+    except NemoDistConfError as error:
+        from nemo_dist_conf.hooks import end
+
+        end(error)
     main()
+
+
+if __name__ == "__main__":
+    checked_main()
