@@ -13,12 +13,14 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["WITHOUT", "as_typed_here", "is_chosen"]
 
 #: What is offered where words only have to go.
 WITHOUT = "the same without "
+
+_NOTHING = ("=", "=null", "=''", '=""')
 
 
 def is_chosen(config: Any, group: str) -> bool:
@@ -29,7 +31,7 @@ def is_chosen(config: Any, group: str) -> bool:
 def as_typed_here(error: ConfigError, config: Any) -> ConfigError:
     """The error with offers that fit the command line which this config, or that it is part of, was composed from."""
     words = [str(word) for word in _hydra(config, "overrides.task") or ()]
-    return type(error)(*(replace(problem, type=_fitted(problem.type, words)) for problem in error.problems))
+    return type(error)(*(replace(problem, type=_fitted(problem, words)) for problem in error.problems))
 
 
 def _hydra(config: Any, key: str) -> Any:
@@ -43,16 +45,28 @@ def _hydra(config: Any, key: str) -> Any:
     return None
 
 
-def _fitted(offer: str, words: list[str]) -> str:
+def _fitted(problem: Problem, words: list[str]) -> str:
+    offer = problem.type
     if " " in offer or not offer:
         return offer
     key = _key(offer)
+    deleted = [word for word in words if word.startswith("~")]
     if offer.startswith("~"):
-        gone = [word for word in words if not word.startswith("~") and f"{_key(word)}.".startswith(f"{key}.")]
+        gone = [word for word in words if word not in deleted and _is_in(word, key)]
         gone = gone or [word for word in words if word == offer]  # that it is gone is the problem
+        if not gone:  # brought by a node that was typed as a whole, in the place of another
+            whole = [word for word in words if word.startswith("+") and _is_in(offer, _key(word))]
+            gone = [word for word in deleted if any(_is_in(word, _key(other)) for other in whole)] + whole
     else:
-        gone = [word for word in words if word.startswith("~") and f"{key}.".startswith(f"{_key(word)}.")]
+        gone = [word for word in deleted if f"{key}.".startswith(f"{_key(word)}.")]
+        gone += [word for word in words if word.startswith("+") and any(_is_in(word, _key(other)) for other in gone)]
+        if not gone and _key(problem.asked) == key:  # of a node that is not whole any more
+            gone = [word for word in words if (word in deleted or word.endswith(_NOTHING)) and _is_in(word, key)]
     return WITHOUT + shlex.join(gone) if gone else offer
+
+
+def _is_in(word: str, key: str) -> bool:
+    return f"{_key(word)}.".startswith(f"{key}.")
 
 
 def _key(word: str) -> str:

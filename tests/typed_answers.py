@@ -338,13 +338,21 @@ def typed(line: Line, problem: Problem) -> Line | None:
         OverridesParser.create().parse_overrides(words)
     except HydraException:
         return None
-    asked, offered_keys = {_key(word) for word in shlex.split(problem.asked)}, {_key(word) for word in words}
+    asked, offered_keys = {_key(word) for word in _split(problem.asked)}, {_key(word) for word in words}
     # What is offered for one of the words asked leaves the others; what has another name takes their place.
     replaced = offered_keys if asked & offered_keys else asked | offered_keys
     kept = [word for word in line.words if _key(word) not in replaced]
     if any(re.match(r"\+?strategy(@\S+)?=", word) for word in words):  # its options go with the old strategy
         kept = [word for word in kept if not re.match(r"\+?(dist\.)?strategy\.", word)]
     return replace(line, ranks=ranks, words=(*kept, *words))
+
+
+def _split(asked: str) -> list[str]:
+    """Words as a shell has them; Hydra's own quotes in a value are none of a shell's."""
+    try:
+        return shlex.split(asked)
+    except ValueError:
+        return asked.split()
 
 
 def _key(word: str) -> str:
