@@ -66,7 +66,7 @@ def instantiate(
             log.warning(note)
     if built is None:
         return setup, None, None
-    wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks)
+    wrapped = _wrap(checked, setup, built, blocks if blocks is not None else built.blocks)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:
         made: torch.optim.Optimizer | None = optimizer(wrapped.parameters())
@@ -82,14 +82,13 @@ def _value(cfg: Any, key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, blocks: Any) -> Any:
-    device = setup.mesh_context.device
+def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any) -> Any:
     config: Any = setup.strategy_config
     offload = getattr(config, "offload_policy", None) is not None
 
     def fill(model: nn.Module) -> None:
-        if built.template is not None:
-            materialise(model, built.template, seed, device, torch.device("cpu") if offload else None)
+        if built.record is not None:
+            materialise(model, built.record, torch.device("cpu") if offload else None, built.loaded)
         if built.weights is not None:
             load_weights(model, built.weights, built.ties, built.parts)
 
@@ -97,7 +96,7 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
         return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
     mesh: Any = setup.mesh_context
     if checked.strategy.name == "megatron_fsdp":
-        prepare = _initialiser(built, seed, device) if config.init_fsdp_with_meta_device else fill
+        prepare = _initialiser(built) if config.init_fsdp_with_meta_device else fill
         return parallelize_megatron_fsdp(built.model, config, mesh.device_mesh, blocks=blocks, fill=prepare)
     return parallelize_fsdp2(
         built.model,
@@ -111,19 +110,19 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
     )
 
 
-def _initialiser(built: Built, seed: int, device: torch.device) -> Callable[[nn.Module], None]:
+def _initialiser(built: Built) -> Callable[[nn.Module], None]:
     """What prepares a model on meta for a library that fills it module by module."""
-    template = built.template
+    record = built.record
     reason = "its weights are read from a folder, which is done before it is sharded" if built.weights else None
-    if template is None:
+    if record is None:
         reason = f"{type(built.model).__name__} was built with values, which a module of it cannot give again"
     elif built.ties:
         reason = f"{' and '.join(built.ties[0])} are one parameter, and the library makes two of it there"
-    if template is None or reason is not None:
+    if record is None or reason is not None:
         key = "strategy.init_fsdp_with_meta_device"
         what = f"the model cannot be built on the meta device: {reason}"
         raise ConfigError(Problem(what, f"{key}=true", "false: each rank holds the whole model once", f"{key}=false"))
-    return functools.partial(initialise_in_turn, template=template, seed=seed, device=device)
+    return functools.partial(initialise_in_turn, record=record)
 
 
 class _CallableModule(types.ModuleType):

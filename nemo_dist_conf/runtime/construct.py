@@ -1,0 +1,212 @@
+"""A model out of what makes it: recorded without values, or, where that cannot be, built with them on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nemo_dist_conf.runtime.playback import Player
+from nemo_dist_conf.runtime.recorder import NotRecorded, Recorder
+from nemo_dist_conf.runtime.tape import Ref, Tape
+
+__all__ = ["Record", "become", "construct", "record", "record_resets"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What it takes to give a model on the meta device its initial values.
+
+    refs: every parameter and buffer by name; names of tied ones are all there. groups: names that are played back
+    together. seed: of what is drawn; device: where that is done.
+    """
+
+    tape: Tape
+    refs: Mapping[str, Ref]
+    groups: list[list[str]]
+    seed: int
+    device: torch.device
+
+
+def construct(factory: Callable[[], Any], seed: int) -> Any:
+    """What the factory returns, with values; the same on every rank, as far as generators can make it so."""
+    with _seeded(seed):
+        return factory()
+
+
+def record(factory: Callable[[], Any], seed: int, device: torch.device) -> tuple[Any, Record | None]:
+    """(what the factory returns, its parameters and buffers on the meta device; how to give them their values).
+
+    Tensors that the constructor keeps elsewhere (plain attributes, caches) have their values. None where the factory
+    returned no module.
+    Raises NotRecorded, or whatever the factory raises, where it has to be built with values.
+    """
+    recorder = Recorder(seed, device)
+    with _only_new_objects() as new_objects:
+        try:
+            with _seeded(seed), recorder:
+                model = factory()
+        except Exception:
+            if not recorder.why_not:
+                raise
+        if recorder.why_not:
+            raise NotRecorded(recorder.why_not)
+        if not isinstance(model, nn.Module):
+            return model, None
+        made = _finished(model, recorder, seed, device)
+        _give_values_elsewhere(model, recorder, made, new_objects)
+    return model, made
+
+
+def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
+    """How to give a module that came on the meta device the values that its modules' ``reset_parameters`` draw.
+
+    As torch's convention for such modules is; a model of transformers initialises itself.
+    Raises NotRecorded where a module that owns tensors has no such function, or a tensor is not set by one.
+    """
+    recorder = Recorder(seed, device)
+    for tensor in _named(model).values():
+        recorder.register(tensor)
+    with _seeded(seed), torch.no_grad(), recorder:
+        if hasattr(model, "initialize_weights"):
+            model.initialize_weights()  # type: ignore[operator]
+        else:
+            for name, module in model.named_modules():
+                if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
+                    _reset_of(name, module)()
+    if recorder.why_not:
+        raise NotRecorded(recorder.why_not)
+    made = _finished(model, recorder, seed, device)
+    unset = [name for name, ref in made.refs.items() if ref.stored.is_unset]
+    if unset:
+        raise NotRecorded(f"nothing sets {unset[0]}")
+    return made
+
+
+def _reset_of(name: str, module: nn.Module) -> Callable[[], Any]:
+    for reset in ("reset_parameters", "_reset_parameters"):
+        if callable(getattr(module, reset, None)):
+            return getattr(module, reset)
+    raise NotRecorded(f"{name or type(module).__name__} has no reset_parameters")
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones by all of their names."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _finished(model: nn.Module, recorder: Recorder, seed: int, device: torch.device) -> Record:
+    refs = {}
+    for name, tensor in _named(model).items():
+        if is_lazy(tensor):
+            raise NotRecorded(f"{name} has no shape yet")
+        if not recorder.holds(tensor):  # loaded from a file, or made in another thread
+            if tensor.is_meta or not become(tensor, recorder.adopt(tensor)):
+                raise NotRecorded(f"{name} was not made by the constructor")
+        refs[name] = recorder.ref(tensor)
+    recorder.tape.name_draws(refs)
+    return Record(recorder.tape, refs, recorder.tape.groups(refs), seed, device)
+
+
+def _give_values_elsewhere(
+    model: nn.Module, recorder: Recorder, made: Record, new_objects: Callable[[], list[Any]]
+) -> None:
+    """Let tensors that are neither parameters nor buffers have their values, wherever they are kept."""
+    registered = {id(tensor) for tensor in _named(model).values()}
+
+    def elsewhere() -> list[Tensor]:
+        tensors = [found for found in new_objects() if issubclass(type(found), Tensor)]
+        tensors = [tensor for tensor in tensors if id(tensor) not in registered and not is_lazy(tensor)]
+        return [tensor for tensor in tensors if tensor.is_meta and recorder.holds(tensor)]
+
+    tensors = elsewhere()
+    if not tensors:
+        return
+    del tensors
+    gc.collect()  # what is only kept by references in a circle
+    tensors = elsewhere()
+    owned = {ref.stored for ref in made.refs.values()}
+    refs = [recorder.ref(tensor) for tensor in tensors]
+    if any(ref.stored in owned for ref in refs):
+        raise NotRecorded("it keeps a tensor that shares memory with a parameter or buffer")
+    recorder.tape.name_draws({f"elsewhere.{number}": ref for number, ref in enumerate(refs)})
+    with Player(made.tape, made.seed, made.device) as player:
+        values = [value.to(made.device) for value in player.play(refs)]
+    # What was computed with gradients, and views, come first: what they were made of is often free then.
+    order = sorted(zip(tensors, values), key=lambda pair: (pair[0].is_leaf, not pair[0]._is_view()))
+    tensors.clear()
+    while order:
+        held = [order[0][0]]
+        if sys.getrefcount(held[0]) > 3 and not become(held[0], order[0][1]) and _is_referred_to(held, order):
+            raise NotRecorded("it keeps a tensor in a way that cannot be followed")
+        del order[0]
+
+
+def _is_referred_to(held: list[Tensor], *ours: Any) -> bool:
+    """Whether anything in Python but the list and these refers to a tensor."""
+    known = {id(held), *map(id, ours), *(id(item) for one in ours for item in one)}
+    return any(id(found) not in known for found in gc.get_referrers(held[0]) if not isinstance(found, FrameType))
+
+
+def become(tensor: Tensor, real: Tensor) -> bool:
+    """Let a tensor have another device and values, for everything that refers to it; False where it cannot."""
+    if isinstance(tensor, nn.Parameter):
+        other = Tensor._make_subclass(type(tensor), real.detach(), tensor.requires_grad)
+    else:
+        other = real.detach()
+        other.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    for hook in (tensor._backward_hooks or {}).values() if tensor.is_leaf else ():
+        other.register_hook(hook)
+    for hook in (tensor._post_accumulate_grad_hooks or {}).values():
+        other.register_post_accumulate_grad_hook(hook)
+    other.__dict__.update(tensor.__dict__)
+    try:
+        torch.utils.swap_tensors(tensor, other)
+    except RuntimeError:  # a view of it, or a graph that it is part of, is alive
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Every generator that a constructor may draw from starts the same on all ranks, and is as before afterwards."""
+    numpy: Any = sys.modules.get("numpy.random")
+    states = random.getstate(), numpy and numpy.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy is not None:
+            numpy.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy is not None:
+                numpy.set_state(states[1])
+
+
+@contextlib.contextmanager
+def _only_new_objects() -> Iterator[Callable[[], list[Any]]]:
+    """Gives a function that lists what was made inside and still lives, a few older things among it."""
+    was_enabled = gc.isenabled()
+    gc.disable()  # what is collected grows older, and all objects of a process are too many to look at
+    before = _collections()
+    try:
+        yield lambda: gc.get_objects(generation=0) if _collections() == before else gc.get_objects()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _collections() -> int:
+    return sum(generation["collections"] for generation in gc.get_stats())

@@ -1,0 +1,215 @@
+"""What a constructor did to the values of its tensors, operator by operator, and which of it a tensor depends on.
+
+A tensor on the meta device has a shape and a storage without memory. The tape knows, for every such storage, the
+operators that wrote it, or its values where they are constants. Views need no entry: an operator's arguments are kept
+as what they are of their storages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Constant", "Op", "Ref", "Stored", "Tape", "leaves", "mapped"]
+
+
+class Stored:
+    """A storage of the constructor.
+
+    meta: it, kept so that its number is not given to another one. real: its values on the CPU, while they are known.
+    is_shared: an entry of the tape reads ``real``, so that it has to be copied before it is written.
+    writes: entries of the tape that wrote it, as (index, whether nothing of what was there before is left).
+    """
+
+    __slots__ = ("meta", "real", "is_shared", "writes")
+
+    def __init__(self, meta: torch.UntypedStorage, real: torch.UntypedStorage | None = None) -> None:
+        self.meta, self.real, self.is_shared = meta, real, False
+        self.writes: list[tuple[int, bool]] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self.meta.nbytes()
+
+    @property
+    def is_unset(self) -> bool:
+        """Nothing was ever written to it."""
+        return self.real is None and not self.writes
+
+
+class Ref(NamedTuple):
+    """A tensor as a part of its storage."""
+
+    stored: Stored
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
+
+    def of(self, storage: torch.UntypedStorage) -> Tensor:
+        """The same part of another storage."""
+        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
+            storage, self.offset, self.size, self.stride  # type: ignore[arg-type]
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its storage, each element once."""
+        if self.nbytes != self.stored.nbytes or self.offset:
+            return False
+        if not self.nbytes:
+            return True
+        expected = 1
+        for stride, size in sorted(zip(self.stride, self.size)):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+class Constant:
+    """An argument whose values are known."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Op:
+    """An entry of the tape.
+
+    func: None: the constant is the storage's new content. args, kwargs: tensors in them are Refs and Constants.
+    outs: new tensors that it returned, each with its place among all that it returned.
+    written: storages that it wrote, those of outs included. fresh: those of them whose earlier content does not matter.
+    is_random: it draws numbers, from a generator seeded by its key, or from one in this state (``state``).
+    only_moves: it moves or fills values without computing with them, so any device gives the same.
+    takes_device: it has to be told where to make what it returns.
+    """
+
+    __slots__ = (
+        *("func", "args", "kwargs", "outs", "written", "fresh"),
+        *("is_random", "key", "state", "only_moves", "takes_device"),
+    )
+
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] = {}) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.outs: list[tuple[int, Ref]] = []
+        self.written: list[Stored] = []
+        self.fresh: list[Stored] = []
+        self.is_random = self.only_moves = self.takes_device = False
+        self.key, self.state = "", None
+
+    @property
+    def reads(self) -> Iterator[Stored]:
+        """Storages whose earlier content it needs."""
+        for leaf in leaves((self.args, self.kwargs)):
+            if isinstance(leaf, Ref) and leaf.stored not in self.fresh:
+                yield leaf.stored
+
+
+class Tape:
+    """Everything that a constructor did to values, in order."""
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+
+    def add(self, op: Op) -> None:
+        index = len(self.ops)
+        self.ops.append(op)
+        for stored in op.written:
+            stored.writes.append((index, stored in op.fresh))
+
+    def slice_of(self, refs: Iterable[Ref]) -> list[int]:
+        """Indices of the operators that these tensors' values depend on, in order.
+
+        What was overwritten as a whole before it was read is left out, as torch's own start of a layer that the model
+        then sets otherwise.
+        """
+        needed: set[int] = set()
+        seen: set[tuple[int, int]] = set()
+        todo = [(ref.stored, len(self.ops)) for ref in refs if ref.stored.real is None]
+        while todo:
+            stored, before = todo.pop()
+            for index, overwrites in reversed(stored.writes):
+                if index >= before:
+                    continue
+                if (id(stored), index) in seen:
+                    break
+                seen.add((id(stored), index))
+                if index not in needed:
+                    needed.add(index)
+                    todo.extend((read, index) for read in self.ops[index].reads)
+                if overwrites:
+                    break
+        return sorted(needed)
+
+    def name_draws(self, named: Mapping[str, Ref]) -> None:
+        """Give every operator that draws a key: the first name that it flows into, and its number there.
+
+        So what is drawn depends neither on how the model is laid out nor on its other layers, and values derived from
+        it (a copy, a norm, parts of one draw) see the same numbers wherever they are played back.
+        """
+        for name, ref in named.items():
+            draws = [op for op in map(self.ops.__getitem__, self.slice_of([ref])) if op.is_random]
+            for number, op in enumerate(draws):
+                op.key = op.key or f"{name}/{number}"
+
+    def groups(self, named: Mapping[str, Ref]) -> list[list[str]]:
+        """The names, those together that come from one large draw, which is then drawn once.
+
+        A group's values are at most twice as large as that draw, so that memory stays bounded.
+        """
+        groups: list[list[str]] = []
+        sizes: list[int] = []
+        group_of: dict[int, int] = {}
+        for name, ref in named.items():
+            indices = self.slice_of([ref])
+            large = {i: _written_bytes(self.ops[i]) for i in indices if self.ops[i].is_random}
+            large = {index: size for index, size in large.items() if size >= ref.nbytes}
+            limit = 2 * max(large.values(), default=0)
+            known = {group_of[index] for index in large if index in group_of}
+            found = next((group for group in sorted(known) if sizes[group] + ref.nbytes <= limit), None)
+            if found is None:
+                found = len(groups)
+                groups.append([])
+                sizes.append(0)
+            groups[found].append(name)
+            sizes[found] += ref.nbytes
+            group_of.update(dict.fromkeys(large, found))
+        return groups
+
+
+def _written_bytes(op: Op) -> int:
+    return sum(stored.nbytes for stored in op.written)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What stands in the arguments of an operator, or in what it returned."""
+    if isinstance(value, (tuple, list)) and not isinstance(value, Ref):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def mapped(value: Any, kinds: tuple[type, ...], change: Callable[[Any], Any]) -> Any:
+    """The same with every leaf of these classes changed."""
+    if isinstance(value, kinds):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        items = [mapped(item, kinds, change) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {key: mapped(item, kinds, change) for key, item in value.items()}
+    return value
