@@ -13,7 +13,7 @@ from torch import nn
 
 from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
+from nemo_dist_conf.runtime.agree import agree_on_config, agree_on_model, config_mark, together
 from nemo_dist_conf.runtime.build import Built, build_model, whole_up_to
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import initialise_in_turn, materialise
@@ -58,8 +58,9 @@ def instantiate(
         nothing = model is None and node is None
         return None if nothing else build_model(node, model, seed, info.device, whole_up_to(checked))
 
-    built, marks = together(build, lambda _: config_mark(cfg))
-    agree_on_config(cfg, marks)  # before the meshes: different ones would be made in different order, and hang
+    built, marks = together(build, lambda built: (config_mark(cfg), built.mark if built is not None else ""))
+    agree_on_config(cfg, [config for config, _ in marks])  # before the meshes: others would be made, and hang
+    agree_on_model([mark for _, mark in marks])
     setup = setup_from_checked(checked, device)
     for note in checked.notes:
         if info.is_main:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.ranks.tree import flat_config
 
-__all__ = ["agree_on_config", "config_mark", "together"]
+__all__ = ["agree_on_config", "agree_on_model", "config_mark", "together"]
 
 _T = TypeVar("_T")
 
@@ -38,6 +38,15 @@ def agree_on_config(cfg: Any, marks: list[Any]) -> None:
     asked = " ".join(f"{key}={everyone[dist.get_rank()].get(key)}" for key in differing[:5])
     same = " ".join(f"{key}={everyone[0].get(key)}" for key in differing[:5])
     raise ConfigError(Problem(what, asked, "one command line for all ranks", same))
+
+
+def agree_on_model(marks: list[str]) -> None:
+    """Raise ConfigError on every rank unless all of them built the same model; marks: that of each."""
+    if len(set(marks)) > 1:
+        what = "ranks built different models: their constructor uses what is not the same on all of them"
+        allowed = "no rank, no time and no generator without a seed in it, or a module with values: rank 0's are taken"
+        made = "instantiate(cfg, model=MyModel())"
+        raise ConfigError(Problem(what, "instantiate(cfg, model=MyModel)", allowed, made))
 
 
 def config_mark(cfg: Any) -> str:

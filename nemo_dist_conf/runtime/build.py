@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import logging
 import math
@@ -41,6 +42,7 @@ class Built:
     weights: folder to fill it from; parts: what its tensors are, where they are stored otherwise than the model holds
     them; loaded: names that the folder has, which need no other values before.
     blocks: path of its blocks as the config declared it.
+    why_whole: why it could not be built without values. mark: what has to be the same on every rank.
     """
 
     model: nn.Module
@@ -50,6 +52,8 @@ class Built:
     loaded: frozenset[str] = frozenset()
     ties: list[list[str]] = field(default_factory=list)
     blocks: Any = None
+    why_whole: str = ""
+    mark: str = ""
 
 
 def whole_up_to(checked: Checked) -> float:
@@ -78,20 +82,36 @@ def build_model(
     Raises ConfigError or DataError for what cannot be built.
     """
     built = _built(node, given, seed, device)
-    if _elements(built.model) > whole:
+    built = dataclasses.replace(built, mark=_mark(built))
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    elements = sum(parameter.numel() for parameter in built.model.parameters())
+    if is_main and built.why_whole:
+        mib = sum(tensor.nbytes for tensor in (*built.model.parameters(), *built.model.buffers())) / 2**20
+        level = logging.WARNING if elements > whole else logging.INFO
+        what = "%s was built with its values, %.0f MiB on every rank before it is wrapped: %s"
+        log.log(level, what, type(built.model).__name__, mib, built.why_whole)
+    if is_main and built.record is not None and built.record.unset:
+        names = ", ".join(built.record.unset[:3]) + (", ..." if len(built.record.unset) > 3 else "")
+        log.warning("%s: nothing gives %s a value, so it starts at 0", type(built.model).__name__, names)
+    if elements > whole:
         return built
     if built.record is not None:
         materialise(built.model, built.record, loaded=built.loaded)
     return dataclasses.replace(built, record=None)
 
 
-def _elements(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _mark(built: Built) -> str:
+    """A checksum of the model's parameters and of how they start, or of what they are where they have values."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return ""
+    named = dict(built.model.named_parameters())
+    if built.record is not None:
+        return built.record.fingerprint(named)
+    shapes = [(name, tuple(parameter.shape), parameter.dtype) for name, parameter in named.items()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
 
-def _built(
-    node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device
-) -> Built:
+def _built(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device) -> Built:
     blocks = node.get("blocks") if isinstance(node, (Mapping, DictConfig)) else None
     blocks = OmegaConf.to_container(blocks) if OmegaConf.is_config(blocks) else blocks
     if isinstance(given, nn.Module):
@@ -143,11 +163,12 @@ def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any)
 
 
 def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, blocks: Any) -> Built:
+    why = ""
     made: Record | None = None
     try:
         model, made = record(factory, seed, device)
-        why = ""
     except Exception as error:  # one of the factory's own comes again where it runs once more
+        log.debug("not recorded", exc_info=True)
         why = _first(error)
         model = construct(factory, seed)
     if not isinstance(model, nn.Module):
@@ -155,16 +176,8 @@ def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, b
         raise ConfigError(Problem(what, "model", "a class or function that returns a module", "model._target_=..."))
     if made is not None:
         return Built(model, made, ties=tied_names(model), blocks=blocks)
-    _say_whole(model, why)
-    return _from_module(model, seed, device, blocks)
-
-
-def _say_whole(model: nn.Module, why: str) -> None:
-    if dist.is_initialized() and dist.get_rank():
-        return
-    mib = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 2**20
-    name = type(model).__name__
-    log.warning("%s is built with values, %.0f MiB on every rank before it is wrapped: %s", name, mib, why)
+    built = _from_module(model, seed, device, blocks)
+    return built if built.record is not None else dataclasses.replace(built, why_whole=why)
 
 
 def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) -> Built:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import hashlib
 import random
 import sys
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,9 @@ from torch.nn.parameter import is_lazy
 
 from nemo_dist_conf.runtime.playback import Player
 from nemo_dist_conf.runtime.recorder import NotRecorded, Recorder
-from nemo_dist_conf.runtime.tape import Ref, Tape
+from nemo_dist_conf.runtime.tape import Constant, Ref, Tape, leaves
 
-__all__ = ["Record", "become", "construct", "record", "record_resets"]
+__all__ = ["Record", "become", "construct", "named_tensors", "record", "record_resets"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,35 @@ class Record:
     groups: list[list[str]]
     seed: int
     device: torch.device
+
+    @property
+    def unset(self) -> list[str]:
+        """Names of tensors that nothing ever wrote to; they start at 0."""
+        return [name for name, ref in self.refs.items() if ref.stored.is_unset and ref.nbytes]
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """A checksum of what these tensors are and what gives them their values."""
+        digest = hashlib.sha256()
+        refs = {name: self.refs[name] for name in names}
+        for name, ref in refs.items():
+            digest.update(f"{name} {ref[1:]}".encode())
+            if ref.stored.real is not None:
+                digest.update(_memory(ref.stored.real))
+        for index in self.tape.slice_of(refs.values()):
+            op = self.tape.ops[index]
+            digest.update(f"{op.func} {op.key}".encode())
+            for leaf in leaves((op.args, op.kwargs)):
+                if isinstance(leaf, Constant):
+                    digest.update(_memory(leaf.tensor.cpu().untyped_storage()))
+                else:
+                    digest.update(repr(leaf[1:] if isinstance(leaf, Ref) else leaf).encode())
+            if op.state is not None:
+                digest.update(_memory(op.state.untyped_storage()))
+        return digest.hexdigest()
+
+
+def _memory(storage: torch.UntypedStorage) -> Any:
+    return (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()) if storage.nbytes() else b""
 
 
 def construct(factory: Callable[[], Any], seed: int) -> Any:
@@ -61,8 +92,9 @@ def record(factory: Callable[[], Any], seed: int, device: torch.device) -> tuple
             raise NotRecorded(recorder.why_not)
         if not isinstance(model, nn.Module):
             return model, None
-        made = _finished(model, recorder, seed, device)
-        _give_values_elsewhere(model, recorder, made, new_objects)
+        named = named_tensors(model)
+        made = _finished(named, recorder, seed, device)
+        _give_values_elsewhere(named, recorder, made, new_objects)
     return model, made
 
 
@@ -73,7 +105,8 @@ def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
     Raises NotRecorded where a module that owns tensors has no such function, or a tensor is not set by one.
     """
     recorder = Recorder(seed, device)
-    for tensor in _named(model).values():
+    named = named_tensors(model)
+    for tensor in named.values():
         recorder.register(tensor)
     with _seeded(seed), torch.no_grad(), recorder:
         if hasattr(model, "initialize_weights"):
@@ -84,10 +117,9 @@ def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
                     _reset_of(name, module)()
     if recorder.why_not:
         raise NotRecorded(recorder.why_not)
-    made = _finished(model, recorder, seed, device)
-    unset = [name for name, ref in made.refs.items() if ref.stored.is_unset]
-    if unset:
-        raise NotRecorded(f"nothing sets {unset[0]}")
+    made = _finished(named_tensors(model), recorder, seed, device)
+    if made.unset:
+        raise NotRecorded(f"nothing sets {made.unset[0]}")
     return made
 
 
@@ -98,30 +130,33 @@ def _reset_of(name: str, module: nn.Module) -> Callable[[], Any]:
     raise NotRecorded(f"{name or type(module).__name__} has no reset_parameters")
 
 
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones by all of their names."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, and after them buffers; tied ones by all of their names."""
+    parameters, buffers = {}, {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        parameters.update({f"{prefix}{key}": tensor for key, tensor in module._parameters.items()})
+        buffers.update({f"{prefix}{key}": tensor for key, tensor in module._buffers.items()})
+    return {name: tensor for name, tensor in (parameters | buffers).items() if tensor is not None}
 
 
-def _finished(model: nn.Module, recorder: Recorder, seed: int, device: torch.device) -> Record:
+def _finished(named: Mapping[str, Tensor], recorder: Recorder, seed: int, device: torch.device) -> Record:
     refs = {}
-    for name, tensor in _named(model).items():
+    for name, tensor in named.items():
         if is_lazy(tensor):
             raise NotRecorded(f"{name} has no shape yet")
         if not recorder.holds(tensor):  # loaded from a file, or made in another thread
             if tensor.is_meta or not become(tensor, recorder.adopt(tensor)):
                 raise NotRecorded(f"{name} was not made by the constructor")
         refs[name] = recorder.ref(tensor)
-    recorder.tape.name_draws(refs)
-    return Record(recorder.tape, refs, recorder.tape.groups(refs), seed, device)
+    return Record(recorder.tape, refs, recorder.tape.name_draws(refs), seed, device)
 
 
 def _give_values_elsewhere(
-    model: nn.Module, recorder: Recorder, made: Record, new_objects: Callable[[], list[Any]]
+    named: Mapping[str, Tensor], recorder: Recorder, made: Record, new_objects: Callable[[], list[Any]]
 ) -> None:
     """Let tensors that are neither parameters nor buffers have their values, wherever they are kept."""
-    registered = {id(tensor) for tensor in _named(model).values()}
+    registered = set(map(id, named.values()))
 
     def elsewhere() -> list[Tensor]:
         tensors = [found for found in new_objects() if issubclass(type(found), Tensor)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any, Callable, Collection, Mapping
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.runtime.boxes import local_part
-from nemo_dist_conf.runtime.construct import Record, become
+from nemo_dist_conf.runtime.construct import Record, become, named_tensors
 from nemo_dist_conf.runtime.playback import Player
+from nemo_dist_conf.runtime.torch_inside import storage_id
 
 __all__ = ["give_storage", "initialise_in_turn", "materialise", "retie", "tied_names"]
 
@@ -38,8 +40,7 @@ def materialise(
     loaded: names whose values come from elsewhere.
     """
     give_storage(model, store or record.device)
-    targets: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    targets |= dict(model.named_buffers(remove_duplicate=False))
+    targets = named_tensors(model)
     filled: set[int] = set()
     with Player(record.tape, record.seed, record.device) as player:
         for group in record.groups:
@@ -70,10 +71,18 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
     Whole tensors stay the objects that they are, with their hooks and attributes, so that whatever else refers to them
     goes on doing so.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_meta and not isinstance(tensor, DTensor):
-            become(tensor, _empty(tensor, device))
-    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    tensors = list(dict.fromkeys(named_tensors(model).values()))
+    whole = [tensor for tensor in tensors if tensor.is_meta and not isinstance(tensor, DTensor)]
+    users = Counter(map(storage_id, whole))
+    memory: dict[int, torch.UntypedStorage] = {}
+    for tensor in whole:
+        id_, real = storage_id(tensor), _empty(tensor, device)
+        if users[id_] > 1:  # several tensors in one memory stay so
+            if id_ not in memory:
+                memory[id_] = torch.UntypedStorage(tensor.untyped_storage().nbytes(), device=device)
+            real = real.set_(memory[id_], tensor.storage_offset(), tensor.shape, tensor.stride())
+        become(tensor, real)
+    if not any(tensor.is_meta for tensor in tensors):
         return
     ties = tied_names(model)
 

@@ -43,6 +43,8 @@ class Player:
         Memory is freed as soon as nothing needs it any more.
         into: tensors in whose memory values may be made at once; only what is returned counts.
         """
+        if all(ref.stored.real is not None for ref in refs):
+            return [ref.of(ref.stored.real) for ref in refs if ref.stored.real is not None]
         places = {ref.stored: target.untyped_storage() for ref, target in zip(refs, into) if _is_place(ref, target)}
         ops = [self._tape.ops[index] for index in self._tape.slice_of(refs)]
         last: dict[Stored, Op] = {stored: op for op in ops for stored in (*op.written, *op.reads)}
@@ -111,7 +113,7 @@ class _Run:
             options["device"] = device
         found = op.func(*mapped(op.args, (Ref, Constant), value), **options)
         if op.outs:
-            results = [leaf for leaf in leaves(found) if isinstance(leaf, Tensor)]
+            results = [leaf for leaf in leaves((found,)) if isinstance(leaf, Tensor)]
             for place, out in op.outs:
                 self.take(out, results[place])
 
@@ -124,7 +126,7 @@ class _Run:
 
     def place(self, op: Op) -> torch.device:
         """Where an operator runs; notes what random numbers go into."""
-        read = list(op.reads)
+        read = op.reads
         if (op.is_random and op.state is None) or not self.drawn.isdisjoint(read):
             self.drawn.update(op.written)
             return self.device

@@ -7,8 +7,8 @@ say that they are on the CPU, and where it asks for values (``item``, ``tolist``
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Callable
+import itertools
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.runtime.playback import Player
-from nemo_dist_conf.runtime.tape import Constant, Op, Ref, Stored, Tape, leaves, mapped
+from nemo_dist_conf.runtime.tape import Constant, Op, Ref, Stored, Tape, mapped
 from nemo_dist_conf.runtime.torch_inside import is_plain, replace_trunc_normal, schema_of, storage_id
 
 __all__ = ["NotRecorded", "Recorder"]
@@ -84,20 +84,62 @@ class _Info:
         self.overwrites = is_out or self.name in _OVERWRITES or str(func) == "aten.bernoulli_.float"
         self.keeps_shape = self.name in _ELEMENTWISE
         self.only_moves = self.name in _MOVES
-
-    def writes(self, args: Any, kwargs: Any) -> list[Tensor]:
-        if not self.written:
-            return []
-        return _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in self.written])
+        self.is_empty, self.is_filled = self.name in _EMPTY, self.name in _FILLED
 
 
-@functools.cache
-def _info_of(func: Any) -> _Info:
-    return _Info(func)
-
+#: Of operators met so far. torch keeps each for good; to hash one takes longer than most of what is done with it.
+_INFOS: dict[int, _Info] = {}
 
 #: It is written, and drawn, as a normal distribution is.
-_TRUNC_NORMAL = _info_of(_aten.normal_.default)
+_TRUNC_NORMAL = _Info(_aten.normal_.default)
+
+
+class _Call:
+    """An operator and its arguments.
+
+    tensors: all that are among the arguments; stored: their storages, None for tensors that are not the constructor's.
+    written: those that it writes; targets: their storages that are the constructor's; fresh: those of these of which
+    nothing is left that was there before.
+    """
+
+    __slots__ = ("func", "info", "args", "kwargs", "tensors", "stored", "written", "targets", "fresh")
+
+    def __init__(self, func: Any, info: _Info, args: Any, kwargs: Any) -> None:
+        self.func, self.info, self.args, self.kwargs = func, info, args, kwargs
+        self.tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
+        self.stored: list[Stored | None] = []
+        self.written: list[Tensor] = []
+        self.targets: list[Stored] = []
+        self.fresh: list[Stored] = []
+
+    def find(self, stored_of: Callable[[Tensor], Stored | None]) -> None:
+        """Look up the storages of all tensors."""
+        self.stored = [stored_of(tensor) for tensor in self.tensors]
+        info, args = self.info, self.args
+        if not info.written:
+            return
+        self.written = _tensors([args[i] if i < len(args) else self.kwargs.get(name) for i, name in info.written])
+        for tensor in self.written:
+            stored = stored_of(tensor)
+            if stored is None:
+                continue
+            self.targets.append(stored)
+            if info.overwrites and self.stored.count(stored) == 1 and _is_whole(tensor, stored):
+                self.fresh.append(stored)
+
+    def with_tensors(self, kwargs: dict[str, Any], tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Its arguments with these in place of its tensors, in order. kwargs: those of ``placed``, or its own."""
+        new = iter(tensors)
+        values = [_replaced(value, new) for value in (*self.args, *kwargs.values())]
+        count = len(self.args)
+        return tuple(values[:count]), dict(zip(kwargs, values[count:]))
+
+    def placed(self, device: torch.device) -> dict[str, Any]:
+        """The keyword arguments that let it make its tensors here."""
+        placed = {key: value for key, value in self.kwargs.items() if key != "pin_memory"}
+        if self.info.has_device and (device is _META or placed.get("device") is not None):
+            placed["device"] = device
+        return placed
 
 
 class Recorder(TorchDispatchMode):
@@ -188,250 +230,232 @@ class Recorder(TorchDispatchMode):
         return self._stored.get(storage_id(tensor)) if tensor.layout is torch.strided else None
 
     def _new(self, meta: Tensor) -> Tensor:
+        self._refuse_special(meta)
         self._stored[storage_id(meta)] = Stored(meta.untyped_storage())
         return meta
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        info, tensors = _info_of(func), _tensors((args, kwargs))
-        if info.is_collective:
-            raise self.give_up(f"it communicates ({func})")
-        for tensor in tensors:
-            if tensor.layout is not torch.strided or not is_plain(type(tensor)) or tensor.is_conj() or tensor.is_neg():
-                raise self.give_up(f"it uses a tensor of a special kind ({type(tensor).__name__}, {tensor.layout})")
-        held = [self._of(tensor) for tensor in tensors]
-        if any(tensor.is_meta and stored is None for tensor, stored in zip(tensors, held)):
+        info = _INFOS.get(id(func))
+        if info is None:
+            info = _INFOS[id(func)] = _Info(func)
+        call = _Call(func, info, args, kwargs)
+        self._refuse(call)
+        call.find(self._of)
+        if any(stored is None and tensor.is_meta for tensor, stored in zip(call.tensors, call.stored)):
             raise self.give_up("it uses a tensor on the meta device that it did not make")
-        if kwargs.get("layout") not in (None, torch.strided):
-            raise self.give_up(f"it makes a tensor of a special kind ({kwargs['layout']})")
-        if info.name == "lift_fresh" and held == [None]:
-            return self.adopt(tensors[0])
-        if tensors and not any(held):
-            return self._run_plain(func, info, args, kwargs)
-        if info.name in _EMPTY:
-            return self._new(func(*args, **_placed(kwargs, info, _META)))
-        if info.name in _FILLED:
-            return self._fill(info, args, kwargs)
+        if info.name == "lift_fresh" and call.stored == [None]:
+            return self.adopt(args[0])
+        if call.tensors and not any(call.stored):
+            return self._run_plain(call)
+        if info.is_empty:
+            return self._new(func(*args, **call.placed(_META)))
+        if info.is_filled:
+            return self._fill(call)
         if info.is_view or info.is_structural:
-            return self._run_view(func, args, kwargs)
-        if any(self._of(tensor) is None for tensor in info.writes(args, kwargs)):
-            return self._run_plain(func, info, args, kwargs)
+            return self._run_view(call)
+        if len(call.targets) < len(call.written):
+            return self._run_plain(call)
         if info.is_random:
-            return self._draw(func, info, args, kwargs)
-        if self._is_known(info, args, kwargs):
-            return self._compute(func, info, args, kwargs)
+            return self._draw(call)
+        if self._is_known(call):
+            return self._compute(call)
         if not info.returns_tensors and not info.written:  # item, equal
-            return self._run_real(func, args, kwargs)
-        return self._note(func, info, args, kwargs)
+            return self._run_real(call)
+        return self._note(call)
 
-    def _run_plain(self, func: Any, info: _Info, args: Any, kwargs: Any) -> Any:
+    def _refuse(self, call: _Call) -> None:
+        if call.info.is_collective:
+            raise self.give_up(f"it communicates ({call.func})")
+        for tensor in call.tensors:
+            self._refuse_special(tensor)
+        if call.kwargs.get("layout") not in (None, torch.strided):
+            raise self.give_up(f"it makes a tensor of a special kind ({call.kwargs['layout']})")
+
+    def _refuse_special(self, tensor: Tensor) -> None:
+        is_usual = tensor.layout is torch.strided and is_plain(type(tensor))
+        if not is_usual or tensor.is_conj() or tensor.is_neg():
+            raise self.give_up(f"it uses a tensor of a special kind ({type(tensor).__name__}, {tensor.layout})")
+
+    def _run_plain(self, call: _Call) -> Any:
         """An operator on tensors that have values of their own, such as those of a file, or one that writes these."""
-        for tensor in info.writes(args, kwargs):
+        for tensor in call.written:
             for constant in self._captured.pop(storage_id(tensor), ()):
                 constant.tensor = constant.tensor.clone()
-        return self._run_real(func, args, kwargs)
+        return self._run_real(call)
 
-    def _fill(self, info: _Info, args: Any, kwargs: Any) -> Tensor:
+    def _fill(self, call: _Call) -> Tensor:
         """zeros, randn, ones_like and their kind: an empty tensor, and the write that they come down to."""
-        write, values = _FILLED[info.name](args)
+        name, args, kwargs = call.info.name, call.args, call.kwargs
+        write, values = _FILLED[name](args)
         options = {key: kwargs[key] for key in ("dtype", "memory_format") if key in kwargs}
-        if info.name.endswith("_like"):
+        if name.endswith("_like"):
             made = _aten.empty_like.default(args[0], **options, device=_META)
-        elif info.name.startswith("new_"):
+        elif name.startswith("new_"):
             made = _aten.new_empty.default(args[0], args[1], **options, device=_META)
         else:
-            if info.name == "full" and options.get("dtype") is None:
+            if name == "full" and options.get("dtype") is None:
                 options["dtype"] = torch.full((), args[1]).dtype
             made = torch.empty(args[0], **options, device=_META)
         generator = kwargs.get("generator")
         self._run(write, (self._new(made), *values), {} if generator is None else {"generator": generator})
         return made
 
-    def _run_view(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run_view(self, call: _Call) -> Any:
         """An operator on what tensors are of their storages."""
         try:
-            result = func(*args, **kwargs)
+            result = call.func(*call.args, **call.kwargs)
         except Exception as error:
-            raise self.give_up(f"{func} cannot be recorded: {error}") from error
-        for tensor in _tensors(args):
-            stored = self._of(tensor)
+            raise self.give_up(f"{call.func} cannot be recorded: {error}") from error
+        for stored in call.stored if call.info.is_structural else ():
             if stored is not None and stored.real is not None and stored.real.nbytes() < stored.nbytes:  # resized
                 grown = torch.UntypedStorage(stored.nbytes)
                 _bytes(grown)[: stored.real.nbytes()] = _bytes(stored.real)
                 stored.real, stored.is_shared = grown, False
         return result
 
-    def _is_overwritten(self, tensor: Tensor, info: _Info, args: Any, kwargs: Any) -> bool:
-        """Whether an operator leaves nothing of what a tensor that it writes was before."""
-        if not info.overwrites or not self.ref(tensor).is_whole:
-            return False
-        id_ = storage_id(tensor)
-        return sum(storage_id(other) == id_ for other in _tensors((args, kwargs))) == 1
-
-    def _is_known(self, info: _Info, args: Any, kwargs: Any) -> bool:
-        """Whether all values that go into an operator are constants, and it is worth to compute it at once."""
-        written = [storage_id(tensor) for tensor in info.writes(args, kwargs)]
-        for tensor in _tensors((args, kwargs)):
-            stored = self._of(tensor)
+    def _is_known(self, call: _Call) -> bool:
+        """Whether all values that go into an operator are constants, and small enough to compute it at once."""
+        for stored in call.stored:
             if stored is None or stored.real is not None:
                 continue
-            if stored.nbytes > _SMALL_BYTES:
-                return False
-            overwritten = storage_id(tensor) in written and self._is_overwritten(tensor, info, args, kwargs)
-            if not overwritten and not stored.is_unset:
+            if stored.nbytes > _SMALL_BYTES or not (stored.is_unset or stored in call.fresh):
                 return False
         return True
 
-    def _compute(self, func: Any, info: _Info, args: Any, kwargs: Any) -> Any:
+    def _compute(self, call: _Call) -> Any:
         """Run an operator on constants."""
-        for tensor in info.writes(args, kwargs):
-            stored = self._stored[storage_id(tensor)]
+        func, info = call.func, call.info
+        for stored in call.targets:
             if stored.real is None:
                 stored.real, stored.is_shared = torch.UntypedStorage(stored.nbytes), False
-                if not self._is_overwritten(tensor, info, args, kwargs):
+                if stored not in call.fresh:
                     stored.real.fill_(0)
-            self._own(stored)
-        real = mapped((args, _placed(kwargs, info, _CPU)), (Tensor,), self._constant)
-        result = func(*real[0], **real[1])
+            self.own(stored)
+        known = [_constant(tensor, stored) for tensor, stored in zip(call.tensors, call.stored)]
+        args, kwargs = call.with_tensors(call.placed(_CPU), known)
+        result = func(*args, **kwargs)
         if info.returns_self:
-            return info.writes(args, kwargs)[0]
+            return call.written[0]
         if info.written:
-            return func(*args, **_placed(kwargs, info, _META))
-        sources = {storage_id(self._constant(t)): self._of(t) for t in _tensors((args, kwargs))}
-        op, count = Op(func, *self._template(args, kwargs)), 0
-        op.only_moves, op.takes_device = info.only_moves, info.has_device and not sources
-        limit = max([_SMALL_BYTES, *(stored.nbytes for stored in sources.values() if stored is not None)])
+            return func(*call.args, **call.placed(_META))
+        sources = dict(zip(map(storage_id, known), call.stored))
+        limit = max([_SMALL_BYTES, *(stored.nbytes for stored in call.stored if stored is not None)])
+        outs: list[tuple[int, Ref]] = []
+        count = itertools.count()
 
         def recorded(made: Tensor) -> Tensor:
-            nonlocal count
-            source, count = sources.get(storage_id(made)), count + 1
+            self._refuse_special(made)
+            place, source = next(count), sources.get(storage_id(made))
             if source is not None:  # a view, whatever its schema says
                 return _ref(source, made).of(source.meta)
             if made.nbytes <= limit:
                 return self.adopt(made)
             meta = self._new(torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=_META))
-            op.outs.append((count - 1, self.ref(meta)))
+            outs.append((place, self.ref(meta)))
             return meta
 
         result = mapped(result, (Tensor,), recorded)
-        self._add(op)
+        if outs:
+            self.tape.add(self._op(call, outs))
         return result
 
-    def _own(self, stored: Stored) -> None:
+    def own(self, stored: Stored) -> None:
         """Let constants of the tape stay what they are when this storage is written."""
         if stored.is_shared and stored.real is not None:
             stored.real, stored.is_shared = stored.real.clone(), False
 
-    def _constant(self, tensor: Tensor) -> Tensor:
-        """The values of an argument that is known; it shares their memory."""
-        stored = self._of(tensor)
-        if stored is None:
-            return tensor.detach()
-        if stored.real is None:  # never written: a constructor that reads it reads anything
-            stored.real = torch.UntypedStorage(stored.nbytes)
-            stored.real.fill_(0)
-        return self.ref(tensor).of(stored.real)
-
-    def _note(self, func: Any, info: _Info, args: Any, kwargs: Any, state: Tensor | None = None) -> Any:
+    def _note(self, call: _Call, state: Tensor | None = None) -> Any:
         """Put an operator on the tape; returns what it would return, without values.
 
         state: of the generator that it draws from, where that is one of the constructor's own.
         """
-        result: Any = args[0] if info.returns_self and info.keeps_shape and _fits(args) else None
-        if result is None:
-            result = self._without_values(func, info, args, kwargs)
-        fresh: list[Stored] = []
-        for tensor in info.writes(args, kwargs):
-            stored = self._stored[storage_id(tensor)]
-            if self._is_overwritten(tensor, info, args, kwargs):
-                fresh.append(stored)
-            elif stored.real is not None:
-                load = Op(None, (Constant(_bytes(stored.real)),))
+        info = call.info
+        if info.returns_self and info.keeps_shape and _fits(call):
+            result = call.args[0]
+        else:
+            result = self._without_values(call)
+        for stored in call.targets:
+            if stored.real is not None and stored not in call.fresh:
+                load = Op(None, (Constant(_bytes(stored.real)),), {})
                 load.only_moves, load.written, load.fresh = True, [stored], [stored]
                 self.tape.add(load)
             stored.real = None
-        op = Op(func, *self._template(args, kwargs))
-        op.only_moves, op.takes_device = info.only_moves, info.has_device and not _tensors((args, kwargs))
-        op.is_random, op.state = info.is_random, state
-        op.written, op.fresh = [self._stored[storage_id(t)] for t in info.writes(args, kwargs)], fresh
-        for place, tensor in enumerate(_tensors(result)):
-            if not self.holds(tensor):
-                op.outs.append((place, self.ref(self._new(tensor))))
-        self._add(op)
+        outs = []
+        if not info.returns_self:
+            for place, tensor in enumerate(_tensors(result if isinstance(result, (tuple, list)) else (result,))):
+                if not self.holds(tensor):
+                    outs.append((place, self.ref(self._new(tensor))))
+        if outs or call.written:
+            op = self._op(call, outs)
+            op.is_random, op.state = info.is_random, state
+            self.tape.add(op)
         return result
 
-    def _add(self, op: Op) -> None:
-        made = [out.stored for _, out in op.outs]
-        op.written += made
-        op.fresh += made
-        if op.written:
-            self.tape.add(op)
-
-    def _template(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments as the tape keeps them."""
-
-        def entry(tensor: Tensor) -> Ref | Constant:
-            stored = self._of(tensor)
+    def _op(self, call: _Call, outs: list[tuple[int, Ref]]) -> Op:
+        """The entry of the tape for an operator that returns these new tensors."""
+        entries: list[Ref | Constant] = []
+        for tensor, stored in zip(call.tensors, call.stored):
             if stored is None:
-                constant = Constant(tensor.detach())
-                self._captured.setdefault(storage_id(tensor), []).append(constant)
-                return constant
-            if stored.real is None:
-                return self.ref(tensor)
-            stored.is_shared = True
-            return Constant(self.ref(tensor).of(stored.real))
-
-        kept = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
+                entries.append(Constant(tensor.detach()))
+                self._captured.setdefault(storage_id(tensor), []).append(entries[-1])  # type: ignore[arg-type]
+            elif stored.real is None:
+                entries.append(_ref(stored, tensor))
+            else:
+                stored.is_shared = True
+                entries.append(Constant(_ref(stored, tensor).of(stored.real)))
+        kept = {key: value for key, value in call.kwargs.items() if key not in ("device", "pin_memory")}
         if kept.get("generator") is not None:
             kept["generator"] = None
-        return mapped(tuple(args), (Tensor,), entry), mapped(kept, (Tensor,), entry)
+        op = Op(call.func, *call.with_tensors(kept, entries))
+        made = [out.stored for _, out in outs]
+        op.outs, op.only_moves = outs, call.info.only_moves
+        op.takes_device = call.info.has_device and not call.tensors
+        op.written, op.fresh = call.targets + made, call.fresh + made
+        return op
 
-    def _without_values(self, func: Any, info: _Info, args: Any, kwargs: Any) -> Any:
+    def _without_values(self, call: _Call) -> Any:
         """What an operator returns, as far as that can be told on meta; else its values are computed to see."""
-        placed = _placed(kwargs, info, _META)
+        func, placed = call.func, call.placed(_META)
         if "generator" in placed:
             placed["generator"] = None
+        on_meta = (tensor if tensor.is_meta else tensor.detach().to(_META) for tensor in call.tensors)
+        args, kwargs = call.with_tensors(placed, on_meta)
         try:
-            on_meta = mapped((args, placed), (Tensor,), lambda t: t if t.is_meta else t.detach().to(_META))
-            return func(*on_meta[0], **on_meta[1])
+            return func(*args, **kwargs)
         except Exception:
-            real = self._run_real(func, args, kwargs)
-        if info.returns_self:
-            return args[0]
-        if info.written:
+            real = self._run_real(call)
+        if call.info.returns_self:
+            return call.args[0]
+        if call.info.written:
             raise self.give_up(f"{func} cannot be recorded")
         return mapped(
             real, (Tensor,), lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=_META)
         )
 
-    def _run_real(self, func: Any, args: Any, kwargs: Any, device: torch.device | None = None) -> Any:
+    def _run_real(self, call: _Call, on_cpu: bool = False) -> Any:
         """An operator on values, those of the constructor played back; what it writes to these is lost."""
-        held = [tensor for tensor in _tensors((args, kwargs)) if self.holds(tensor)]
-        values = iter(self.values(*held) if held else ())
+        held = [tensor for tensor, stored in zip(call.tensors, call.stored) if stored is not None]
+        values = iter([value.clone() for value in self.values(*held)] if held else ())
+        tensors = [tensor if stored is None else next(values) for tensor, stored in zip(call.tensors, call.stored)]
+        if on_cpu:
+            tensors = [tensor.cpu() for tensor in tensors]
+        args, kwargs = call.with_tensors(call.placed(_CPU) if on_cpu else call.kwargs, tensors)
+        return call.func(*args, **kwargs)
 
-        def value(tensor: Tensor) -> Tensor:
-            if not self.holds(tensor):
-                return tensor
-            found = next(values).clone()
-            return found if device is None else found.to(device)
-
-        real = mapped((args, kwargs), (Tensor,), value)
-        return func(*real[0], **real[1])
-
-    def _draw(self, func: Any, info: _Info, args: Any, kwargs: Any) -> Any:
+    def _draw(self, call: _Call) -> Any:
         """An operator that draws numbers.
 
         Out of a generator that the constructor seeded itself they are constants: drawn as it would, which also moves
         that generator on.
         """
-        generator = kwargs.get("generator")
-        state = None
-        if generator is not None or torch.default_generator.initial_seed() != _OWN_SEED:
-            if generator is not None and generator.device != _CPU:
-                raise self.give_up(f"it draws from a generator of its own on {generator.device}")
-            state = (generator or torch.default_generator).get_state()
-            self._run_real(func, args, _placed(kwargs, info, _CPU), _CPU)
-        return self._note(func, info, args, kwargs, state)
-
+        generator = call.kwargs.get("generator")
+        if generator is None and torch.default_generator.initial_seed() == _OWN_SEED:
+            return self._note(call)
+        if generator is not None and generator.device != _CPU:
+            raise self.give_up(f"it draws from a generator of its own on {generator.device}")
+        state = (generator or torch.default_generator).get_state()
+        self._run_real(call, on_cpu=True)
+        return self._note(call, state)
 
     def _trunc_normal(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """torch's way to draw it again and again until it fits, as if it were one operator."""
@@ -439,7 +463,9 @@ class Recorder(TorchDispatchMode):
         self._is_idle = True
         try:
             if not was_idle and self.holds(tensor):
-                return self._draw(func, _TRUNC_NORMAL, (tensor, *args), kwargs)
+                call = _Call(func, _TRUNC_NORMAL, (tensor, *args), kwargs)
+                call.find(self._of)
+                return self._draw(call)
         finally:
             self._is_idle = was_idle
         return func(tensor, *args, **kwargs)
@@ -478,7 +504,7 @@ def _says(value: Any) -> Callable[..., Any]:
 def _with_values(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     tensor = args[0]
     stored = recorder.ref(tensor).stored
-    recorder._own(stored)
+    recorder.own(stored)
     (value,) = recorder.values(tensor)
     result = func(value.cpu().requires_grad_(tensor.requires_grad), *args[1:], **kwargs)
     if stored.real is None and hasattr(result, "flags"):
@@ -514,24 +540,48 @@ def _ref(stored: Stored, tensor: Tensor) -> Ref:
     return Ref(stored, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+def _constant(tensor: Tensor, stored: Stored | None) -> Tensor:
+    """The values of an argument that is known; it shares their memory."""
+    if stored is None:
+        return tensor.detach()
+    if stored.real is None:  # never written: a constructor that reads it reads anything
+        stored.real = torch.UntypedStorage(stored.nbytes)
+        stored.real.fill_(0)
+    return _ref(stored, tensor).of(stored.real)
 
 
-def _placed(kwargs: dict[str, Any], info: _Info, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments that let an operator make its tensors here."""
-    placed = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    if info.has_device and (device is _META or placed.get("device") is not None):
-        placed["device"] = device
-    return placed
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors among arguments of an operator; these are lists at most one deep."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
 
 
-def _fits(args: Any) -> bool:
+def _replaced(value: Any, new: Iterator[Any]) -> Any:
+    if isinstance(value, Tensor):
+        return next(new)
+    if isinstance(value, (list, tuple)):
+        return [next(new) if isinstance(item, Tensor) else item for item in value]
+    return value
+
+
+def _is_whole(tensor: Tensor, stored: Stored) -> bool:
+    """Whether a tensor is all of its storage, each element once."""
+    if tensor.numel() * tensor.element_size() != stored.nbytes:
+        return False
+    return tensor.is_contiguous() or _ref(stored, tensor).is_whole
+
+
+def _fits(call: _Call) -> bool:
     """Whether the other tensors of an in-place operator can be broadcast to the first."""
-    shape = args[0].shape
+    shape = call.args[0].shape
     return all(
         len(other.shape) <= len(shape) and all(o in (1, s) for o, s in zip(other.shape[::-1], shape[::-1]))
-        for other in _tensors(args[1:])
+        for other in call.tensors[1:]
     )
 
 

@@ -7,6 +7,7 @@ as what they are of their storages.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -94,12 +95,7 @@ class Op:
     takes_device: it has to be told where to make what it returns.
     """
 
-    __slots__ = (
-        *("func", "args", "kwargs", "outs", "written", "fresh"),
-        *("is_random", "key", "state", "only_moves", "takes_device"),
-    )
-
-    def __init__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] = {}) -> None:
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.outs: list[tuple[int, Ref]] = []
         self.written: list[Stored] = []
@@ -107,12 +103,11 @@ class Op:
         self.is_random = self.only_moves = self.takes_device = False
         self.key, self.state = "", None
 
-    @property
-    def reads(self) -> Iterator[Stored]:
+    @functools.cached_property
+    def reads(self) -> list[Stored]:
         """Storages whose earlier content it needs."""
-        for leaf in leaves((self.args, self.kwargs)):
-            if isinstance(leaf, Ref) and leaf.stored not in self.fresh:
-                yield leaf.stored
+        found = [leaf.stored for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
+        return [stored for stored in found if stored not in self.fresh]
 
 
 class Tape:
@@ -151,65 +146,51 @@ class Tape:
                     break
         return sorted(needed)
 
-    def name_draws(self, named: Mapping[str, Ref]) -> None:
+    def name_draws(self, named: Mapping[str, Ref]) -> list[list[str]]:
         """Give every operator that draws a key: the first name that it flows into, and its number there.
 
         So what is drawn depends neither on how the model is laid out nor on its other layers, and values derived from
         it (a copy, a norm, parts of one draw) see the same numbers wherever they are played back.
-        """
-        for name, ref in named.items():
-            draws = [op for op in map(self.ops.__getitem__, self.slice_of([ref])) if op.is_random]
-            for number, op in enumerate(draws):
-                op.key = op.key or f"{name}/{number}"
-
-    def groups(self, named: Mapping[str, Ref]) -> list[list[str]]:
-        """The names, those together that come from one large draw, which is then drawn once.
-
-        A group's values are at most twice as large as that draw, so that memory stays bounded.
+        Returns the names in groups: those together that come from one large draw, which is then drawn once. A group's
+        values are at most twice as large as that draw, so that memory stays bounded.
         """
         groups: list[list[str]] = []
         sizes: list[int] = []
-        group_of: dict[int, int] = {}
+        group_of: dict[int, int] = {}  # by the number of a draw
         for name, ref in named.items():
-            indices = self.slice_of([ref])
-            large = {i: _written_bytes(self.ops[i]) for i in indices if self.ops[i].is_random}
-            large = {index: size for index, size in large.items() if size >= ref.nbytes}
-            limit = 2 * max(large.values(), default=0)
-            known = {group_of[index] for index in large if index in group_of}
-            found = next((group for group in sorted(known) if sizes[group] + ref.nbytes <= limit), None)
-            if found is None:
-                found = len(groups)
+            draws = [index for index in self.slice_of([ref]) if self.ops[index].is_random]
+            for number, index in enumerate(draws):
+                self.ops[index].key = self.ops[index].key or f"{name}/{number}"
+            drawn = {index: sum(stored.nbytes for stored in self.ops[index].written) for index in draws}
+            large = [index for index in draws if drawn[index] >= ref.nbytes]
+            limit = 2 * max((drawn[index] for index in large), default=0)
+            known = sorted({group_of[index] for index in large if index in group_of})
+            group = next((group for group in known if sizes[group] + ref.nbytes <= limit), len(groups))
+            if group == len(groups):
                 groups.append([])
                 sizes.append(0)
-            groups[found].append(name)
-            sizes[found] += ref.nbytes
-            group_of.update(dict.fromkeys(large, found))
+            groups[group].append(name)
+            sizes[group] += ref.nbytes
+            group_of.update(dict.fromkeys(large, group))
         return groups
 
 
-def _written_bytes(op: Op) -> int:
-    return sum(stored.nbytes for stored in op.written)
-
-
 def leaves(value: Any) -> Iterator[Any]:
-    """What stands in the arguments of an operator, or in what it returned."""
-    if isinstance(value, (tuple, list)) and not isinstance(value, Ref):
-        for item in value:
+    """What stands in the arguments of an operator."""
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (tuple, list, dict)) and not isinstance(item, Ref):
             yield from leaves(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from leaves(item)
-    else:
-        yield value
+        else:
+            yield item
 
 
 def mapped(value: Any, kinds: tuple[type, ...], change: Callable[[Any], Any]) -> Any:
-    """The same with every leaf of these classes changed."""
+    """The arguments of an operator, or what it returned, with every leaf of these classes changed."""
     if isinstance(value, kinds):
         return change(value)
     if isinstance(value, (tuple, list)):
         items = [mapped(item, kinds, change) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
-        return {key: mapped(item, kinds, change) for key, item in value.items()}
+        return {key: mapped(item, kinds, change) for key, item in value.items()} if value else {}
     return value

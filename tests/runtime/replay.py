@@ -1,0 +1,61 @@
+"""Whether a tape is what a constructor did: played back in its order, from one generator, it gives the same bits."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from nemo_dist_conf.runtime.construct import Record, construct, named_tensors, record
+from nemo_dist_conf.runtime.playback import _Run
+from nemo_dist_conf.runtime.tape import Op
+
+__all__ = ["CPU", "differences", "recorded"]
+
+CPU = torch.device("cpu")
+
+
+class _InOrder(_Run):
+    """Draws as the constructor did: one number after the other, out of torch's own generator."""
+
+    def seed_draw(self, op: Op, device: torch.device) -> None:
+        if op.state is not None:
+            super().seed_draw(op, device)
+
+
+def recorded(factory: Callable[[], Any], seed: int = 0) -> tuple[nn.Module, Record]:
+    model, made = record(factory, seed, CPU)
+    assert made is not None
+    return model, made
+
+
+def differences(factory: Callable[[], Any], seed: int = 5) -> list[str]:
+    """What is not bit for bit as a plain constructor gives it: names, and ``name.dtype`` or the like."""
+    plain = named_tensors(construct(factory, seed))
+    model, made = recorded(factory, seed)
+    run = _InOrder(CPU, 0, {})
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for op in made.tape.ops:  # also what was overwritten later: it drew numbers too
+            run.step(op)
+    found = []
+    on_meta = named_tensors(model)
+    if list(plain) != list(on_meta) or list(plain) != list(made.refs):
+        return ["names"]
+    for name, tensor in plain.items():
+        ref = made.refs[name]
+        value: Tensor = ref.of(run.storage(ref.stored) if ref.stored.real is None else ref.stored.real)
+        if not on_meta[name].is_meta:
+            found.append(f"{name}.is_meta")
+        for what in ("dtype", "shape", "requires_grad"):
+            if getattr(on_meta[name], what) != getattr(tensor, what) or type(on_meta[name]) is not type(tensor):
+                found.append(f"{name}.{what}")
+        if not torch.equal(_bits(value), _bits(tensor.detach())):
+            found.append(name)
+    return found
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """NaN is equal to itself here."""
+    return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
