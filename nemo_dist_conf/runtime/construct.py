@@ -22,6 +22,9 @@ from nemo_dist_conf.runtime.tape import Constant, Ref, Tape, leaves
 
 __all__ = ["Record", "become", "construct", "named_tensors", "record", "record_resets"]
 
+#: Of tensors beside parameters and buffers, before it is worth the time to look whether they are garbage.
+_FEW_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class Record:
@@ -157,20 +160,21 @@ def _give_values_elsewhere(
 ) -> None:
     """Let tensors that are neither parameters nor buffers have their values, wherever they are kept."""
     registered = set(map(id, named.values()))
+    owned = {ref.stored for ref in made.refs.values()}
 
-    def elsewhere() -> list[Tensor]:
+    def elsewhere() -> tuple[list[Tensor], list[Ref]]:
         tensors = [found for found in new_objects() if issubclass(type(found), Tensor)]
         tensors = [tensor for tensor in tensors if id(tensor) not in registered and not is_lazy(tensor)]
-        return [tensor for tensor in tensors if tensor.is_meta and recorder.holds(tensor)]
+        tensors = [tensor for tensor in tensors if tensor.is_meta and recorder.holds(tensor)]
+        return tensors, [recorder.ref(tensor) for tensor in tensors]
 
-    tensors = elsewhere()
+    tensors, refs = elsewhere()
     if not tensors:
         return
-    del tensors
-    gc.collect()  # what is only kept by references in a circle
-    tensors = elsewhere()
-    owned = {ref.stored for ref in made.refs.values()}
-    refs = [recorder.ref(tensor) for tensor in tensors]
+    if sum(ref.nbytes for ref in refs) > _FEW_BYTES or any(ref.stored in owned for ref in refs):
+        del tensors
+        gc.collect()  # some may be alive only because they refer to each other
+        tensors, refs = elsewhere()
     if any(ref.stored in owned for ref in refs):
         raise NotRecorded("it keeps a tensor that shares memory with a parameter or buffer")
     recorder.tape.name_draws({f"elsewhere.{number}": ref for number, ref in enumerate(refs)})

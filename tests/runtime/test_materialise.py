@@ -17,12 +17,14 @@ from transformers import LlamaForCausalLM
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime import build, order
 from nemo_dist_conf.runtime.boxes import local_values
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.build import build_model
-from nemo_dist_conf.runtime.materialise import can_materialise, draw_in_place, materialise, template_of, tied_names
+from nemo_dist_conf.runtime.construct import record_resets
+from nemo_dist_conf.runtime.materialise import materialise, tied_names
+from nemo_dist_conf.runtime.recorder import NotRecorded
 from tests.dist.layouts import LLAMA, MODELS, Net, composed, full_state, plain_model
 from tests.dist.pool import run_ranks
-
-CPU = torch.device("cpu")
+from tests.runtime.replay import CPU, recorded
 
 
 def on_meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
@@ -31,9 +33,9 @@ def on_meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def filled(kind: Any, *args: Any, seed: int = 0, **kwargs: Any) -> nn.Module:
-    """A model built on meta and materialised without any sharding."""
-    model = on_meta(kind, *args, **kwargs)
-    materialise(model, template_of(model), seed, CPU)
+    """A model built without values and materialised without any sharding."""
+    model, record = recorded(lambda: kind(*args, **kwargs), seed)
+    materialise(model, record)
     return model
 
 
@@ -211,20 +213,20 @@ def test_a_small_model_has_its_values_before_it_is_parallelised(kind: str, ranks
 def test_one_element_more_and_it_has_them_after() -> None:
     node = {"config": MODELS["llama"]["config"]}
     count = sum(parameter.numel() for parameter in plain_model("llama").parameters())
-    assert build_model(node, None, 0, CPU, count).template is None
-    assert build_model(node, None, 0, CPU, count - 1).template is not None
+    assert build_model(node, None, 0, CPU, count).record is None
+    assert build_model(node, None, 0, CPU, count - 1).record is not None
 
 
-class NeedsValues:
-    """Makes Llama compute with values while it is built, which no tensor on meta has."""
+class Unrecordable:
+    """Makes Llama reach for a tensor's memory while it is built."""
 
     def __enter__(self) -> None:
         self._plain = LlamaForCausalLM.__init__
         plain = self._plain
 
         def init(model: Any, config: Any) -> None:
-            torch.ones(1).item()
             plain(model, config)
+            model.lm_head.weight.untyped_storage()
 
         LlamaForCausalLM.__init__ = init
 
@@ -232,26 +234,29 @@ class NeedsValues:
         LlamaForCausalLM.__init__ = self._plain
 
 
-def test_where_a_model_can_be_built_does_not_decide_its_weights() -> None:
-    """ddp builds it on the device, fsdp2 on meta, or on the CPU where it computes with values."""
+def test_where_a_model_gets_its_values_does_not_decide_them(caplog: pytest.LogCaptureFixture) -> None:
+    """ddp gives them before it is wrapped, fsdp2 to what is sharded; nor does it where they cannot be recorded."""
     node = {"config": MODELS["llama"]["config"]}
 
-    def build(whole: float) -> tuple[str, dict[str, Tensor]]:
+    def build(whole: float) -> dict[str, Tensor]:
         built = build_model(node, None, 3, CPU, whole)
-        place = next(built.model.parameters()).device.type
-        assert (built.template is None) is (whole > 0)
-        if built.template is not None:
-            materialise(built.model, built.template, 3, CPU)
-        return place, tensors(built.model)
+        if built.record is not None:
+            assert not whole and all(parameter.is_meta for parameter in built.model.parameters())
+            materialise(built.model, built.record)
+        return tensors(built.model)
 
-    found = [build(math.inf), build(0)]
-    with NeedsValues():
-        found += [build(math.inf), build(0)]
-    assert [place for place, _ in found] == ["cpu", "meta", "cpu", "cpu"]
+    def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
     expected = tensors(filled(plain_model, "llama", seed=3))
-    for _, values in found:
-        assert values.keys() == expected.keys()
-        assert all(torch.equal(value, expected[name]) for name, value in values.items())
+    assert equal(build(math.inf), expected) and equal(build(0), expected)
+    assert "built with its values" not in caplog.text
+    torch.manual_seed(3)
+    expected = tensors(plain_model("llama"))
+    with Unrecordable():
+        assert equal(build(math.inf), expected) and "built with its values" not in caplog.text
+        assert equal(build(0), expected)
+    assert "LlamaForCausalLM was built with its values, 0 MiB on every rank before it is wrapped: it rea" in caplog.text
 
 
 def test_building_draws_no_random_numbers() -> None:
@@ -263,14 +268,13 @@ def test_building_draws_no_random_numbers() -> None:
 
 def uneven_shards() -> bool:
     """Five rows over four ranks, and a bias of one element."""
-    model = on_meta(nn.Linear, 3, 5)
-    narrow = on_meta(nn.Linear, 3, 1)
     same = True
-    for each, like in ((model, filled(nn.Linear, 3, 5)), (narrow, filled(nn.Linear, 3, 1))):
-        template = template_of(each)
-        fully_shard(each, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        materialise(each, template, 0, CPU)
-        same &= all(torch.equal(value, tensors(like)[name]) for name, value in full_state(each).items())
+    for width in (5, 1):
+        model, record = recorded(lambda: nn.Linear(3, width))
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        materialise(model, record)
+        expected = tensors(filled(nn.Linear, 3, width))
+        same &= all(torch.equal(value, expected[name]) for name, value in full_state(model).items())
     return same
 
 
@@ -324,63 +328,53 @@ def test_wrapped_models_keep_their_ties(words: tuple[str, ...]) -> None:
     assert run_ranks(2, ties_under, words) == [(True, count)] * 2
 
 
-# ------------------------------------------------------------------------------------ what is forgotten
+# ----------------------------------------------------------------------------- modules that came on meta
+
+
+def test_a_module_on_meta_starts_as_its_modules_reset_themselves() -> None:
+    """The same numbers as those of its class, which does nothing else."""
+    expected = tensors(filled(Net, seed=3))
+    model = on_meta(Net)
+    materialise(model, record_resets(model, 3, CPU))
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(model).items())
+    record_resets(on_meta(nn.MultiheadAttention, 4, 2), 0, CPU)  # spelt _reset_parameters
+    record_resets(nn.Identity(), 0, CPU)
+
+
+def test_a_transformers_model_on_meta_starts_as_it_initialises_itself() -> None:
+    expected = tensors(filled(plain_model, "llama", seed=3))
+    model = on_meta(plain_model, "llama")
+    materialise(model, record_resets(model, 3, CPU))
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(model).items())
 
 
 @pytest.mark.parametrize("forgets", ["weight", "bias", "scale", "steps", "mask"])
 def test_a_tensor_that_nothing_sets_is_found(forgets: str) -> None:
     """Left alone it would hold whatever the memory held; among whole numbers and masks there is no NaN to tell."""
-    assert not can_materialise(on_meta(Forgetful, forgets))
-    assert can_materialise(on_meta(Forgetful, "nothing"))
+    with pytest.raises(NotRecorded, match=f"nothing sets {forgets}"):
+        record_resets(on_meta(Forgetful, forgets), 0, CPU)
+    record_resets(on_meta(Forgetful, "nothing"), 0, CPU)
 
 
-@pytest.mark.parametrize("forgets", ["weight", "bias", "scale", "steps", "mask", "nothing"])
-def test_a_tensor_that_nothing_sets_is_found_where_the_model_is(forgets: str) -> None:
-    assert draw_in_place(Forgetful(forgets), 0, CPU) is (forgets == "nothing")
-    assert not draw_in_place(NoInitialiser(), 0, CPU)
+def test_a_module_that_cannot_reset_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match="NoInitialiser has no reset_parameters"):
+        build_model(None, on_meta(NoInitialiser), 0, CPU)
+    partly = on_meta(Net)
+    partly.head = nn.Linear(32, 97)
+    with pytest.raises(ConfigError, match="other tensors of it have values"):
+        build_model(None, partly, 0, CPU)
 
 
-class ThroughData(nn.Linear):
-    """Writes in a way that leaves a tensor's version as it was."""
-
-    def reset_parameters(self) -> None:
-        self.weight.data.normal_()
-        self.bias.data.zero_()
+class Unfinished(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gain = nn.Linear(4, 4), nn.Parameter(torch.empty(4))
 
 
-def test_what_is_written_through_data_is_set() -> None:
-    model = ThroughData(3, 2)
-    before = model.weight.clone()
-    assert draw_in_place(model, 5, CPU)
-    assert not torch.equal(model.weight, before)
-    assert torch.equal(model.weight, tensors(filled(ThroughData, 3, 2, seed=5))["weight"])
-
-
-def test_one_module_of_a_kind_speaks_for_those_that_are_alike_only() -> None:
-    """The second differs by one attribute, which its initialiser reads."""
-    kinds = (on_meta(Forgetful, "nothing"), on_meta(Forgetful, "mask"))
-    assert not can_materialise(nn.Sequential(*kinds))
-    assert not can_materialise(nn.Sequential(*reversed(kinds)))
-    assert can_materialise(nn.Sequential(kinds[0], on_meta(Forgetful, "nothing")))
-
-
-def test_asking_draws_no_random_numbers_and_changes_no_values() -> None:
-    model = plain_model("llama")
-    before, state = {name: value.clone() for name, value in tensors(model).items()}, torch.get_rng_state()
-    assert can_materialise(model)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
-
-
-def test_what_is_set_is_accepted() -> None:
-    assert all(bool((value == 1).all()) for value in tensors(filled(Forgetful, "nothing")).values())
-
-
-def test_a_module_without_initialiser_cannot_be_materialised() -> None:
-    assert not can_materialise(on_meta(NoInitialiser))
-    assert can_materialise(on_meta(Net)) and can_materialise(on_meta(plain_model, "llama"))
-    assert can_materialise(on_meta(nn.MultiheadAttention, 4, 2))  # spelt _reset_parameters
-    assert can_materialise(nn.Identity())
+def test_what_a_constructor_never_sets_is_said_and_starts_at_0(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_model(None, Unfinished, 0, CPU, math.inf).model
+    assert "Unfinished: nothing gives gain a value, so it starts at 0" in caplog.text
+    assert not model.gain.any() and model.fc.weight.all()
 
 
 def constructed(*words: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -396,7 +390,7 @@ def constructed(*words: str) -> tuple[dict[str, Tensor], list[str]]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("words", [("strategy=ddp",), ()], ids=["ddp", "fsdp2"])
-def test_it_is_built_on_the_cpu_instead_alike_on_every_rank(words: tuple[str, ...]) -> None:
+def test_a_module_without_initialiser_starts_as_its_constructor_says(words: tuple[str, ...]) -> None:
     found = run_ranks(2, constructed, *words)
     first, second = (state for state, _ in found)
     assert torch.equal(first["gain"], torch.full((4,), 7.0))
