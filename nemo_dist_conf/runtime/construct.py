@@ -9,13 +9,13 @@ import hashlib
 import random
 import sys
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from nemo_dist_conf.runtime.answers import Answers
 from nemo_dist_conf.runtime.playback import Player
 from nemo_dist_conf.runtime.recorder import NotRecorded, Recorder
 from nemo_dist_conf.runtime.tape import Constant, Ref, Tape, leaves
@@ -86,7 +86,7 @@ def record(factory: Callable[[], Any], seed: int, device: torch.device) -> tuple
     recorder = Recorder(seed, device)
     with _only_new_objects() as new_objects:
         try:
-            with _seeded(seed), recorder:
+            with _seeded(seed), recorder, Answers(recorder):
                 model = factory()
         except Exception:
             if not recorder.why_not:
@@ -111,7 +111,7 @@ def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
     named = named_tensors(model)
     for tensor in named.values():
         recorder.register(tensor)
-    with _seeded(seed), torch.no_grad(), recorder:
+    with _seeded(seed), torch.no_grad(), recorder, Answers(recorder):
         if hasattr(model, "initialize_weights"):
             model.initialize_weights()  # type: ignore[operator]
         else:
@@ -162,38 +162,37 @@ def _give_values_elsewhere(
     registered = set(map(id, named.values()))
     owned = {ref.stored for ref in made.refs.values()}
 
-    def elsewhere() -> tuple[list[Tensor], list[Ref]]:
+    def elsewhere() -> list[Tensor]:
         tensors = [found for found in new_objects() if issubclass(type(found), Tensor)]
         tensors = [tensor for tensor in tensors if id(tensor) not in registered and not is_lazy(tensor)]
-        tensors = [tensor for tensor in tensors if tensor.is_meta and recorder.holds(tensor)]
-        return tensors, [recorder.ref(tensor) for tensor in tensors]
+        return [tensor for tensor in tensors if tensor.is_meta and recorder.holds(tensor)]
 
-    tensors, refs = elsewhere()
+    tensors = elsewhere()
     if not tensors:
         return
-    if sum(ref.nbytes for ref in refs) > _FEW_BYTES or any(ref.stored in owned for ref in refs):
-        del tensors
+    shared = [recorder.ref(tensor).stored in owned for tensor in tensors]
+    if any(shared) or sum(tensor.nbytes for tensor in tensors) > _FEW_BYTES:
+        tensors.clear()
         gc.collect()  # some may be alive only because they refer to each other
-        tensors, refs = elsewhere()
-    if any(ref.stored in owned for ref in refs):
+        tensors = elsewhere()
+        shared = [recorder.ref(tensor).stored in owned for tensor in tensors]
+    if any(is_shared and _is_referred_to(tensors, number) for number, is_shared in enumerate(shared)):
         raise NotRecorded("it keeps a tensor that shares memory with a parameter or buffer")
+    tensors = [tensor for tensor, is_shared in zip(tensors, shared) if not is_shared]
+    refs = [recorder.ref(tensor) for tensor in tensors]
     recorder.tape.name_draws({f"elsewhere.{number}": ref for number, ref in enumerate(refs)})
     with Player(made.tape, made.seed, made.device) as player:
         values = [value.to(made.device) for value in player.play(refs)]
     # What was computed with gradients, and views, come first: what they were made of is often free then.
-    order = sorted(zip(tensors, values), key=lambda pair: (pair[0].is_leaf, not pair[0]._is_view()))
-    tensors.clear()
-    while order:
-        held = [order[0][0]]
-        if sys.getrefcount(held[0]) > 3 and not become(held[0], order[0][1]) and _is_referred_to(held, order):
+    order = sorted(range(len(tensors)), key=lambda n: (tensors[n].is_leaf, not tensors[n]._is_view()))
+    for number in order:
+        if not become(tensors[number], values[number]) and _is_referred_to(tensors, number):
             raise NotRecorded("it keeps a tensor in a way that cannot be followed")
-        del order[0]
 
 
-def _is_referred_to(held: list[Tensor], *ours: Any) -> bool:
-    """Whether anything in Python but the list and these refers to a tensor."""
-    known = {id(held), *map(id, ours), *(id(item) for one in ours for item in one)}
-    return any(id(found) not in known for found in gc.get_referrers(held[0]) if not isinstance(found, FrameType))
+def _is_referred_to(tensors: list[Tensor], number: int) -> bool:
+    """Whether anything in Python but this list refers to one of them; torch itself may, where it has views of it."""
+    return any(found is not tensors for found in gc.get_referrers(tensors[number]))
 
 
 def become(tensor: Tensor, real: Tensor) -> bool:

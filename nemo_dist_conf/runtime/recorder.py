@@ -1,8 +1,8 @@
 """Watches a constructor: its tensors are made on the meta device, and what it does to their values goes on a tape.
 
 Nothing of the size of a model is held or drawn. Small values that no random number goes into (steps, frequencies,
-masks, zeros) are computed at once, on the CPU, where the constructor would have them. To the constructor its tensors
-say that they are on the CPU, and where it asks for values (``item``, ``tolist``, ``if``) they are played back.
+masks, zeros) are computed at once, on the CPU, where the constructor would have them. Where it needs values (``item``,
+``if``) they are played back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.runtime.playback import Player
@@ -146,6 +145,7 @@ class Recorder(TorchDispatchMode):
     """Records what happens while it is entered.
 
     seed: of what is drawn. device: where values are played back.
+    is_idle: what runs is not the constructor's, and nothing is recorded.
     torch's generator is seeded anew: the caller puts it back.
     Raises NotRecorded, out of whatever the constructor called, for what cannot be recorded; the reason is in
     ``why_not`` too, should the constructor have caught it.
@@ -155,10 +155,9 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.tape, self.why_not = Tape(), ""
         self._seed, self._device, self._reads = seed, device, 0
-        self._is_idle = False  # while what runs is ours
+        self.is_idle = False
         self._stored: dict[int, Stored] = {}
         self._captured: dict[int, list[Constant]] = {}
-        self._functions = _Functions(self)
         self._plain_trunc_normal: Any = None
 
     @classmethod
@@ -168,24 +167,22 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Recorder:
         super().__enter__()
-        self._functions.__enter__()
         torch.default_generator.manual_seed(_OWN_SEED)
         self._plain_trunc_normal = replace_trunc_normal(self._trunc_normal)
         return self
 
     def __exit__(self, *error: Any) -> None:
         replace_trunc_normal(self._plain_trunc_normal)
-        self._functions.__exit__(*error)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_idle:
+        if self.is_idle:
             return func(*args, **(kwargs or {}))
-        self._is_idle = True
+        self.is_idle = True
         try:
             return self._run(func, args, kwargs or {})
         finally:
-            self._is_idle = False
+            self.is_idle = False
 
     # What others ask.
 
@@ -220,6 +217,16 @@ class Recorder(TorchDispatchMode):
         with Player(self.tape, self._seed, self._device) as player:
             return player.play(refs)
 
+    def value(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        """(what a tensor holds, whether writing there writes the tensor)"""
+        was_idle, self.is_idle = self.is_idle, True
+        try:
+            stored = self._stored[storage_id(tensor)]
+            self._own(stored)
+            return self.values(tensor)[0], stored.real is not None
+        finally:
+            self.is_idle = was_idle
+
     def give_up(self, why: str) -> NotRecorded:
         self.why_not = self.why_not or why
         return NotRecorded(why)
@@ -246,6 +253,8 @@ class Recorder(TorchDispatchMode):
         if info.name == "lift_fresh" and call.stored == [None]:
             return self.adopt(args[0])
         if call.tensors and not any(call.stored):
+            if kwargs.get("device") == _META:  # where a tensor of the constructor is, to torch
+                call.kwargs = {**kwargs, "device": _CPU}
             return self._run_plain(call)
         if info.is_empty:
             return self._new(func(*args, **call.placed(_META)))
@@ -330,7 +339,7 @@ class Recorder(TorchDispatchMode):
                 stored.real, stored.is_shared = torch.UntypedStorage(stored.nbytes), False
                 if stored not in call.fresh:
                     stored.real.fill_(0)
-            self.own(stored)
+            self._own(stored)
         known = [_constant(tensor, stored) for tensor, stored in zip(call.tensors, call.stored)]
         args, kwargs = call.with_tensors(call.placed(_CPU), known)
         result = func(*args, **kwargs)
@@ -359,7 +368,7 @@ class Recorder(TorchDispatchMode):
             self.tape.add(self._op(call, outs))
         return result
 
-    def own(self, stored: Stored) -> None:
+    def _own(self, stored: Stored) -> None:
         """Let constants of the tape stay what they are when this storage is written."""
         if stored.is_shared and stored.real is not None:
             stored.real, stored.is_shared = stored.real.clone(), False
@@ -459,81 +468,16 @@ class Recorder(TorchDispatchMode):
 
     def _trunc_normal(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """torch's way to draw it again and again until it fits, as if it were one operator."""
-        func, was_idle = self._plain_trunc_normal, self._is_idle
-        self._is_idle = True
+        func, was_idle = self._plain_trunc_normal, self.is_idle
+        self.is_idle = True
         try:
             if not was_idle and self.holds(tensor):
                 call = _Call(func, _TRUNC_NORMAL, (tensor, *args), kwargs)
                 call.find(self._of)
                 return self._draw(call)
         finally:
-            self._is_idle = was_idle
+            self.is_idle = was_idle
         return func(tensor, *args, **kwargs)
-
-
-class _Functions(TorchFunctionMode):
-    """Answers what a constructor asks its tensors in Python, before any operator runs."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        recorder, answer = self._recorder, _ANSWERS.get(func)
-        if recorder._is_idle:
-            return func(*args, **(kwargs or {}))
-        if kwargs and kwargs.get("device") is not None or func is Tensor.to:
-            places = [kwargs.get("device")] if kwargs else args[1:2]
-            if any(isinstance(place, (str, torch.device)) and torch.device(place) == _META for place in places):
-                raise recorder.give_up("it uses the meta device itself")
-        if answer is None or not isinstance(args[0], Tensor):
-            return func(*args, **(kwargs or {}))
-        recorder._is_idle = True
-        try:
-            if recorder.holds(args[0]):
-                return answer(recorder, func, args, kwargs or {})
-        finally:
-            recorder._is_idle = False
-        return func(*args, **(kwargs or {}))
-
-
-def _says(value: Any) -> Callable[..., Any]:
-    return lambda recorder, func, args, kwargs: value
-
-
-def _with_values(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    tensor = args[0]
-    stored = recorder.ref(tensor).stored
-    recorder.own(stored)
-    (value,) = recorder.values(tensor)
-    result = func(value.cpu().requires_grad_(tensor.requires_grad), *args[1:], **kwargs)
-    if stored.real is None and hasattr(result, "flags"):
-        result.flags.writeable = False  # an array: what is written there would be lost
-    return result
-
-
-def _address(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> int:
-    """A number by which tensors in one place are known, as an address is."""
-    return storage_id(args[0]) + args[0].storage_offset() * args[0].element_size()
-
-
-def _refused(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    raise recorder.give_up(f"it reaches for the memory of a tensor ({func.__name__})")
-
-
-_ANSWERS: dict[Any, Callable[..., Any]] = {
-    Tensor.device.__get__: _says(_CPU),  # type: ignore[attr-defined]
-    Tensor.is_meta.__get__: _says(False),  # type: ignore[attr-defined]
-    Tensor.is_cpu.__get__: _says(True),  # type: ignore[attr-defined]
-    Tensor.get_device: _says(-1),
-    Tensor.data_ptr: _address,
-}
-_ANSWERS |= dict.fromkeys(
-    (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__, Tensor.__format__), _with_values
-)
-_ANSWERS |= dict.fromkeys(
-    (Tensor.untyped_storage, Tensor.storage, Tensor.__reduce_ex__, Tensor.share_memory_, Tensor.__dlpack__), _refused
-)
 
 
 def _ref(stored: Stored, tensor: Tensor) -> Ref:

@@ -57,6 +57,9 @@ def written_in_place() -> nn.Module:
         model.b.weight[0] = 0
         model.b.weight[:, 1:3] *= 2
         model.b.weight[torch.tensor([2, 4])] = 5.0
+        model.b.weight[[1, 3]] = torch.ones(6)
+        model.b.weight[5, [0, 2]] = model.b.weight[np.array([6, 7]), 1]
+        model.b.weight[7, 3:] = model.b.weight.new_tensor([1.0, 2.0, 3.0])
         model.a.bias.copy_(torch.arange(6.0))
     return model
 
@@ -209,6 +212,9 @@ def looks_at_values() -> nn.Module:
     model.c = nn.Parameter(torch.ones(2).cpu() * int(torch.arange(3).numpy().sum()))
     model.register_buffer("places", torch.nonzero(torch.tensor([0, 1, 1])))
     assert model.a.weight.device.type == "cpu" and not model.a.weight.is_meta
+    assert model.a.weight.to("cpu") is model.a.weight and model.a.bias.cpu() is model.a.bias
+    assert model.to("cpu", torch.float32).a.weight.to(model.c) is model.a.weight
+    model.d = nn.Parameter(_TABLE.to(model.a.weight.device).to(model.a.weight.half()).to(torch.float32, copy=True))
     assert model.a.weight.data_ptr() == model.a.weight.data.data_ptr() != model.a.bias.data_ptr()
     return model
 
@@ -221,6 +227,7 @@ def with_its_own_generator() -> nn.Module:
     model.big = nn.Parameter(torch.randn(300, 300, generator=generator))
     model.order = nn.Parameter(torch.randperm(5, generator=generator).float())
     model.coins = nn.Parameter(torch.bernoulli(torch.full((9,), 0.5), generator=generator))
+    model.last = nn.Linear(2, 2)
     return model
 
 

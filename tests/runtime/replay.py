@@ -19,6 +19,10 @@ CPU = torch.device("cpu")
 class _InOrder(_Run):
     """Draws as the constructor did: one number after the other, out of torch's own generator."""
 
+    def step(self, op: Op) -> None:
+        with torch.random.fork_rng(devices=[], enabled=op.state is not None):
+            super().step(op)
+
     def seed_draw(self, op: Op, device: torch.device) -> None:
         if op.state is not None:
             super().seed_draw(op, device)
