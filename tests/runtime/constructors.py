@@ -33,6 +33,13 @@ class Two(nn.Module):
         self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 8, bias=False)
 
 
+class Stack(nn.ModuleList):
+    """FSDP takes no root without a forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def holder(**tensors: Tensor) -> nn.Module:
     """A module with these parameters."""
     model = nn.Module()
@@ -114,7 +121,7 @@ def by_functions_called_afterwards() -> nn.Module:
 
 @_case
 def parametrized() -> nn.Module:
-    model = nn.ModuleList(nn.Linear(5, 4) for _ in range(3))
+    model = Stack(nn.Linear(5, 4) for _ in range(3))
     parametrizations.spectral_norm(model[0])
     parametrizations.weight_norm(model[1])
     parametrizations.orthogonal(model[2])
@@ -138,6 +145,9 @@ def with_buffers() -> nn.Module:
     model.register_buffer("norm", model.a.weight.detach().norm(dim=1))
     model.register_buffer("count", torch.tensor(3))
     model.register_buffer("none", None)
+    rows, columns = torch.triu_indices(4, 4, 1)
+    model.register_buffer("rows", rows, persistent=False)
+    model.register_buffer("columns", columns, persistent=False)
     return model
 
 
@@ -210,7 +220,7 @@ def looks_at_values() -> nn.Module:
     assert torch.arange(3).tolist() == [0, 1, 2] and torch.equal(torch.ones(2), torch.ones(2))
     assert str(torch.arange(2)) == "tensor([0, 1])" and f"{torch.tensor(1.5):.2f}" == "1.50"
     model.c = nn.Parameter(torch.ones(2).cpu() * int(torch.arange(3).numpy().sum()))
-    model.register_buffer("places", torch.nonzero(torch.tensor([0, 1, 1])))
+    model.register_buffer("places", torch.nonzero(torch.tensor([0, 1, 1])).flatten())
     assert model.a.weight.device.type == "cpu" and not model.a.weight.is_meta
     assert model.a.weight.to("cpu") is model.a.weight and model.a.bias.cpu() is model.a.bias
     assert model.to("cpu", torch.float32).a.weight.to(model.c) is model.a.weight
@@ -260,7 +270,7 @@ def after_a_first_step() -> nn.Module:
 def drawn_otherwise() -> nn.Module:
     return holder(
         a=torch.distributions.Normal(0.0, 1.0).sample((3, 3)),
-        b=torch.distributions.Beta(2.0, 3.0).sample((4,)),
+        b=torch.distributions.Beta(2.0, 3.0).sample((4,)).clone(),
         c=torch.distributions.Uniform(torch.zeros(2), torch.ones(2)).sample(),
         d=torch.randint(0, 9, (4,)).float(),
         e=torch.bernoulli(torch.full((5,), 0.5)),
@@ -276,7 +286,7 @@ def drawn_otherwise() -> nn.Module:
 @_case
 def with_complex_numbers() -> nn.Module:
     frequencies = 1 / 10000 ** (torch.arange(0, 8, 2).float() / 8)
-    model = nn.Module()
+    model = holder(scale=torch.ones(2))
     model.register_buffer("turns", torch.polar(torch.ones(6, 4), torch.outer(torch.arange(6).float(), frequencies)))
     return model
 
@@ -288,7 +298,7 @@ def layers_of_torch() -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     last = [nn.BatchNorm2d(3), nn.InstanceNorm1d(3, affine=True, track_running_stats=True)]
     deep = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    return nn.ModuleList([*kinds, *more, *last, deep, nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10])])
+    return Stack([*kinds, *more, *last, deep, nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10])])
 
 
 @_case
@@ -328,7 +338,7 @@ def each_from_the_last() -> nn.Module:
 
 @_case
 def two_parameters_in_one_memory() -> nn.Module:
-    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    model = Stack([nn.Linear(3, 3), nn.Linear(3, 3)])
     model[1].weight = nn.Parameter(model[0].weight.data)
     return model
 
@@ -337,7 +347,7 @@ def two_parameters_in_one_memory() -> nn.Module:
 def decomposed() -> nn.Module:
     model = Two()
     u, s, v = torch.linalg.svd(model.a.weight.detach(), full_matrices=False)
-    model.u, model.s, model.v = nn.Parameter(u), nn.Parameter(s), nn.Parameter(v.mT)
+    model.u, model.s, model.v = (nn.Parameter(part.contiguous()) for part in (u, s, v.mT))
     return model
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.runtime.construct import Record, construct, named_tensors, record
+from nemo_dist_conf.runtime.materialise import materialise
 from nemo_dist_conf.runtime.playback import _Run
 from nemo_dist_conf.runtime.tape import Op
 
-__all__ = ["CPU", "differences", "recorded"]
+__all__ = ["CPU", "differences", "misfits", "recorded"]
 
 CPU = torch.device("cpu")
 
@@ -57,6 +58,26 @@ def differences(factory: Callable[[], Any], seed: int = 5) -> list[str]:
                 found.append(f"{name}.{what}")
         if not torch.equal(_bits(value), _bits(tensor.detach())):
             found.append(name)
+    return found
+
+
+def misfits(factory: Callable[[], Any], seed: int = 5) -> list[str]:
+    """What, as a run draws it, is not a constant of the plain constructor, or not distributed as there."""
+    plain = named_tensors(construct(factory, seed))
+    model, made = recorded(factory, seed)
+    materialise(model, made)
+    found = []
+    for name, value in named_tensors(model).items():
+        want, ref = plain[name].detach(), made.refs[name]
+        draws = [made.tape.ops[index].is_random for index in made.tape.slice_of([ref])]
+        if value.is_meta or not any(draws):
+            if value.is_meta or not torch.equal(_bits(value.detach()), _bits(want)):
+                found.append(name)
+        elif value.is_floating_point() and value.numel() >= 1024:
+            one, other = value.detach().double(), want.double()
+            deviation = other.std() / value.numel() ** 0.5
+            if not 0.8 < one.std() / other.std() < 1.25 or abs(one.mean() - other.mean()) > 8 * deviation:
+                found.append(name)
     return found
 
 

@@ -24,6 +24,7 @@ from nemo_dist_conf.runtime.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.recorder import NotRecorded
 from tests.dist.layouts import LLAMA, MODELS, Net, composed, full_state, plain_model
 from tests.dist.pool import run_ranks
+from tests.runtime.constructors import CONSTRUCTORS
 from tests.runtime.replay import CPU, recorded
 
 
@@ -264,6 +265,40 @@ def test_building_draws_no_random_numbers() -> None:
     for whole in (math.inf, 0):
         build_model({"config": MODELS["llama"]["config"]}, None, 3, CPU, whole)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def of_constructors(words: tuple[str, ...], small: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """What every constructor starts from, and why those that cannot be sharded cannot."""
+    found: dict[str, dict[str, Tensor]] = {}
+    refused: dict[str, str] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_SMALL_ELEMENTS", 10**6 if small else 0)
+        for name, factory in CONSTRUCTORS.items():
+            try:
+                model = instantiate(composed(*words, seed=3), factory)[1]
+            except Exception as error:
+                refused[name] = str(error)
+                continue
+            buffers = {key.removeprefix("module."): value.clone() for key, value in model.named_buffers()}
+            found[name] = buffers | full_state(model)
+    return found, refused
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "words, small", [(("strategy=ddp",), False), ((), False), ((), True)], ids=["ddp", "fsdp2", "fsdp2, small"]
+)
+def test_every_constructor_gives_every_layout_the_same(words: tuple[str, ...], small: bool) -> None:
+    """What one process has, bit by bit, whichever way the constructor has of writing it."""
+    cannot = {"two_parameters_in_one_memory": "two parameters in the same memory"}
+    for found, refused in run_ranks(2, of_constructors, words, small):
+        assert refused.keys() == (cannot.keys() if not words else set()), refused
+        assert all(cannot[name] in reason for name, reason in refused.items()), refused
+        assert len(found) + len(refused) == len(CONSTRUCTORS)
+        for name, values in found.items():
+            expected = tensors(filled(CONSTRUCTORS[name], seed=3))
+            assert values.keys() == expected.keys(), name
+            assert [key for key in expected if not torch.equal(values[key], expected[key])] == [], name
 
 
 def uneven_shards() -> bool:
