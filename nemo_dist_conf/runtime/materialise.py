@@ -60,8 +60,7 @@ def _play(player: Player, record: Record, targets: Mapping[str, Tensor]) -> None
     places = [None if isinstance(target, DTensor) else target for target in targets.values()]
     for target, place, value in zip(targets.values(), places, player.play(refs, places)):
         if isinstance(target, DTensor):
-            if target._local_tensor.numel():
-                target._local_tensor.copy_(local_part(value, target))
+            target._local_tensor.copy_(local_part(value, target))
         elif place is None or value.data_ptr() != place.data_ptr() or not value.numel():
             target.copy_(value)
 

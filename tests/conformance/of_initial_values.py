@@ -94,7 +94,7 @@ CASES = [
         for name in families()
     ),
     *(
-        Case(_AREA, f"peft: {name}", _PLAIN, functools.partial(_of_adapter, make), in_suite=name in ("LoRA", "DoRA"))
+        Case(_AREA, f"peft: {name}", _PLAIN, functools.partial(_of_adapter, make), in_suite=False)
         for name, make in _adapters().items()
     ),
 ]

@@ -8,7 +8,7 @@ import math
 import random
 import types
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-__all__ = ["CONSTRUCTORS", "Attributes", "table_of"]
+from tests.dist.layouts import Net, plain_model
+
+__all__ = ["CONSTRUCTORS", "Attributes", "SlopedNet", "Two", "holder", "table_of"]
 
 CONSTRUCTORS: dict[str, Callable[[], nn.Module]] = {}
 _TABLE = torch.arange(48.0).view(6, 8)
@@ -298,7 +300,7 @@ def layers_of_torch() -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     last = [nn.BatchNorm2d(3), nn.InstanceNorm1d(3, affine=True, track_running_stats=True)]
     deep = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    return Stack([*kinds, *more, *last, deep, nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10])])
+    return Stack([*kinds, *more, *last, deep, nn.AdaptiveLogSoftmaxWithLoss(16, 20, [5, 10], 2.0)])
 
 
 @_case
@@ -375,6 +377,42 @@ def from_tensors_of_others() -> nn.Module:
     with ThreadPoolExecutor(1) as pool:
         model.other = nn.Parameter(pool.submit(torch.arange, 3.0).result())
     return model
+
+
+def _adapted(**options: Any) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(plain_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], **options))
+
+
+@_case
+def with_an_adapter() -> nn.Module:
+    return _adapted(modules_to_save=["lm_head"])
+
+
+@_case
+def with_an_adapter_derived_from_the_weights() -> nn.Module:
+    return _adapted(use_dora=True)
+
+
+class SlopedBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+        self.slopes = [torch.linspace(0.1, 1.0, width)]
+        with torch.no_grad():
+            self.fc.weight.mul_(0.5)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return x_BSH + self.slopes[0] * self.fc(x_BSH)
+
+
+class SlopedNet(Net):
+    """A model whose blocks keep tensors in lists."""
+
+    def __init__(self, width: int = 32, depth: int = 3) -> None:
+        super().__init__(width, depth)
+        self.blocks = nn.ModuleList(SlopedBlock(width) for _ in range(depth))
 
 
 class Attributes(nn.Module):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from nemo_dist_conf.instantiate import instantiate
@@ -22,9 +27,9 @@ from nemo_dist_conf.runtime.build import build_model
 from nemo_dist_conf.runtime.construct import record_resets
 from nemo_dist_conf.runtime.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.recorder import NotRecorded
-from tests.dist.layouts import LLAMA, MODELS, Net, composed, full_state, plain_model
+from tests.dist.layouts import LLAMA, MODELS, ROWS, SGD, Net, composed, full_state, plain_model, train
 from tests.dist.pool import run_ranks
-from tests.runtime.constructors import CONSTRUCTORS
+from tests.runtime.constructors import CONSTRUCTORS, Attributes, table_of
 from tests.runtime.replay import CPU, recorded
 
 
@@ -301,6 +306,60 @@ def test_every_constructor_gives_every_layout_the_same(words: tuple[str, ...], s
             assert [key for key in expected if not torch.equal(values[key], expected[key])] == [], name
 
 
+def outputs_with_attributes(words: tuple[str, ...]) -> Tensor:
+    table_of.cache_clear()
+    model = instantiate(composed(*words, seed=3), Attributes)[1]
+    return model(torch.arange(6.0).view(2, 3)).detach()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words", [("strategy=ddp",), ("strategy.mp_policy=null",)], ids=["ddp", "fsdp2"])
+def test_tensors_that_are_kept_elsewhere_have_their_values(words: tuple[str, ...]) -> None:
+    table_of.cache_clear()
+    model = filled(Attributes, seed=3)
+    expected = model(torch.arange(6.0).view(2, 3)).detach()
+    for found in run_ranks(2, outputs_with_attributes, words):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.dist
+def test_a_stage_has_what_its_modules_keep() -> None:
+    """Also in the trial that looks for the stages, which runs on meta."""
+    node = {"_target_": "tests.runtime.constructors.SlopedNet"}
+    words = ("strategy.mp_policy=null", "parallelism.pp_size=2", f"pipeline.pp_batch_size={ROWS}")
+    expected = run_ranks(1, train, composed("strategy=ddp", model=node, optimizer=SGD, seed=3))[0]
+    for found in run_ranks(2, train, composed(*words, model=node, optimizer=SGD, seed=3)):
+        assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert found.norms == pytest.approx(expected.norms, rel=1e-5)
+
+
+def refused(factory: Callable[[], nn.Module], *words: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        instantiate(composed(*words), factory)
+    return str(error.value)
+
+
+def knows_its_rank() -> nn.Module:
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.mul_(1 + dist.get_rank())
+    return model
+
+
+def draws_without_a_seed() -> nn.Module:
+    model = nn.Linear(3, 3)
+    model.bias = nn.Parameter(torch.from_numpy(np.random.default_rng().standard_normal(3)))
+    return model
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("factory", [knows_its_rank, draws_without_a_seed])
+def test_ranks_that_would_start_from_different_values_are_refused(factory: Callable[[], nn.Module]) -> None:
+    """Each would give its own part of its own model."""
+    for message in run_ranks(2, refused, factory):
+        assert "ranks built different models" in message
+
+
 def uneven_shards() -> bool:
     """Five rows over four ranks, and a bias of one element."""
     same = True
@@ -332,6 +391,55 @@ def test_buffers_that_are_not_saved_are_filled_too(words: tuple[str, ...]) -> No
     for found in run_ranks(2, buffers_of_ranks, *words):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of storages that were alive at once, of those that an operator met inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._known = 0, {}  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves((args, kwargs, found)):
+            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) and type(leaf) is not DTensor else leaf
+            if isinstance(storage, torch.UntypedStorage) and storage.device.type == "cpu":
+                self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._known = {key: value for key, value in self._known.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._known.values()))
+        return found
+
+
+class Wide(nn.Module):
+    """Eight megabytes, one of them drawn twice as large, and turned round on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(8))
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight.copy_(layer.weight.exp().sub(1).t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def peak_mib() -> float:
+    live = Live()
+    with live:
+        instantiate(composed(), Wide)
+    return live.peak / 2**20
+
+
+@pytest.mark.dist
+def test_a_rank_holds_its_shards_and_one_whole_tensor_at_a_time() -> None:
+    """4 MiB of shards, and what the largest tensor is made of: two or three of its kind."""
+    for found in run_ranks(2, peak_mib):
+        assert 4 < found < 4 + 3.5
 
 
 # --------------------------------------------------------------------------------------------- ties
