@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
+from nemo_dist_conf.runtime.attributes import cast_beside_attributes
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
@@ -110,6 +111,8 @@ def parallelize_fsdp2(
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
         apply_context_parallel(model, device_mesh[A.CP.value])
+    if config.mp_policy is not None and config.mp_policy.param_dtype is not None:
+        cast_beside_attributes(model, config.mp_policy.param_dtype)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tests.dist.layouts import Net, plain_model
+from tests.dist.layouts import VOCABULARY, Net, plain_model
 
 __all__ = ["CONSTRUCTORS", "Attributes", "SlopedNet", "Two", "holder", "table_of"]
 
@@ -395,24 +395,24 @@ def with_an_adapter_derived_from_the_weights() -> nn.Module:
     return _adapted(use_dora=True)
 
 
-class SlopedBlock(nn.Module):
-    def __init__(self, width: int) -> None:
+class SlopedHead(nn.Module):
+    def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(width, width)
         self.slopes = [torch.linspace(0.1, 1.0, width)]
+        self.out = nn.Linear(width, vocabulary)
         with torch.no_grad():
-            self.fc.weight.mul_(0.5)
+            self.out.weight.mul_(0.5)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        return x_BSH + self.slopes[0] * self.fc(x_BSH)
+        return self.out(self.slopes[0] * x_BSH)
 
 
 class SlopedNet(Net):
-    """A model whose blocks keep tensors in lists."""
+    """A model whose head keeps a tensor in a list."""
 
-    def __init__(self, width: int = 32, depth: int = 3) -> None:
-        super().__init__(width, depth)
-        self.blocks = nn.ModuleList(SlopedBlock(width) for _ in range(depth))
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = SlopedHead(32, VOCABULARY)  # type: ignore[assignment]
 
 
 class Attributes(nn.Module):
@@ -434,7 +434,7 @@ class Attributes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shifted = self.shifted(x[:, :2]).sum() + self.partial() + self.named["eye"].sum() + self.several[0].sum()
-        return self.fc(x) * self.slopes[2:] + self.half.sum() + self.helper.table.sum() + shifted + self.cached.sum()
+        return self.fc(x * self.slopes[2:]) + self.half.sum() + self.helper.table.sum() + shifted + self.cached.sum()
 
 
 @functools.lru_cache(maxsize=None)

@@ -323,6 +323,15 @@ def test_tensors_that_are_kept_elsewhere_have_their_values(words: tuple[str, ...
 
 
 @pytest.mark.dist
+def test_layers_take_what_was_computed_with_them_under_a_policy() -> None:
+    """The page's policy computes in bfloat16; a table of slopes stays in float32."""
+    table_of.cache_clear()
+    expected = filled(Attributes, seed=3)(torch.arange(6.0).view(2, 3)).detach()
+    for found in run_ranks(2, outputs_with_attributes, ()):
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.dist
 def test_a_stage_has_what_its_modules_keep() -> None:
     """Also in the trial that looks for the stages, which runs on meta."""
     node = {"_target_": "tests.runtime.constructors.SlopedNet"}
