@@ -40,13 +40,22 @@ def agree_on_config(cfg: Any, marks: list[Any]) -> None:
     raise ConfigError(Problem(what, asked, "one command line for all ranks", same))
 
 
-def agree_on_model(marks: list[str]) -> None:
-    """Raise ConfigError on every rank unless all of them built the same model; marks: that of each."""
-    if len(set(marks)) > 1:
+#: How much sums over a model's constants may differ, relative: kinds of CPUs do in the last bits.
+_NEAR = 1e-4
+
+
+def agree_on_model(marks: list[tuple[str, list[tuple[float, float]]]]) -> None:
+    """Raise ConfigError on every rank unless all of them built the same model; marks: ``Built.mark`` of each."""
+    (exact, sums), *others = marks
+    if any(other != exact or not all(map(_are_near, sums, its)) for other, its in others):
         what = "ranks built different models: their constructor uses what is not the same on all of them"
         allowed = "no rank, no time and no generator without a seed in it, or a module with values: rank 0's are taken"
         made = "instantiate(cfg, model=MyModel())"
         raise ConfigError(Problem(what, "instantiate(cfg, model=MyModel)", allowed, made))
+
+
+def _are_near(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return all(abs(mine - its) <= _NEAR * abs(one[1]) for mine, its in zip(one, other))
 
 
 def config_mark(cfg: Any) -> str:

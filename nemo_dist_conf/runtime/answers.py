@@ -84,9 +84,9 @@ def _refused(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -
 def _moved(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """``to``: to the CPU nothing moves, so that without another dtype it is the tensor itself."""
     tensor, *rest = args
-    names = ("device", "dtype", "non_blocking", "copy")
+    names = ["device", "dtype", "non_blocking", "copy"]
     if rest and isinstance(rest[0], torch.dtype):
-        names = names[1:]
+        del names[0]
     asked = {**dict(zip(names, rest)), **kwargs}
     place = asked.get("device")
     if isinstance(place, Tensor) or "other" in asked:
@@ -120,7 +120,7 @@ def _as_tensor(value: Any) -> Any:
 
 
 _ANSWERS: dict[Any, _Answer] = {
-    Tensor.device.__get__: _says(_CPU),  # type: ignore[attr-defined]
+    Tensor.device.__get__: _says(_CPU),
     Tensor.is_meta.__get__: _says(False),  # type: ignore[attr-defined]
     Tensor.is_cpu.__get__: _says(True),  # type: ignore[attr-defined]
     Tensor.get_device: _says(-1),

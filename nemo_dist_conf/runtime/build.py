@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.construct import Record, construct, record, record_resets
 from nemo_dist_conf.runtime.load import check_weights
 from nemo_dist_conf.runtime.materialise import materialise, tied_names
-from nemo_dist_conf.runtime.recorder import NotRecorded
 from nemo_dist_conf.runtime.stored_names import Part
 
 __all__ = ["Built", "build_model", "whole_up_to"]
@@ -42,7 +42,8 @@ class Built:
     weights: folder to fill it from; parts: what its tensors are, where they are stored otherwise than the model holds
     them; loaded: names that the folder has, which need no other values before.
     blocks: path of its blocks as the config declared it.
-    why_whole: why it could not be built without values. mark: what has to be the same on every rank.
+    why_whole: why it could not be built without values.
+    mark: what has to be the same on every rank, exactly and nearly, for ``agree_on_model``.
     """
 
     model: nn.Module
@@ -53,7 +54,7 @@ class Built:
     ties: list[list[str]] = field(default_factory=list)
     blocks: Any = None
     why_whole: str = ""
-    mark: str = ""
+    mark: tuple[str, list[tuple[float, float]]] = ("", [])
 
 
 def whole_up_to(checked: Checked) -> float:
@@ -100,15 +101,15 @@ def build_model(
     return dataclasses.replace(built, record=None)
 
 
-def _mark(built: Built) -> str:
-    """A checksum of the model's parameters and of how they start, or of what they are where they have values."""
+def _mark(built: Built) -> tuple[str, list[tuple[float, float]]]:
+    """Of the model's parameters and how they start, or of what they are where they have values."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return ""
+        return "", []
     named = dict(built.model.named_parameters())
     if built.record is not None:
-        return built.record.fingerprint(named)
+        return built.record.sums(named)
     shapes = [(name, tuple(parameter.shape), parameter.dtype) for name, parameter in named.items()]
-    return hashlib.sha256(repr(shapes).encode()).hexdigest()
+    return hashlib.sha256(repr(shapes).encode()).hexdigest(), []
 
 
 def _built(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device) -> Built:
@@ -142,6 +143,11 @@ def _not_a_model(node: Any) -> ConfigError:
 
 def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any) -> Built:
     tensors = [*model.parameters(), *model.buffers()]
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        what = f"{lazy[0]} of {type(model).__name__} has no shape yet: its layer takes it from the first input"
+        allowed = "a factory that runs the model once, model(torch.zeros(...)), before it returns it"
+        raise ConfigError(Problem(what, f"a model with {lazy[0]}", allowed, "instantiate(cfg, model=run_once)"))
     if not any(tensor.is_meta for tensor in tensors):
         return Built(model.to(device), ties=tied_names(model), blocks=blocks)
     if not all(tensor.is_meta for tensor in tensors):
@@ -150,8 +156,8 @@ def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any)
         try:
             made = record_resets(model, seed, device)
             return Built(model, made, ties=tied_names(model), blocks=blocks)
-        except NotRecorded as error:
-            why = str(error)
+        except Exception as error:  # its own functions run
+            why = _first(error)
     raise ConfigError(
         Problem(
             f"the given {type(model).__name__} is on the meta device and cannot be filled: {why}",

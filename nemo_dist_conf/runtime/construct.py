@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import hashlib
 import random
@@ -14,6 +13,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_iter
 
 from nemo_dist_conf.runtime.answers import Answers
 from nemo_dist_conf.runtime.playback import Player
@@ -45,29 +45,38 @@ class Record:
         """Names of tensors that nothing ever wrote to; they start at 0."""
         return [name for name, ref in self.refs.items() if ref.stored.is_unset and ref.nbytes]
 
-    def fingerprint(self, names: Iterable[str]) -> str:
-        """A checksum of what these tensors are and what gives them their values."""
-        digest = hashlib.sha256()
+    def sums(self, names: Iterable[str]) -> tuple[str, list[tuple[float, float]]]:
+        """(a checksum of what gives these tensors their values, sums over the constants among it).
+
+        Constants may differ in their last bits between kinds of CPUs.
+        """
+        digest, constants = hashlib.sha256(), []
         refs = {name: self.refs[name] for name in names}
         for name, ref in refs.items():
             digest.update(f"{name} {ref[1:]}".encode())
             if ref.stored.real is not None:
-                digest.update(_memory(ref.stored.real))
+                constants.append(ref.of(ref.stored.real))
         for index in self.tape.slice_of(refs.values()):
             op = self.tape.ops[index]
             digest.update(f"{op.func} {op.key}".encode())
+            constants += [op.state] if op.state is not None else []
             for leaf in leaves((op.args, op.kwargs)):
                 if isinstance(leaf, Constant):
-                    digest.update(_memory(leaf.tensor.cpu().untyped_storage()))
-                else:
-                    digest.update(repr(leaf[1:] if isinstance(leaf, Ref) else leaf).encode())
-            if op.state is not None:
-                digest.update(_memory(op.state.untyped_storage()))
-        return digest.hexdigest()
+                    constants.append(leaf.tensor)
+                elif isinstance(leaf, (float, complex)):
+                    digest.update(f"{leaf:.6g}".encode())
+                elif isinstance(leaf, (int, str)):
+                    digest.update(str(leaf).encode())
+        digest.update(str(len(constants)).encode())
+        return digest.hexdigest(), [_sums(constant) for constant in constants]
 
 
-def _memory(storage: torch.UntypedStorage) -> Any:
-    return (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()) if storage.nbytes() else b""
+def _sums(tensor: Tensor) -> tuple[float, float]:
+    """Weighted sums of what is positive, and of all without its sign: neither loses digits."""
+    values = tensor.detach().cpu().flatten()
+    values = torch.view_as_real(values).flatten() if values.is_complex() else values
+    values = values.double().nan_to_num(0.5, 1.5, -1.5) * (torch.arange(len(values)) % 7 + 1)
+    return float(values.clamp(min=0).sum()), float(values.abs().sum())
 
 
 def construct(factory: Callable[[], Any], seed: int) -> Any:
@@ -95,9 +104,8 @@ def record(factory: Callable[[], Any], seed: int, device: torch.device) -> tuple
             raise NotRecorded(recorder.why_not)
         if not isinstance(model, nn.Module):
             return model, None
-        named = named_tensors(model)
-        made = _finished(named, recorder, seed, device)
-        _give_values_elsewhere(named, recorder, made, new_objects)
+        made = _finished(named_tensors(model), recorder, seed, device)
+        _give_values_elsewhere(model, recorder, made, new_objects)
     return model, made
 
 
@@ -108,21 +116,23 @@ def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
     Raises NotRecorded where a module that owns tensors has no such function, or a tensor is not set by one.
     """
     recorder = Recorder(seed, device)
-    named = named_tensors(model)
-    for tensor in named.values():
+    for tensor in named_tensors(model).values():
         recorder.register(tensor)
-    with _seeded(seed), torch.no_grad(), recorder, Answers(recorder):
-        if hasattr(model, "initialize_weights"):
-            model.initialize_weights()  # type: ignore[operator]
-        else:
-            for name, module in model.named_modules():
-                if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
-                    _reset_of(name, module)()
-    if recorder.why_not:
-        raise NotRecorded(recorder.why_not)
-    made = _finished(named_tensors(model), recorder, seed, device)
-    if made.unset:
-        raise NotRecorded(f"nothing sets {made.unset[0]}")
+    with _only_new_objects() as new_objects:
+        with _seeded(seed), torch.no_grad(), recorder, Answers(recorder):
+            if any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
+                model.initialize_weights()  # type: ignore[operator]
+            else:
+                for name, module in model.named_modules():
+                    if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
+                        _reset_of(name, module)()
+        if recorder.why_not:
+            raise NotRecorded(recorder.why_not)
+        made = _finished(named_tensors(model), recorder, seed, device)
+        _give_values_elsewhere(model, recorder, made, new_objects)
+    unset = [*made.unset, *(name for name, tensor in _attributes(model) if tensor.is_meta)]
+    if unset:
+        raise NotRecorded(f"nothing sets {unset[0]}")
     return made
 
 
@@ -155,11 +165,22 @@ def _finished(named: Mapping[str, Tensor], recorder: Recorder, seed: int, device
     return Record(recorder.tape, refs, recorder.tape.name_draws(refs), seed, device)
 
 
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules keep as attributes, or in lists and the like, by name."""
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key[:1] == "_" and isinstance(value, dict):  # parameters, buffers, modules and hooks
+                continue
+            for number, leaf in enumerate(tree_iter(value)):
+                if isinstance(leaf, Tensor):
+                    yield f"{path}.{key}/{number}".removeprefix("."), leaf
+
+
 def _give_values_elsewhere(
-    named: Mapping[str, Tensor], recorder: Recorder, made: Record, new_objects: Callable[[], list[Any]]
+    model: nn.Module, recorder: Recorder, made: Record, new_objects: Callable[[], list[Any]]
 ) -> None:
     """Let tensors that are neither parameters nor buffers have their values, wherever they are kept."""
-    registered = set(map(id, named.values()))
+    registered = set(map(id, named_tensors(model).values()))
     owned = {ref.stored for ref in made.refs.values()}
 
     def elsewhere() -> list[Tensor]:
@@ -179,15 +200,28 @@ def _give_values_elsewhere(
     if any(is_shared and _is_referred_to(tensors, number) for number, is_shared in enumerate(shared)):
         raise NotRecorded("it keeps a tensor that shares memory with a parameter or buffer")
     tensors = [tensor for tensor, is_shared in zip(tensors, shared) if not is_shared]
+    names = {id(tensor): name for name, tensor in _attributes(model)}
+    tensors.sort(key=lambda tensor: (id(tensor) not in names, names.get(id(tensor), "")))
     refs = [recorder.ref(tensor) for tensor in tensors]
-    recorder.tape.name_draws({f"elsewhere.{number}": ref for number, ref in enumerate(refs)})
-    with Player(made.tape, made.seed, made.device) as player:
-        values = [value.to(made.device) for value in player.play(refs)]
+    known = [names.get(id(tensor), f"elsewhere/{number}") for number, tensor in enumerate(tensors)]
+    recorder.tape.name_draws(dict(zip(known, refs)))
+    values = _on_device(made, refs)
     # What was computed with gradients, and views, come first: what they were made of is often free then.
     order = sorted(range(len(tensors)), key=lambda n: (tensors[n].is_leaf, not tensors[n]._is_view()))
     for number in order:
         if not become(tensors[number], values[number]) and _is_referred_to(tensors, number):
             raise NotRecorded("it keeps a tensor in a way that cannot be followed")
+
+
+def _on_device(made: Record, refs: list[Ref]) -> list[Tensor]:
+    """Values of tensors, in as many memories as they have on meta."""
+    with Player(made.tape, made.seed, made.device) as player:
+        values = player.play(refs)
+    storages = {ref.stored: value.untyped_storage() for ref, value in zip(refs, values)}
+    for stored, storage in storages.items():
+        if storage.device != made.device:
+            storages[stored] = torch.UntypedStorage(storage.nbytes(), device=made.device).copy_(storage)
+    return [ref.of(storages[ref.stored]) for ref in refs]
 
 
 def _is_referred_to(tensors: list[Tensor], number: int) -> bool:
@@ -197,11 +231,8 @@ def _is_referred_to(tensors: list[Tensor], number: int) -> bool:
 
 def become(tensor: Tensor, real: Tensor) -> bool:
     """Let a tensor have another device and values, for everything that refers to it; False where it cannot."""
-    if isinstance(tensor, nn.Parameter):
-        other = Tensor._make_subclass(type(tensor), real.detach(), tensor.requires_grad)
-    else:
-        other = real.detach()
-        other.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    requires_grad = tensor.requires_grad and tensor.is_leaf
+    other = Tensor._make_subclass(type(tensor), real.detach(), requires_grad)
     for hook in (tensor._backward_hooks or {}).values() if tensor.is_leaf else ():
         other.register_hook(hook)
     for hook in (tensor._post_accumulate_grad_hooks or {}).values():

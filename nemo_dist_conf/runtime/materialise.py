@@ -123,7 +123,7 @@ def initialise_in_turn(model: nn.Module, record: Record) -> None:
         own = {key: tensor for key, tensor in (*module._parameters.items(), *module._buffers.items())}
         names = {f"{path}.{key}" if path else key: key for key, tensor in own.items() if tensor is not None}
         if any(parameter is not None for parameter in module._parameters.values()):
-            module.reset_parameters = playing(module, names)  # type: ignore[assignment]
+            module.reset_parameters = playing(module, names)
         elif names:
             module.to_empty(device=record.device, recurse=False)
             playing(module, names)()

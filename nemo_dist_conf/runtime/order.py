@@ -300,8 +300,8 @@ def _refuse_shared_memory(model: nn.Module) -> None:
     ends: dict[int, list[tuple[int, int, str]]] = {}
     for name, parameter in model.named_parameters():
         if is_plain(type(parameter)) and parameter.numel():
-            begin = parameter.storage_offset() * parameter.element_size()
-            last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride()))
+            begin = int(parameter.storage_offset()) * parameter.element_size()
+            last = sum((size - 1) * int(stride) for size, stride in zip(parameter.shape, parameter.stride()))
             end = begin + (last + 1) * parameter.element_size()
             ends.setdefault(storage_id(parameter), []).append((begin, end, name))
     for places in ends.values():

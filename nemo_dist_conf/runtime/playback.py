@@ -9,7 +9,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
-from nemo_dist_conf.runtime.tape import Constant, Op, Ref, Stored, Tape, leaves, mapped
+from nemo_dist_conf.runtime.tape import Constant, Op, Ref, Stored, Tape, as_bytes, leaves, mapped
 from nemo_dist_conf.runtime.torch_inside import generator_of
 
 __all__ = ["Player"]
@@ -45,7 +45,8 @@ class Player:
         """
         if all(ref.stored.real is not None for ref in refs):
             return [ref.of(ref.stored.real) for ref in refs if ref.stored.real is not None]
-        places = {ref.stored: target.untyped_storage() for ref, target in zip(refs, into) if _is_place(ref, target)}
+        usable = [(ref, target) for ref, target in zip(refs, into) if target is not None and _is_place(ref, target)]
+        places = {ref.stored: target.untyped_storage() for ref, target in usable}
         ops = [self._tape.ops[index] for index in self._tape.slice_of(refs)]
         last: dict[Stored, Op] = {stored: op for op in ops for stored in (*op.written, *op.reads)}
         for ref in refs:
@@ -59,8 +60,8 @@ class Player:
         return [ref.of(run.storage(ref.stored) if ref.stored.real is None else ref.stored.real) for ref in refs]
 
 
-def _is_place(ref: Ref, target: Tensor | None) -> bool:
-    if target is None or not ref.is_whole or target.dtype != ref.dtype:
+def _is_place(ref: Ref, target: Tensor) -> bool:
+    if not ref.is_whole or target.dtype != ref.dtype:
         return False
     same = tuple(target.shape) == ref.size and target.stride() == ref.stride and not target.storage_offset()
     return same and target.untyped_storage().nbytes() == ref.stored.nbytes
@@ -79,7 +80,7 @@ class _Run:
 
     def storage(self, stored: Stored) -> torch.UntypedStorage:
         if stored not in self.storages:
-            self.make(stored, self.device).fill_(0)  # read before anything was written to it
+            as_bytes(self.make(stored, self.device)).zero_()  # read before anything was written to it
         return self.storages[stored]
 
     def make(self, stored: Stored, device: torch.device) -> torch.UntypedStorage:

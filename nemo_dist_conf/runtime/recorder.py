@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.runtime.playback import Player
-from nemo_dist_conf.runtime.tape import Constant, Op, Ref, Stored, Tape, mapped
+from nemo_dist_conf.runtime.tape import Constant, Op, Ref, Stored, Tape, as_bytes, mapped
 from nemo_dist_conf.runtime.torch_inside import is_plain, replace_trunc_normal, schema_of, storage_id
 
 __all__ = ["NotRecorded", "Recorder"]
@@ -318,7 +318,7 @@ class Recorder(TorchDispatchMode):
         for stored in call.stored if call.info.is_structural else ():
             if stored is not None and stored.real is not None and stored.real.nbytes() < stored.nbytes:  # resized
                 grown = torch.UntypedStorage(stored.nbytes)
-                _bytes(grown)[: stored.real.nbytes()] = _bytes(stored.real)
+                as_bytes(grown)[: stored.real.nbytes()] = as_bytes(stored.real)
                 stored.real, stored.is_shared = grown, False
         return result
 
@@ -338,7 +338,7 @@ class Recorder(TorchDispatchMode):
             if stored.real is None:
                 stored.real, stored.is_shared = torch.UntypedStorage(stored.nbytes), False
                 if stored not in call.fresh:
-                    stored.real.fill_(0)
+                    as_bytes(stored.real).zero_()
             self._own(stored)
         known = [_constant(tensor, stored) for tensor, stored in zip(call.tensors, call.stored)]
         args, kwargs = call.with_tensors(call.placed(_CPU), known)
@@ -385,7 +385,7 @@ class Recorder(TorchDispatchMode):
             result = self._without_values(call)
         for stored in call.targets:
             if stored.real is not None and stored not in call.fresh:
-                load = Op(None, (Constant(_bytes(stored.real)),), {})
+                load = Op(None, (Constant(as_bytes(stored.real)),), {})
                 load.only_moves, load.written, load.fresh = True, [stored], [stored]
                 self.tape.add(load)
             stored.real = None
@@ -490,7 +490,7 @@ def _constant(tensor: Tensor, stored: Stored | None) -> Tensor:
         return tensor.detach()
     if stored.real is None:  # never written: a constructor that reads it reads anything
         stored.real = torch.UntypedStorage(stored.nbytes)
-        stored.real.fill_(0)
+        as_bytes(stored.real).zero_()
     return _ref(stored, tensor).of(stored.real)
 
 
@@ -527,7 +527,3 @@ def _fits(call: _Call) -> bool:
         len(other.shape) <= len(shape) and all(o in (1, s) for o, s in zip(other.shape[::-1], shape[::-1]))
         for other in call.tensors[1:]
     )
-
-
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[arg-type]

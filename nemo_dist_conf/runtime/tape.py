@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Seque
 import torch
 from torch import Tensor
 
-__all__ = ["Constant", "Op", "Ref", "Stored", "Tape", "leaves", "mapped"]
+__all__ = ["Constant", "Op", "Ref", "Stored", "Tape", "as_bytes", "leaves", "mapped"]
 
 
 class Stored:
@@ -57,7 +57,7 @@ class Ref(NamedTuple):
     def of(self, storage: torch.UntypedStorage) -> Tensor:
         """The same part of another storage."""
         return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
-            storage, self.offset, self.size, self.stride  # type: ignore[arg-type]
+            storage, self.offset, self.size, self.stride
         )
 
     @property
@@ -101,7 +101,8 @@ class Op:
         self.written: list[Stored] = []
         self.fresh: list[Stored] = []
         self.is_random = self.only_moves = self.takes_device = False
-        self.key, self.state = "", None
+        self.key = ""
+        self.state: Tensor | None = None
 
     @functools.cached_property
     def reads(self) -> list[Stored]:
@@ -194,3 +195,7 @@ def mapped(value: Any, kinds: tuple[type, ...], change: Callable[[Any], Any]) ->
     if isinstance(value, dict):
         return {key: mapped(item, kinds, change) for key, item in value.items()} if value else {}
     return value
+
+
+def as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

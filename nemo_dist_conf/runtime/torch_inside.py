@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 __all__ = ["generator_of", "is_plain", "replace_trunc_normal", "schema_of", "storage_id"]
 
@@ -20,7 +20,7 @@ def storage_id(tensor: Tensor) -> int:
     Storages without memory (meta) all have the data pointer 0, which is the published answer.
     tests/runtime/test_recorder.py::test_views_and_aliases
     """
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return tensor.untyped_storage()._cdata
     return tensor.untyped_storage()._cdata

@@ -517,6 +517,32 @@ def test_a_module_that_cannot_reset_itself_is_refused() -> None:
         build_model(None, partly, 0, CPU)
 
 
+class Tabled(nn.Linear):
+    """Computes a table whenever it is reset; or never."""
+
+    def __init__(self, resets: bool) -> None:
+        super().__init__(3, 3)
+        self.resets, self.table = resets, [torch.arange(3.0)]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if getattr(self, "resets", False):
+            self.table = [torch.arange(3.0)]
+
+
+def test_tables_of_a_module_on_meta() -> None:
+    model = build_model(None, on_meta(Tabled, True), 0, CPU, math.inf).model
+    assert torch.equal(model.table[0], torch.arange(3.0)) and not model.weight.is_meta
+    with pytest.raises(ConfigError, match="nothing sets table/0"):
+        build_model(None, on_meta(Tabled, False), 0, CPU)
+
+
+def test_a_layer_that_never_ran_is_refused() -> None:
+    with pytest.raises(ConfigError, match="weight of LazyLinear has no shape yet"):
+        build_model(None, lambda: nn.LazyLinear(3), 0, CPU)
+
+
 class Unfinished(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.runtime.agree import agree_on_model
 from nemo_dist_conf.runtime.construct import named_tensors, record
 from nemo_dist_conf.runtime.materialise import materialise
 from nemo_dist_conf.runtime.recorder import NotRecorded
@@ -146,6 +148,21 @@ def test_generators_are_as_before() -> None:
     filled(CONSTRUCTORS["with_a_seed_of_its_own"])
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1] and np.random.get_state()[1].tolist() == states[2]
+
+
+def test_what_ranks_compare_allows_for_other_cpus() -> None:
+    """Constants may differ in their last bits; anything else is another model."""
+
+    def turned(times: float, bias: float = 0.0) -> nn.Module:
+        return holder(a=torch.linspace(-1, 1, 64).mul(3).sin() * times, b=torch.randn(3) + bias)
+
+    def marks(*factories: Callable[[], nn.Module]) -> list[Any]:
+        return [made.sums(made.refs) for made in (recorded(factory)[1] for factory in factories)]
+
+    agree_on_model(marks(lambda: turned(1.0), lambda: turned(1 + 1e-7)))
+    for other in (lambda: turned(1.01), lambda: turned(-1.0), lambda: turned(1.0, 0.1)):
+        with pytest.raises(ConfigError):
+            agree_on_model(marks(lambda: turned(1.0), other))
 
 
 def test_torch_is_as_before() -> None:
