@@ -155,6 +155,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _finished(named: Mapping[str, Tensor], recorder: Recorder, seed: int, device: torch.device) -> Record:
     refs = {}
+    if named and not any(is_lazy(tensor) or recorder.holds(tensor) for tensor in named.values()):
+        raise NotRecorded("it returns a model that has its values already")
     for name, tensor in named.items():
         if is_lazy(tensor):
             raise NotRecorded(f"{name} has no shape yet")

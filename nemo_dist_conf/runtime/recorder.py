@@ -23,7 +23,7 @@ __all__ = ["NotRecorded", "Recorder"]
 _aten = torch.ops.aten
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 
-#: torch's generator is given this seed; where it has another one, the constructor gave it that itself.
+#: torch's generator gets this seed and that of the run; where it has another one, the constructor gave it that itself.
 _OWN_SEED = int.from_bytes(b"record", "big")
 
 #: Values up to this size are computed while they are recorded: they are less than the entries of a tape.
@@ -83,7 +83,8 @@ class _Info:
         self.overwrites = is_out or self.name in _OVERWRITES or str(func) == "aten.bernoulli_.float"
         self.keeps_shape = self.name in _ELEMENTWISE
         self.only_moves = self.name in _MOVES
-        self.is_empty, self.is_filled = self.name in _EMPTY, self.name in _FILLED
+        self.is_empty = self.name in _EMPTY and not self.written
+        self.is_filled = self.name in _FILLED and not self.written
 
 
 #: Of operators met so far. torch keeps each for good; to hash one takes longer than most of what is done with it.
@@ -126,10 +127,21 @@ class _Call:
             if info.overwrites and self.stored.count(stored) == 1 and _is_whole(tensor, stored):
                 self.fresh.append(stored)
 
-    def with_tensors(self, kwargs: dict[str, Any], tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Its arguments with these in place of its tensors, in order. kwargs: those of ``placed``, or its own."""
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The one that it was given."""
+        given = (*self.args, *self.kwargs.values())
+        return next((value for value in given if isinstance(value, torch.Generator)), None)
+
+    def with_tensors(
+        self, kwargs: dict[str, Any], tensors: Iterable[Any], generator: torch.Generator | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Its arguments with these in place of its tensors, in order, and with this generator for its own.
+
+        kwargs: those of ``placed``, or its own.
+        """
         new = iter(tensors)
-        values = [_replaced(value, new) for value in (*self.args, *kwargs.values())]
+        values = [_replaced(value, new, generator) for value in (*self.args, *kwargs.values())]
         count = len(self.args)
         return tuple(values[:count]), dict(zip(kwargs, values[count:]))
 
@@ -155,6 +167,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.tape, self.why_not = Tape(), ""
         self._seed, self._device, self._reads = seed, device, 0
+        self._own_seed = (_OWN_SEED + seed) % 2**63
         self.is_idle = False
         self._stored: dict[int, Stored] = {}
         self._captured: dict[int, list[Constant]] = {}
@@ -167,7 +180,7 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Recorder:
         super().__enter__()
-        torch.default_generator.manual_seed(_OWN_SEED)
+        torch.default_generator.manual_seed(self._own_seed)
         self._plain_trunc_normal = replace_trunc_normal(self._trunc_normal)
         return self
 
@@ -200,7 +213,7 @@ class Recorder(TorchDispatchMode):
 
     def adopt(self, real: Tensor) -> Tensor:
         """A tensor of the constructor that has these values."""
-        meta = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=_META)
+        meta = _like(real)
         storage, values = meta.untyped_storage(), real.untyped_storage()
         if real.device != _CPU or real.storage_offset() or values.nbytes() != storage.nbytes():
             copied = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
@@ -305,8 +318,8 @@ class Recorder(TorchDispatchMode):
             if name == "full" and options.get("dtype") is None:
                 options["dtype"] = torch.full((), args[1]).dtype
             made = torch.empty(args[0], **options, device=_META)
-        generator = kwargs.get("generator")
-        self._run(write, (self._new(made), *values), {} if generator is None else {"generator": generator})
+        given = {} if call.generator is None else {"generator": call.generator}
+        self._run(write, (self._new(made), *values), given)
         return made
 
     def _run_view(self, call: _Call) -> Any:
@@ -346,7 +359,7 @@ class Recorder(TorchDispatchMode):
         if info.returns_self:
             return call.written[0]
         if info.written:
-            return func(*call.args, **call.placed(_META))
+            return self._without_values(call)
         sources = dict(zip(map(storage_id, known), call.stored))
         limit = max([_SMALL_BYTES, *(stored.nbytes for stored in call.stored if stored is not None)])
         outs: list[tuple[int, Ref]] = []
@@ -359,7 +372,7 @@ class Recorder(TorchDispatchMode):
                 return _ref(source, made).of(source.meta)
             if made.nbytes <= limit:
                 return self.adopt(made)
-            meta = self._new(torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=_META))
+            meta = self._new(_like(made))
             outs.append((place, self.ref(meta)))
             return meta
 
@@ -373,14 +386,16 @@ class Recorder(TorchDispatchMode):
         if stored.is_shared and stored.real is not None:
             stored.real, stored.is_shared = stored.real.clone(), False
 
-    def _note(self, call: _Call, state: Tensor | None = None) -> Any:
+    def _note(self, call: _Call, state: Tensor | None = None, found: Any = None) -> Any:
         """Put an operator on the tape; returns what it would return, without values.
 
-        state: of the generator that it draws from, where that is one of the constructor's own.
+        state: of the generator that it draws from, where that is one of the constructor's own; found: what it gave.
         """
         info = call.info
-        if info.returns_self and info.keeps_shape and _fits(call):
+        if info.returns_self and (found is not None or info.keeps_shape and _fits(call)):
             result = call.args[0]
+        elif found is not None and not info.written:
+            result = mapped(found, (Tensor,), _like)
         else:
             result = self._without_values(call)
         for stored in call.targets:
@@ -413,8 +428,6 @@ class Recorder(TorchDispatchMode):
                 stored.is_shared = True
                 entries.append(Constant(_ref(stored, tensor).of(stored.real)))
         kept = {key: value for key, value in call.kwargs.items() if key not in ("device", "pin_memory")}
-        if kept.get("generator") is not None:
-            kept["generator"] = None
         op = Op(call.func, *call.with_tensors(kept, entries))
         made = [out.stored for _, out in outs]
         op.outs, op.only_moves = outs, call.info.only_moves
@@ -424,22 +437,17 @@ class Recorder(TorchDispatchMode):
 
     def _without_values(self, call: _Call) -> Any:
         """What an operator returns, as far as that can be told on meta; else its values are computed to see."""
-        func, placed = call.func, call.placed(_META)
-        if "generator" in placed:
-            placed["generator"] = None
         on_meta = (tensor if tensor.is_meta else tensor.detach().to(_META) for tensor in call.tensors)
-        args, kwargs = call.with_tensors(placed, on_meta)
+        args, kwargs = call.with_tensors(call.placed(_META), on_meta)
         try:
-            return func(*args, **kwargs)
+            return call.func(*args, **kwargs)
         except Exception:
             real = self._run_real(call)
         if call.info.returns_self:
             return call.args[0]
         if call.info.written:
-            raise self.give_up(f"{func} cannot be recorded")
-        return mapped(
-            real, (Tensor,), lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=_META)
-        )
+            raise self.give_up(f"{call.func} cannot be recorded")
+        return mapped(real, (Tensor,), _like)
 
     def _run_real(self, call: _Call, on_cpu: bool = False) -> Any:
         """An operator on values, those of the constructor played back; what it writes to these is lost."""
@@ -448,7 +456,7 @@ class Recorder(TorchDispatchMode):
         tensors = [tensor if stored is None else next(values) for tensor, stored in zip(call.tensors, call.stored)]
         if on_cpu:
             tensors = [tensor.cpu() for tensor in tensors]
-        args, kwargs = call.with_tensors(call.placed(_CPU) if on_cpu else call.kwargs, tensors)
+        args, kwargs = call.with_tensors(call.placed(_CPU) if on_cpu else call.kwargs, tensors, call.generator)
         return call.func(*args, **kwargs)
 
     def _draw(self, call: _Call) -> Any:
@@ -457,14 +465,13 @@ class Recorder(TorchDispatchMode):
         Out of a generator that the constructor seeded itself they are constants: drawn as it would, which also moves
         that generator on.
         """
-        generator = call.kwargs.get("generator")
-        if generator is None and torch.default_generator.initial_seed() == _OWN_SEED:
+        generator = call.generator
+        if generator is None and torch.default_generator.initial_seed() == self._own_seed:
             return self._note(call)
         if generator is not None and generator.device != _CPU:
             raise self.give_up(f"it draws from a generator of its own on {generator.device}")
         state = (generator or torch.default_generator).get_state()
-        self._run_real(call, on_cpu=True)
-        return self._note(call, state)
+        return self._note(call, state, self._run_real(call, on_cpu=True))
 
     def _trunc_normal(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """torch's way to draw it again and again until it fits, as if it were one operator."""
@@ -478,6 +485,10 @@ class Recorder(TorchDispatchMode):
         finally:
             self.is_idle = was_idle
         return func(tensor, *args, **kwargs)
+
+
+def _like(real: Tensor) -> Tensor:
+    return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=_META)
 
 
 def _ref(stored: Stored, tensor: Tensor) -> Ref:
@@ -505,9 +516,11 @@ def _tensors(values: Any) -> list[Tensor]:
     return found
 
 
-def _replaced(value: Any, new: Iterator[Any]) -> Any:
+def _replaced(value: Any, new: Iterator[Any], generator: torch.Generator | None) -> Any:
     if isinstance(value, Tensor):
         return next(new)
+    if isinstance(value, torch.Generator):
+        return generator
     if isinstance(value, (list, tuple)):
         return [next(new) if isinstance(item, Tensor) else item for item in value]
     return value

@@ -239,6 +239,8 @@ def with_its_own_generator() -> nn.Module:
     model.big = nn.Parameter(torch.randn(300, 300, generator=generator))
     model.order = nn.Parameter(torch.randperm(5, generator=generator).float())
     model.coins = nn.Parameter(torch.bernoulli(torch.full((9,), 0.5), generator=generator))
+    model.rare = nn.Parameter(torch.poisson(torch.full((4,), 3.0), generator=generator))
+    model.some = nn.Parameter(torch.binomial(torch.full((4,), 9.0), torch.full((4,), 0.5), generator=generator))
     model.last = nn.Linear(2, 2)
     return model
 
@@ -281,6 +283,8 @@ def drawn_otherwise() -> nn.Module:
         h=torch.empty(9).exponential_(2.0),
         i=torch.view_as_real(torch.randn(3, dtype=torch.complex64)),
         j=torch.randperm(6),
+        l=torch.poisson(torch.full((9,), 3.0)),
+        m=torch.binomial(torch.full((9,), 9.0), torch.full((9,), 0.5)),
         k=torch.randn_like(torch.empty(3, dtype=torch.float64)),
     )
 
@@ -362,6 +366,9 @@ def into_given_memory() -> nn.Module:
     grown = torch.zeros(3).resize_(5).fill_(2)
     seen = torch.empty(0).set_(a)  # type: ignore[call-overload]
     model = holder(a=a, b=b, c=c, grown=grown, seen=seen.clone())
+    for make in (torch.zeros, torch.ones, torch.rand):
+        model.register_buffer(f"{make.__name__}_", make(3, out=torch.full((3,), 9.0)))
+    model.register_buffer("full_", torch.full((3,), 2.0, out=torch.rand(3)))
     with torch.no_grad():
         torch._foreach_mul_([model.a, model.c], 0.5)
     return model
