@@ -58,9 +58,9 @@ def instantiate(
         nothing = model is None and node is None
         return None if nothing else build_model(node, model, seed, info.device, whole_up_to(checked))
 
-    built, marks = together(build, lambda built: (config_mark(cfg), built.mark if built is not None else ("", [])))
+    built, marks = together(build, lambda built: (config_mark(cfg), built.mark if built is not None else ""))
     agree_on_config(cfg, [config for config, _ in marks])  # before the meshes: others would be made, and hang
-    agree_on_model([mark for _, mark in marks])
+    agree_on_model([mark for _, mark in marks], built.sums if built is not None else None)
     setup = setup_from_checked(checked, device)
     for note in checked.notes:
         if info.is_main:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.ranks.tree import flat_config
 
-__all__ = ["agree_on_config", "agree_on_model", "config_mark", "together"]
+__all__ = ["agree_on_config", "agree_on_model", "are_near", "config_mark", "together"]
 
 _T = TypeVar("_T")
 
@@ -44,18 +44,28 @@ def agree_on_config(cfg: Any, marks: list[Any]) -> None:
 _NEAR = 1e-4
 
 
-def agree_on_model(marks: list[tuple[str, list[tuple[float, float]]]]) -> None:
-    """Raise ConfigError on every rank unless all of them built the same model; marks: ``Built.mark`` of each."""
-    (exact, sums), *others = marks
-    if any(other != exact or not all(map(_are_near, sums, its)) for other, its in others):
+def agree_on_model(marks: list[str], sums: Callable[[], Any] | None) -> None:
+    """Raise ConfigError on every rank unless all of them built the same model.
+
+    marks: ``Built.mark`` of every rank. sums: this rank's, which are exchanged where the marks differ.
+    """
+    if len(set(marks)) == 1 or sums is None:
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sums())
+    if not all(are_near(everyone[0], other) for other in everyone[1:]):
         what = "ranks built different models: their constructor uses what is not the same on all of them"
         allowed = "no rank, no time and no generator without a seed in it, or a module with values: rank 0's are taken"
         made = "instantiate(cfg, model=MyModel())"
         raise ConfigError(Problem(what, "instantiate(cfg, model=MyModel)", allowed, made))
 
 
-def _are_near(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return all(abs(mine - its) <= _NEAR * abs(one[1]) for mine, its in zip(one, other))
+def are_near(one: tuple[str, list[Any]], other: tuple[str, list[Any]]) -> bool:
+    """Whether two ranks' sums are those of one model."""
+    if one[0] != other[0] or len(one[1]) != len(other[1]):
+        return False
+    pairs = zip(one[1], other[1])
+    return all(abs(a - b) <= _NEAR * mine[1] for mine, its in pairs for a, b in zip(mine, its))
 
 
 def config_mark(cfg: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import inspect
 import logging
 import math
@@ -43,7 +43,7 @@ class Built:
     them; loaded: names that the folder has, which need no other values before.
     blocks: path of its blocks as the config declared it.
     why_whole: why it could not be built without values.
-    mark: what has to be the same on every rank, exactly and nearly, for ``agree_on_model``.
+    mark: what has to be the same on every rank; sums: what has to be nearly the same where the marks differ.
     """
 
     model: nn.Module
@@ -54,7 +54,8 @@ class Built:
     ties: list[list[str]] = field(default_factory=list)
     blocks: Any = None
     why_whole: str = ""
-    mark: tuple[str, list[tuple[float, float]]] = ("", [])
+    mark: str = ""
+    sums: Callable[[], Any] | None = None
 
 
 def whole_up_to(checked: Checked) -> float:
@@ -83,7 +84,8 @@ def build_model(
     Raises ConfigError or DataError for what cannot be built.
     """
     built = _built(node, given, seed, device)
-    built = dataclasses.replace(built, mark=_mark(built))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        built = _marked(built)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     elements = sum(parameter.numel() for parameter in built.model.parameters())
     if is_main and built.why_whole:
@@ -101,15 +103,15 @@ def build_model(
     return dataclasses.replace(built, record=None)
 
 
-def _mark(built: Built) -> tuple[str, list[tuple[float, float]]]:
-    """Of the model's parameters and how they start, or of what they are where they have values."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return "", []
+def _marked(built: Built) -> Built:
+    """With marks of its parameters and of how they start; of what they are where they have values, which may differ."""
     named = dict(built.model.named_parameters())
     if built.record is not None:
-        return built.record.sums(named)
+        return dataclasses.replace(
+            built, mark=built.record.mark(named), sums=functools.partial(built.record.sums, list(named))
+        )
     shapes = [(name, tuple(parameter.shape), parameter.dtype) for name, parameter in named.items()]
-    return hashlib.sha256(repr(shapes).encode()).hexdigest(), []
+    return dataclasses.replace(built, mark=repr(shapes), sums=lambda: (repr(shapes), []))
 
 
 def _built(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device) -> Built:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import random
@@ -45,30 +46,38 @@ class Record:
         """Names of tensors that nothing ever wrote to; they start at 0."""
         return [name for name, ref in self.refs.items() if ref.stored.is_unset and ref.nbytes]
 
-    def sums(self, names: Iterable[str]) -> tuple[str, list[tuple[float, float]]]:
-        """(a checksum of what gives these tensors their values, sums over the constants among it).
+    def mark(self, names: Iterable[str]) -> str:
+        """A checksum of these tensors and of all that gives them their values."""
+        digest = hashlib.sha256(self._what(names).encode())
+        for constant in self._constants(names):
+            memory = constant.cpu().untyped_storage()
+            if memory.nbytes():
+                digest.update((ctypes.c_ubyte * memory.nbytes()).from_address(memory.data_ptr()))
+        return digest.hexdigest()
 
-        Constants may differ in their last bits between kinds of CPUs.
-        """
-        digest, constants = hashlib.sha256(), []
+    def sums(self, names: Iterable[str]) -> tuple[str, list[tuple[float, float]]]:
+        """The same without the last bits of constants, in which kinds of CPUs differ: (all else, sums over them)."""
+        return self._what(names), [_sums(constant) for constant in self._constants(names)]
+
+    def _what(self, names: Iterable[str]) -> str:
         refs = {name: self.refs[name] for name in names}
-        for name, ref in refs.items():
-            digest.update(f"{name} {ref[1:]}".encode())
-            if ref.stored.real is not None:
-                constants.append(ref.of(ref.stored.real))
+        words = [f"{name} {ref[1:]} {ref.stored.real is None}" for name, ref in refs.items()]
         for index in self.tape.slice_of(refs.values()):
             op = self.tape.ops[index]
-            digest.update(f"{op.func} {op.key}".encode())
-            constants += [op.state] if op.state is not None else []
+            words.append(f"{op.func} {op.key}")
             for leaf in leaves((op.args, op.kwargs)):
-                if isinstance(leaf, Constant):
-                    constants.append(leaf.tensor)
-                elif isinstance(leaf, (float, complex)):
-                    digest.update(f"{leaf:.6g}".encode())
-                elif isinstance(leaf, (int, str)):
-                    digest.update(str(leaf).encode())
-        digest.update(str(len(constants)).encode())
-        return digest.hexdigest(), [_sums(constant) for constant in constants]
+                number = isinstance(leaf, (int, float, complex, str))
+                words.append(format(leaf, ".6g" if isinstance(leaf, (float, complex)) else "") if number else "")
+        return "\n".join(words)
+
+    def _constants(self, names: Iterable[str]) -> Iterator[Tensor]:
+        refs = [self.refs[name] for name in names]
+        yield from (ref.of(ref.stored.real) for ref in refs if ref.stored.real is not None)
+        for index in self.tape.slice_of(refs):
+            op = self.tape.ops[index]
+            if op.state is not None:
+                yield op.state
+            yield from (leaf.tensor for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Constant))
 
 
 def _sums(tensor: Tensor) -> tuple[float, float]:
@@ -254,7 +263,9 @@ def _seeded(seed: int) -> Iterator[None]:
     states = random.getstate(), numpy and numpy.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
         random.seed(seed)
         if numpy is not None:
             numpy.seed(seed % 2**32)
