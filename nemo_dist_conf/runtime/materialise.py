@@ -39,8 +39,7 @@ def materialise(
     store: where parameters live (the CPU under offload); None: where they are played back.
     loaded: names whose values come from elsewhere.
     """
-    give_storage(model, store or record.device)
-    targets = named_tensors(model)
+    targets = give_storage(model, store or record.device)
     filled: set[int] = set()
     with Player(record.tape, record.seed, record.device) as player:
         for group in record.groups:
@@ -65,13 +64,14 @@ def _play(player: Player, record: Record, targets: Mapping[str, Tensor]) -> None
             target.copy_(value)
 
 
-def give_storage(model: nn.Module, device: torch.device) -> None:
+def give_storage(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """``model.to_empty`` for what is on meta, without asking DTensor how an empty tensor is sharded: like that one.
 
     Whole tensors stay the objects that they are, with their hooks and attributes, so that whatever else refers to them
-    goes on doing so.
+    goes on doing so. Returns the model's parameters and buffers by name.
     """
-    tensors = list(dict.fromkeys(named_tensors(model).values()))
+    named = named_tensors(model)
+    tensors = list(dict.fromkeys(named.values()))
     whole = [tensor for tensor in tensors if tensor.is_meta and not isinstance(tensor, DTensor)]
     users = Counter(map(storage_id, whole))
     memory: dict[int, torch.UntypedStorage] = {}
@@ -83,7 +83,7 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
             real = real.set_(memory[id_], tensor.storage_offset(), tensor.shape, tensor.stride())
         become(tensor, real)
     if not any(tensor.is_meta for tensor in tensors):
-        return
+        return named
     ties = tied_names(model)
 
     def empty(tensor: Tensor) -> Tensor:
@@ -96,6 +96,7 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
     with torch.no_grad():
         model._apply(empty)
     retie(model, ties)
+    return named_tensors(model)
 
 
 def _empty(like: Tensor, device: torch.device) -> Tensor:
