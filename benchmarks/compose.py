@@ -134,10 +134,17 @@ def plain_recipe(folder: Path) -> None:
 
     app = textwrap.dedent(APP).replace('"conf"', '"recipe"').replace('"config"', '"train"')
     tree = folder / "recipe"
-    left_out = shutil.ignore_patterns("plan.yaml", "*.py", "__pycache__", "hardware")
+    left_out = shutil.ignore_patterns("plan.yaml", "*.py", "__pycache__", "hardware", "strategy")
     shutil.copytree(config_folder(), tree, ignore=left_out)
     root: Any = OmegaConf.to_container(OmegaConf.load(tree / "train.yaml"))
     defaults = [{group: next(iter(options))} for group, options in config_groups().items()]
+    # What the recipe's own strategies change, on top of those of plain Hydra.
+    (tree / "precision").mkdir()
+    for file in (config_folder() / "strategy").glob("*.yaml"):
+        changes: Any = OmegaConf.load(file)
+        del changes["defaults"]
+        (tree / "precision" / file.name).write_text(OmegaConf.to_yaml(changes))
+    defaults.append({"optional precision@strategy": "${strategy}"})
     root["defaults"] = [*defaults, *root["defaults"][1:]]  # in place of the base config
     root["activation_checkpointing"] = False
     del root["hydra"]["callbacks"], root["hydra"]["help"]["footer"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nemo_dist_conf.instantiate import instantiate
     from nemo_dist_conf.mesh import MeshAxisName, MeshContext, ParallelismSizes
     from nemo_dist_conf.pipelining import PipelineConfig
+    from nemo_dist_conf.runtime.ema import EMA
     from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "DDPConfig",
     "DistributedSetup",
+    "EMA",
     "FSDP2Config",
     "MegatronFSDPConfig",
     "MeshAxisName",
@@ -45,6 +47,7 @@ _HOME = {
     "ConfigError": "errors",
     "DDPConfig": "config",
     "DistributedSetup": "config",
+    "EMA": "runtime.ema",
     "FSDP2Config": "config",
     "MegatronFSDPConfig": "config",
     "MeshAxisName": "names",

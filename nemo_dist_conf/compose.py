@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping
 
@@ -10,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.models.plan_rules import plan_problems
-from nemo_dist_conf.models.rules import model_problems
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES
+from nemo_dist_conf.models.rules import layerdrop_problems, model_problems
+from nemo_dist_conf.names import BATCH_STATISTICS, checkpointing_mode
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
 from nemo_dist_conf.sections import (
     SECTIONS,
@@ -21,9 +22,11 @@ from nemo_dist_conf.sections import (
     leaves,
     misspelt_sections,
     read_section,
+    strategy_of,
 )
-from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy, strategy_of_target
+from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
+from nemo_dist_conf.texts import text_problems, told_as_texts
 from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.pipeline import pipeline_problems
@@ -51,17 +54,14 @@ class Checked:
     paths: Paths = Paths()
     facts: ModelFacts = ModelFacts()
     notes: tuple[str, ...] = field(default=())
+    batch_statistics: str = "local"
 
 
 def is_root(node: Any) -> bool:
     """Whether this mapping holds a strategy node of ours under the key ``strategy``."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or "strategy" not in node:
         return False
-    strategy = node._get_node("strategy")
-    if not isinstance(strategy, DictConfig) or strategy._is_none() or strategy._is_interpolation():
-        return False
-    target = strategy._get_node("_target_") if "_target_" in strategy else None
-    return target is not None and strategy_of_target(str(target._value())) is not None
+    return strategy_of(node._get_node("strategy")) is not None
 
 
 def find_roots(cfg: Any) -> Iterator[DictConfig]:
@@ -83,23 +83,34 @@ def check(
     world_size None: of the ranks that a launcher is about to start, from torchrun's or Slurm's variables, else 1.
     facts, seq_len [tokens]: of the model and the data; None: read from cfg.model where it says them, else unknown.
     """
+    try:
+        return _check(cfg, world_size, facts, seq_len)
+    except ConfigError as error:
+        raise told_as_texts(error, cfg, lambda read: _check(read, world_size, facts, seq_len)) from None
+
+
+def _check(cfg: Any, world_size: int | None, facts: ModelFacts | None, seq_len: int | None) -> Checked:
     root = _single_root(cfg)
     paths = Paths(_prefix(root))
     problems = misspelt_sections(root, paths)
-    strategy = strategy_of_target(str(root.strategy._target_))
+    strategy = strategy_of(root.strategy)
     if strategy is None:
-        raise AssertionError(f"{root.strategy._target_} was found as a strategy node")
+        raise AssertionError(f"{root.strategy} was found as a strategy node")
     values = read_section(root, "strategy", strategy.schema, paths, problems)
     sections = {name: read_section(root, name, schema, paths, problems) for name, schema in SECTIONS.items()}
+    problems += _model_texts(cfg, root)
     ConfigError.raise_if(problems)  # the rules below need well-typed values
     facts = facts or _facts(cfg, root) or ModelFacts()
     mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
     checked, found = check_values(strategy, values, sections, mode, world_size, facts, seq_len, paths)
-    problems += mode_problems + found
+    statistics, statistics_problems = _batch_statistics(root, paths)
+    problems += mode_problems + statistics_problems + found
+    if checked is not None:
+        problems += layerdrop_problems(_model_config(cfg, root), values, checked.sizes, checked.mesh.world_size, paths)
     ConfigError.raise_if(problems)
     if checked is None:
         raise AssertionError("not checked, but no problem either")
-    return checked
+    return dataclasses.replace(checked, batch_statistics=statistics)
 
 
 def check_values(
@@ -152,7 +163,7 @@ def _prefix(node: DictConfig) -> str:
 
 def _single_root(cfg: Any) -> DictConfig:
     if isinstance(cfg, Mapping) and not isinstance(cfg, DictConfig):
-        cfg = OmegaConf.create(dict(cfg))
+        cfg = OmegaConf.create(dict(cfg), flags={"allow_objects": True})
     if is_root(cfg):
         return cfg
     roots = list(find_roots(cfg))
@@ -176,12 +187,23 @@ def _single_root(cfg: Any) -> DictConfig:
     elif isinstance(value, str):
         find_strategy(value)
         raise AssertionError("unreachable: the strategy is unknown")
+    elif (extended := _meant_by(value)) is not None:
+        what = f"the config holds no strategy of nemo_dist_conf, only options of {extended}, whose file takes in none"
+        allowed = f"a preset that begins with defaults: [{extended}, _self_]"
+        instead = f"defaults: [{extended}, _self_]"
     else:
         what = "the config holds no strategy of nemo_dist_conf"
         allowed = "one of " + ", ".join(name for s in STRATEGIES for name in s.names)
         instead = "+nemo_dist_conf@_global_=default" if value is None else "strategy=fsdp2"
     shown = value if isinstance(value, (str, type(None))) else type(value).__name__
     raise ConfigError(Problem(what, f"strategy={'null' if shown is None else shown}", allowed, instead))
+
+
+def _meant_by(node: Any) -> str | None:
+    """The strategy that has all keys of a node, which is no strategy of ours."""
+    keys = set(map(str, node)) if isinstance(node, DictConfig) and not node._is_none() else set()
+    fields = ((s.name, {item.name for item in dataclasses.fields(s.schema)}) for s in STRATEGIES)
+    return next((name for name, known in fields if keys and keys <= known), None)
 
 
 def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:
@@ -199,30 +221,56 @@ def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:
     return None
 
 
+def _model_config(cfg: Any, root: DictConfig) -> Mapping[str, Any]:
+    """Fields that the tree gives to the model's config."""
+    for tree in (root, cfg):
+        config = OmegaConf.select(tree, "model.config", throw_on_missing=False) if "model" in tree else None
+        if isinstance(config, DictConfig):
+            return {str(key): config.get(key) for key in config}
+    return {}
+
+
+def _model_texts(cfg: Any, root: DictConfig) -> list[Problem]:
+    """Fields of a transformers config that are texts: the config would keep them as such, whatever they say."""
+    models = [tree.get("model") for tree in (root, cfg) if isinstance(tree, DictConfig) and "model" in tree]
+    configs = [model.get("config") for model in models[:1] if isinstance(model, DictConfig)]
+    return [problem for config in configs for problem in text_problems(config)]
+
+
 def _activation_checkpointing(
     root: DictConfig, values: Mapping[str, Any], strategy: Strategy, paths: Paths
 ) -> tuple[bool | str, list[Problem]]:
     """One answer from the two places that can hold it."""
-    outer = root.get("activation_checkpointing", False)
-    inner = values["activation_checkpointing"]
-    outer_key, inner_key = "activation_checkpointing", "strategy.activation_checkpointing"
+    given = {
+        "activation_checkpointing": root.get("activation_checkpointing", False),
+        "strategy.activation_checkpointing": values["activation_checkpointing"],
+    }
     problems = []
-    for key, mode in ((outer_key, outer), (inner_key, inner)):
-        known = any(mode is m or (isinstance(m, str) and mode == m) for m in ACTIVATION_CHECKPOINTING_MODES)
-        if not known or not (mode in strategy.activation_checkpointing):
-            what = f"{key}={mode} is not a mode" + (f" of strategy={strategy.name}" if known else "")
+    for key, value in given.items():
+        mode = checkpointing_mode(value)
+        if mode is None or mode not in strategy.activation_checkpointing:
+            what = f"{key}={value} is not a mode" + (f" of strategy={strategy.name}" if mode is not None else "")
             allowed = ", ".join(str(m).lower() for m in strategy.activation_checkpointing)
-            problems.append(Problem(what, paths.set(key, mode), allowed, paths.set(key, True)))
-    if not problems and outer is not False and inner is not False and outer != inner:
+            problems.append(Problem(what, paths.set(key, value), allowed, paths.set(key, True)))
+    outer, inner = map(checkpointing_mode, given.values())
+    if not problems and outer and inner and outer != inner:
         problems.append(
             Problem(
                 "activation checkpointing has two different answers",
-                f"{paths.set(outer_key, outer)} {paths.set(inner_key, inner)}",
+                " ".join(paths.set(key, value) for key, value in given.items()),
                 "one of them, or both the same",
-                f"{paths.set(outer_key, outer)} {paths.set(inner_key, outer)}",
+                " ".join(paths.set(key, outer) for key in given),
             )
         )
-    return (outer if outer is not False else inner), problems
+    return outer or inner or False, problems
+
+
+def _batch_statistics(root: DictConfig, paths: Paths) -> tuple[str, list[Problem]]:
+    value, key = root.get("batch_statistics", "local"), "batch_statistics"
+    if value in BATCH_STATISTICS:
+        return value, []
+    what, allowed = f"{key}={value} is not one of its values", ", ".join(BATCH_STATISTICS)
+    return "local", [Problem(what, paths.set(key, value), allowed, paths.set(key, "global"))]
 
 
 def _section_problems(

@@ -1,6 +1,6 @@
 """Strategy configs and the resolved setup, by the names of the API page."""
 
-from nemo_dist_conf.runtime.configs import MoEParallelizerConfig
+from nemo_dist_conf.runtime.configs import DDPConfig, FSDP2Config, MegatronFSDPConfig, MoEParallelizerConfig
 from nemo_dist_conf.runtime.setup import (
     _STRATEGY_MAP,
     ActivationCheckpointingMode,
@@ -10,9 +10,6 @@ from nemo_dist_conf.runtime.setup import (
     _resolve_strategy_config,
     _StrategyConfigClass,
 )
-from nemo_dist_conf.strategies.ddp import DDPConfig
-from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 
 __all__ = [
     "DDPConfig",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.schema import documented
+from nemo_dist_conf.schema import SwitchesConf, documented
+from nemo_dist_conf.schema.option import typed
 from nemo_dist_conf.schema.launcher import TorchrunConf
 from nemo_dist_conf.sections import SECTIONS
 from nemo_dist_conf.strategies import STRATEGIES, find_strategy
@@ -16,31 +17,38 @@ from nemo_dist_conf.strategies import STRATEGIES, find_strategy
 __all__ = ["explain", "main"]
 
 _LAUNCHER = "hydra/launcher=torchrun"
+_SWITCHES = tuple(row.name for row in documented(SwitchesConf))
 
 
-def explain(*words: str) -> str:
-    """The options of what is named (``strategy=ddp``, ``moe``, ``hydra/launcher=torchrun``), of all without a name.
+def explain(*words: str, values: Mapping[str, Any] | None = None) -> str:
+    """The options of what is named (``strategy=ddp``, ``moe``, ``batch_statistics``), of all without a name.
 
+    values: what a composed tree has by dotted key, which is shown in place of the defaults.
     Raises ConfigError for an unknown name.
     """
-    chosen = words or (*(f"strategy={strategy.name}" for strategy in STRATEGIES), *SECTIONS, _LAUNCHER)
-    return "\n\n".join(_section(word) for word in chosen)
+    chosen = words or (*(f"strategy={each.name}" for each in STRATEGIES), *SECTIONS, _SWITCHES[0], _LAUNCHER)
+    return "\n\n".join(_section(word, values or {}) for word in chosen)
 
 
-def _section(word: str) -> str:
+def _section(word: str, values: Mapping[str, Any]) -> str:
     section, _, option = word.partition("=")
     if section == "strategy":
         strategy = find_strategy(option or "fsdp2")
         schema, title = strategy.schema, f"strategy={' | '.join(strategy.names)}"
     elif section in SECTIONS:
         schema, title = SECTIONS[section], section
+    elif section in _SWITCHES:
+        schema, title, section = SwitchesConf, ", ".join(_SWITCHES), ""
     elif section == "hydra/launcher" and option in ("", "torchrun"):
         schema, title, section = TorchrunConf, _LAUNCHER, "hydra.launcher"
     else:
-        known = ["strategy", *SECTIONS, _LAUNCHER]
+        known = ["strategy", *SECTIONS, *_SWITCHES, _LAUNCHER]
         likely = nearest(section, known) or known[:1]
         raise ConfigError(Problem(f"there is no section {section!r}", word, ", ".join(known), likely[0]))
-    rows = list(documented(schema, f"{section}."))
+    rows = [
+        row._replace(default=typed(values[row.name])) if row.name in values else row
+        for row in documented(schema, f"{section}." if section else "")
+    ]
     width = max(len(row.name) + len(row.default) + 1 for row in rows)
     lines = [f"== {title} ==", *_wrap(next(iter((schema.__doc__ or "").splitlines()), ""), "")]
     for row in rows:

@@ -44,7 +44,7 @@ def register_groups(search_path: ConfigSearchPath) -> None:
     """Register everything with Hydra; called by the plugin for every app, so it must cost next to nothing."""
     _register_resolvers()
     hardware = {"hardware": {name: functools.partial(_hardware, name) for name in HARDWARE}}
-    register(config_groups(), search_path, {"activation_checkpointing": False}, hardware)
+    register(config_groups(), search_path, {"activation_checkpointing": False, "batch_statistics": "local"}, hardware)
     register_launcher(_torchrun)
     register_sweeper(_layouts)
     if _RANK_COUNTS & os.environ.keys():
@@ -120,10 +120,10 @@ def _register_resolvers() -> None:
 
         return resolvers.autocast_dtype(dtype, device)
 
-    def explain(strategy_target: str) -> str:
+    def explain(strategy_target: str, *, _root_: Any) -> str:
         from nemo_dist_conf import resolvers
 
-        return resolvers.explain_target(strategy_target)
+        return resolvers.explain_target(strategy_target, _root_)
 
     def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: Any) -> int:
         from nemo_dist_conf import resolvers

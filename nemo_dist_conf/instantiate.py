@@ -14,7 +14,9 @@ from torch import nn
 from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.agree import agree_on_config, agree_on_model, config_mark, together
+from nemo_dist_conf.runtime.batch_statistics import use_global_statistics
 from nemo_dist_conf.runtime.build import Built, build_model, whole_up_to
+from nemo_dist_conf.runtime.ddp import SeveralRanksDDP, check_reduced
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import initialise_in_turn, materialise
 from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer
@@ -42,6 +44,8 @@ def instantiate(
     those of ``cfg.model.name_or_path``. With pp_size above 1 the model is a Pipeline: its ``step`` runs forward and
     backward.
 
+    cfg: a composed tree, or what hydra.utils.instantiate makes of one, whose nodes are typed configs by then and whose
+    model and optimizer may be objects: so a node ``_target_: nemo_dist_conf.instantiate`` needs nothing else.
     model: a module (its weights are kept; FSDP2 and DDP take rank 0's), a factory of one, or None for ``cfg.model``.
     Without either, the model and the optimizer returned are None.
     optimizer: called with the wrapped parameters; None: built from ``cfg.optimizer``, or None where that is absent.
@@ -52,6 +56,8 @@ def instantiate(
     device = _value(cfg, "device", "auto")
     info = initialize_distributed(device=device)
     node = _value(cfg, "model", None)
+    if model is None and callable(node):  # Hydra made it already
+        model = node
     seed = int(_value(cfg, "seed", 0))
 
     def build() -> Built | None:
@@ -67,6 +73,9 @@ def instantiate(
             log.warning(note)
     if built is None:
         return setup, None, None
+    if checked.batch_statistics == "global":
+        groups = [group for group in setup.mesh_context.data_groups() if group is not None]  # there is a mesh
+        use_global_statistics(built.model, groups)
     wrapped = _wrap(checked, setup, built, blocks if blocks is not None else built.blocks)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:
@@ -75,6 +84,8 @@ def instantiate(
         made = build_optimizer(settings, wrapped.named_parameters())
     if made is not None and checked.strategy.name == "megatron_fsdp":
         made = adopt_optimizer(wrapped, made)
+    elif made is not None and isinstance(wrapped, SeveralRanksDDP):
+        made.register_step_pre_hook(lambda *_: check_reduced(wrapped))
     return setup, wrapped, made
 
 

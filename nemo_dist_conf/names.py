@@ -5,16 +5,18 @@ from __future__ import annotations
 from enum import Enum
 
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Any, Iterable
 
 __all__ = [
     "ACTIVATION_CHECKPOINTING_MODES",
+    "BATCH_STATISTICS",
     "DType",
     "HARDWARE",
     "MeshAxisName",
     "SCHEDULES",
     "STRATEGY_NAMES",
     "Schedule",
+    "checkpointing_mode",
     "nearest",
 ]
 
@@ -58,6 +60,20 @@ class DType(Enum):
 #: What ``activation_checkpointing`` accepts: off, every block recomputed, or matmuls and attention saved.
 ACTIVATION_CHECKPOINTING_MODES: tuple[bool | str, ...] = (False, True, "selective")
 
+#: What ``batch_statistics`` accepts: of a rank's own rows, or of those of all data ranks.
+BATCH_STATISTICS: tuple[str, ...] = ("local", "global")
+
+
+def checkpointing_mode(value: Any) -> bool | str | None:
+    """The mode that a value means; None where it means none.
+
+    ``full`` is what logs and guides call true. A text that says true or false comes from the environment.
+    """
+    if isinstance(value, bool):
+        return value
+    words: dict[Any, bool | str] = {"full": True, "true": True, "false": False, "selective": "selective"}
+    return words.get(value) if isinstance(value, str) else None
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -89,7 +105,8 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Known words, those most like ``word`` first; empty when none is alike."""
+    """Known words, those most like ``word`` first, of these the ones that it begins; empty when none is alike."""
     import difflib  # only for a refusal; every Hydra app of the environment imports this module
 
-    return difflib.get_close_matches(str(word), [str(k) for k in known], n=3, cutoff=cutoff)
+    found = difflib.get_close_matches(str(word), [str(k) for k in known], n=3, cutoff=cutoff)
+    return sorted(found, key=lambda name: not name.startswith(str(word)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.device import cuda_present
@@ -11,17 +13,15 @@ from nemo_dist_conf.topology.world import planned_world_size
 
 __all__ = ["autocast_dtype", "compute_dtype", "explain_target", "pipeline_rows"]
 
-_DTYPES = ("auto", "float32", "bfloat16")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def compute_dtype(dtype: Any, device: str) -> str:
     """``train.dtype`` as a dtype's name: auto is bfloat16 on CUDA and float32 on the CPU."""
     if dtype not in _DTYPES:
         likely = nearest(str(dtype), _DTYPES) or ["auto"]
-        also = " (float16 would need loss scaling, which this recipe does not do)" if dtype == "float16" else ""
-        what = f"train.dtype={dtype} is not a dtype to train in{also}"
-        best = "bfloat16" if dtype == "float16" else likely[0]
-        raise ConfigError(Problem(what, f"train.dtype={dtype}", ", ".join(_DTYPES), f"train.dtype={best}"))
+        what = f"train.dtype={dtype} is not a dtype to train in"
+        raise ConfigError(Problem(what, f"train.dtype={dtype}", ", ".join(_DTYPES), f"train.dtype={likely[0]}"))
     if dtype != "auto":
         return str(dtype)
     return "bfloat16" if device == "cuda" or (device == "auto" and cuda_present()) else "float32"
@@ -48,11 +48,16 @@ def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: An
     return int(micro_batch_size or global_batch_size // data_ranks)
 
 
-def explain_target(target: str) -> str:
-    """Help texts of the composed strategy and of the other sections, for an app's ``--help``."""
+def explain_target(target: str, root: Any) -> str:
+    """Help texts of the composed strategy, the other sections and the switches, with their values, for ``--help``."""
     from nemo_dist_conf.explain import explain
-    from nemo_dist_conf.sections import SECTIONS
+    from nemo_dist_conf.schema import SwitchesConf, documented
+    from nemo_dist_conf.sections import SECTIONS, leaves
     from nemo_dist_conf.strategies import strategy_of_target
 
     strategy = strategy_of_target(target)
-    return explain(*([f"strategy={strategy.name}"] if strategy else []), *SECTIONS)
+    nodes = {name: root.get(name) for name in ("strategy", *SECTIONS)}
+    held = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items() if OmegaConf.is_dict(node)}
+    held |= {row.name: root.get(row.name) for row in documented(SwitchesConf) if row.name in root}
+    chosen = (*([f"strategy={strategy.name}"] if strategy else []), *SECTIONS, "batch_statistics")
+    return explain(*chosen, values=leaves(held))

@@ -9,13 +9,13 @@ import dataclasses
 import functools
 from typing import Any, Mapping
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import AnyNode, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
+from nemo_dist_conf.names import DType, nearest
 from nemo_dist_conf.schema import MoEConf, ParallelismConf, PipelineConf
-from nemo_dist_conf.strategies import STRATEGIES
+from nemo_dist_conf.strategies import STRATEGIES, Strategy, strategy_of_target
 from nemo_dist_conf.topology.paths import Paths
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "misspelt_sections",
     "read_section",
     "section_of",
+    "strategy_of",
     "typed_words",
 ]
 
@@ -35,18 +36,46 @@ SECTIONS: dict[str, type] = {"parallelism": ParallelismConf, "pipeline": Pipelin
 
 #: Keys that Hydra or we add to a typed node; they are not options.
 _BOOKKEEPING = ("_target_", "defaults")
+#: Class names of torch's policies, which Python code and YAML with a ``_target_`` give in place of our nodes.
+_POLICIES = ("CPUOffloadPolicy", "MixedPrecisionPolicy")
+
+
+def strategy_of(node: Any) -> Strategy | None:
+    """The strategy whose options a node holds: as composed, or as Hydra leaves it once it is instantiated.
+
+    hydra.utils.instantiate makes the typed config of a node. Where it stands in a tree it is a node of that class again
+    with OmegaConf 2.3, and the object itself with 2.4.
+    """
+    node = _as_node(node)
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+        return None
+    target = node._get_node("_target_") if "_target_" in node else None
+    if target is not None:
+        return strategy_of_target(str(target._value()))
+    kind = OmegaConf.get_type(node)
+    classes = kind.__mro__ if isinstance(kind, type) else ()
+    return next(filter(None, (strategy_of_target(f"{c.__module__}.{c.__name__}") for c in classes)), None)
+
+
+def _as_node(value: Any) -> Any:
+    """A typed config or a policy as a node of its fields; anything else as it is."""
+    value = value._value() if isinstance(value, AnyNode) else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return OmegaConf.structured(value, flags={"allow_objects": True})
+    return value
 
 
 def read_section(root: DictConfig, name: str, schema: type, paths: Paths, problems: list[Problem]) -> dict[str, Any]:
     """The node's values by field, typed as its schema; problems are appended, defaults stand in for what is wrong."""
-    node = root.get(name) if name in root else None
+    node = _as_node(root.get(name)) if name in root else None
     if node is None and name not in root:
         return _defaults(schema)
     if isinstance(node, DictConfig):
         values = _already_typed(node, schema)
         if values is not None:
             return values
-    typed = OmegaConf.structured(schema)
+    typed = OmegaConf.structured(schema, flags={"allow_objects": True} if root._get_flag("allow_objects") else None)
+    objects: dict[str, Any] = {}
     if node is None:
         problems.append(
             Problem(
@@ -66,8 +95,8 @@ def read_section(root: DictConfig, name: str, schema: type, paths: Paths, proble
             )
         )
     elif node is not None:
-        _merge(typed, node, schema, name, paths, problems)
-    return _plain(typed)
+        objects = _merge(typed, node, schema, name, paths, problems)
+    return {**_plain(typed), **objects}
 
 
 def _defaults(schema: type) -> dict[str, Any]:
@@ -101,6 +130,8 @@ def _already_typed(node: DictConfig, schema: type) -> dict[str, Any] | None:
         inner = known.get(key)
         if key not in known or (inner and value is not None and set(value) != _names(inner)):
             return None
+        if callable(value) or _is_of_torch(value):
+            return None
     return plain if set(plain) == set(known) else None
 
 
@@ -109,21 +140,48 @@ def _names(schema: type) -> frozenset[str]:
     return frozenset(item.name for item in dataclasses.fields(schema))
 
 
-def _merge(typed: DictConfig, node: DictConfig, schema: type, name: str, paths: Paths, problems: list[Problem]) -> None:
+def _is_of_torch(value: Any) -> bool:
+    return type(value).__module__ == "torch"
+
+
+def _by_name(value: Any) -> Any:
+    """A dtype of torch, or its path, as the name that our nodes have for it; anything else as it is."""
+    if not isinstance(value, str) and not _is_of_torch(value):
+        return value
+    name = str(value).removeprefix("torch.")
+    return name if name in DType.__members__ or _is_of_torch(value) else value
+
+
+def _is_policy(node: DictConfig) -> bool:
+    """Whether a node is a policy of torch itself, which is on by being there, and not one of ours with its switch."""
+    kind = OmegaConf.get_type(node)
+    target = str(node._get_node("_target_")) if "_target_" in node else getattr(kind, "__name__", "")
+    return target.rpartition(".")[2] in _POLICIES
+
+
+def _merge(
+    typed: DictConfig, node: DictConfig, schema: type, name: str, paths: Paths, problems: list[Problem]
+) -> dict[str, Any]:
+    """Put the node's values into the typed one; returns what only Python can say (functions), by key."""
     known = {item.name: item for item in dataclasses.fields(schema)}
+    objects = {}
     for key in map(str, node):
-        if key in _BOOKKEEPING and "." not in name:
+        if key in _BOOKKEEPING and ("." not in name or key == "_target_"):
             continue
         if key not in known:
             problems.append(_stray(f"{name}.{key}", _raw(node, key), known, paths))
             continue
         try:
-            value = node[key]
+            value = _as_node(node[key])
             inner = getattr(known[key].default_factory, "__call__", None) and _nested_schema(known[key])
             if inner and isinstance(value, DictConfig):
+                if _is_policy(value):
+                    typed[key].enabled = True
                 _merge(typed[key], value, inner, f"{name}.{key}", paths, problems)
+            elif callable(value):
+                objects[key] = value
             else:
-                typed[key] = value
+                typed[key] = _by_name(value)
         except OmegaConfBaseException as error:
             refusal = _resolvers_refusal(error)
             if refusal is not None:  # it says more than OmegaConf's wrapping
@@ -137,6 +195,7 @@ def _merge(typed: DictConfig, node: DictConfig, schema: type, name: str, paths: 
                     paths.set(f"{name}.{key}", _default_text(known[key])),
                 )
             )
+    return objects
 
 
 def _resolvers_refusal(error: BaseException | None) -> ConfigError | None:
@@ -203,7 +262,7 @@ def _stray(path: str, value: Any, known: Mapping[str, Any], paths: Paths) -> Pro
 
 def misspelt_sections(root: DictConfig, paths: Paths) -> list[Problem]:
     """Siblings of ours that look like one of our sections but are not, so that their values would be ignored."""
-    names = ["strategy", *SECTIONS, "activation_checkpointing"]
+    names = ["strategy", *SECTIONS, "activation_checkpointing", "batch_statistics"]
     problems = []
     for key in map(str, root):
         likely = [] if key in names else nearest(key, names, cutoff=0.8)

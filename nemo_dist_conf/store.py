@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
-import sys
-from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any, Callable, Mapping
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
+
+from nemo_dist_conf.owners import claim_of_app, places_of
 
 __all__ = [
     "BASE",
@@ -104,7 +103,10 @@ def register(
     plain_base: Mapping[str, Any],
     beside: Mapping[str, Mapping[str, Callable[[], Any]]],
 ) -> None:
-    """Store every entry under ``nemo_dist/``, and under the short name where the app has no such group.
+    """Store every entry under ``nemo_dist/``, and under the short name where the app does not own that name.
+
+    Options that an app adds to a group stand beside ours, in its files and in the ConfigStore, and what it extends
+    under the same name stands in place of it.
 
     groups: group -> option -> maker of its node; the first option is the default of the base config, which brings
     all groups in with one line. plain_base: what the base config holds besides its defaults list.
@@ -115,6 +117,12 @@ def register(
     if not isinstance(store.repo, _SharedEntries):
         store.repo = _SharedEntries(store.repo)
     _put(store, NAMESPACE, "hooks", _hooks_node)
+    places = places_of(search_path, PROVIDER)
+    stored = {
+        name.removesuffix(".yaml"): entry
+        for name, entry in store.repo.items()
+        if getattr(entry, "provider", PROVIDER) != PROVIDER
+    }
     short: list[Any] = []
     spaced: list[Any] = []
     for group, options in beside.items():
@@ -123,16 +131,15 @@ def register(
     for group, options in groups.items():
         first = next(iter(options))
         spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
-        owned = _owned_by_app(store, search_path, group)
-        short.append(spaced[-1] if owned else {group: first})
-        if owned:
-            _remove_ours(store, group)
+        claim = claim_of_app(group, options, NAMESPACE, stored, places, _foreign_entries(store, group))
+        short.append(spaced[-1] if claim.whole else {group: first})
+        _remove_ours(store, group)  # another app in this process may have claimed less
         for name, make in options.items():
             _put(store, f"{NAMESPACE}/{group}", name, make)
-            if not owned:
+            if not claim.whole and name not in claim.options:
                 _put(store, group, name, make)
     _put(store, NAMESPACE, BASE, lambda: _base_node(spaced, plain_base))
-    if not _owned_by_app(store, search_path, BASE):
+    if not claim_of_app(BASE, (), NAMESPACE, stored, places, ()).whole:
         _put(store, None, BASE, lambda: _base_node(short, plain_base))
 
 
@@ -170,7 +177,7 @@ def _put(store: ConfigStore, group: str | None, name: str, make: Callable[[], An
     level = store.repo
     for part in (group or "").split("/"):
         level = level.setdefault(part, {}) if part else level
-    if not _foreign_entry(store, group, name):
+    if name not in _foreign_entries(store, group):
         level[f"{name}.yaml"] = LazyNode(name, group, make)
 
 
@@ -182,10 +189,11 @@ def _level(store: ConfigStore, group: str | None) -> Any:
     return level
 
 
-def _foreign_entry(store: ConfigStore, group: str | None, name: str) -> bool:
+def _foreign_entries(store: ConfigStore, group: str | None) -> set[str]:
+    """Names of the entries that other providers have in a group."""
     level = _level(store, group)
-    entry = level.get(f"{name}.yaml") if isinstance(level, dict) else None
-    return entry is not None and entry.provider != PROVIDER
+    entries = level.items() if isinstance(level, dict) else ()
+    return {name.removesuffix(".yaml") for name, entry in entries if getattr(entry, "provider", PROVIDER) != PROVIDER}
 
 
 def _remove_ours(store: ConfigStore, group: str) -> None:
@@ -194,45 +202,6 @@ def _remove_ours(store: ConfigStore, group: str) -> None:
         del level[name]
     if level == {}:
         del store.repo[group]
-
-
-def _owned_by_app(store: ConfigStore, search_path: ConfigSearchPath, group: str) -> bool:
-    """Whether the app has this group (or root config) in its ConfigStore or in a folder of its search path."""
-    level = _level(store, group)
-    if isinstance(level, dict) and any(getattr(e, "provider", None) != PROVIDER for e in level.values()):
-        return True
-    if _foreign_entry(store, None, group):
-        return True
-    return any((folder / group).is_dir() or (folder / f"{group}.yaml").is_file() for folder in _folders(search_path))
-
-
-def _folders(search_path: ConfigSearchPath) -> Iterable[Path]:
-    """Folders that Hydra will look in. ``--config-dir`` is appended later, so it is read from argv."""
-    for element in search_path.get_path():
-        path = element.path or ""
-        if element.provider in ("hydra", "schema", PROVIDER):
-            continue
-        if path.startswith("pkg://"):
-            yield from _package_folders(path.removeprefix("pkg://"))
-        elif "://" not in path:
-            yield Path(path)
-        elif path.startswith("file://"):
-            yield Path(path.removeprefix("file://"))
-    words = sys.argv[1:]
-    for index, word in enumerate(words):
-        if word.startswith("--config-dir="):
-            yield Path(word.partition("=")[2])
-        elif word in ("--config-dir", "-cd") and index + 1 < len(words):
-            yield Path(words[index + 1])
-
-
-def _package_folders(package: str) -> Iterable[Path]:
-    try:
-        spec = importlib.util.find_spec(package.replace("/", "."))
-    except (ImportError, ValueError):
-        return
-    if spec is not None:
-        yield from (Path(location) for location in spec.submodule_search_locations or ())
 
 
 def register_resolver(name: str, function: Callable[..., Any], **options: Any) -> None:

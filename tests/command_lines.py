@@ -36,6 +36,7 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (1, "strategy.offload_policy=null"),
     (1, "activation_checkpointing=selective"),
     (1, "strategy.activation_checkpointing=true"),
+    (1, "activation_checkpointing=full"),
     (1, "activation_checkpointing=true strategy.activation_checkpointing=true"),
     (1, "strategy.enable_fsdp2_prefetch=true strategy.fsdp2_backward_prefetch_depth=0"),
     (2, "'strategy.tp_plan={model.layers.*.mlp.up_proj:colwise,model.layers.*.mlp.down_proj:rowwise}'"
@@ -149,7 +150,7 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
         " model.config.tie_word_embeddings=true"),
     # Options of a strategy.
     (1, "activation_checkpointing=some"),
-    (1, "strategy.activation_checkpointing=full"),
+    (1, "strategy.activation_checkpointing=fully"),
     (1, "activation_checkpointing=selective strategy.activation_checkpointing=true"),
     (2, "strategy.enable_async_tensor_parallel=true parallelism.tp_size=2"),
     (1, "strategy.enable_async_tensor_parallel=true"),
@@ -178,6 +179,8 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (1, "train.global_batch_size=0"),
     (1, "train.dtype=float16"),
     (1, "train.dtype=bf16"),
+    (1, "train.dtype=bfloat16 strategy.mp_policy=null"),
+    (1, "strategy=ddp train.dtype=bfloat16 strategy.autocast_dtype=float16"),
     # A plan of tensor parallelism.
     (2, "parallelism.tp_size=2 'strategy.tp_plan={model.layers.*.mlp.up_proj:columns}'"),
     (2, "parallelism.tp_size=2 'strategy.tp_plan={model.layer.*.up_proj:colwise,lm_head:colwise_gather_output}'"),

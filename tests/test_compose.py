@@ -73,6 +73,8 @@ def test_two_strategies_in_one_tree_need_a_choice():
         ({"strategy": "ddpp"}, "no strategy 'ddpp'"),
         ({"strategy": None}, "no strategy of nemo_dist_conf"),
         ({"strategy": {"name": "mine"}}, "no strategy of nemo_dist_conf"),
+        ({"strategy": {"reshard_after_forward": False}}, "type     defaults: .fsdp2, _self_."),
+        ({"strategy": {"bucket_cap_mb": 4}}, "type     defaults: .ddp, _self_."),
         ({}, "no strategy of nemo_dist_conf"),
     ],
 )
@@ -122,6 +124,28 @@ def test_a_folders_config_is_read_for_the_rules(tmp_path):
     cfg.model = {"name_or_path": str(tmp_path)}
     with pytest.raises(ConfigError, match="3 attention heads"):
         check(cfg, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "instead"),
+    [
+        (("strategy=ddp",), 2, "strategy.find_unused_parameters=true"),
+        (("strategy=ddp",), 1, None),
+        (("strategy=ddp", "strategy.find_unused_parameters=true"), 2, None),
+        (("strategy=fsdp2",), 2, None),
+        (("strategy=fsdp2", "parallelism.pp_size=2", "pipeline.pp_batch_size=2"), 2, "parallelism.pp_size=1"),
+    ],
+)
+def test_a_model_that_skips_layers_is_known_from_its_config(words, ranks, instead):
+    cfg = composed(*words)
+    OmegaConf.set_struct(cfg, False)
+    cfg.model = {"config": {"model_type": "bart", "encoder_layerdrop": 0.1, "decoder_layerdrop": 0.0}}
+    if instead is None:
+        check(cfg, ranks)
+        return
+    with pytest.raises(ConfigError, match="model.config.encoder_layerdrop=0.1") as error:
+        check(cfg, ranks)
+    assert error.value.type == instead
 
 
 def test_trivially_satisfied_requests_are_noted():

@@ -1,8 +1,8 @@
 """Every command in the README and the guides runs as written, and every refusal shown is the one that comes.
 
-The lines of a block ```bash are run one after the other in an empty folder; after the comment <!-- refused --> the
-last one must fail with the text of the block ```text that follows. The two lines after <!-- command: ... --> set up
-environments: CI and the install tests run them.
+The lines of a block ```bash are run one after the other in a folder with the files that the page shows; after the
+comment <!-- refused --> the last one must fail with the text of the block ```text that follows. The two lines after
+<!-- command: ... --> set up environments: CI and the install tests run them.
 """
 
 import re
@@ -50,6 +50,14 @@ def test_the_pages_hold_commands_and_every_command_block_is_understood():
         assert text.count("```bash") == len(BLOCK.findall(text))
 
 
+def write_files(page: str, folder: Path) -> None:
+    """What a page shows as a file, which is a block with its path in the first line."""
+    text = next(path for path in PAGES if path.name == page).read_text()
+    for path, rest in re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(rest)
+
+
 def run(line: str, folder: Path, fresh: bool) -> subprocess.CompletedProcess[str]:
     program, *words = shlex.split(line)
     if "nemo_dist_conf.train" in words and not fresh and not any("=submitit" in word for word in words):
@@ -62,6 +70,7 @@ def run(line: str, folder: Path, fresh: bool) -> subprocess.CompletedProcess[str
 def test_it_runs(block, tmp_path):
     """In a fresh interpreter: the README's first run under torchrun, and what is refused, which needs no torch."""
     first = block.page == "README.md" and block.lines[0].startswith("torchrun ")
+    write_files(block.page, tmp_path)
     for line in block.lines:
         done = run(line, tmp_path, fresh=first or block.refused is not None or "--cfg" in line)
         if block.refused is not None and line == block.lines[-1]:
@@ -76,6 +85,25 @@ def test_the_two_setup_lines_are_one_line_each():
     found = re.findall(r"<!-- command: (\w+) -->\n```bash\n(.*?)```", text, re.DOTALL)
     assert [name for name, _ in found] == ["train", "test"]
     assert all(lines.strip().count("\n") == 0 for _, lines in found)
+
+
+def test_what_the_code_refers_to_is_there():
+    """Pages of the docs, results of the benchmarks and tests that a comment or docstring names."""
+    for file in (ROOT / "nemo_dist_conf").rglob("*.py"):
+        for found in re.finditer(r"\b(docs|benchmarks|tests)/[\w./-]*\w(, (test_\w+))?", file.read_text()):
+            path, name = found[0].partition(",")[0], found[3]
+            exact = [ROOT / path, *ROOT.glob(f"{path}*")]  # decisions are named by their number
+            assert any(place.exists() for place in exact), f"{file.name}: {path}"
+            assert name is None or f"def {name}(" in (ROOT / path).read_text(), f"{file.name}: {path}, {name}"
+
+
+def test_the_messages_that_troubleshooting_explains_are_still_given():
+    """But for the names and numbers in them."""
+    text = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
+    source = "".join(file.read_text() for file in sorted((ROOT / "nemo_dist_conf").rglob("*.py")))
+    for message in re.findall(r"^\*\*`([^`]*)`\.\*\*", text, re.MULTILINE):
+        for words in re.split(r"\w*\(\)|'\d+'|\d+|pp_size|^settings", message):
+            assert words.strip() in source, message
 
 
 def test_links_in_the_pages_lead_somewhere():

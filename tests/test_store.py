@@ -70,7 +70,7 @@ def test_composed_nodes_are_typed_and_hold_no_bookkeeping_of_ours():
         cfg = compose("nemo_dist_conf")
     assert OmegaConf.get_type(cfg.strategy).__name__ == "FSDP2Conf"
     assert "defaults" not in cfg.strategy and set(cfg) == {
-        "strategy", "parallelism", "pipeline", "moe", "activation_checkpointing"
+        "strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "batch_statistics"
     }
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import DataError, Problem
 from nemo_dist_conf.runtime.boxes import Box, box_of, local_values
-from nemo_dist_conf.runtime.megatron_fsdp import install_weights, is_wrapped, show_shards
+from nemo_dist_conf.runtime.megatron_fsdp import is_wrapped, show_shards, take_over_weights
 from nemo_dist_conf.runtime.unwrap import unwrapped
 
 __all__ = [
@@ -151,7 +151,7 @@ def _make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, key
 def set_weights(model: nn.Module) -> None:
     """Let what was put into the parameters take effect, where a library keeps copies of them."""
     if is_wrapped(model):
-        install_weights(model)
+        take_over_weights(model)
 
 
 # ------------------------------------------------------------------------------------------------ settings of groups

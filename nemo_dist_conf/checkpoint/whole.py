@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from nemo_dist_conf.checkpoint.buffers import make_buffers_equal
 from nemo_dist_conf.checkpoint.folder import (
     CONFIG,
     STATE,
@@ -125,8 +126,11 @@ def take_snapshot(
     config: Any = None,
     copies: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """The state as it is now. copies: where to copy tensors to, on the CPU, so that training can go on; kept for the
-    next time. None: the pieces share the memory of the model and the optimizer."""
+    """The state as it is now; buffers that differ between ranks are made equal.
+
+    copies: where to copy tensors to, on the CPU, so that training can go on; kept for the next time. None: the pieces
+    share the memory of the model and the optimizer."""
+    make_buffers_equal(model)
     pieces = weight_pieces(model)
     groups: list[dict[str, Any]] = []
     if optimizer is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
-from nemo_dist_conf.models.facts import ModelFacts
+from nemo_dist_conf.models.facts import ModelFacts, is_dense_family
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.solve import divisors
 
-__all__ = ["model_problems", "tensor_parallel_sizes", "tied_head_problems"]
+__all__ = ["layerdrop_problems", "model_problems", "tensor_parallel_sizes", "tied_head_problems"]
 
 
 def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
@@ -21,6 +21,33 @@ def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
     if not known:
         return None
     return [d for d in divisors(min(known)) if all(n % d == 0 for n in known)]
+
+
+def layerdrop_problems(
+    config: Mapping[str, Any], strategy: Mapping[str, Any], sizes: Mapping[str, Any], world_size: int, paths: Paths
+) -> list[Problem]:
+    """What does not go with a model that skips layers at random, where its config says so.
+
+    config: fields of a transformers model's config as they are typed. strategy: values of that node.
+    """
+    skipping = {k: v for k, v in config.items() if "layerdrop" in k.replace("_", "") and _is_number(v) and v > 0}
+    for key, value in skipping.items():
+        said, switch = paths.set(f"model.config.{key}", value), "strategy.find_unused_parameters"
+        off = f"{key}=0: a model that runs all its layers"
+        if (sizes.get("pp_size") or 1) > 1:
+            what = f"{said}: the stages of a pipeline would not skip the same layers"
+            one = paths.set("parallelism.pp_size", 1)
+            asked = f"{said} {paths.set('parallelism.pp_size', sizes['pp_size'])}"
+            return [Problem(what, asked, f"pp_size=1, or {off}", one)]
+        if world_size > 1 and strategy.get("find_unused_parameters") is False:
+            what = f"{said}: layers that a step skips get no gradient, which DDP has to be told"
+            on = paths.set(switch, True)
+            return [Problem(what, f"{said} {paths.set(switch, False)}", f"{on}, or {off}", on)]
+    return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def model_problems(
@@ -38,7 +65,7 @@ def model_problems(
     problems = []
     tp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "cp_size", "ep_size"))
     pp = sizes.get("pp_size") or 1
-    if tp > 1 and facts.num_experts is not None:
+    if tp > 1 and facts.num_experts:
         problems.append(
             Problem(
                 f"tp_size={tp}: the experts of {facts.model_type or 'the model'} have no tensor-parallel plan",
@@ -121,9 +148,9 @@ def tied_head_problems(moe: Mapping[str, Any], paths: Paths = Paths()) -> list[P
 
 def _expert_problems(facts: ModelFacts, ep: int, paths: Paths) -> list[Problem]:
     asked = paths.set("parallelism.ep_size", ep)
-    if facts.num_experts is None:
-        if facts.model_type is None:  # the model is asked itself when it is built
-            return []
+    if facts.num_experts is None and not is_dense_family(facts.model_type or ""):
+        return []  # the model is asked itself when it is built
+    if not facts.num_experts:
         return [
             Problem(
                 f"ep_size={ep}, but the model ({facts.model_type}) has no experts",

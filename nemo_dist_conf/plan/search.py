@@ -114,7 +114,7 @@ class _Search:
             num_heads=self.model.heads,
             num_kv_heads=self.model.kv_heads,
             intermediate_size=self.model.intermediate,
-            num_experts=self.model.experts or None,
+            num_experts=self.model.experts,
         )
 
     def best(self, world_size: int, top: int) -> Result:

@@ -16,6 +16,7 @@ from nemo_dist_conf.recipe.folder import config_folder
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
+from nemo_dist_conf.texts import told_as_texts
 from nemo_dist_conf.topology.world import planned_world_size
 
 __all__ = [
@@ -46,6 +47,13 @@ def typed_model_config(config: Any, overrides: Iterable[str]) -> dict[str, Any]:
 
 def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
     """The checked recipe config (with or without its ``hydra`` node), or ConfigError with every problem."""
+    try:
+        return _check_recipe(config, world_size)
+    except ConfigError as error:
+        raise told_as_texts(error, config, lambda read: _check_recipe(read, world_size)) from None
+
+
+def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
     checked = None
     problems = list(_stray_keys(config))
     problems += saving_problems(config, OmegaConf.load(config_folder() / "train.yaml").checkpoint)
@@ -63,7 +71,9 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
             )
         facts = facts or facts_from_config(fields)
     try:
-        checked = check(config, world_size, facts=facts, seq_len=OmegaConf.select(config, "data.seq_len"))
+        seq_len = OmegaConf.select(config, "data.seq_len")
+        checked = check(config, world_size, facts=facts, seq_len=seq_len if isinstance(seq_len, int) else None)
+        problems += _dtype_problems(config.train.get("dtype"), checked)
         data_size = checked.mesh.size("dp")
         problems += batch_problems(config.train.global_batch_size, config.train.micro_batch_size, data_size)
         if checked.sizes["pp_size"] > 1 and not problems:
@@ -74,6 +84,38 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
     if checked is None:
         raise AssertionError("not checked, but no problem either")
     return checked
+
+
+def _dtype_problems(dtype: Any, checked: Checked) -> list[Problem]:
+    """``train.dtype`` and the strategy's own option, where a preset or a typed word answers otherwise."""
+    values = checked.strategy_values
+    policy = values.get("mp_policy") or {}
+    if "mp_policy" in values:
+        key, own = "strategy.mp_policy.param_dtype", policy.get("param_dtype") if policy.get("enabled") else None
+    else:
+        key, own = "strategy.autocast_dtype", values.get("autocast_dtype")
+    name = getattr(own, "name", own) or "float32"
+    if not {"mp_policy", "autocast_dtype"} & values.keys():
+        return _unscaled_problems(dtype, checked)
+    if dtype == "auto" or name == dtype:
+        return []
+    return [
+        Problem(
+            "what the model computes in has two different answers",
+            f"train.dtype={dtype} {key}={'null' if own is None else name}",
+            "one of them, or both the same",
+            "train.dtype=auto",
+        )
+    ]
+
+
+def _unscaled_problems(dtype: Any, checked: Checked) -> list[Problem]:
+    """float16 under a strategy that keeps gradients in buffers of its own, where nothing scales them."""
+    if dtype != "float16":
+        return []
+    what = f"strategy={checked.strategy.name} has no loss scaling here, without which gradients in float16 become zero"
+    asked = f"{checked.paths.choose('strategy', checked.strategy.name)} train.dtype=float16"
+    return [Problem(what, asked, "auto, float32, bfloat16; or strategy=fsdp2", "train.dtype=bfloat16")]
 
 
 def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem:
@@ -108,7 +150,8 @@ def _pipeline_batch_problems(train: DictConfig, pp_batch_size: int, data_size: i
 def _stray_keys(config: DictConfig) -> Iterable[Problem]:
     """Keys that ``+`` added where nothing reads them."""
     own: Any = OmegaConf.load(config_folder() / "train.yaml")
-    groups = ["strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "model", "data", "optimizer"]
+    groups = ["strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "batch_statistics"]
+    groups += ["model", "data", "optimizer"]
     others = [str(key) for key in own if key not in (*groups, "defaults", "hydra")]
     known: dict[str, list[str]] = {"": [*groups, *others]}
     for section in ("train", "checkpoint"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from typing import Any, Callable
+from typing import Any, Callable, ContextManager
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.blocks import Blocks
+from nemo_dist_conf.runtime.forward_state import ForwardState, Taken
+from nemo_dist_conf.runtime.forwards import Around
 
 __all__ = ["apply_activation_checkpointing"]
 
@@ -30,31 +34,96 @@ def apply_activation_checkpointing(
     """
     if mode is False:
         return
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "use_cache", False):
-        config.use_cache = False  # a key/value cache of transformers would be filled again by the recomputation
-    contexts: dict[str, Any] = {}
+    for module in model.modules():  # those of a model with several towers have configs of their own
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # a key/value cache of transformers would be filled again by the recomputation
+    contexts: Callable[[], Any] | None = None
     if mode == "selective" or keeps_routing:
         kept = (_kept_ops() if mode == "selective" else frozenset()) | (_ROUTING if keeps_routing else frozenset())
-        policy = functools.partial(_policy, kept)
-        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+        contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
     for block in blocks.values():
-        block.forward = _Checkpointed(block.forward, contexts)
+        block.forward = _Checkpointed(block, contexts)
     log.info("activation checkpointing (%s): %d blocks", "full" if mode is True else mode, len(blocks))
 
 
-class _Checkpointed:
-    """A block's forward under torch.utils.checkpoint.
+class _Checkpointed(Around):
+    """A block's forward under torch.utils.checkpoint; running again leaves no trace.
 
-    Not a functools.partial: torch.compile passes over one without a word (torch 2.13). Not a closure: copying the
-    model would leave the copy with the original's forward.
+    What the first run changed besides its output (running statistics, counters, Python's random numbers) is as it was
+    before that run while forward runs again, and afterwards as if that had not been. torch does so for its own
+    generators alone.
     """
 
-    def __init__(self, forward: Callable[..., Any], options: dict[str, Any]) -> None:
-        self.forward, self.options = forward, options
+    def __init__(self, block: nn.Module, contexts: Callable[[], Any] | None) -> None:
+        """contexts: of selective checkpointing, for the two runs; None: everything is recomputed."""
+        super().__init__(block.forward)
+        self.contexts, self.state = contexts, ForwardState(block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
+        if not torch.is_grad_enabled():
+            return self.__wrapped__(*args, **kwargs)
+        kwargs = {key: _without_cache(key, value) for key, value in kwargs.items()}
+        options: dict[str, Any] = {} if self.contexts is None else {"context_fn": self.contexts}
+        # A compiled block runs what it changes once by itself.
+        if not torch.compiler.is_compiling() and self.state.changing != []:
+            options["context_fn"] = self._both
+        return checkpoint(self.__wrapped__, *args, use_reentrant=False, **options, **kwargs)
+
+    def _both(self) -> tuple[ContextManager[None], ContextManager[None]]:
+        inner = (contextlib.nullcontext(), contextlib.nullcontext()) if self.contexts is None else self.contexts()
+        before: Taken = {}
+        return _FirstRun(inner[0], self.state, before), _SecondRun(inner[1], self.state, before)
+
+
+class _FirstRun(ContextManager[None]):
+    """Notes what a run of a block changes. before: filled with how that was."""
+
+    def __init__(self, inner: ContextManager[Any], state: ForwardState, before: Taken) -> None:
+        self.inner, self.state, self.before = inner, state, before
+
+    def __enter__(self) -> None:
+        self.before.update(self.state.take())
+        self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.inner.__exit__(*error)
+        if error[0] is None:
+            self.state.learn(self.before)
+
+
+class _SecondRun(ContextManager[None]):
+    """Lets a block start from the state before its first run, and leaves the one that there is.
+
+    Entered twice where gradients of inputs and of weights are computed apart (zero-bubble schedules).
+    """
+
+    def __init__(self, inner: ContextManager[Any], state: ForwardState, before: Taken) -> None:
+        self.inner, self.state, self.before = inner, state, before
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.state.as_it_was(self.before))
+            stack.enter_context(self.inner)
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+
+
+def _without_cache(key: str, value: Any) -> Any:
+    """What a block is given in place of a key/value cache of transformers, to which both runs would add.
+
+    Raises ConfigError for one that holds something already, which a block would need.
+    """
+    if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
+        return value
+    if value.get_seq_length() == 0:
+        return None
+    what = f"{key} holds keys and values already, and a block that is run again would add its own a second time"
+    mode = "activation_checkpointing"
+    raise ConfigError(Problem(what, f"model({key}=...) with {mode}=true", f"{mode}=false with it", f"{mode}=false"))
 
 
 #: What a router of transformers chooses experts with.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from enum import Enum
+from pathlib import PurePath
 from typing import Any, Callable, TypeVar
 
 import torch
@@ -69,10 +71,22 @@ def are_near(one: tuple[str, list[Any]], other: tuple[str, list[Any]]) -> bool:
 
 
 def config_mark(cfg: Any) -> str:
-    """A checksum of the config, interpolations as they are written: ${oc.env:LOCAL_RANK} may differ by rank."""
+    """A checksum of the config, interpolations as they are written: ${oc.env:LOCAL_RANK} may differ by rank.
+
+    Of objects that stand in it (a model, a function), their class: the rest of their text may hold an address.
+    """
     if not isinstance(cfg, DictConfig):
         return ""
-    return hashlib.sha256(repr(OmegaConf.to_container(cfg, resolve=False)).encode()).hexdigest()
+    return hashlib.sha256(repr(_written(OmegaConf.to_container(cfg, resolve=False))).encode()).hexdigest()
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _written(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_written(item) for item in value]
+    plain = value is None or isinstance(value, (bool, int, float, str, bytes, PurePath, Enum, torch.dtype))
+    return value if plain else type(value)
 
 
 def together(make: Callable[[], _T], mark: Callable[[_T], Any] = lambda made: None) -> tuple[_T, list[Any]]:

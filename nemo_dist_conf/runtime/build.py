@@ -126,7 +126,8 @@ def _built(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: i
     if "_target_" in node:
         from hydra.utils import instantiate
 
-        return _from_factory(lambda: instantiate(node), seed, device, None)
+        factory = instantiate(node) if node.get("_partial_") else lambda: instantiate(node)
+        return _from_factory(factory, seed, device, None)
     if node.get("name_or_path") or node.get("config"):
         return _from_transformers(node, seed, device, blocks)
     raise _not_a_model(node)

@@ -16,9 +16,19 @@ from torch.distributed.tensor import DTensor, Shard
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.models.rules import tied_head_problems
+from nemo_dist_conf.runtime.averaged import Averaged
+from nemo_dist_conf.runtime.batch_statistics import keeps_statistics
 from nemo_dist_conf.runtime.blocks import Blocks
-from nemo_dist_conf.runtime.configs import MoEParallelizerConfig
-from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
+from nemo_dist_conf.runtime.configs import FSDP2Config, MoEParallelizerConfig
+from nemo_dist_conf.runtime.unit_rules import (
+    input_embeddings,
+    lay_in_order,
+    of_other_dtype,
+    output_embeddings,
+    refuse_sparse,
+    scalars,
+    unshared,
+)
 
 __all__ = ["Experts", "shard_blocks"]
 
@@ -48,7 +58,7 @@ def shard_blocks(
     config: FSDP2Config,
     in_pipeline: bool = False,
     experts: Experts | None = None,
-) -> None:
+) -> Averaged | None:
     """Shard the model in place: each block is gathered, computed and freed on its own, the root takes the rest.
 
     A large embedding is freed before the blocks compute and not gathered for backward, which needs only its indices; a
@@ -59,18 +69,29 @@ def shard_blocks(
     reshard_after_forward None: blocks free their gathered parameters after forward, all but the last one and the head,
     which backward needs first; inside a pipeline none does, because the next microbatch needs them at once.
     experts: what of the blocks is sharded over ep_shard in units of its own, as the group moe says.
+    Returns what averages gradients of the parameters that stay whole on every rank (runtime/unit_rules.py); None where
+    there are none.
+    Raises ConfigError for what cannot be sharded.
     Source: torch.distributed.fsdp.fully_shard.
     """
+    refuse_sparse(model, instead="strategy=ddp")
+    lay_in_order(model)
     policy = config.mp_policy or MixedPrecisionPolicy()
+    blocks, whole = unshared(model, blocks), _Whole(model, mesh, policy)
     # A cast of the outputs is meant for the model's outputs; between blocks it would only cost two copies.
     inner = dataclasses.replace(policy, output_dtype=None)
-    shared: dict[str, Any] = {"mesh": mesh, "offload_policy": _offload(config.offload_policy, mesh)}
+    shared: dict[str, Any] = {
+        "mesh": mesh,
+        "offload_policy": _offload(config.offload_policy, mesh),
+        "ignored_params": whole.parameters,
+    }
     units = list(blocks.values())
     for index, block in enumerate(units):
         reshard = config.reshard_after_forward
         if reshard is None:
             reshard = not in_pipeline and index < len(units) - 1
         held = _shard_experts(block, experts, inner, shared) if experts is not None else None
+        whole.shard_other_dtypes(block, held or inner, reshard, shared)
         fully_shard(block, mp_policy=held or inner, reshard_after_forward=reshard, **shared)
     embedding: nn.Module | None = None
     last: list[nn.Module] = []
@@ -86,6 +107,7 @@ def shard_blocks(
     if last:
         _expect_views(*last)
         fully_shard(last, mp_policy=inner, reshard_after_forward=bool(config.reshard_after_forward), **shared)
+    whole.shard_other_dtypes(model, inner, config.reshard_after_forward, shared)
     # None: torch keeps the root's parameters gathered, since backward starts with them.
     fully_shard(model, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **shared)
     if config.enable_fsdp2_prefetch:
@@ -93,6 +115,37 @@ def shard_blocks(
         _chain_prefetch(in_order, config.fsdp2_forward_prefetch_depth, config.fsdp2_backward_prefetch_depth)
     shape = " x ".join(f"{name} {mesh.size(i)}" for i, name in enumerate(mesh.mesh_dim_names or ("ranks",)))
     log.info("fully_shard: %d blocks and the root over %s", len(units), shape)
+    return whole.averaged()
+
+
+class _Whole:
+    """Parameters of a model that no unit can hold: they stay as they are on every rank."""
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        self._places = scalars(model)
+        if policy.param_dtype is not None:  # a batch norm takes weights in float32 beside its running statistics
+            kept = [module for module in model.modules() if keeps_statistics(module)]
+            self._places += [(module, key) for module in kept for key, p in module._parameters.items() if p is not None]
+        self._mesh = mesh
+        self.parameters: set[nn.Parameter] = set(self._now())
+
+    def shard_other_dtypes(
+        self, unit: nn.Module, policy: MixedPrecisionPolicy, reshard: bool | None, shared: dict[str, Any]
+    ) -> None:
+        """Take out of a unit what is of another dtype than the most of it."""
+        apart, whole = of_other_dtype(unit, self.parameters, casts=policy.param_dtype is not None)
+        for module in apart:
+            fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **shared)
+        self._places += whole
+        self.parameters.update(self._now())
+
+    def averaged(self) -> Averaged | None:
+        groups = [self._mesh.get_group(index) for index in range(self._mesh.ndim)]
+        return Averaged(self._now, groups, few=True) if self._places else None
+
+    def _now(self) -> list[nn.Parameter]:
+        found = (module._parameters[key] for module, key in self._places)
+        return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
 
 
 def _shard_experts(
@@ -131,11 +184,10 @@ def _shard_outer(
 
     Raises ConfigError for a head whose weights are the embedding's too.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if next(head.parameters() if isinstance(head, nn.Module) else iter(()), None) is None:
+    head, embedding = output_embeddings(model), input_embeddings(model)
+    if head is not None and next(head.parameters(), None) is None:
         head = None  # on another pipeline stage
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if head is not None and isinstance(embedding, nn.Module) and _share(head, embedding):
+    if head is not None and embedding is not None and _share(head, embedding):
         name = config.lm_head_precision and str(config.lm_head_precision).removeprefix("torch.")
         moe = {"lm_head_precision": name, "wrap_outer_model": config.wrap_outer_model}
         ConfigError.raise_if(tied_head_problems(moe))
@@ -157,7 +209,7 @@ def _large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Modu
     kind: Any = type(model)
     if not kind.__module__.startswith("transformers.") or kind.forward.__module__ != kind.__module__:
         return None, []
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    embedding, head = input_embeddings(model), output_embeddings(model)
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _share(embedding, head):
         return None, []
     inside = {id(module) for block in blocks for module in block.modules()}

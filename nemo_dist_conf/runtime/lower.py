@@ -12,10 +12,18 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, DType, nearest
+from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, DType, checkpointing_mode, nearest
 from nemo_dist_conf.schema import MixedPrecisionConf, OffloadConf
 
-__all__ = ["lower_config", "lower_dtype", "lower_mapping", "lower_mp_policy", "lower_offload_policy", "plain_mapping"]
+__all__ = [
+    "LOWERED",
+    "lower_config",
+    "lower_dtype",
+    "lower_mapping",
+    "lower_mp_policy",
+    "lower_offload_policy",
+    "plain_mapping",
+]
 
 
 def lower_dtype(value: Any, path: str = "dtype") -> torch.dtype | None:
@@ -41,7 +49,10 @@ def lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
     if value is None:
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        defaults = value == schema()
         value = dataclasses.asdict(value)
+        if defaults:  # typed already; OmegaConf would take a millisecond of every build
+            return value if value.pop("enabled", True) else None
     if isinstance(value, (Mapping, DictConfig)):
         typed = OmegaConf.structured(schema)
         given: Any = value
@@ -103,8 +114,8 @@ def lower_offload_policy(value: Any, path: str = "strategy.offload_policy") -> C
     return None if fields is None else CPUOffloadPolicy(**fields)
 
 
-#: Fields whose torch type the schema spells differently.
-_LOWERED = {
+#: Fields whose torch type the schema spells differently, with what makes the one from the other.
+LOWERED = {
     "mp_policy": lower_mp_policy,
     "offload_policy": lower_offload_policy,
     "autocast_dtype": lower_dtype,
@@ -116,25 +127,26 @@ _LOWERED = {
 def lower_config(config: Any, section: str) -> None:
     """Convert a typed config's fields in place, from names, mappings or composed nodes.
 
-    The schema class that it inherits from says each field's type. Raises ConfigError with all problems.
+    section: the node that the config stands for. The schema class that it inherits from says each field's type. What
+    has that type already stays the object that was given. Raises ConfigError with all problems.
     """
     schema = type(config).__mro__[1]
     typed: DictConfig | None = None
-    where = "strategy" if section in ("fsdp2", "ddp", "megatron_fsdp") else section
     problems: list[Problem] = []
     for item in dataclasses.fields(config):
-        path, value = f"{where}.{item.name}", getattr(config, item.name)
+        path, value = f"{section}.{item.name}", getattr(config, item.name)
         try:
             if item.name == "activation_checkpointing":
-                _check_mode(value, path)
-            elif item.name in _LOWERED:
-                setattr(config, item.name, _LOWERED[item.name](value, path))
+                setattr(config, item.name, _lower_mode(value, path))
+            elif item.name in LOWERED:
+                setattr(config, item.name, LOWERED[item.name](value, path))
             elif item.name == "tp_plan":
                 setattr(config, item.name, plain_mapping(value, path))
             elif item.name != "loss_fn" and not _is_plain(value, item.default):
                 typed = OmegaConf.structured(schema) if typed is None else typed
-                _set(typed, item.name, value, where)
-                setattr(config, item.name, _plain(typed[item.name]))
+                _set(typed, item.name, value, section)
+                plain = _plain(typed[item.name])
+                setattr(config, item.name, value if type(plain) is type(value) and plain == value else plain)
         except ConfigError as error:
             problems += error.problems
     ConfigError.raise_if(problems)
@@ -151,17 +163,21 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _check_mode(value: Any, path: str) -> None:
-    if any(value is mode or (isinstance(mode, str) and value == mode) for mode in ACTIVATION_CHECKPOINTING_MODES):
-        return
+def _lower_mode(value: Any, path: str) -> bool | str:
+    mode = checkpointing_mode(value)
+    if mode is not None:
+        return mode
     allowed = ", ".join(str(mode).lower() for mode in ACTIVATION_CHECKPOINTING_MODES)
     raise ConfigError(Problem(f"{path}={value!r} is not a mode", f"{path}={value}", allowed, f"{path}=true"))
 
 
 def plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
-    """A plain dict for a mapping or a composed node; None stays None. Raises ConfigError for anything else."""
-    if value is None:
-        return None
+    """A plain dict for a mapping or a composed node; None and a dict stay as they are.
+
+    Raises ConfigError for anything else.
+    """
+    if value is None or (type(value) is dict and all(isinstance(key, str) for key in value)):
+        return value
     if isinstance(value, DictConfig):
         value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, Mapping):

@@ -25,7 +25,9 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig, library_problems
+from nemo_dist_conf.runtime.configs import MegatronFSDPConfig
+from nemo_dist_conf.runtime.unit_rules import refuse_sparse
+from nemo_dist_conf.strategies.megatron_fsdp import library_problems
 
 __all__ = [
     "ARGUMENTS",
@@ -36,6 +38,7 @@ __all__ = [
     "microbatch",
     "remember_norm",
     "show_shards",
+    "take_over_weights",
     "wrap",
 ]
 
@@ -74,6 +77,7 @@ def wrap(
     """
     ConfigError.raise_if(library_problems())
     _require_cuda(device_mesh)
+    _refuse_parameters(model)
     library = importlib.import_module("megatron_fsdp")
     units = find_blocks(model, blocks)
     classes = _unit_classes(model, config, units)
@@ -88,6 +92,7 @@ def wrap(
         main_grads_dtype=torch.float32 if config.grad_reduce_in_fp32 else None,
     )
     options = {argument: getattr(config, name) for name, argument in ARGUMENTS.items()}
+    used = _Used(model)
     wrapped = library.fully_shard_model(
         model,
         device_mesh=device_mesh,
@@ -102,7 +107,7 @@ def wrap(
         **options,
     )
     wrapped.is_last_microbatch = config.overlap_grad_reduce
-    wrapped._nemo_config, wrapped._gradient_norm = config, None
+    wrapped._nemo_config, wrapped._gradient_norm, wrapped._used = config, None, used
     wrapped._replace_param_with_distributed_if_needed()
     log.info("megatron-fsdp: %d classes of units, ZeRO-%d over %s", len(classes), config.zero_dp_strategy, sizes)
     return wrapped
@@ -113,6 +118,45 @@ def _require_cuda(device_mesh: DeviceMesh) -> None:
         what = "megatron-fsdp runs on CUDA devices only"
         asked = f"strategy=megatron_fsdp on {device_mesh.device_type}"
         raise ConfigError(Problem(what, asked, "device=cuda; fsdp2 and ddp run anywhere", "strategy=fsdp2"))
+
+
+class _Used:
+    """Which parameters got a gradient in a step.
+
+    megatron-fsdp 0.6 reduces a group of parameters when all of it have their gradients. One that a step does not use
+    leaves those of the others as they are on each rank, without a word; a group that is not used at all does no harm.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """model: before it is wrapped; the library keeps its parameters for forward and backward."""
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._used: set[int] = set()
+        for parameter in self._trained.values():
+            parameter.register_post_accumulate_grad_hook(lambda used: self._used.add(id(used)))
+
+    def check(self, model: Any) -> None:
+        """Of the step that ends now; raises ConfigError with the names of what was not used."""
+        used, self._used = self._used, set()
+        group_of = model.param_and_grad_buffer.param_to_param_group
+        partly = {group_of[p] for p in self._trained.values() if p in group_of and id(p) in used}
+        unused = [n for n, p in self._trained.items() if id(p) not in used and group_of.get(p) in partly]
+        if not used or not unused:
+            return
+        shown = f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}"
+        what = f"{shown} got no gradient in this step, and megatron-fsdp then reduces none of the same group's"
+        allowed = "strategy=fsdp2, which takes it; or requires_grad_(False) for what is never used"
+        raise ConfigError(Problem(what, "strategy=megatron_fsdp", allowed, "strategy=fsdp2"))
+
+
+def _refuse_parameters(model: nn.Module) -> None:
+    """megatron-fsdp 0.6 fails, or reduces wrongly, where a group of parameters has one of these in it."""
+    for name, parameter in model.named_parameters():
+        why = "has no dimension" if parameter.dim() == 0 else ""
+        why = "is float64" if parameter.dtype == torch.float64 else why
+        if why:
+            what = f"{name} {why}, and megatron-fsdp cannot shard such a parameter"
+            raise ConfigError(Problem(what, "strategy=megatron_fsdp", "fsdp2 and ddp take it", "strategy=fsdp2"))
+    refuse_sparse(model, instead="strategy=ddp")
 
 
 def _device(device_mesh: DeviceMesh) -> torch.device:
@@ -184,8 +228,12 @@ def microbatch(model: Any, last: bool) -> Iterator[None]:
 
 
 def finish_gradients(model: Any) -> None:
-    """Let the gradients of a step be those of all ranks, in ``.grad`` of the sharded parameters; once a step."""
+    """Let the gradients of a step be those of all ranks, in ``.grad`` of the sharded parameters; once a step.
+
+    Raises ConfigError where the library has not reduced some, because a step did not use all of a group.
+    """
     if model.microbatch_count:
+        model._used.check(model)
         model.finish_grad_sync()
         model._gradient_norm = None  # an earlier step's
 
@@ -235,11 +283,20 @@ def adopt_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> torch.optim
 
 
 def install_weights(model: Any) -> None:
-    """Let forward see what an optimizer, or a checkpoint, has put into the sharded parameters."""
+    """Let forward see what an optimizer has put into the sharded parameters."""
     model.install_optimized_model_weights()
     config = model._nemo_config
     if config.zero_dp_strategy in (1, 2) and not config.overlap_param_gather:
         model.start_param_sync(force_sync=True)
+
+
+def take_over_weights(model: Any) -> None:
+    """Let forward see what somebody else than the optimizer has put into the sharded parameters.
+
+    What was gathered by a forward since the last step would be used once more.
+    """
+    install_weights(model)
+    model.all_gather_pipeline.reset()
 
 
 def show_shards(model: Any) -> None:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.utils import _to_kwargs
 from torch.nn.parallel import DistributedDataParallel
 
+from nemo_dist_conf.runtime.ddp import inner_attribute
+
 __all__ = ["OneRankDDP"]
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,12 @@ class OneRankDDP(DistributedDataParallel):
         if self._inputs_to is not None and (inputs or kwargs):
             (inputs, *_), (kwargs, *_) = _to_kwargs(inputs, kwargs, self._inputs_to, False)
         return self.module(*inputs, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return inner_attribute(self, name)
 
     def register_comm_hook(self, state: object, hook: Any) -> None:
         """Hooks are called with a bucket to reduce, and there is none."""

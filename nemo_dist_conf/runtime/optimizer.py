@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping
 
@@ -11,11 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.optimizers import optimizer_problems
+from nemo_dist_conf.texts import told_as_texts
 from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["build_optimizer"]
-
-log = logging.getLogger(__name__)
 
 _NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -61,7 +59,7 @@ def build_optimizer(
         if values.get("_partial_"):
             return _from_factory(instantiate(values, _convert_="all"), trainable)
         return _an_optimizer(instantiate(values, [parameter for _, parameter in trainable], _convert_="all"))
-    ConfigError.raise_if(optimizer_problems(values, paths))
+    _check(node, paths)
     kind = _OPTIMIZERS[values["name"]]
     options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
     if "betas" in options:
@@ -70,7 +68,17 @@ def build_optimizer(
     if kind.fuses and options.get("foreach") is None and options.get("fused") is None and _can_fuse(trainable):
         options["fused"] = True
     groups = _groups(trainable, options.get("weight_decay"), values.get("decay_1d", False))
-    return kind.build(groups, **options)
+    return kind.build([part for group in groups for part in _of_one_kind(group)], **options)
+
+
+def _check(node: Any, paths: Paths) -> None:
+    def once(read: Any) -> None:
+        ConfigError.raise_if(optimizer_problems(_plain(read, paths), paths))
+
+    try:
+        once(node)
+    except ConfigError as error:
+        raise told_as_texts(error, node, once) from None
 
 
 def _plain(node: Any, paths: Paths) -> dict[str, Any]:
@@ -123,8 +131,6 @@ def _can_fuse(trainable: list[tuple[str, torch.nn.Parameter]]) -> bool:
     Left to itself torch loops over parameters on the CPU and groups their operations on a GPU. Parameters that rest
     elsewhere than their mesh (CPU offload) are left to it.
     """
-    if any(_on_mesh(parameter) != _on_mesh(trainable[0][1]) for _, parameter in trainable):
-        return False
     return all(
         parameter.is_floating_point()
         and parameter.device.type in ("cpu", "cuda")
@@ -140,33 +146,10 @@ def _on_mesh(parameter: torch.nn.Parameter) -> str | None:
 def _refuse_impossible(
     kind: _Kind, options: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]], paths: Paths
 ) -> None:
-    """Refuse a faster update that was asked for where torch has none for these parameters; else use the plain loop.
-
-    Seen with torch 2.13: foreach and fused refuse lists that mix DTensors with plain tensors ("got mixed
-    torch.Tensor and DTensor"), and fused SGD has no sharding strategy; DTensors on several meshes are fine.
-    """
-    sharded = sum(isinstance(parameter, DTensor) for _, parameter in trainable)
-    if not sharded:
-        return
-    reasons: dict[str, str] = {}
-    if sharded < len(trainable):
-        counts = f"{sharded} of {len(trainable)} are distributed"
-        reasons = dict.fromkeys(("foreach", "fused"), f"plain and distributed parameters together ({counts})")
-    elif not kind.fuses:
-        reasons = {"fused": "distributed parameters with this optimizer"}
-    ConfigError.raise_if(
-        Problem(
-            f"optimizer.{key}=true cannot update {reason}",
-            paths.set(f"optimizer.{key}", True),
-            "null, false",
-            paths.set(f"optimizer.{key}", None),
-        )
-        for key, reason in reasons.items()
-        if options.get(key)
-    )
-    if "foreach" in reasons:
-        options["foreach"] = False
-        log.debug("%d of %d parameters are DTensors: the optimizer updates one by one", sharded, len(trainable))
+    """Refuse a fused update that was asked for where torch has none: fused SGD has no sharding strategy (2.13)."""
+    if options.get("fused") and not kind.fuses and any(isinstance(parameter, DTensor) for _, parameter in trainable):
+        what, key = "optimizer.fused=true cannot update distributed parameters with this optimizer", "optimizer.fused"
+        raise ConfigError(Problem(what, paths.set(key, True), "null, false", paths.set(key, None)))
 
 
 def _groups(
@@ -183,3 +166,15 @@ def _groups(
     spared = [parameter for _, parameter in trainable if parameter.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _of_one_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group for its DTensors and one for its plain parameters, where it has both.
+
+    torch updates several parameters of a group at once, but not plain tensors together with DTensors ("got mixed
+    torch.Tensor and DTensor", 2.13).
+    """
+    kinds: dict[bool, list[torch.nn.Parameter]] = {}
+    for parameter in group["params"]:
+        kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    return [{**group, "params": parameters} for parameters in kinds.values()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Callable, Iterable
 
 import torch
@@ -25,16 +26,27 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.attributes import cast_beside_attributes
+from nemo_dist_conf.runtime.averaged import Averaged
+from nemo_dist_conf.runtime.batch_statistics import warn_of_local_statistics
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
+from nemo_dist_conf.runtime.ddp import SeveralRanksDDP
+from nemo_dist_conf.runtime.entries import open_entries
+from nemo_dist_conf.runtime.forwards import Autocast, public_methods
 from nemo_dist_conf.runtime.fsdp_units import Experts, shard_blocks
-from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, PipelineConfig
+from nemo_dist_conf.runtime.configs import (
+    DDPConfig,
+    FSDP2Config,
+    MegatronFSDPConfig,
+    MoEParallelizerConfig,
+    PipelineConfig,
+)
 from nemo_dist_conf.runtime.mesh import fsdp_mesh
+from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
+from nemo_dist_conf.runtime.precision import tell_precision
 from nemo_dist_conf.runtime.torch_inside import is_plain, storage_id
-from nemo_dist_conf.strategies.ddp import DDPConfig
-from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
+from nemo_dist_conf.runtime.unit_rules import refuse_sparse
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline, PipelinePlan
@@ -84,6 +96,13 @@ def parallelize_fsdp2(
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
+    together = [index for index in range(device_mesh.ndim) if names[index : index + 1] != (A.PP,)]
+    apart = [index for index in together if names[index : index + 1] != (A.TP,)]
+    warn_of_local_statistics(model, math.prod(device_mesh.size(index) for index in apart))
+    if sizes.get(A.PP, 1) > 1:
+        why = "the stages of a pipeline hand on what the layers before have made, and would not skip the same ones"
+        refuse_layerdrop(model, f"parallelism.pp_size={sizes[A.PP]}", why, "parallelism.pp_size=1")
+    share_draws(model, [device_mesh.get_group(index) for index in together])
     parameters = dict(model.named_parameters()) if optimizer is not None else {}
     units = find_blocks(model, blocks)
     stages = None
@@ -113,6 +132,7 @@ def parallelize_fsdp2(
         apply_context_parallel(model, device_mesh[A.CP.value])
     if config.mp_policy is not None and config.mp_policy.param_dtype is not None:
         cast_beside_attributes(model, config.mp_policy.param_dtype)
+    _tell_precision_of_fsdp2(model, config)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
@@ -123,14 +143,25 @@ def parallelize_fsdp2(
         return _pipeline(model, units, stages, pipeline, config, device_mesh, fill, experts)
     if config.autocast_dtype is not None:
         autocast_forward(model, device, config.autocast_dtype)
-    shard_blocks(model, units, fsdp_mesh(device_mesh), config, sizes.get(A.PP, 1) > 1, experts)
+    averaged = shard_blocks(model, units, fsdp_mesh(device_mesh), config, sizes.get(A.PP, 1) > 1, experts)
     model._defer_grad_sync = config.defer_fsdp_grad_sync  # type: ignore[assignment]  # read by gradients.accumulate
     if fill is not None:
         fill(model)
+    if averaged is not None:
+        averaged.move_to(device)
+    open_entries(model, averaged.watch if averaged is not None else None)
     if optimizer is None:
         return model
     _rebind(optimizer, parameters, model)
     return model, optimizer
+
+
+def _tell_precision_of_fsdp2(model: nn.Module, config: FSDP2Config) -> None:
+    policy = config.mp_policy or MixedPrecisionPolicy()
+    options = {"strategy.mp_policy": config.mp_policy, "strategy.autocast_dtype": config.autocast_dtype}
+    said_by = " and ".join(name for name, value in options.items() if value is not None)
+    computes, reduces = config.autocast_dtype or policy.param_dtype, policy.reduce_dtype or policy.param_dtype
+    tell_precision("fsdp2", model, computes, reduces, said_by=said_by or None)
 
 
 def _pipeline(
@@ -149,6 +180,7 @@ def _pipeline(
 
     pp_mesh, device = device_mesh[A.PP.value], torch.device(device_mesh.device_type)
     parts: dict[int, nn.Module] = {}
+    averaged: list[Averaged] = []
     for row in stages.rows:
         if row.pp_rank != pp_mesh.get_local_rank():
             continue
@@ -157,9 +189,12 @@ def _pipeline(
             autocast_forward(part, device, config.autocast_dtype)
         held = {name: unit for name, unit in units.items() if name in row.modules}
         is_last = row.stage == len(stages.rows) - 1
-        shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), True, experts)
+        whole = shard_blocks(part, held, fsdp_mesh(device_mesh), _of_stage(config, pipeline, is_last), True, experts)
         if fill is not None:
             fill(part)
+        if whole is not None:
+            whole.move_to(device)
+            averaged.append(whole)
         parts[row.stage] = part
     policy = config.mp_policy
     sent = pipeline.dtype or (policy.param_dtype if policy is not None and config.autocast_dtype is None else None)
@@ -171,6 +206,7 @@ def _pipeline(
         cp_size=device_mesh[A.CP.value].size(),
         dtype=sent,
         reduce_every_backward=not config.defer_fsdp_grad_sync,
+        averaged=averaged,
     )
 
 
@@ -200,10 +236,20 @@ def parallelize_ddp(
         from nemo_dist_conf.runtime.process_group import initialize_distributed
 
         initialize_distributed()
+    ranks = dist.get_world_size() if device_mesh is None else device_mesh.size()
+    warn_of_local_statistics(model, ranks)
+    if ranks > 1 and not config.find_unused_parameters:
+        switch = "strategy.find_unused_parameters"
+        why = f"layers that a step skips get no gradient, which DDP takes with {switch}=true only"
+        refuse_layerdrop(model, f"{switch}=false", why, f"{switch}=true")
+    group = dist.group.WORLD if device_mesh is None else device_mesh.get_group(A.DP.value)
+    share_draws(model, [group] if group is not None else [])
     units = find_blocks(model, blocks)
     apply_activation_checkpointing(model, units, config.activation_checkpointing)
     if fill is not None:
         fill(model)
+    if dist.get_backend(group) == "nccl":
+        refuse_sparse(model, "NCCL cannot reduce its gradients")
     parameter = next(model.parameters(), torch.empty(0))
     if parameter.is_meta:
         what = "the model is on the meta device, and DDP needs its values"
@@ -212,26 +258,24 @@ def parallelize_ddp(
         )
     if config.autocast_dtype is not None:
         autocast_forward(model, parameter.device, config.autocast_dtype)
-    if (dist.get_world_size() if device_mesh is None else device_mesh.size()) == 1:
-        log.info("ddp: one rank has nothing to reduce, so there are no buckets")
+    autocast = "strategy.autocast_dtype" if config.autocast_dtype is not None else None
+    tell_precision("ddp", model, config.autocast_dtype, said_by=autocast)
+    if ranks == 1 or not any(p.requires_grad for p in model.parameters()):
+        why = "one rank has nothing to reduce" if ranks == 1 else "nothing is trained"
+        log.info("ddp: %s, so there are no buckets", why)
         return OneRankDDP(model, parameter.device)
     if _BUFFERS_OPTION == "broadcast_buffers" and not config.broadcast_buffers:
         _send_from_rank0(model.buffers())  # torch 2.13 makes them equal once in any case
-    wrapped = DistributedDataParallel(
+    return SeveralRanksDDP(
         model,
         device_ids=[parameter.device.index] if parameter.device.type == "cuda" else None,
         process_group=device_mesh.get_group(A.DP.value) if device_mesh is not None else None,
-        **{_BUFFERS_OPTION: config.broadcast_buffers},  # type: ignore[arg-type]
+        **{_BUFFERS_OPTION: config.broadcast_buffers},
         find_unused_parameters=config.find_unused_parameters,
         static_graph=config.static_graph,
         bucket_cap_mb=config.bucket_cap_mb,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
     )
-    # A model that is freed after its process group was left must not be the one to end the group: DDP's reducer
-    # would join gloo's thread while holding the GIL that this thread waits for (seen with torch 2.13). Attributes
-    # are freed in the order they were set, so this reference outlives the reducer's.
-    wrapped._group_outlives_reducer = wrapped.process_group  # type: ignore[assignment]
-    return wrapped
 
 
 def parallelize_megatron_fsdp(
@@ -254,12 +298,17 @@ def parallelize_megatron_fsdp(
     _refuse_wrapped(model)
     _refuse_shared_memory(model)
     _sync_from_rank0(model)
+    warn_of_local_statistics(model, device_mesh[A.DP.value].size() * device_mesh[A.CP.value].size())
+    share_draws(model, [device_mesh.get_group(index) for index in range(device_mesh.ndim)])
     parameters = dict(model.named_parameters())
     if device_mesh[A.TP.value].size() > 1:
         _split_by_own_plan(model, device_mesh[A.TP.value])
     if fill is not None:
         fill(model)
     keep_local_shards(model)
+    float32 = torch.float32
+    kept, reduced = config.preserve_fp32_weights, config.grad_reduce_in_fp32
+    tell_precision("megatron_fsdp", model, None, float32 if reduced else None, float32 if kept else None)
     wrapped = wrap(model, config, device_mesh, blocks)
     if optimizer is None:
         return wrapped
@@ -327,8 +376,10 @@ def _send_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Run the model's forward under torch.autocast; the loss outside of it stays in full precision."""
-    model.forward = torch.autocast(device.type, dtype=dtype)(model.forward)
+    """Run the model's forward, and its other methods, under torch.autocast; the loss outside of it is left alone."""
+    model.forward = Autocast(model.forward, device.type, dtype)
+    for name, method in list(public_methods(model)):
+        setattr(model, name, Autocast(method, device.type, dtype))
     log.info("autocast: %s", str(dtype).removeprefix("torch."))
 
 

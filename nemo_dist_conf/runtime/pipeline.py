@@ -24,8 +24,10 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
+from nemo_dist_conf.runtime.averaged import Averaged
 from nemo_dist_conf.runtime.blocks import Blocks
 from nemo_dist_conf.runtime.configs import PipelineConfig
+from nemo_dist_conf.runtime.copies import refuse_copy
 from nemo_dist_conf.runtime.loss import token_loss_sum
 from nemo_dist_conf.runtime.stages import Chain, chain_of, plan_stages
 from nemo_dist_conf.topology.pipeline import find_schedule
@@ -103,14 +105,17 @@ class Pipeline(nn.Module):
         cp_size: int = 1,
         dtype: torch.dtype | None = None,
         reduce_every_backward: bool = False,
+        averaged: Sequence[Averaged] = (),
     ) -> None:
         """parts: this rank's stages by index. dtype: of what stages hand on. reduce_every_backward: FSDP reduces
-        gradients in the backward of every microbatch, not once a step."""
+        gradients in the backward of every microbatch, not once a step. averaged: for each stage with such, its
+        parameters that FSDP does not reduce."""
         super().__init__()
         self.parts = nn.ModuleDict({str(index): part for index, part in parts.items()})
         self.rows, self.pp_mesh, self.pipeline_config = plan.rows, pp_mesh, config
         self.config = getattr(next(iter(parts.values())), "config", None)
         self.microbatches = config.pp_batch_size // config.pp_microbatch_size
+        self._averaged = averaged
         self._loss_fn: Callable[[Any, Any], Tensor] = config.loss_fn or token_loss_sum
         self._scale: float | Tensor = 1.0
         self._length = None if config.pp_seq_len is None else config.pp_seq_len // cp_size
@@ -171,6 +176,8 @@ class Pipeline(nn.Module):
             if isinstance(error.__cause__, NemoDistConfError):  # torch wraps what a stage's forward raises
                 raise error.__cause__ from None
             raise
+        for averaged in self._averaged:
+            averaged.average()
         for parameter, gradient in held:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         # Added in float64: microbatches must not change the logged number.
@@ -183,6 +190,9 @@ class Pipeline(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         what = "a pipeline runs forward and backward of its microbatches in one call"
         raise ConfigError(Problem(what, "model(input_ids)", "model.step", "model.step(input_ids, labels)"))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise refuse_copy(self)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

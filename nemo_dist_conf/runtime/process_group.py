@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.ranks.meeting import rank_store
+from nemo_dist_conf.runtime.torch_inside import group_timeout
 from nemo_dist_conf.topology.world import Launched, launched
 
 __all__ = ["DistInfo", "choose_device", "host_group", "initialize_distributed", "shutdown_distributed"]
@@ -60,7 +61,7 @@ def initialize_distributed(
 
     backend None: ``nccl`` (with gloo for host tensors) on CUDA, ``gloo`` on CPU. A group that already
     exists is joined as it is. Ranks come from torchrun's variables, from Slurm's when those are missing.
-    timeout_minutes: how long a collective may wait for the slowest rank.
+    timeout_minutes: how long a collective may wait for the slowest rank, over whichever axis of the meshes.
     Raises ConfigError where the variables are incomplete or the device is missing.
     """
     place = launched()
@@ -97,7 +98,7 @@ def host_group(apart: bool = False) -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
     has_gloo = "gloo" in str(dist.get_backend_config())
-    return dist.new_group(backend="gloo") if apart or not has_gloo else None
+    return dist.new_group(backend="gloo", timeout=group_timeout()) if apart or not has_gloo else None
 
 
 def _store(place: Launched) -> dist.Store:

@@ -14,32 +14,36 @@ from torch import Tensor, nn
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.mesh import MeshContext
 
-__all__ = ["ExpertLoad", "balancing_loss"]
+__all__ = ["ExpertLoad", "balancing_loss", "routed"]
 
 
-def balancing_loss(router_logits_TE: Sequence[Tensor], top_k: int, context: MeshContext) -> Tensor:
-    """Auxiliary loss for an even load, over the tokens of all data and cp ranks in this forward; equal on all of them.
+@torch.no_grad()
+def routed(router_logits_TE: Sequence[Tensor], top_k: int) -> Tensor:
+    """How often each expert is chosen in one forward on this rank, and last how many choices were made, [E + 1].
 
-    router_logits_TE: [T, E] of each layer. The number is that of ``load_balancing_loss_func`` of transformers for the
-    whole batch; the mean of every rank's own would be another one, because it multiplies two means.
-    Its gradient on this rank is that of this rank's tokens alone: multiply by ``context.gradient_size`` where gradients
-    are averaged over ranks.
-    Source: Switch Transformers (arXiv:2101.03961), equations 4 to 6.
+    router_logits_TE: [T, E] of each layer. A token makes one choice a layer, of top_k experts. Add them up over
+    microbatches and ranks for ``balancing_loss``.
     """
     experts = router_logits_TE[0].size(-1)
-    chosen_E = torch.zeros(experts, device=router_logits_TE[0].device)
-    likely_E = torch.zeros_like(chosen_E)
-    tokens = 0
+    found = torch.zeros(experts + 1, device=router_logits_TE[0].device)
     for logits in router_logits_TE:
-        probabilities = logits.float().softmax(dim=-1)
-        likely_E = likely_E + probabilities.sum(dim=0)
-        chosen_E += _counts(probabilities.topk(top_k, dim=-1).indices, experts)
-        tokens += logits.size(0)
-    own = torch.cat([chosen_E, likely_E.detach(), likely_E.new_full((1,), tokens)])
-    everywhere = context.sum_over_data(own.clone())
-    chosen, likely, count = everywhere[:experts], everywhere[experts:-1], everywhere[-1]
-    likely = likely + (likely_E - likely_E.detach())  # the value of all, the gradient of our own
-    return experts * ((chosen / count) * (likely / count)).sum()
+        found[:-1] += _counts(logits.float().softmax(dim=-1).topk(top_k, dim=-1).indices, experts)
+        found[-1] += logits.size(0)
+    return found
+
+
+def balancing_loss(router_logits_TE: Sequence[Tensor], everywhere: Tensor) -> Tensor:
+    """What the tokens of one forward on this rank add to the auxiliary loss for an even load over a whole batch.
+
+    everywhere: ``routed`` of the whole batch, all microbatches of all data and cp ranks. The sum over those is the
+    number that ``load_balancing_loss_func`` of transformers gives for the whole batch; the mean of every microbatch's
+    own would be another one, because it multiplies two means, and would depend on how the batch was split.
+    Its gradient is that of these tokens: multiply by ``context.gradient_size`` where gradients are averaged over ranks.
+    Source: Switch Transformers (arXiv:2101.03961), equations 4 to 6.
+    """
+    likely_E = torch.stack([logits.float().softmax(dim=-1).sum(dim=0) for logits in router_logits_TE]).sum(dim=0)
+    chosen_E, count = everywhere[:-1], everywhere[-1]
+    return len(chosen_E) * ((chosen_E / count) * (likely_E / count)).sum()
 
 
 class ExpertLoad:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Literal, Mapping, Union
+from typing import TYPE_CHECKING, Any, Dict, Literal, Union
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, nearest
-from nemo_dist_conf.runtime.configs import MoEParallelizerConfig, ParallelismSizes, PipelineConfig
-from nemo_dist_conf.runtime.lower import plain_mapping
+from nemo_dist_conf.names import checkpointing_mode, nearest
+from nemo_dist_conf.runtime.configs import (
+    DDPConfig,
+    FSDP2Config,
+    MegatronFSDPConfig,
+    MoEParallelizerConfig,
+    ParallelismSizes,
+    PipelineConfig,
+    typed_config,
+)
 from nemo_dist_conf.runtime.mesh import MeshContext
+from nemo_dist_conf.sections import strategy_of
 from nemo_dist_conf.strategies import STRATEGIES
-from nemo_dist_conf.strategies.ddp import DDPConfig
-from nemo_dist_conf.strategies.fsdp2 import FSDP2Config
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +44,7 @@ _STRATEGY_MAP: Dict[str, _StrategyConfigClass] = {name: s.config for s in STRATE
 def _resolve_strategy_config(
     strategy: str | DistributedStrategyConfig, **strategy_kwargs: Any
 ) -> DistributedStrategyConfig:
-    """The typed config for a name (with its options) or a config object, which is passed through.
+    """The typed config for a name (with its options), a config object, which is passed through, or a composed node.
 
     Raises ConfigError for an unknown name or option, and for options beside an object.
     """
@@ -49,6 +54,9 @@ def _resolve_strategy_config(
             what = "options were given beside a strategy config object"
             raise ConfigError(Problem(what, given, "the object alone, or a name and options", type(strategy).__name__))
         return strategy
+    found = strategy_of(strategy)
+    if found is not None and not strategy_kwargs:
+        return typed_config(strategy, found.config, "strategy")
     name = str(strategy).lower()
     if not isinstance(strategy, str) or name not in _STRATEGY_MAP:
         likely = nearest(name, _STRATEGY_MAP) or ["fsdp2"]
@@ -71,7 +79,8 @@ def _resolve_strategy_config(
 class DistributedSetup:
     """The resolved topology and execution policies of a run.
 
-    strategy_config.activation_checkpointing and activation_checkpointing are the same answer.
+    activation_checkpointing: as it was given to ``build``. strategy_config.activation_checkpointing is what is
+    executed: the same where it was given, else the strategy's own answer.
     """
 
     mesh_context: MeshContext
@@ -92,7 +101,9 @@ class DistributedSetup:
     ) -> DistributedSetup:
         """Meshes and typed configs from sizes and policies, on the current process group (started if there is none).
 
-        strategy: a name, an alias or a typed config. Mappings are accepted for sizes, pipeline and MoE configs.
+        strategy: a name, an alias, a typed config or a composed node. Mappings are accepted for sizes, pipeline and
+        MoE configs. A config that is given stays that object, but for a strategy's whose own answer to
+        activation_checkpointing is another.
         pipeline_config and moe_parallel_config belong to pp_size and ep_size above 1 and are then filled with
         their defaults when None. world_size None: that of the process group or the launcher.
         Raises ConfigError with every problem that can be told from these values.
@@ -113,9 +124,9 @@ class DistributedSetup:
         device: str | torch.device = "auto",
     ) -> DistributedSetup:
         strategy_config = _resolve_strategy_config(strategy)
-        sizes = _typed(sizes, ParallelismSizes, "parallelism") or ParallelismSizes()
-        pipeline = _typed(pipeline, PipelineConfig, "pipeline")
-        moe = _typed(moe, MoEParallelizerConfig, "moe")
+        sizes = typed_config(sizes, ParallelismSizes, "parallelism") or ParallelismSizes()
+        pipeline = typed_config(pipeline, PipelineConfig, "pipeline")
+        moe = typed_config(moe, MoEParallelizerConfig, "moe")
         problems = _belongs("pipeline_config", pipeline, "pp_size", sizes.pp_size)
         problems += _belongs("moe_parallel_config", moe, "ep_size", sizes.ep_size)
         problems += _mode_problems(mode, strategy_config)
@@ -124,10 +135,10 @@ class DistributedSetup:
             pipeline = PipelineConfig()
         if sizes.ep_size > 1 and moe is None:
             moe = MoEParallelizerConfig()
-        mode = mode or strategy_config.activation_checkpointing
-        if strategy_config.activation_checkpointing != mode:
-            strategy_config = dataclasses.replace(strategy_config, activation_checkpointing=mode)
-        context = MeshContext.build(strategy_config, sizes, world_size, device)
+        executed: Any = checkpointing_mode(mode) or strategy_config.activation_checkpointing
+        if strategy_config.activation_checkpointing != executed:
+            strategy_config = dataclasses.replace(strategy_config, activation_checkpointing=executed)
+        context = MeshContext.build(strategy_config, sizes, world_size=world_size, device=device)
         return cls(context, strategy_config, pipeline, moe, mode)
 
 
@@ -146,21 +157,6 @@ def setup_from_checked(checked: Checked, device: str | torch.device = "auto") ->
     )
 
 
-def _typed(value: Any, config: type, section: str) -> Any:
-    if value is None or isinstance(value, config):
-        return value
-    fields = plain_mapping(value, section) if not isinstance(value, Mapping) else dict(value)
-    fields = {key: item for key, item in (fields or {}).items() if key != "_target_"}
-    known = [item.name for item in dataclasses.fields(config)]
-    unknown = [key for key in fields if key not in known]
-    if unknown:
-        likely = nearest(unknown[0], known) or known[:1]
-        what = f"{section} has no option {', '.join(map(str, unknown))}"
-        asked, instead = (f"{section}.{key}={fields[unknown[0]]}" for key in (unknown[0], likely[0]))
-        raise ConfigError(Problem(what, asked, ", ".join(known), instead))
-    return config(**fields)
-
-
 def _belongs(name: str, config: Any, size_name: str, size: int) -> list[Problem]:
     if config is None or size > 1:
         return []
@@ -172,15 +168,16 @@ def _mode_problems(mode: Any, config: DistributedStrategyConfig) -> list[Problem
     inner = config.activation_checkpointing
     strategy = next(s for s in STRATEGIES if isinstance(config, s.config))
     problems = []
-    for value in dict.fromkeys((mode, inner)):
-        known = any(value is m or (isinstance(m, str) and value == m) for m in ACTIVATION_CHECKPOINTING_MODES)
-        if not known or value not in strategy.activation_checkpointing:
+    for value in [mode] if mode is inner or mode == inner else [mode, inner]:
+        meant = checkpointing_mode(value)
+        if meant is None or meant not in strategy.activation_checkpointing:
             allowed = ", ".join(map(str, strategy.activation_checkpointing))
             what = f"activation_checkpointing={value!r} is not a mode of strategy={strategy.name}"
             problems.append(
                 Problem(what, f"activation_checkpointing={value}", allowed, "activation_checkpointing=true")
             )
-    if not problems and mode and inner and mode != inner:
+    outer = checkpointing_mode(mode)
+    if not problems and outer and inner and outer != inner:
         what = "activation checkpointing has two different answers"
         asked = f"activation_checkpointing={mode} strategy.activation_checkpointing={inner}"
         problems.append(Problem(what, asked, "one of them, or both the same", f"activation_checkpointing={mode}"))

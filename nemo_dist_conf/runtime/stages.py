@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.blocks import Blocks
+from nemo_dist_conf.runtime.forward_state import generators_kept
 from nemo_dist_conf.runtime.materialise import tied_names
 from nemo_dist_conf.topology.pipeline import stage_count
 from nemo_dist_conf.topology.stages import spread_layers
@@ -64,6 +65,24 @@ def chain_of(model: nn.Module, blocks: Blocks, pipeline: Mapping[str, Any]) -> C
     """
     if not blocks:
         raise _no_chain(model, "it has no repeated layers to split", "blocks= in the model's config, or pp_size=1")
+    with generators_kept():
+        return _chain_of(_apart(model), blocks, pipeline)
+
+
+def _apart(model: nn.Module) -> nn.Module:
+    """The model with attributes of its own, so that a trial cannot change them, and with the same tensors.
+
+    Parts that have values run as copies on meta, and containers have buffers of their own in a trial (``_copy``).
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, tensors)
+    except Exception as error:  # an attribute that cannot be copied: a lock, a process group
+        log.info("%s is tried as it is, because it cannot be copied (%s)", type(model).__name__, _first_line(error))
+        return model
+
+
+def _chain_of(model: nn.Module, blocks: Blocks, pipeline: Mapping[str, Any]) -> Chain:
     parts = _parts(model, blocks)
     calls: list[tuple[str, Tensor]] = []
 

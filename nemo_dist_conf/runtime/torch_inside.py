@@ -1,24 +1,160 @@
-"""Everything of torch that it does not publish and that is used here: what, since when, why, and the test that breaks.
-
-torch 2.11 to 2.13 have all of it.
-"""
+"""What torch does not publish and cannot be done without: each with version, reason, and the test that breaks."""
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import copy
+import datetime
+from typing import Any, Callable, Sequence
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parameter import is_lazy
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["generator_of", "is_plain", "replace_trunc_normal", "schema_of", "storage_id"]
+__all__ = [
+    "after_backward",
+    "flattened",
+    "generator_of",
+    "group_timeout",
+    "hide_sharding",
+    "is_gathered_for_forward",
+    "is_plain",
+    "name_flattened",
+    "number_of_backward",
+    "replace_trunc_normal",
+    "run_as_forward",
+    "schema_of",
+    "set_group_timeout",
+    "storage_id",
+    "what_is_not_reduced",
+]
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Call something when the backward that runs now has ended; to be asked for from inside of one.
+
+    torch 2.11 to 2.13: hooks are called for a tensor or a node, none for the end; DDP and FSDP2 use the same.
+    Test: tests/dist/test_entries.py.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def hide_sharding(module: nn.Module) -> None:
+    """Let a module's own code not see that fully_shard manages it.
+
+    torch 2.11 to 2.13 mark modules for their compiler so, and forwards of transformers 5.23 (wav2vec2 and those like
+    it) look at the mark and then run layers that they mean to skip.
+    Test: tests/conformance/of_kinds.py, wav2vec2_with_layerdrop.
+    """
+    if getattr(module, "_is_fsdp_managed_module", False):
+        module._is_fsdp_managed_module = False  # type: ignore[assignment]
+
+
+def number_of_backward() -> int:
+    """Of the backward that runs now; -1 outside of one.
+
+    torch 2.11 to 2.13: nothing else tells one from the next.
+    Test: tests/dist/test_entries.py.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def what_is_not_reduced(model: DistributedDataParallel) -> str | None:
+    """What torch will say in the next forward where the last backward left gradients not reduced; else None.
+
+    torch 2.11 to 2.13: by then the optimizer has made a step with them.
+    Test: tests/dist/test_unused.py.
+    """
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def is_gathered_for_forward(root: nn.Module) -> bool:
+    """Whether what FSDP2 does before a root's forward has been done, and what it does after it has not.
+
+    torch 2.11 to 2.13: a forward cannot tell otherwise whether it was called by the module or by itself.
+    Test: tests/dist/test_entries.py.
+    """
+    return root._get_fsdp_state()._training_state.name == "FORWARD"  # type: ignore[operator]
+
+
+def run_as_forward(root: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call something between what FSDP2 does before and after a root's forward.
+
+    torch 2.11 to 2.13: register_fsdp_forward_method does this for a method of the root alone, and gathers and frees
+    again where that is called from inside of forward.
+    Test: tests/dist/test_entries.py.
+    """
+    state: Any = root._get_fsdp_state()  # type: ignore[operator]
+    args, kwargs = state._pre_forward(root, args, kwargs)
+    return state._post_forward(root, args, call(*args, **kwargs))
+
+
+def flattened(mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceMesh:
+    """The axes of a root mesh as one of that name, on a group of its own that is made the first time.
+
+    torch 2.11 to 2.13: there is no other way to one axis over the ranks of several.
+    Test: tests/dist/test_setup.py, test_names_of_several_axes_answer_whatever_the_sizes.
+    """
+    return mesh[tuple(axes)]._flatten(name)
+
+
+def name_flattened(root: DeviceMesh, axis: str, name: str) -> None:
+    """Let ``root[name]`` be the ranks of an axis that the mesh has already, flattened or not, on that axis's group.
+
+    A mesh that has the name already is left as it is.
+
+    torch 2.11 to 2.13: ``_flatten`` makes a second group of the same ranks, or, of axes of one rank each, a group for
+    every rank on every rank.
+    Test: tests/dist/test_setup.py, test_names_of_several_axes_answer_whatever_the_sizes.
+    """
+    if name in root._flatten_mapping:
+        return
+    found = root._flatten_mapping.get(axis)
+    named = copy.copy(found if found is not None else root[axis])
+    named._mesh_dim_names, named._hash = (name,), None
+    if hasattr(named._layout, "coalesce"):  # torch 2.11 has a plain number where a name can be taken out of its root
+        named._layout = named._layout.coalesce()
+    root._flatten_mapping[name] = named
+
+
+def group_timeout(group: dist.ProcessGroup | None = None) -> datetime.timedelta | None:
+    """How long a collective of a group, by default of all ranks, may wait; None where its backend has no such time.
+
+    torch 2.11 to 2.13: what was given to init_process_group cannot be asked for otherwise, and groups that are made
+    later, those of a mesh among them, do not take it over.
+    Test: tests/dist/test_setup.py, test_every_group_of_the_meshes_has_the_timeout_of_the_process_group.
+    """
+    group = group or dist.group.WORLD
+    if group is None or dist.get_backend(group) == "fake":
+        return None
+    for device in group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if timeout is not None:
+            return timeout
+    return None
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
+    """Let collectives of this group wait so long.
+
+    torch 2.11 to 2.13: init_device_mesh takes a timeout only with options of a backend, and then makes a new group
+    where all ranks have one already.
+    Test: tests/dist/test_setup.py, test_every_group_of_the_meshes_has_the_timeout_of_the_process_group.
+    """
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def storage_id(tensor: Tensor) -> int:
     """A number that all views of one storage share, and no other storage as long as this one lives.
 
-    Storages without memory (meta) all have the data pointer 0, which is the published answer.
-    tests/runtime/test_recorder.py::test_views_and_aliases
+    torch 2.11 to 2.13: storages without memory (meta) all have the data pointer 0, which is the published answer.
+    Test: tests/runtime/test_recorder.py, test_views_and_aliases.
     """
     if is_lazy(tensor):
         with torch._C.DisableTorchFunctionSubclass():
@@ -27,17 +163,19 @@ def storage_id(tensor: Tensor) -> int:
 
 
 def schema_of(operator: Any) -> Any:
-    """What an operator takes, writes and returns: torch gives it to dispatch modes with the operator only.
+    """What an operator takes, writes and returns.
 
-    tests/runtime/test_recorder.py::test_the_tape_is_what_the_constructor_did
+    torch 2.11 to 2.13: a dispatch mode is given the operator, and nothing else that says this of it.
+    Test: tests/runtime/test_recorder.py, test_the_tape_is_what_the_constructor_did.
     """
     return operator._schema
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """The device's default generator. torch.manual_seed would also queue a seed for each kind of device to come.
+    """The device's default generator.
 
-    tests/runtime/test_materialise.py::test_the_global_random_state_is_neither_read_nor_moved
+    torch 2.11 to 2.13: torch.manual_seed would also queue a seed, and a stack trace, for each kind of device to come.
+    Test: tests/runtime/test_materialise.py, test_the_global_random_state_is_neither_read_nor_moved.
     """
     if device.type == "cpu":
         return torch.default_generator
@@ -45,9 +183,10 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 def is_plain(kind: type) -> bool:
-    """Whether a class of tensors leaves operators to torch; a subclass that has its own way with them has no storage.
+    """Whether a class of tensors leaves operators to torch; one that has its own way with them has no storage.
 
-    tests/runtime/test_recorder.py::test_what_cannot_be_recorded
+    torch 2.11 to 2.13: nothing else tells DTensors, quantized and other such tensors from classes that only have a name.
+    Test: tests/runtime/test_recorder.py, test_what_cannot_be_recorded.
     """
     return kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
 
@@ -55,8 +194,8 @@ def is_plain(kind: type) -> bool:
 def replace_trunc_normal(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What nn.init.trunc_normal_ calls, now; it becomes the function.
 
-    Since torch 2.12 it looks at what it drew and draws again, and on the meta device it draws nothing.
-    tests/runtime/test_recorder.py::test_the_tape_is_what_the_constructor_did
+    torch 2.13 looks at what it drew and draws again, which a tape without values cannot hold, and draws nothing on meta.
+    Test: tests/runtime/test_recorder.py, test_the_tape_is_what_the_constructor_did.
     """
     init: Any = torch.nn.init
     before, init._no_grad_trunc_normal_ = init._no_grad_trunc_normal_, function

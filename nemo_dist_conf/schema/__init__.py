@@ -5,6 +5,7 @@ from nemo_dist_conf.schema.option import Documented, documented, option
 from nemo_dist_conf.schema.parallelism import ParallelismConf
 from nemo_dist_conf.schema.pipeline import PipelineConf, RoundVirtualStages
 from nemo_dist_conf.schema.policies import MixedPrecisionConf, OffloadConf
+from nemo_dist_conf.schema.switches import SwitchesConf
 
 __all__ = [
     "Documented",
@@ -14,6 +15,7 @@ __all__ = [
     "ParallelismConf",
     "PipelineConf",
     "RoundVirtualStages",
+    "SwitchesConf",
     "documented",
     "option",
 ]

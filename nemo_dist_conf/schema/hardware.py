@@ -38,7 +38,7 @@ class HardwareConf:
 _NVLINK4 = {"intra_node_gb_s": 450.0, "inter_node_gb_s": 50.0}
 
 #: Option -> values that differ from HardwareConf's defaults. Peaks are those of data sheets for dense matrices; the
-#: efficiencies are fitted to published runs (docs/published_runs.md), those of b200 and mi300x taken over from h100.
+#: efficiencies are fitted to published runs (benchmarks/results/plan.md), those of b200 and mi300x are h100's.
 PROFILES: dict[str, dict[str, Any]] = {
     "h100": {
         "name": "NVIDIA H100 SXM 80 GB",

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import Any, Iterator, NamedTuple
 
-__all__ = ["Documented", "documented", "option"]
+__all__ = ["Documented", "documented", "option", "typed"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -28,23 +28,24 @@ class Documented(NamedTuple):
     help: str
 
 
-def documented(schema: type, prefix: str = "") -> Iterator[Documented]:
-    """The fields of a schema class in order, nested nodes flattened to dotted names."""
+def documented(schema: Any, prefix: str = "") -> Iterator[Documented]:
+    """The fields of a schema class in order, nested nodes flattened to dotted names.
+
+    schema: the class, or an object of it, whose values then stand for the defaults.
+    """
+    values = schema() if isinstance(schema, type) else schema
     for item in dataclasses.fields(schema):
-        name = f"{prefix}{item.name}"
+        name, value = f"{prefix}{item.name}", getattr(values, item.name)
         text = item.metadata.get("help", "")
-        if item.default_factory is not dataclasses.MISSING:
-            value = item.default_factory()
-            if dataclasses.is_dataclass(value):
-                yield Documented(name, "", text)
-                yield from documented(type(value), f"{name}.")
-                continue
+        if dataclasses.is_dataclass(value):
+            yield Documented(name, "", text)
+            yield from documented(value, f"{name}.")
         else:
-            value = item.default
-        yield Documented(name, _typed(value), text)
+            yield Documented(name, typed(value), text)
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
+    """A value as it is typed on a command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -52,5 +53,5 @@ def _typed(value: Any) -> str:
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, list):
-        return "[" + ",".join(_typed(v) for v in value) + "]"
+        return "[" + ",".join(typed(v) for v in value) + "]"
     return str(value)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import DType
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.strategies.common import autocast_problems
-from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
+from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.topology.paths import Paths
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["DDPConf", "DDPConfig", "DDPManager", "STRATEGY"]
+    from nemo_dist_conf.runtime.configs import DDPConfig
+
+__all__ = ["DDPConf", "DDPManager", "STRATEGY"]
 
 
 @dataclass
@@ -26,7 +28,7 @@ class DDPConf:
     """Options of torch.nn.parallel.DistributedDataParallel, and what is applied before it."""
 
     activation_checkpointing: Union[bool, str] = option(
-        False, "true: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
+        False, "true or full: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
     )
     broadcast_buffers: bool = option(False, "send rank 0's buffers to all ranks before every forward")
     find_unused_parameters: bool = option(False, "search each forward for parameters that get no gradient")
@@ -34,26 +36,6 @@ class DDPConf:
     bucket_cap_mb: Optional[float] = option(None, "MiB of gradients reduced at once; null: torch's 25")
     gradient_as_bucket_view: bool = option(False, "let gradients live in the buckets: saves one copy of them")
     autocast_dtype: Optional[DType] = option(None, "run forward under torch.autocast in this dtype; null: no autocast")
-
-
-@dataclass
-class DDPConfig(DDPConf):
-    """Typed options of ``strategy=ddp``; dtypes may be given by name.
-
-    DDP has data parallelism only: dp_size is the world size.
-    """
-
-    activation_checkpointing: bool = False
-    autocast_dtype: Optional[torch.dtype] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        from nemo_dist_conf.runtime.lower import lower_config
-
-        lower_config(self, "ddp")
-
-    def to_dict(self) -> Dict[str, Any]:
-        """Fields by name."""
-        return shallow_dict(self)
 
 
 class DDPManager:
@@ -97,7 +79,7 @@ _WHOLE = "keeps the whole model on every rank"
 STRATEGY = Strategy(
     name="ddp",
     schema=DDPConf,
-    config=DDPConfig,
+    typed="nemo_dist_conf.runtime.configs:DDPConfig",
     axes=AxisRules(
         strategy="ddp",
         allowed=frozenset({"dp"}),

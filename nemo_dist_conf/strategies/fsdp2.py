@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import DType
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.schema.policies import MixedPrecisionConf, OffloadConf
 from nemo_dist_conf.strategies.common import autocast_problems, off_but_changed
-from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
+from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.topology.paths import Paths
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-__all__ = ["FSDP2Conf", "FSDP2Config", "FSDP2Manager", "STRATEGY"]
+    from nemo_dist_conf.runtime.configs import FSDP2Config
+
+__all__ = ["FSDP2Conf", "FSDP2Manager", "STRATEGY"]
 
 
 @dataclass
@@ -39,7 +40,7 @@ class FSDP2Conf:
     offload_policy: Optional[OffloadConf] = option(OffloadConf, "parameters in host memory; null: off")
     autocast_dtype: Optional[DType] = option(None, "run forward under torch.autocast in this dtype; null: no autocast")
     activation_checkpointing: Union[bool, str] = option(
-        False, "true: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
+        False, "true or full: recompute every block in backward; selective: keep matmuls and attention; false: keep all"
     )
     defer_fsdp_grad_sync: bool = option(
         True, "with gradient accumulation: reduce gradients in the last microbatch only"
@@ -54,35 +55,6 @@ class FSDP2Conf:
     enable_fsdp2_prefetch: bool = option(False, "gather the next blocks' parameters ahead, as the two depths say")
     fsdp2_backward_prefetch_depth: int = option(2, "blocks gathered ahead in backward")
     fsdp2_forward_prefetch_depth: int = option(1, "blocks gathered ahead in forward")
-
-
-def _default_mp_policy() -> MixedPrecisionPolicy | None:
-    from nemo_dist_conf.runtime.lower import lower_mp_policy
-
-    return lower_mp_policy(MixedPrecisionConf())
-
-
-@dataclass
-class FSDP2Config(FSDP2Conf):
-    """Typed options of ``strategy=fsdp2``; dtypes and policies may also be given by name or as mappings.
-
-    Sizes of axes are in ParallelismSizes. mp_policy None: no mixed precision.
-    """
-
-    tp_plan: Optional[dict] = None
-    mp_policy: Optional[MixedPrecisionPolicy] = option(_default_mp_policy, "")  # type: ignore[assignment]
-    offload_policy: Optional[CPUOffloadPolicy] = None  # type: ignore[assignment]
-    autocast_dtype: Optional[torch.dtype] = None  # type: ignore[assignment]
-    activation_checkpointing: Union[bool, str] = False
-
-    def __post_init__(self) -> None:
-        from nemo_dist_conf.runtime.lower import lower_config
-
-        lower_config(self, "fsdp2")
-
-    def to_dict(self) -> Dict[str, Any]:
-        """Fields by name; policies stay objects."""
-        return shallow_dict(self)
 
 
 class FSDP2Manager:
@@ -207,7 +179,7 @@ def _async_tp_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths:
 STRATEGY = Strategy(
     name="fsdp2",
     schema=FSDP2Conf,
-    config=FSDP2Config,
+    typed="nemo_dist_conf.runtime.configs:FSDP2Config",
     axes=AxisRules(
         strategy="fsdp2",
         allowed=frozenset({"dp", "dp_replicate", "tp", "pp", "cp", "ep"}),

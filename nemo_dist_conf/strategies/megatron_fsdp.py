@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Union
+from typing import TYPE_CHECKING, Any, List, Mapping, Union
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.strategies.common import has_module, unknown_class
-from nemo_dist_conf.strategies.spec import Strategy, shallow_dict
+from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.device import cuda_present
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["MegatronFSDPConf", "MegatronFSDPConfig", "MegatronFSDPManager", "STRATEGY", "library_problems"]
+    from nemo_dist_conf.runtime.configs import MegatronFSDPConfig
+
+__all__ = ["MegatronFSDPConf", "MegatronFSDPManager", "STRATEGY", "library_problems"]
 
 
 def _llama_blocks() -> List[str]:
@@ -47,24 +49,8 @@ class MegatronFSDPConf:
     nccl_ub: bool = option(False, "register communication buffers with NCCL")
     fsdp_double_buffer: bool = option(False, "two persistent buffers instead of allocating one per unit")
     activation_checkpointing: Union[bool, str] = option(
-        False, "true: recompute every block in backward; false: keep all"
+        False, "true or full: recompute every block in backward; false: keep all"
     )
-
-
-@dataclass
-class MegatronFSDPConfig(MegatronFSDPConf):
-    """Typed options of ``strategy=megatron_fsdp``. Sizes (dp, tp, cp) are in ParallelismSizes."""
-
-    activation_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        from nemo_dist_conf.runtime.lower import lower_config
-
-        lower_config(self, "megatron_fsdp")
-
-    def to_dict(self) -> Dict[str, Any]:
-        """Fields by name."""
-        return shallow_dict(self)
 
 
 class MegatronFSDPManager:
@@ -206,7 +192,7 @@ _SHARDS = "shards over one data-parallel group"
 STRATEGY = Strategy(
     name="megatron_fsdp",
     schema=MegatronFSDPConf,
-    config=MegatronFSDPConfig,
+    typed="nemo_dist_conf.runtime.configs:MegatronFSDPConfig",
     axes=AxisRules(
         strategy="megatron_fsdp",
         allowed=frozenset({"dp", "tp", "cp"}),

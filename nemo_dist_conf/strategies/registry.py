@@ -54,5 +54,8 @@ def find_strategy(name: str, paths: Paths = Paths()) -> Strategy:
 
 
 def strategy_of_target(target: str) -> Strategy | None:
-    """The strategy whose composed nodes carry this ``_target_``; None for any other."""
-    return next((strategy for strategy in map(_load, STRATEGY_NAMES) if strategy.target == target), None)
+    """The strategy whose typed config a class path names, by any of the modules that pass it on; else None."""
+    package, _, rest = target.partition(".")
+    name = rest.rpartition(".")[2]
+    ours = (strategy for strategy in map(_load, STRATEGY_NAMES) if strategy.target.startswith(f"{package}."))
+    return next((strategy for strategy in ours if strategy.target.endswith(f".{name}")), None)

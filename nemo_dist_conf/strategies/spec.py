@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Callable, Mapping
 
 from nemo_dist_conf.errors import Problem
@@ -11,7 +11,7 @@ from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, STRATEGY_NAMES
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.topology.paths import Paths
 
-__all__ = ["Rules", "Strategy", "shallow_dict"]
+__all__ = ["Rules", "Strategy"]
 
 #: (the strategy node as plain values, the sizes, spelling of keys) -> what cannot work
 Rules = Callable[[Mapping[str, Any], Mapping[str, Any], Paths], list[Problem]]
@@ -19,15 +19,15 @@ Rules = Callable[[Mapping[str, Any], Mapping[str, Any], Paths], list[Problem]]
 
 @dataclass(frozen=True)
 class Strategy:
-    """One strategy: its schema and typed classes, its axes, its rules, and where its manager is.
+    """One strategy: its schema, its axes, its rules, and where its typed config and its manager are.
 
-    manager: ``module:Class``, imported when the strategy is executed, never while composing.
+    typed, manager: ``module:Class``, imported when the strategy is executed, never while composing.
     executes: axes whose execution exists; the others compose and are planned, but are refused before a start.
     """
 
     name: str
     schema: type
-    config: type
+    typed: str
     axes: AxisRules
     rules: Rules
     manager: str
@@ -42,13 +42,17 @@ class Strategy:
     @property
     def target(self) -> str:
         """Class path of the typed config, which identifies a composed node of this strategy."""
-        return f"nemo_dist_conf.config.{self.config.__name__}"
+        return f"nemo_dist_conf.config.{self.typed.partition(':')[2]}"
 
-    def load_manager(self) -> type:
-        module, _, name = self.manager.partition(":")
-        return getattr(importlib.import_module(module), name)
+    @property
+    def config(self) -> Any:
+        """The class of the typed config, which holds torch's objects: asking for it imports torch."""
+        return _load(self.typed)
+
+    def load_manager(self) -> Any:
+        return _load(self.manager)
 
 
-def shallow_dict(config: Any) -> dict[str, Any]:
-    """Fields of a typed config by name, values as they are (policies stay objects)."""
-    return {item.name: getattr(config, item.name) for item in fields(config)}
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

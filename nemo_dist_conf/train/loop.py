@@ -20,6 +20,7 @@ from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.models.facts import facts_from_config, fields_of
 from nemo_dist_conf.resolvers import autocast_dtype
 from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.runtime.configs import MegatronFSDPConfig
 from nemo_dist_conf.runtime.lower import lower_dtype
 from nemo_dist_conf.runtime.loss import IGNORED
 from nemo_dist_conf.runtime.order import autocast_forward
@@ -27,7 +28,6 @@ from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdow
 from nemo_dist_conf.runtime.routing import ExpertLoad
 from nemo_dist_conf.runtime.unwrap import unwrapped
 from nemo_dist_conf.strategies import strategy_of_target
-from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConfig
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.world import launched
 from nemo_dist_conf.recipe.checks import batch_problems
@@ -36,6 +36,7 @@ from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
 from nemo_dist_conf.train.learning_rate import LearningRate
+from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.train.estimate import measured, plan_of_run
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
 from nemo_dist_conf.train.preemption import Preemption
@@ -109,6 +110,7 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
         rows = micro or size // context.data_size
         _check_model_knows(cfg, data, model, context)
+        saving.loss_scale = _loss_scale(setup)
         if saving.goes_on:
             settle(model, optimizer, _microbatches(data, 0, rows, context)[0], context)
         restored = saving.restore(model, optimizer, data, context.is_main)
@@ -209,6 +211,7 @@ def _train(
                 global_tokens=tokens,
                 max_grad_norm=settings.max_grad_norm,
                 load=load,
+                loss_scale=saving.loss_scale,
             )
             if not result.updated:
                 raise not_finite(cfg, result, last, step, optimizer, folder)
@@ -260,11 +263,19 @@ def _microbatches(data: DataSource, step: int, rows: int, context: Any) -> tuple
     return split_microbatches(input_ids.to(context.device), labels.to(context.device), rows), labels
 
 
+def _loss_scale(setup: Any) -> LossScale | None:
+    """For a model that computes in float16 somewhere; None for any other."""
+    policies = [getattr(config, "mp_policy", None) for config in (setup.strategy_config, setup.moe_parallel_config)]
+    dtypes = [policy.param_dtype for policy in policies if policy is not None]
+    dtypes.append(getattr(setup.strategy_config, "autocast_dtype", None))
+    return LossScale() if torch.float16 in dtypes else None
+
+
 def _expert_load(model: nn.Module) -> ExpertLoad | None:
     """A counter for the experts of a transformers model; None for a dense one."""
     config: Any = getattr(unwrapped(model), "config", None)
     experts = facts_from_config(fields_of(config)).num_experts if hasattr(config, "to_dict") else None
-    return None if experts is None else ExpertLoad(model, experts)
+    return ExpertLoad(model, experts) if experts else None
 
 
 def _global_tokens(data: DataSource, labels_BS: Tensor, context: Any) -> int:

@@ -17,6 +17,7 @@ from nemo_dist_conf.errors import DataError, Preempted, Problem
 from nemo_dist_conf.ranks.tree import different_keys, flat_config
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.train.data import DataSource, TextData
+from nemo_dist_conf.train.loss_scale import LossScale
 
 __all__ = ["Saving", "SavingSettings"]
 
@@ -69,6 +70,7 @@ class Saving:
                 asynchronous=settings.asynchronous,
                 layout=layout,
             )
+        self.loss_scale: LossScale | None = None  # of a run in float16: saved, because the last bits follow from it
         self._newest: Path | None = None
         self._rows = 0
 
@@ -99,6 +101,8 @@ class Saving:
             asked, allowed = f"checkpoint.resume={self._settings.resume}", "a checkpoint of the recipe, or null"
             raise DataError(Problem(what, asked, allowed, "checkpoint.resume=null"))
         self._rows = position["rows"]
+        if self.loss_scale is not None and position.get("loss_scale") is not None:
+            self.loss_scale.load_state_dict(position["loss_scale"])
         if isinstance(data, TextData):
             data.go_on(restored.step, self._rows)
         if is_main:
@@ -138,7 +142,8 @@ class Saving:
     def _save(self, step: int, model: nn.Module, optimizer: Optimizer, data: DataSource, loss: float) -> None:
         assert self._checkpoints is not None
         text = str(data.corpus.fingerprint) if isinstance(data, TextData) else None
-        position = {"rows": self._rows, "loss": loss, "text": text}
+        scale = None if self.loss_scale is None else self.loss_scale.state_dict()
+        position = {"rows": self._rows, "loss": loss, "text": text, "loss_scale": scale}
         objects = {"position": position, **_own(data)}
         self._checkpoints.save(step, model, optimizer, objects=objects, config=self._cfg)
         self._newest = step_folder(self._checkpoints.folder, step)

@@ -6,6 +6,7 @@ Shapes: B rows (sequences) of a microbatch, S tokens of a sequence, V ids of the
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Sequence
@@ -18,12 +19,14 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
+from nemo_dist_conf.runtime.gradients import scale_gradients
 from nemo_dist_conf.runtime.loss import token_loss_sum
-from nemo_dist_conf.runtime.routing import ExpertLoad, balancing_loss
+from nemo_dist_conf.runtime.routing import ExpertLoad, balancing_loss, routed
 from nemo_dist_conf.runtime.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline
+    from nemo_dist_conf.train.loss_scale import LossScale
 
 __all__ = [
     "Microbatches",
@@ -34,6 +37,8 @@ __all__ = [
     "train_step",
 ]
 
+log = logging.getLogger(__name__)
+
 Microbatches = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -43,8 +48,8 @@ class StepResult:
 
     loss: mean over the counted tokens of the global batch. grad_norm: of all gradients, before clipping.
     updated: whether the optimizer made its step; false where a number is not finite.
-    more: of a mixture-of-experts model: expert_imbalance (``ExpertLoad.imbalance``) and aux_loss, the mean of the
-    balancing loss over the microbatches, without its coefficient, where the model's config asks for it.
+    more: of a mixture-of-experts model: expert_imbalance (``ExpertLoad.imbalance``) and aux_loss, the balancing loss of
+    the global batch, without its coefficient, where the model's config asks for it.
     """
 
     loss: float
@@ -54,28 +59,49 @@ class StepResult:
 
 
 def forward_backward(
-    model: nn.Module, microbatches: Microbatches, scale: float, context: Any
+    model: nn.Module, microbatches: Microbatches, scale: float, context: Any, times: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum.
 
+    times: makes all gradients larger (``LossScale``).
     Also those of the loss that balances experts, where the model's config asks for it (output_router_logits), times
-    its coefficient; returns its mean over the microbatches, else None.
+    its coefficient; returns that loss of the global batch, else None. With several microbatches it takes a forward of
+    all of them without gradients first: what one adds depends on where the tokens of all go.
     """
     total = torch.zeros((), dtype=torch.float64, device=context.device)  # microbatches must not change the number
     balance: Tensor | None = None
     config: Any = getattr(unwrapped(model), "config", None)
+    routing = _routed_before(model, microbatches, context) if len(microbatches) > 1 else None
     for number, (input_ids, labels) in enumerate(microbatches, 1):
         with accumulate(model, last=number == len(microbatches)):
             logits, router_logits = _forward(model, input_ids)
             loss_sum = token_loss_sum(logits, labels)
             objective = loss_sum * scale
             if router_logits is not None:
-                part = balancing_loss(router_logits, config.num_experts_per_tok, context) / len(microbatches)
+                if routing is None:
+                    routing = context.sum_over_data(routed(router_logits, config.num_experts_per_tok))
+                part = balancing_loss(router_logits, routing)
                 objective = objective + part * (config.router_aux_loss_coef * context.gradient_size)
                 balance = part.detach() if balance is None else balance + part.detach()
-            objective.backward()
+            (objective if times == 1.0 else objective * times).backward()
         total += loss_sum.detach()
-    return total, balance
+    return total, None if balance is None else context.sum_over_data(balance)
+
+
+@torch.no_grad()
+def _routed_before(model: nn.Module, microbatches: Microbatches, context: Any) -> Tensor | None:
+    """``routed`` of the global batch, whose tokens will draw the same random numbers; None without such a loss."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    if not getattr(config, "output_router_logits", False) or not getattr(config, "router_aux_loss_coef", 0.0):
+        return None
+    found: Tensor | None = None
+    with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+        for input_ids, _ in microbatches:
+            _, router_logits = _forward(model, input_ids)
+            if router_logits is not None:
+                part = routed(router_logits, config.num_experts_per_tok)
+                found = part if found is None else found + part
+    return None if found is None else context.sum_over_data(found)
 
 
 def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, context: Any) -> None:
@@ -90,11 +116,11 @@ def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, c
 
 
 def run_pipeline(
-    model: Pipeline, microbatches: Microbatches, scale: float, context: Any
+    model: Pipeline, microbatches: Microbatches, scale: float, context: Any, times: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """``forward_backward`` of a pipeline, which splits what it is given into microbatches of its own."""
     count = model.microbatches if model.scales_gradients else 1  # its losses and gradients are then means
-    totals = [model.step(input_ids, labels, scale * count) * count for input_ids, labels in microbatches]
+    totals = [model.step(input_ids, labels, scale * times * count) * count for input_ids, labels in microbatches]
     return torch.stack(totals).sum(), None
 
 
@@ -107,10 +133,12 @@ def train_step(
     global_tokens: int,
     max_grad_norm: float | None,
     load: ExpertLoad | None = None,
+    loss_scale: LossScale | None = None,
 ) -> StepResult:
     """One optimizer step on this rank's part of the global batch.
 
-    load: counts the tokens of the model's experts.
+    load: counts the tokens of the model's experts. loss_scale: of a model that computes in float16; gradients are
+    computed again with a lower one where they overflow.
 
     DDP and FSDP average gradients over the ranks that hold different tokens; scaling the loss sum by their number /
     global_tokens turns that into the gradient of the mean over the global batch, however unevenly tokens are spread
@@ -119,15 +147,24 @@ def train_step(
     all of them decide alike.
     """
     run: Any = run_pipeline if context.pp_enabled else forward_backward
-    loss_sum, balance = run(model, microbatches, context.gradient_size / global_tokens, context)
-    loss = context.sum_over_data(loss_sum) / global_tokens
-    norm = clip_grad_norm_(model, max_grad_norm)
-    imbalance = None if load is None else load.imbalance(context)
-    more = {"aux_loss": balance, "expert_imbalance": imbalance}
-    more = {name: value for name, value in more.items() if value is not None}
-    numbers = torch.stack([value.to(loss) for value in (loss, norm, *more.values())])
-    loss_value, norm_value, *others = numbers.tolist()  # the only wait for the device in a step
-    updated = math.isfinite(loss_value) and math.isfinite(norm_value)
+    while True:
+        times = 1.0 if loss_scale is None else loss_scale.value
+        loss_sum, balance = run(model, microbatches, context.gradient_size / global_tokens, context, times)
+        loss = context.sum_over_data(loss_sum) / global_tokens
+        norm = clip_grad_norm_(model, max_grad_norm if loss_scale is None else None) / times
+        imbalance = None if load is None else load.imbalance(context)
+        more = {"aux_loss": balance, "expert_imbalance": imbalance}
+        more = {name: value for name, value in more.items() if value is not None}
+        numbers = torch.stack([value.to(loss) for value in (loss, norm, *more.values())])
+        loss_value, norm_value, *others = numbers.tolist()  # the only wait for the device in a step
+        updated = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if updated or loss_scale is None or not math.isfinite(loss_value) or not loss_scale.lower():
+            break
+        log.info("gradients overflow float16; the step is computed again, its loss times %g", loss_scale.value)
+        optimizer.zero_grad(set_to_none=True)
+    if updated and loss_scale is not None:
+        scale_gradients(model, min(1.0, max_grad_norm / (norm_value + 1e-6) if max_grad_norm else 1.0) / times)
+        loss_scale.made_step()
     if updated:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

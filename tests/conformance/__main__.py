@@ -27,9 +27,9 @@ def table(rows: dict[Case, Outcome], seconds: float) -> str:
     lines = [
         "# What people bring",
         "",
-        "Models of every kind, own apps and own objects, each on a layout. *equal*: as plain torch in one process, up to "
-        "the worst relative difference beside it (0: nothing is computed, what is asked for is there). *refused*: with "
-        "these words, before anything wrong starts.",
+        "Models of every kind, own apps and own objects, each on a layout. *equal*: as plain torch in one process, up "
+        "to the worst relative difference beside it (0: nothing is computed, what is asked for is there). *refused*: "
+        "with these words, before anything wrong starts.",
         "",
         f"{len(rows)} cases, torch {torch.__version__}, gloo, CPU ({platform.machine()}), {date.today()}, "
         f"{seconds / 60:.0f} minutes: `python -m tests.conformance`.",

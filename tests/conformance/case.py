@@ -59,7 +59,7 @@ def outcome_of(case: Case) -> Outcome:
     except ConfigError as refusal:
         return Outcome("refused", reason=" ".join(str(refusal).split()))
     except Exception as error:
-        return Outcome("died", reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        return Outcome("died", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return Outcome("equal" if difference <= case.tolerance else "different", difference)  # nan is different
 
 

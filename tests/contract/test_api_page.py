@@ -147,7 +147,7 @@ def test_policies_may_be_given_as_objects_or_mappings_and_none_turns_them_off():
         (lambda: config.FSDP2Config(mp_policy="bfloat16"), "strategy.mp_policy"),
         (lambda: config.FSDP2Config(mp_policy={"parm_dtype": "bfloat16"}), "param_dtype"),
         (lambda: config.FSDP2Config(tp_plan="llama"), "strategy.tp_plan"),
-        (lambda: config.FSDP2Config(activation_checkpointing="full"), "selective"),
+        (lambda: config.FSDP2Config(activation_checkpointing="some"), "selective"),
         (lambda: config.FSDP2Config(fsdp2_forward_prefetch_depth="deep"), "fsdp2_forward_prefetch_depth"),
         (lambda: config.DDPConfig(bucket_cap_mb="big"), "bucket_cap_mb"),
         (lambda: config.MegatronFSDPConfig(zero_dp_strategy="three"), "zero_dp_strategy"),

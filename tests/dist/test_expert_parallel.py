@@ -64,7 +64,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], int]] = {
     "ep 2, head apart": (2, (EP, "moe.wrap_outer_model=false", "moe.lm_head_precision=float32"), 1),
     "ep 4": (4, ("parallelism.ep_size=4",), 1),
     "ep 2 x ep_shard 2": (4, (EP, "moe.reshard_after_forward=true"), 2),
-    "ep 2 x hsdp 2x2": (4, (EP, "parallelism.dp_replicate_size=2"), 1),
+    "ep 2 x hsdp 2x2": (4, (EP, "parallelism.dp_replicate_size=2"), 2),
     "ep 2 x cp 2": (4, (EP, CP), 1),
     "ep 2 x pp 2": (4, (EP, PP, "pipeline.pp_batch_size=8"), 1),
     "ep 2 x pp 2, late experts": (4, (EP, PP, "pipeline.pp_batch_size=8"), 1),
@@ -193,7 +193,7 @@ def test_a_pipeline_rank_without_experts_takes_part_in_what_is_counted() -> None
 BALANCED = {**FAMILIES["mixtral"], "output_router_logits": True, "router_aux_loss_coef": 0.1}
 
 
-def _balanced(*words: str) -> tuple[float, float, dict[str, torch.Tensor]]:
+def _balanced(*words: str, microbatches: int = 1) -> tuple[float, float, dict[str, torch.Tensor]]:
     setup, model, optimizer = instantiate(composed(*words, model={"config": BALANCED}, optimizer={**SGD, "lr": 0.0}))
     context = setup.mesh_context
     gradients: dict[str, torch.Tensor] = {}
@@ -201,7 +201,8 @@ def _balanced(*words: str) -> tuple[float, float, dict[str, torch.Tensor]]:
     parts = (part.chunk(context.data_size)[context.data_rank] for part in batch(LENGTH))
     ids, labels = context.split_sequence(*parts)
     tokens = int((batch(LENGTH)[1] != -100).sum())
-    done = train_step(model, optimizer, [(ids, labels)], context, global_tokens=tokens, max_grad_norm=None)
+    split = list(zip(ids.chunk(microbatches), labels.chunk(microbatches)))
+    done = train_step(model, optimizer, split, context, global_tokens=tokens, max_grad_norm=None)
     return done.loss, done.more["aux_loss"], gradients
 
 
@@ -217,14 +218,22 @@ def _plain_balanced(weights: dict[str, torch.Tensor]) -> tuple[float, float, dic
 
 
 @pytest.mark.parametrize(
-    ("ranks", "words"),
-    [(2, ("strategy=ddp",)), (2, (FP32, EP)), (2, (FP32, EP, FULL)), (4, (FP32, EP, CP))],
-    ids=["ddp 2", "ep 2", "ep 2, full checkpointing", "ep 2 x cp 2"],
+    ("ranks", "words", "microbatches"),
+    [
+        (1, ("strategy=ddp",), 4),
+        (2, ("strategy=ddp",), 1),
+        (2, ("strategy=ddp",), 2),
+        (2, (FP32, EP), 4),
+        (2, (FP32, EP, FULL), 1),
+        (4, (FP32, EP, CP), 1),
+    ],
+    ids=["1, 4 microbatches", "ddp 2", "ddp 2, 2 microbatches", "ep 2, 4 microbatches", "ep 2, full ac", "ep 2 x cp 2"],
 )
-def test_the_balancing_loss_is_that_of_the_whole_batch(ranks: int, words: tuple[str, ...]) -> None:
+def test_the_balancing_loss_is_that_of_the_whole_batch(ranks: int, words: tuple[str, ...], microbatches: int) -> None:
+    """However it is split over ranks and microbatches."""
     weights = run_ranks(1, initial_weights, BALANCED)[0]
     loss, balance, gradients = run_ranks(1, _plain_balanced, weights)[0]
-    for found_loss, found_balance, found in run_ranks(ranks, _balanced, *words):
+    for found_loss, found_balance, found in run_ranks(ranks, _balanced, *words, microbatches=microbatches):
         assert (found_loss, found_balance) == (pytest.approx(loss, rel=1e-5), pytest.approx(balance, rel=1e-5))
         off = {key: float((found[key] - g).norm() / g.norm()) for key, g in gradients.items()}
         assert max(off.values()) < 1e-5, max(off.items(), key=lambda entry: entry[1])

@@ -107,6 +107,40 @@ def test_a_factory_and_a_target_are_built_from_the_seed(words: tuple[str, ...]) 
     assert not any(torch.equal(factory[name], other[name]) for name in drawn)
 
 
+def stepped(made: tuple[Any, Any, Any]) -> tuple[str, float, dict[str, Tensor]]:
+    """The strategy, the loss and the weights after a step."""
+    setup, model, optimizer = made
+    loss = loss_sum(model, *batch()) / 100
+    loss.backward()
+    optimizer.step()
+    return type(setup.strategy_config).__name__, float(loss.detach()), full_state(model)
+
+
+def as_a_node(node: dict[str, Any], mode: str, *words: str) -> list[tuple[str, float, dict[str, Tensor]]]:
+    """A node ``_target_: nemo_dist_conf.instantiate``, instantiated by Hydra, and the same by a call of the hook."""
+    from hydra.utils import instantiate as hydra_instantiate
+
+    model: dict[str, Any] = {"_target_": "tests.dist.layouts.Net", "_partial_": True}
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True}
+    cfg = composed(*words, model=model, optimizer=sgd)
+    app = OmegaConf.create({"dist": cfg, "run": {"_target_": "nemo_dist_conf.instantiate", "cfg": "${dist}", **node}})
+    found = [stepped(hydra_instantiate(app.run, _convert_=mode)), stepped(instantiate(hydra_instantiate(cfg)))]
+    plain = composed(*words, model={"_target_": "tests.dist.layouts.Net"}, optimizer=sgd)
+    return [*found, stepped(instantiate(plain))]
+
+
+@BOTH
+@pytest.mark.parametrize("node", [{}, {"_recursive_": False}], ids=["default", "not recursive"])
+@pytest.mark.parametrize("mode", ["none", "all"])
+def test_the_hook_is_a_node_too(words: tuple[str, ...], node: dict[str, Any], mode: str) -> None:
+    """Hydra makes typed configs, a factory and a partial optimizer of what is inside before it calls the hook."""
+    for found in run_ranks(2, as_a_node, node, mode, *words):
+        (kind, loss, state), *others = found
+        for other_kind, other_loss, other in others:
+            assert (kind, loss) == (other_kind, other_loss)
+            assert all(torch.equal(state[name], other[name]) for name in state)
+
+
 def test_a_targets_arguments_are_the_users() -> None:
     state = run_ranks(1, from_config, {**MODELS["module"], "width": 16, "depth": 2}, FP32)[0]
     assert state["embed.weight"].shape == (97, 16)
@@ -482,7 +516,7 @@ def test_groups_below_a_package_work_as_at_the_root(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text((tmp_path / "config.yaml").read_text().replace("mp_policy: null", ""))
     words = ("strategy@dist.strategy=ddp", "dist.strategy.bucket_cap_mb=1.0")
     replicated = run_ranks(2, relocated, str(tmp_path), *words)
-    assert [found[:2] for found in replicated] == [("DistributedDataParallel", "dp 2")] * 2
+    assert [found[:2] for found in replicated] == [("SeveralRanksDDP", "dp 2")] * 2
     assert sharded[0][2] == pytest.approx(replicated[0][2], rel=1e-6)
     with pytest.raises(ConfigError) as error:
         run_ranks(2, relocated, str(tmp_path), "strategy@dist.strategy=ddp", "dist.parallelism.tp_size=2")

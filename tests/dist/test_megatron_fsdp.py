@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -307,6 +308,21 @@ class Flat(nn.Module):
         return self.head(self.embed(ids))
 
 
+class Odd(Net):
+    """With a parameter of a kind that the library cannot shard."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()) if kind == "scalar" else torch.ones(8, dtype=torch.float64))
+        self.embed = nn.Embedding(97, 32, sparse=kind == "sparse")
+        if kind == "sparse":
+            del self.scale
+
+
+def odd(kind: str) -> dict[str, Any]:
+    return {"_target_": f"{__name__}.Odd", "kind": kind}
+
+
 LINEAR = "strategy.megatron_fsdp_unit_modules=[torch.nn.Conv2d]"
 
 
@@ -318,11 +334,43 @@ LINEAR = "strategy.megatron_fsdp_unit_modules=[torch.nn.Conv2d]"
         (MODELS["tied"], ("strategy.init_fsdp_with_meta_device=true",), "are one parameter"),
         (MODELS["llama"], (TP,), "has 97 rows or columns"),
         (MODELS["module"], (TP,), "type     strategy=fsdp2 'strategy.tp_plan="),
+        (odd("scalar"), (), "scale has no dimension"),
+        (odd("double"), (), "scale is float64"),
+        (odd("sparse"), (), "embed is an embedding with sparse=True"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(model: dict[str, Any], words: tuple[str, ...], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         run_shimmed(2, _units, model, *words)
+
+
+class TwoTowers(Net):
+    """Blocks that no step uses, or with them a module of the root that none uses."""
+
+    def __init__(self, root: bool) -> None:
+        super().__init__()
+        self.others = nn.ModuleList(copy.deepcopy(block) for block in self.blocks)
+        self.norm = nn.LayerNorm(32) if root else None
+
+
+def _one_tower(root: bool) -> float:
+    model = TwoTowers(root)
+    plain = copy.deepcopy(model)
+    _, wrapped, optimizer = instantiate(composed(MEGATRON, zero(1), optimizer=SGD), model)
+    loss_sum(wrapped, *batch()).backward()
+    loss_sum(plain, *batch()).backward()
+    optimizer.step()
+    plain_optimizer = torch.optim.SGD(plain.parameters(), SGD["lr"], momentum=SGD["momentum"])
+    plain_optimizer.step()
+    with torch.no_grad():
+        return abs(float(loss_sum(wrapped, *batch()) / loss_sum(plain, *batch())) - 1)
+
+
+def test_a_group_of_which_a_step_uses_a_part_is_refused() -> None:
+    """The library would update with gradients of one rank; a unit that is not used at all does no harm."""
+    assert max(run_shimmed(2, _one_tower, False)) < 1e-5
+    with pytest.raises(ConfigError, match=r"norm\.weight, norm\.bias got no gradient in this step"):
+        run_shimmed(2, _one_tower, True)
 
 
 def _not_finite(*words: str) -> float:

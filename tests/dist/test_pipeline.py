@@ -412,7 +412,11 @@ def _step_with(count: int, length: int) -> None:
     _, model, _ = instantiate(composed(FP32, PP, rows(4), model=MODEL, optimizer=SGD))
     ids, labels = (tensor[:4] for tensor in batch(LENGTH))
     model.step(ids, labels)
-    model.step(ids[:count, :length], labels[:count, :length])
+    held = [parameter.grad.full_tensor() for parameter in model.parameters()]
+    try:
+        model.step(ids[:count, :length], labels[:count, :length])
+    finally:  # a stage that was set up again would have lost what is accumulated
+        assert all(torch.equal(p.grad.full_tensor(), grad) for p, grad in zip(model.parameters(), held, strict=True))
 
 
 @pytest.mark.parametrize(("count", "length", "text"), [(3, LENGTH, "batches of 4 rows"), (4, 8, "16 tokens")])

@@ -1,6 +1,9 @@
 """DistributedSetup.build and MeshContext on real ranks, and on the fake process group where ranks are many."""
 
 import dataclasses
+import itertools
+import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_dist_conf import (
     ConfigError,
+    DDPConfig,
     DistributedSetup,
     FSDP2Config,
     MeshContext,
@@ -16,6 +20,7 @@ from nemo_dist_conf import (
     ParallelismSizes,
     PipelineConfig,
 )
+from tests import warm
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -92,6 +97,122 @@ def test_axes_of_one_rank_share_one_group_and_the_others_have_the_ranks_that_tor
         assert sum(size == 1 for _, size, _ in found.values()) > len(alone) or not alone
 
 
+NAMES = {"dp": ("dp_replicate", "dp_shard"), "dp_shard_cp": ("dp_shard", "cp")}
+NAMES["dp_cp"] = ("dp_replicate", "dp_shard", "cp")
+
+
+def joined_axes(**sizes):
+    """Ranks that ``device_mesh[name]`` reaches, on its own and as a group; and how many groups the meshes have."""
+    warnings.simplefilter("ignore")  # torch's, of taking a flattened axis out of its root
+    context = DistributedSetup.build("fsdp2", ParallelismSizes(**sizes)).mesh_context
+    root, found = context.device_mesh, {}
+    shape = dict(zip(root.mesh_dim_names, root.shape))
+    for name, axes in NAMES.items():
+        mesh, ones = root[name], torch.ones(1)
+        dist.all_reduce(ones, group=mesh.get_group())
+        wide = [axis for axis in axes if shape[axis] > 1]
+        assert root.get_group(name) is mesh.get_group() and mesh.mesh_dim_names == (name,)
+        assert mesh.size() == context.size(name) == ones.item()
+        assert mesh.mesh.tolist() == dist.get_process_group_ranks(mesh.get_group())
+        assert mesh.get_local_rank() == mesh.get_coordinate()[0]
+        if len(wide) == 1:
+            assert mesh.get_group() is root.get_group(wide[0])
+        found[name] = mesh.mesh.tolist()
+    assert root["dp_replicate", "dp_shard_cp"].shape == (shape["dp_replicate"], shape["dp_shard"] * shape["cp"])
+    groups = [root.get_group(name) for name in (*root.mesh_dim_names, *NAMES)]
+    shared = {tuple(dist.get_process_group_ranks(g)): g.group_name for g in groups if g.size() > 1}
+    assert len({g.group_name for g in groups if g.size() > 1}) == len(shared)  # no two of the same ranks
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "of_rank_0"),
+    [
+        (dict(), {"dp": [0, 1, 2, 3], "dp_shard_cp": [0, 1, 2, 3], "dp_cp": [0, 1, 2, 3]}),
+        (dict(tp_size=4), {"dp": [0], "dp_shard_cp": [0], "dp_cp": [0]}),
+        (dict(cp_size=4), {"dp": [0], "dp_shard_cp": [0, 1, 2, 3], "dp_cp": [0, 1, 2, 3]}),
+        (dict(cp_size=2), {"dp": [0, 2], "dp_shard_cp": [0, 1, 2, 3], "dp_cp": [0, 1, 2, 3]}),
+        (dict(dp_replicate_size=2), {"dp": [0, 1, 2, 3], "dp_shard_cp": [0, 1], "dp_cp": [0, 1, 2, 3]}),
+        (dict(pp_size=2, ep_size=2), {"dp": [0, 1], "dp_shard_cp": [0, 1], "dp_cp": [0, 1]}),
+    ],
+    ids=str,
+)
+def test_names_of_several_axes_answer_whatever_the_sizes(sizes, of_rank_0):
+    assert run_ranks(4, joined_axes, **sizes)[0] == of_rank_0
+
+
+def one_rank_names():
+    warnings.simplefilter("ignore")
+    mesh = DistributedSetup.build("fsdp2").mesh_context.device_mesh
+    megatron = DistributedSetup.build("megatron_fsdp").mesh_context.device_mesh
+    return [mesh[name].size() for name in NAMES] + [megatron["dp"].size(), megatron["dp_cp"].size()]
+
+
+def test_one_rank_has_all_names_too():
+    assert run_ranks(1, one_rank_names) == [[1] * 5]
+
+
+def timeouts():
+    from nemo_dist_conf.runtime.process_group import host_group
+
+    found = set()
+    for sizes in (dict(cp_size=2), dict(dp_replicate_size=2), dict(pp_size=2, ep_size=2)):
+        context = DistributedSetup.build("fsdp2", ParallelismSizes(**sizes)).mesh_context
+        meshes = [context.device_mesh, *([context.moe_mesh] if context.moe_mesh else [])]
+        groups = itertools.chain(*(mesh.get_all_groups() for mesh in meshes))
+        for group in [*groups, *(context.device_mesh.get_group(name) for name in NAMES), host_group(apart=True)]:
+            found.add(group._get_backend(torch.device("cpu")).options._timeout)
+    default = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    return found, default
+
+
+def test_every_group_of_the_meshes_has_the_timeout_of_the_process_group():
+    """torch gives groups that are made later its own half hour."""
+    for found, default in run_ranks(4, timeouts):
+        assert found == {default} and default != dist.default_pg_timeout
+
+
+def started_with_a_timeout():
+    from nemo_dist_conf import initialize_distributed
+
+    dist.destroy_process_group()
+    initialize_distributed(timeout_minutes=7)
+    return timeouts_of_one_rank()
+
+
+def timeouts_of_one_rank():
+    mesh = DistributedSetup.build("fsdp2").mesh_context.device_mesh
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in mesh.get_all_groups()}
+
+
+def test_the_timeout_that_one_asks_for_is_what_the_meshes_get(monkeypatch):
+    assert run_ranks(1, started_with_a_timeout) == [{timedelta(minutes=7)}]
+
+
+def around_meshes():
+    warnings.simplefilter("ignore")
+    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+    root = init_device_mesh("cpu", (1, 1, 2, 2, 1), mesh_dim_names=names)
+    experts = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep_shard", "ep"))
+    context = MeshContext.from_meshes(root, experts)
+    assert context.device_mesh is root and context.moe_mesh is experts
+    other = MeshContext.from_meshes(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")))
+    try:
+        MeshContext.from_meshes(init_device_mesh("cpu", (4,), mesh_dim_names=("rows",)))
+    except ConfigError as error:
+        refusal = error.what
+    return facts(context), [root[name].size() for name in NAMES], facts(other), refusal
+
+
+def test_a_context_around_meshes_that_somebody_else_has_built():
+    found, joined, other, refusal = run_ranks(4, around_meshes)[3]
+    assert (found["dp_size"], found["cp_size"], found["ep_size"], found["data_rank"]) == (2, 2, 2, 1)
+    assert joined == [2, 4, 4]
+    assert (other["dp_size"], other["tp_size"], other["data_rank"], other["data_size"]) == (2, 2, 1, 2)
+    assert "unknown name: rows" in refusal
+    assert MeshContext.from_meshes(None) == MeshContext()
+
+
 def flattened_sizes():
     mesh = DistributedSetup.build("fsdp2", ParallelismSizes(cp_size=2)).mesh_context.device_mesh
     from nemo_dist_conf.runtime.mesh import fsdp_mesh
@@ -134,7 +255,7 @@ def test_configs_are_resolved_and_filled_where_an_axis_needs_them():
         (dict(pipeline_config=PipelineConfig()), "pp_size is 1"),
         (dict(moe_parallel_config={}), "ep_size is 1"),
         (dict(pipeline_config={"schedule": "gpipe"}, parallelism_sizes=ParallelismSizes(pp_size=2)), "schedule"),
-        (dict(activation_checkpointing="full"), "not a mode"),
+        (dict(activation_checkpointing="some"), "not a mode"),
         (dict(strategy="mfsdp", activation_checkpointing="selective"), "not a mode of strategy=megatron_fsdp"),
         (
             dict(strategy=FSDP2Config(activation_checkpointing=True), activation_checkpointing="selective"),
@@ -149,6 +270,70 @@ def test_what_cannot_be_built_is_refused_before_a_process_group_is_started(kwarg
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("wrong", [None, {}, "fsdp2", FSDP2Config, 3, object()], ids=str)
+def test_a_mesh_context_of_what_is_no_config_is_refused(wrong):
+    with pytest.raises(ConfigError, match="is no config of a strategy") as caught:
+        MeshContext.build(wrong, ParallelismSizes(), world_size=1)
+    assert caught.value.type == "MeshContext.build(FSDP2Config(), ...)"
+    with pytest.raises(ConfigError, match="parallelism is 3"):
+        MeshContext.build(FSDP2Config(), 3)
+    with pytest.raises(TypeError):
+        MeshContext.build(FSDP2Config(), ParallelismSizes(), 1)  # world_size by its name only, as on the page
+
+
+def test_activation_checkpointing_of_a_setup_is_what_was_given():
+    own, off = DDPConfig(activation_checkpointing=True), DDPConfig()
+    for given in (False, True, "full"):
+        setup = DistributedSetup.build(own, activation_checkpointing=given)
+        assert setup.activation_checkpointing is given
+        assert setup.strategy_config is own
+    setup = DistributedSetup.build(off, activation_checkpointing="selective")
+    assert setup.activation_checkpointing == "selective" and off.activation_checkpointing is False
+    assert setup.strategy_config == DDPConfig(activation_checkpointing="selective")  # what managers go by
+
+
+def test_ddp_needs_no_process_group_until_the_model_is_wrapped(monkeypatch):
+    setup = DistributedSetup.build("ddp")
+    assert not dist.is_initialized() and setup.mesh_context.device_mesh is None
+    one = dict(dp_size=1, data_size=1, data_rank=0, world_size=1)
+    assert {name: facts(setup.mesh_context)[name] for name in one} == one
+    assert setup.mesh_context.layout() == "1 rank" and setup.mesh_context.is_main
+    assert facts(DistributedSetup.build("ddp", world_size=4).mesh_context)["dp_size"] == 4
+    for name, value in dict(RANK="2", WORLD_SIZE="4", LOCAL_RANK="2").items():
+        monkeypatch.setenv(name, value)
+    context = DistributedSetup.build("ddp", ParallelismSizes(dp_size=4)).mesh_context
+    assert (context.data_rank, context.data_size, context.gradient_size, context.is_main) == (2, 4, 4, False)
+    assert context.layout() == "dp 4"
+    with pytest.raises(ConfigError, match="4 ranks were started"):
+        DistributedSetup.build("ddp", world_size=2)
+    with pytest.raises(ConfigError, match="tp 1 = 3 ranks, but there are 4"):
+        DistributedSetup.build("ddp", ParallelismSizes(dp_size=3))
+    assert not dist.is_initialized()
+
+
+def ddp_before_its_group():
+    from nemo_dist_conf.strategies.ddp import DDPManager
+
+    dist.destroy_process_group()
+    setup = DistributedSetup.build("ddp")
+    assert not dist.is_initialized()
+    model = DDPManager(setup.strategy_config, setup.mesh_context.device_mesh).parallelize(torch.nn.Linear(2, 1))
+    wrong = DistributedSetup.build("fsdp2") and DistributedSetup.build("ddp").mesh_context
+    reached = setup.mesh_context.sum_over_data(torch.ones(1))
+    later = dataclasses.replace(setup.mesh_context, ddp_ranks=(0, 4))
+    try:
+        later.data_size
+    except ConfigError as error:
+        refusal = error.what
+    return dist.get_world_size(), type(model).__name__, reached.item(), wrong.device_mesh is not None, refusal
+
+
+def test_wrapping_starts_the_group_that_ddp_was_built_without():
+    world, kind, reached, has_mesh, refusal = run_ranks(1, ddp_before_its_group)[0]
+    assert (world, kind, reached, has_mesh) == (1, "OneRankDDP", 1.0, True)
+    assert refusal == "world_size=4 was given, but the process group has 1 ranks"
+
+
 def wrong_world():
     try:
         DistributedSetup.build("fsdp2", world_size=4)
@@ -157,7 +342,7 @@ def wrong_world():
 
 
 def test_a_world_size_that_is_not_the_groups_is_refused():
-    assert "the process group has 2 ranks" in run_ranks(2, wrong_world)[0]
+    assert "but the process group has 2 ranks" in run_ranks(2, wrong_world)[0]
 
 
 def test_without_meshes_sizes_are_one_and_dp_size_is_none():
@@ -191,3 +376,31 @@ def test_a_thousand_ranks_are_placed_by_the_closed_form():
         assert found["data_rank"] == rank // (2 * 8) % dp
         assert (found["dp_size"], found["dp_shard_size"], found["world_size"]) == (dp, dp // 2, 1024)
         assert all(found[name] == size for name, size in sizes.items())
+
+
+DDP_APP = """
+import torch, torch.distributed as dist
+from nemo_dist_conf import DistributedSetup
+from nemo_dist_conf.strategies.ddp import DDPManager
+
+setup = DistributedSetup.build("ddp")
+mesh = setup.mesh_context
+assert not dist.is_initialized() and mesh.layout() == "dp 2", mesh
+torch.manual_seed(mesh.data_rank)
+model = DDPManager(setup.strategy_config, mesh.device_mesh).parallelize(torch.nn.Linear(3, 1))
+rows = torch.arange(12.0).view(4, 3).chunk(mesh.data_size)[mesh.data_rank]
+model(rows).square().mean().backward()
+gradient = next(model.parameters()).grad
+both = [torch.empty_like(gradient) for _ in range(2)]
+dist.all_gather(both, gradient)
+assert torch.equal(*both) and mesh.sum_over_data(torch.ones(1)).item() == 2
+print("rank", dist.get_rank(), "of", mesh.world_size, mesh.is_main)
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_on_two_ranks_of_a_launcher_starts_its_group_when_the_model_is_wrapped(tmp_path):
+    (tmp_path / "app.py").write_text(DDP_APP)
+    done = warm.run(["torchrun", "--nproc-per-node", "2", "app.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0 of 2 True", "rank 1 of 2 False"]

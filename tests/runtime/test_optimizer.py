@@ -254,8 +254,7 @@ def stepped(node: dict[str, Any], named: list[tuple[str, torch.nn.Parameter]]) -
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_distributed_parameters_are_updated_as_plain_ones(mesh: Any, which: str, fast: dict, name: str) -> None:
     node = {"name": name, "lr": 0.1, "weight_decay": 0.1, **fast}
-    torch_cannot = which == "mixed" and any(fast.values()) or name == "sgd" and fast.get("fused")
-    if torch_cannot:
+    if name == "sgd" and fast.get("fused"):  # torch cannot
         with pytest.raises(ConfigError) as error:
             stepped(node, distributed(mesh, which))
         [key] = fast
@@ -272,7 +271,7 @@ def test_the_update_is_fused_wherever_torch_can(mesh: Any, which: str) -> None:
     adamw = build_optimizer({"name": "adamw", "lr": 0.1}, distributed(mesh, which))
     sgd = build_optimizer({"name": "sgd", "lr": 0.1}, distributed(mesh, which))
     assert adamw is not None and sgd is not None
-    assert adamw.defaults["fused"] is (None if which == "mixed" else True) and sgd.defaults["fused"] is None
+    assert adamw.defaults["fused"] is True and sgd.defaults["fused"] is None
 
 
 def test_complex_parameters_are_not_fused() -> None:

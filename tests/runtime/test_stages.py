@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import pytest
@@ -228,3 +229,36 @@ def test_parts_by_name_hold_everything_once_and_in_order(parts: list[list[str]],
 def test_too_few_layers_are_refused_where_no_one_knew_them_before() -> None:
     with pytest.raises(ConfigError, match="3 layers are too few for 4 pipeline stages"):
         plan_stages(chain(Plain()), SETTINGS, 4)
+
+
+class Counting(Plain):
+    """Keeps in attributes and lists what it was given, and draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.seen = 0, [torch.zeros(())]
+        self.layers[0].register_forward_pre_hook(lambda module, args: setattr(module, "calls", module.calls + 1))
+        for layer in self.layers:
+            layer.calls = 0
+        self.register_buffer("tokens", torch.zeros(()))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(ids)
+        self.seen[0] += 1
+        self.tokens += ids.numel()
+        random.random()
+        torch.rand(())
+        return super().forward(ids)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_trial_leaves_no_trace(device: str) -> None:
+    with torch.device(device):
+        model = Counting()
+    before = random.getstate(), torch.get_rng_state()
+    chain_of(model, find_blocks(model, "layers"), SETTINGS)
+    assert model.calls == 0 and len(model.seen) == 1 and [layer.calls for layer in model.layers] == [0, 0, 0]
+    if device == "cpu":
+        assert float(model.seen[0]) == float(model.tokens) == 0
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])

@@ -1,0 +1,217 @@
+"""Batch statistics: what batch normalisation computes over the rows of a rank, or over those of all data ranks.
+
+Normalisation over a batch mixes its rows, so a loss depends on which rows a rank has: with those of its own it is not
+the loss of one process. Where asked to, mean and variance are taken over the rows of all ranks that hold different ones
+(each weighted by how many it has), in forward and in backward. torch's SyncBatchNorm does the same on CUDA only.
+
+Shapes: B rows, C channels; what else x has is normalised over like rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from typing import Any, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nemo_dist_conf.runtime.forwards import Around
+
+__all__ = ["keeps_statistics", "use_global_statistics", "warn_of_local_statistics", "with_statistics"]
+
+log = logging.getLogger(__name__)
+
+_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_SIGNATURE = inspect.signature(F.batch_norm)
+
+
+def with_statistics(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that normalise over a batch in training, or keep running statistics of it, by name.
+
+    torch's and classes derived from them, and any whose forward calls ``batch_norm`` itself. Not SyncBatchNorm, whose
+    statistics are those of all ranks already.
+    """
+    return {name: module for name, module in model.named_modules() if _is_batch(module) or _is_instance(module)}
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether this is a normalisation of torch's with running statistics, which are float32 whatever the model is."""
+    kinds = (*_BATCH, *_INSTANCE, nn.SyncBatchNorm)
+    return isinstance(module, kinds) and module.running_mean is not None
+
+
+def _is_batch(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    calls = code is not None and "batch_norm" in code.co_names
+    return isinstance(module, _BATCH) or (calls and not isinstance(module, nn.SyncBatchNorm))
+
+
+def _is_instance(module: nn.Module) -> bool:
+    return isinstance(module, _INSTANCE) and module.running_mean is not None
+
+
+def use_global_statistics(model: nn.Module, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Let the model's batch statistics be those of the rows of all ranks, in place; parameters keep their names.
+
+    groups: each joins ranks with different rows; statistics are added up over one after the other. Every rank has to
+    run the same forwards in training mode.
+    """
+    found = with_statistics(model)
+    for module in found.values():
+        module.forward = (_GlobalBatch if _is_batch(module) else _GlobalInstances)(module, groups)
+    if found:
+        log.info("batch statistics over all data ranks: %s", _listed(found))
+
+
+def warn_of_local_statistics(model: nn.Module, ranks: int) -> None:
+    """Say, by name, which modules compute with statistics of a rank's own rows. ranks: with different rows."""
+    local = {name: m for name, m in with_statistics(model).items() if not isinstance(m.forward, _Global)}
+    if ranks > 1 and local and dist.get_rank() == 0:
+        what = "%s: statistics of a rank's own rows, so the losses of %d ranks are not those of one process; "
+        log.warning(what + "batch_statistics=global: of all ranks' rows, in each microbatch", _listed(local), ranks)
+
+
+def _listed(found: dict[str, nn.Module]) -> str:
+    kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in found.values()))
+    names = list(found)
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({kinds})"
+
+
+class _Global(Around):
+    def __init__(self, module: nn.Module, groups: Sequence[dist.ProcessGroup]) -> None:
+        super().__init__(module.forward)
+        self.module, self.groups = module, groups
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Global:
+        """Process groups cannot be copied."""
+        copied = object.__new__(type(self))
+        copied.__wrapped__, copied.module = copy.deepcopy((self.__wrapped__, self.module), memo)
+        copied.groups = self.groups
+        return copied
+
+
+class _GlobalBatch(_Global):
+    """A module's forward in which ``batch_norm``, while training, computes with the statistics of all ranks."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Everywhere(self.groups):
+            return self.__wrapped__(*args, **kwargs)
+
+
+class _Everywhere(TorchFunctionMode):
+    def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        bound = _SIGNATURE.bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        given = bound.arguments
+        if not given["training"] or given["input"].is_meta:  # on meta it is a trial
+            return func(*args, **(kwargs or {}))
+        return _batch_norm(self.groups, **given)
+
+
+def _batch_norm(
+    groups: Sequence[dist.ProcessGroup],
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """torch.nn.functional.batch_norm in training, over the rows of all ranks."""
+    with torch.no_grad():
+        mean_C, var_C, count = _statistics(input, groups)
+        for running, now in ((running_mean, mean_C), (running_var, var_C * (count / (count - 1).clamp_min(1)))):
+            if running is not None:
+                running.lerp_(now.to(running.dtype), momentum)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return _Normalise.apply(input, weight, bias, mean_C.to(dtype), var_C.to(dtype), eps, count, groups)
+
+
+def _statistics(x: Tensor, groups: Sequence[dist.ProcessGroup]) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, biased variance, number of values) of each channel over all ranks, in float64."""
+    channels = x.size(1)
+    x_CN = x.detach().to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).reshape(channels, -1)
+    count = x_CN.size(1)
+    var_C, mean_C = torch.var_mean(x_CN, 1, correction=0) if count else (x_CN.sum(1), x_CN.sum(1))
+    # float64: squares are added up here, and a variance may be small beside its mean.
+    mean_C, var_C = mean_C.double(), var_C.double()
+    sums = _summed(torch.cat([mean_C * count, (var_C + mean_C.square()) * count, mean_C.new_full((1,), count)]), groups)
+    mean_C, square_C = sums[:channels] / sums[-1], sums[channels:-1] / sums[-1]
+    return mean_C, (square_C - mean_C.square()).clamp_min(0), sums[-1]
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * weight + bias with statistics that all ranks' x went into."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        mean_C: Tensor,
+        var_C: Tensor,
+        eps: float,
+        count: Tensor,
+        groups: Sequence[dist.ProcessGroup],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight_C, mean_C, torch.rsqrt(var_C + eps), count)
+        ctx.groups = groups
+        return F.batch_norm(x, mean_C, var_C, weight_C, bias_C, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, weight_C, mean_C, scale_C, count = ctx.saved_tensors
+        shape = (1, -1, *([1] * (x.dim() - 2)))
+        over = [0, *range(2, x.dim())]
+        gradient = gradients[0].to(mean_C.dtype)
+        normal = (x.to(mean_C.dtype) - mean_C.view(shape)) * scale_C.view(shape)
+        bias_C, weighted_C = gradient.sum(over), (gradient * normal).sum(over)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            sums = _summed(torch.stack([bias_C, weighted_C]).double(), ctx.groups) / count
+            mean_bias_C, mean_weighted_C = sums.to(mean_C.dtype)
+            of_x = gradient - mean_bias_C.view(shape) - normal * mean_weighted_C.view(shape)
+            of_x = of_x * (scale_C if weight_C is None else scale_C * weight_C.to(scale_C.dtype)).view(shape)
+            of_x = of_x.to(x.dtype)
+        # Of weight and bias it is this rank's own part: the strategy averages it like every other.
+        of_weight = None if weight_C is None else weighted_C.to(weight_C.dtype)
+        return of_x, of_weight, None if weight_C is None else bias_C.to(weight_C.dtype), None, None, None, None, None
+
+
+class _GlobalInstances(_Global):
+    """Instance normalisation, which mixes no rows; its running statistics are those of all ranks' rows."""
+
+    @torch.compiler.disable
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.__wrapped__(x)
+        module: Any = self.module
+        if module.training and not x.is_meta:
+            with torch.no_grad():
+                # They moved towards the mean over rows, so the mean of them is where all rows would have moved them.
+                kept = torch.cat([module.running_mean, module.running_var, module.running_mean.new_ones(1)]).double()
+                *sums, rows = _summed(kept * x.size(0), self.groups).split([len(module.running_mean)] * 2 + [1])
+                for running, value in zip((module.running_mean, module.running_var), sums):
+                    running.copy_(value / rows)
+        return out
+
+
+def _summed(tensor: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    for group in groups:
+        dist.all_reduce(tensor, group=group)
+    return tensor

@@ -1,0 +1,63 @@
+"""What stands in the place of a module's method and does something around it."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import nn
+
+__all__ = ["Around", "Autocast", "public_methods"]
+
+#: Classes whose methods are not the user's: what they do with a model they do for themselves.
+_LIBRARIES = (
+    "torch.",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.integrations",
+    "peft.",
+    "megatron_fsdp.",
+)
+
+
+class Around:
+    """A callable in place of a method, with the signature of that.
+
+    Not a functools.partial, which torch.compile passes over without a word (torch 2.13), and not a closure: copying the
+    model would leave the copy with the original's method.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.__wrapped__ = method
+
+
+class Autocast(Around):
+    """Runs the method under torch.autocast."""
+
+    def __init__(self, method: Callable[..., Any], device_type: str, dtype: torch.dtype) -> None:
+        super().__init__(method)
+        self.device_type, self.dtype = device_type, dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device_type, dtype=self.dtype):
+            return self.__wrapped__(*args, **kwargs)
+
+
+def public_methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """(name, method) of what the module's own classes define besides forward and what every module has.
+
+    The method is bound to the module, or is what stands in its place there.
+    """
+    seen: set[str] = set()
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            return
+        if f"{kind.__module__}.".startswith(_LIBRARIES):
+            continue
+        for name, value in vars(kind).items():
+            if name[0] == "_" or name in seen or hasattr(nn.Module, name):
+                continue
+            seen.add(name)
+            if isinstance(value, types.FunctionType):  # neither a class nor a static method
+                yield name, getattr(module, name)

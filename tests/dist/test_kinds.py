@@ -1,0 +1,145 @@
+"""Kinds of models that need something of their own, beyond the table of tests/conformance/of_kinds.py."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.instantiate import instantiate
+from tests.dist.kinds import KINDS, Block, Scale, Stack
+from tests.dist.layouts import composed
+from tests.dist.pool import run_ranks
+
+pytestmark = pytest.mark.dist
+
+FP32 = "strategy.mp_policy=null"
+
+
+def held(kind: str) -> tuple[list[str], list[str]]:
+    """(names of FSDP's units, names of parameters that stay whole)."""
+    model = instantiate(composed(FP32), KINDS[kind]()[0])[1]
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule) and name]
+    return units, [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+
+
+def test_what_cannot_be_in_a_unit_stands_elsewhere() -> None:
+    """And nothing else does: what is left out costs memory."""
+    assert run_ranks(2, held, "shared_layer")[0] == (["blocks.1"], [])
+    assert run_ranks(2, held, "bert_decoder")[0] == (["bert.encoder.layer.0", "bert.encoder.layer.1"], [])
+    blocks = ["blocks.0", "blocks.1", "blocks.2"]
+    scalars = ["temperature", *(f"{name}.inner.factor" for name in blocks)]
+    assert run_ranks(2, held, "scalars")[0] == (blocks, scalars)
+    norms = [name for block in blocks for name in (block, f"{block}.norm")]
+    assert run_ranks(2, held, "two_dtypes")[0] == (norms, [])
+    assert run_ranks(2, held, "dtypes_in_one_module")[0] == (blocks[:2], ["blocks.0.inner.bias", "blocks.1.inner.bias"])
+
+
+def given(kind: str, *words: str) -> None:
+    instantiate(composed(*words), KINDS[kind]()[0])
+
+
+def test_several_dtypes_in_a_module_cannot_be_cast() -> None:
+    with pytest.raises(ConfigError, match="strategy.mp_policy=null"):
+        run_ranks(2, given, "dtypes_in_one_module")
+
+
+class Reaching(Stack):
+    """Adds something of a block's weights to what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.blocks[0].up.weight
+
+
+def reached() -> None:
+    instantiate(composed(FP32), Reaching())[1](torch.ones(2, 8))
+
+
+def test_a_block_whose_weights_are_used_elsewhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Reaching uses a parameter of a block outside of the block's forward"):
+        run_ranks(2, reached)
+
+
+def optimized() -> set[tuple[bool, bool]]:
+    """(whether it is fused, whether its parameters are sharded), of the optimizer's groups."""
+    optimizer: Any = {"name": "adamw", "lr": 0.1, "weight_decay": 0.0}
+    cfg = composed(FP32, optimizer=optimizer)
+    _, model, made = instantiate(cfg, Stack(Scale(), None))
+    model(torch.ones(2, 8)).sum().backward()
+    made.step()
+    return {(group["fused"], isinstance(p, DTensor)) for group in made.param_groups for p in group["params"]}
+
+
+def test_the_optimizer_stays_fused_beside_parameters_that_are_whole() -> None:
+    assert run_ranks(2, optimized) == [{(True, True), (True, False)}] * 2
+
+
+class Dtypes(Block):
+    """Notes in what it is given its input, each time that it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:  # type: ignore[override]
+        self.seen += [x.dtype, scale.dtype]
+        return super().forward(x) * scale
+
+
+class Casting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Dtypes() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x.float(), scale=torch.ones(8))
+        return x
+
+
+def cast(mode: str) -> list[list[torch.dtype]]:
+    model = instantiate(composed(f"activation_checkpointing={mode}"), Casting())[1]
+    model(torch.ones(2, 8)).sum().backward()
+    return [block.seen for block in model.blocks]
+
+
+@pytest.mark.parametrize("mode", ["true", "selective"])
+def test_a_block_that_runs_again_is_given_what_fsdp_cast(mode: str) -> None:
+    assert run_ranks(2, cast, mode) == [[[torch.bfloat16] * 4] * 2] * 2
+
+
+def told(*words: str) -> list[str]:
+    lines: list[str] = []
+    logger = logging.getLogger("nemo_dist_conf.runtime.precision")
+    logger.setLevel(logging.INFO)
+    logger.addFilter(lambda record: bool(lines.append(record.getMessage())))
+    try:
+        instantiate(composed(*words), Stack())
+    finally:
+        logger.filters.clear()
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            (),
+            "fsdp2: computes in bfloat16, reduces gradients in float32, keeps parameters in float32 (strategy.mp_policy)",
+        ),
+        ((FP32,), "fsdp2: computes in float32, reduces gradients in float32, keeps parameters in float32"),
+        (
+            ("strategy=ddp", "strategy.autocast_dtype=bfloat16"),
+            "ddp: computes in bfloat16, reduces gradients in float32, keeps parameters in float32 (strategy.autocast_dtype)",
+        ),
+    ],
+    ids=["fsdp2", "fsdp2 in float32", "ddp"],
+)
+def test_a_start_says_what_is_computed_in_which_dtype(words: tuple[str, ...], line: str) -> None:
+    assert run_ranks(1, told, *words) == [[line]]
