@@ -185,7 +185,7 @@ def generator_of(device: torch.device) -> torch.Generator:
 def is_plain(kind: type) -> bool:
     """Whether a class of tensors leaves operators to torch; one that has its own way with them has no storage.
 
-    torch 2.11 to 2.13: nothing else tells DTensors, quantized and other such tensors from classes that only have a name.
+    torch 2.11 to 2.13: nothing else tells DTensors and quantized tensors from classes that only have a name.
     Test: tests/runtime/test_recorder.py, test_what_cannot_be_recorded.
     """
     return kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
@@ -194,7 +194,7 @@ def is_plain(kind: type) -> bool:
 def replace_trunc_normal(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What nn.init.trunc_normal_ calls, now; it becomes the function.
 
-    torch 2.13 looks at what it drew and draws again, which a tape without values cannot hold, and draws nothing on meta.
+    torch 2.13 looks at what it drew and draws again, which takes values, and on meta it draws nothing.
     Test: tests/runtime/test_recorder.py, test_the_tape_is_what_the_constructor_did.
     """
     init: Any = torch.nn.init
