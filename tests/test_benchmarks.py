@@ -23,6 +23,7 @@ WORDS = {"result.json": "json", "result.md": "markdown", "chart.svg": "chart"}
     [
         ("overhead", 1, ("wrap [ms]", "step [ms]", "memory [MB]")),
         ("checkpoint", 7, ("save", "pause", "plain dcp")),
+        ("context", 7, ("causal, by hand with a mask", "packed documents", "512 tokens [MB]")),
         ("compose", 15, ("show a plain app's config", "groups typed", "complete strategy=", "refuse")),
         ("plan", 2, ("plan, 2,048 ranks", "search, 8 ranks", "Llama 3 70B, 64 A100, full")),
         ("layouts", 2, ("pp 2 x dp_shard 2", "dp_shard 2 x cp 2", "step [ms]")),

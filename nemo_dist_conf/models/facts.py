@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
+from nemo_dist_conf.models.mixers import own_mixer
 from nemo_dist_conf.models.shapes import SHAPED_FAMILIES
 
 __all__ = ["EXPERT_COUNTS", "ModelFacts", "facts_from_config", "facts_from_folder", "fields_of", "is_dense_family"]
@@ -22,6 +23,7 @@ class ModelFacts:
     """Sizes of a decoder; None where the config does not say, and what the family takes then is not known here.
 
     num_experts 0: a dense model. balances_experts: it computes a loss for an even load of its experts.
+    own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (``mixers.own_mixer``).
     """
 
     model_type: str | None = None
@@ -34,6 +36,7 @@ class ModelFacts:
     num_experts: int | None = None
     tied: bool = False
     balances_experts: bool = False
+    own_mixer: str | None = None
 
 
 def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
@@ -52,6 +55,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         num_experts=_experts(config),
         tied=bool(config.get("tie_word_embeddings", False)),
         balances_experts=bool(config.get("output_router_logits", False)),
+        own_mixer=own_mixer(config),
     )
 
 

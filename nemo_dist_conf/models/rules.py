@@ -104,6 +104,15 @@ def model_problems(
                 f"data.seq_len={nearest}",
             )
         )
+    if cp > 1 and facts.own_mixer is not None:
+        problems.append(
+            Problem(
+                f"cp_size={cp}: {facts.model_type} has {facts.own_mixer}; on a part of a row it sees that part only",
+                paths.set("parallelism.cp_size", cp),
+                "cp_size=1, or a family whose layers are all attentions of the registry",
+                paths.set("parallelism.cp_size", 1),
+            )
+        )
     if pp > 1 and facts.balances_experts:
         problems.append(
             Problem(

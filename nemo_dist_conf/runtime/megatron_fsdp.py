@@ -67,12 +67,17 @@ def is_wrapped(model: Any) -> bool:
 
 
 def wrap(
-    model: nn.Module, config: MegatronFSDPConfig, device_mesh: DeviceMesh, blocks: str | Iterable[str] | None = None
+    model: nn.Module,
+    config: MegatronFSDPConfig,
+    device_mesh: DeviceMesh,
+    blocks: str | Iterable[str] | None = None,
+    counts: Mapping[type, set[Any]] | None = None,
 ) -> Any:
     """The model in the library's wrapper, its parameters sharded as the config says.
 
     model: materialised, or on meta with init_fsdp_with_meta_device, where the library lets it initialise itself.
     device_mesh: axes dp, cp, tp. blocks: path of the blocks, where the model's own declaration is not meant.
+    counts: what a trial found for context parallelism (``apply_context_parallel``).
     Raises ConfigError without CUDA or the library, and for unit modules that the model does not have.
     """
     ConfigError.raise_if(library_problems())
@@ -86,7 +91,7 @@ def wrap(
     if sizes.get(A.CP, 1) > 1:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
-        apply_context_parallel(model, device_mesh[A.CP.value])
+        apply_context_parallel(model, device_mesh[A.CP.value], counts)
     policy = library.MixedPrecisionPolicy(
         main_params_dtype=torch.float32 if config.preserve_fp32_weights else None,
         main_grads_dtype=torch.float32 if config.grad_reduce_in_fp32 else None,
@@ -96,7 +101,7 @@ def wrap(
     wrapped = library.fully_shard_model(
         model,
         device_mesh=device_mesh,
-        dp_shard_dim=_shard_axis(sizes),
+        dp_shard_dim=_shard_axis(device_mesh, sizes),
         tp_dim=A.TP.value,
         # Of the same axes; without it the library cannot average while it reduces.
         expt_device_mesh=device_mesh if config.average_in_collective else None,
@@ -165,11 +170,20 @@ def _device(device_mesh: DeviceMesh) -> torch.device:
     return torch.device(device_mesh.device_type)
 
 
-def _shard_axis(sizes: Mapping[str, int]) -> str:
-    """The axis to shard over; ranks of cp hold the same weights, so it counts too."""
+def _shard_axis(device_mesh: DeviceMesh, sizes: Mapping[str, int]) -> str:
+    """The axis to shard over; ranks of cp hold the same weights, so it counts too.
+
+    A mesh that is not ours gets the axis of both.
+    """
     if sizes.get(A.CP, 1) == 1:
         return A.DP.value
-    return A.DP_CP.value if sizes[A.DP] > 1 else A.CP.value
+    if sizes[A.DP] == 1:
+        return A.CP.value
+    try:
+        device_mesh[A.DP_CP.value]
+    except KeyError:
+        device_mesh[A.DP.value, A.CP.value]._flatten(A.DP_CP.value)
+    return A.DP_CP.value
 
 
 def _unit_classes(model: nn.Module, config: MegatronFSDPConfig, units: Blocks) -> list[type]:

@@ -96,6 +96,12 @@ def parallelize_fsdp2(
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
+    units = find_blocks(model, blocks)
+    counts = None
+    if sizes.get(A.CP, 1) > 1:
+        from nemo_dist_conf.runtime.context_trial import try_context_parallel
+
+        counts = try_context_parallel(model, device_mesh[A.CP.value], units)
     together = [index for index in range(device_mesh.ndim) if names[index : index + 1] != (A.PP,)]
     apart = [index for index in together if names[index : index + 1] != (A.TP,)]
     warn_of_local_statistics(model, math.prod(device_mesh.size(index) for index in apart))
@@ -104,7 +110,6 @@ def parallelize_fsdp2(
         refuse_layerdrop(model, f"parallelism.pp_size={sizes[A.PP]}", why, "parallelism.pp_size=1")
     share_draws(model, [device_mesh.get_group(index) for index in together])
     parameters = dict(model.named_parameters()) if optimizer is not None else {}
-    units = find_blocks(model, blocks)
     stages = None
     if pipeline is not None:
         from nemo_dist_conf.runtime.pipeline import plan_pipeline
@@ -126,10 +131,10 @@ def parallelize_fsdp2(
         experts = Experts(list(found.values()), moe_mesh[A.EP_SHARD.value], moe or MoEParallelizerConfig())
         if config.activation_checkpointing and experts.config.ignore_router_for_ac:
             keep_routing(model, found)
-    if sizes.get(A.CP, 1) > 1:
+    if counts is not None:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
-        apply_context_parallel(model, device_mesh[A.CP.value])
+        apply_context_parallel(model, device_mesh[A.CP.value], counts)
     if config.mp_policy is not None and config.mp_policy.param_dtype is not None:
         cast_beside_attributes(model, config.mp_policy.param_dtype)
     _tell_precision_of_fsdp2(model, config)
@@ -298,6 +303,11 @@ def parallelize_megatron_fsdp(
     _refuse_wrapped(model)
     _refuse_shared_memory(model)
     _sync_from_rank0(model)
+    counts = None
+    if device_mesh[A.CP.value].size() > 1:
+        from nemo_dist_conf.runtime.context_trial import try_context_parallel
+
+        counts = try_context_parallel(model, device_mesh[A.CP.value], find_blocks(model, blocks))
     warn_of_local_statistics(model, device_mesh[A.DP.value].size() * device_mesh[A.CP.value].size())
     share_draws(model, [device_mesh.get_group(index) for index in range(device_mesh.ndim)])
     parameters = dict(model.named_parameters())
@@ -309,7 +319,7 @@ def parallelize_megatron_fsdp(
     float32 = torch.float32
     kept, reduced = config.preserve_fp32_weights, config.grad_reduce_in_fp32
     tell_precision("megatron_fsdp", model, None, float32 if reduced else None, float32 if kept else None)
-    wrapped = wrap(model, config, device_mesh, blocks)
+    wrapped = wrap(model, config, device_mesh, blocks, counts)
     if optimizer is None:
         return wrapped
     _rebind(optimizer, parameters, wrapped.module)

@@ -35,6 +35,7 @@ __all__ = [
     "MODELS",
     "Net",
     "Operators",
+    "ROWS",
     "SGD",
     "STEPS",
     "Trajectory",

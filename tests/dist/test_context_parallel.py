@@ -1,17 +1,38 @@
-"""Context parallelism: sequences split over ranks, the numbers of one process."""
+"""Context parallelism: sequences split over ranks, the numbers of one process.
+
+Which families of models are equal or refused: tests/conformance/of_context.py.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
+from typing import Any, Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from nemo_dist_conf.compose import check
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.runtime.context_parallel import local_positions, split_sequence
-from tests.dist.layouts import ADAMW, FEWER_STEPS, LLAMA, MODELS, SGD, Trajectory, batch, composed, single_process, train
+from nemo_dist_conf.runtime.context_parallel import apply_context_parallel, local_positions, split_sequence
+from tests.conformance.of_context import built, compared
+from tests.dist.layouts import (
+    ADAMW,
+    FEWER_STEPS,
+    LLAMA,
+    MODELS,
+    ROWS,
+    SGD,
+    Net,
+    Trajectory,
+    batch,
+    composed,
+    single_process,
+    train,
+)
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -85,43 +106,222 @@ def test_a_length_that_does_not_split_is_refused() -> None:
         run_ranks(2, _pieces, 10)
 
 
-#: A window of 5 tokens reaches into chunks of other ranks; the third has norms of queries and keys.
-FAMILIES = {
-    "mistral, window": {"model_type": "mistral", "sliding_window": 5, "head_dim": 8},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 8},
-}
+def _windows_in_a_pipeline() -> Trajectory:
+    words = (CP, "parallelism.pp_size=2", "pipeline.pp_batch_size=16", "pipeline.pp_microbatch_size=4")
+    return train(composed(FP32, *words, model={"config": WINDOWS}, optimizer=SGD), 1, FEWER_STEPS, True, LENGTH)
 
 
-def run_family(family: str, *words: str) -> Trajectory:
-    cfg = composed(FP32, *words, model={"config": {**LLAMA, **FAMILIES[family]}}, optimizer=SGD)
-    return train(cfg, steps=2, length=LENGTH)
+#: A window of 5 tokens reaches into chunks of other ranks.
+WINDOWS = {**LLAMA, "model_type": "mistral", "sliding_window": 5, "head_dim": 8, "num_hidden_layers": 4}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_model_families_equal_one_rank(family: str) -> None:
-    (one,) = run_ranks(1, run_family, family)
-    for rank in run_ranks(2, run_family, family, CP):
-        assert (rank.losses, rank.norms) == (pytest.approx(one.losses, rel=1e-5), pytest.approx(one.norms, rel=1e-5))
+def test_a_stage_of_a_pipeline_makes_the_masks_of_its_layers() -> None:
+    found = run_ranks(4, _windows_in_a_pipeline)
+    want = run_ranks(1, single_process, WINDOWS, SGD, found[0].weights, LENGTH)[0]
+    for rank in found:
+        assert rank.losses == pytest.approx(want.losses[:FEWER_STEPS], rel=1e-5)
+        assert rank.norms == pytest.approx(want.norms[:FEWER_STEPS], rel=1e-5)
 
 
-def _refused(kind: str, masked: bool) -> str:
+class OwnAttention(nn.Module):
+    """Attention of a user's own through transformers' registry. adds: what it hands over beside the usual."""
+
+    def __init__(self, config: Any, adds: str) -> None:
+        super().__init__()
+        self.config, self.adds = config, adds
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.is_causal = adds != "both ways"
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        query, key, value = self.qkv(x_BSH).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        place_S = torch.arange(x_BSH.size(1))
+        slopes_H11 = torch.tensor([0.5, 0.25, 0.1, 0.05]).view(4, 1, 1)
+        more = {
+            "bias of keys": {"position_bias": (place_S * slopes_H11).unsqueeze(0)},
+            "bias of pairs": {"position_bias": ((place_S - place_S[:, None]) * slopes_H11).unsqueeze(0)},
+            "unknown": {"slopes": slopes_H11},
+        }.get(self.adds, {})
+        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        return self.out(attention(self, query, key, value, None, scaling=1.0, **more)[0].flatten(2))
+
+
+class Pooled(nn.Module):
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return x_BSH + x_BSH.mean(1, keepdim=True)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(32)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return self.norm(x_BSH.transpose(1, 2)).transpose(1, 2)
+
+
+class Direct(nn.Module):
+    """Attention that asks no registry."""
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_BHSD = x_BSH.unflatten(-1, (4, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(x_BHSD, x_BHSD, x_BHSD, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Own(nn.Module):
+    """Learned positions, counted by the model itself, and two layers of ``mixer``."""
+
+    def __init__(self, mixer: str) -> None:
+        from transformers import LlamaConfig
+
+        super().__init__()
+        config = LlamaConfig(attn_implementation="sdpa")
+        kinds: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "batch norm": Normed, "direct": Direct}
+        self.embed, self.positions = nn.Embedding(97, 32), nn.Embedding(40, 32)
+        self.blocks = nn.ModuleList(kinds.get(mixer, lambda: OwnAttention(config, mixer))() for _ in range(2))
+        self.head = nn.Linear(32, 97)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        x_BSH = self.embed(ids_BS) + self.positions(torch.arange(ids_BS.size(1)))
+        for block in self.blocks:
+            x_BSH = x_BSH + block(x_BSH)
+        return self.head(x_BSH)
+
+
+def _own(mixer: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Own(mixer)
+
+
+@pytest.mark.parametrize("mixer", ["registry", "both ways", "bias of keys"])
+def test_an_own_model_whose_attention_asks_the_registry_equals_one_process(mixer: str) -> None:
+    """Also one that counts positions, for its embedding and for a bias, by itself."""
+    assert max(run_ranks(2, compared, functools.partial(_own, mixer), (FP32,))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mixer", "text"),
+    [
+        ("pooled", r"blocks\.0 \(Pooled\) mixes the tokens of a row"),
+        ("batch norm", r"blocks\.0 \(Normed\) mixes the tokens of a row"),
+        ("direct", r"blocks\.0 \(Direct\) mixes the tokens of a row"),
+        ("bias of pairs", r"position_bias of OwnAttention has the shape \(1, 4, 8, 8\)"),
+        ("unknown", "OwnAttention hands slopes to its attention, which cannot be exchanged"),
+    ],
+)
+def test_an_own_model_that_would_see_a_part_of_the_row_is_refused(mixer: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        run_ranks(2, compared, functools.partial(_own, mixer), (FP32,))
+    assert caught.value.type == "parallelism.cp_size=1"
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_a_model_that_mixes_no_tokens_needs_no_exchange() -> None:
+    assert max(run_ranks(2, compared, _net, (FP32,))) < 1e-5
+
+
+def _adapted() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(built("llama", {}), LoraConfig(target_modules=["q_proj", "up_proj"]))  # type: ignore
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name:
+                parameter.normal_(0, 0.1)
+    return adapted
+
+
+def test_a_wrapped_model_of_transformers_is_given_its_positions() -> None:
+    assert max(run_ranks(2, compared, _adapted, (FP32,))) < 1e-5
+
+
+def _capped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Any:
+    score = torch.tanh(query @ key.repeat_interleave(2, 1).mT)
+    score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -torch.inf)
+    return (score.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2).contiguous(), None
+
+
+def _with_own_attention() -> nn.Module:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("capped", _capped)
+    model = built("llama", {})
+    model.set_attn_implementation("capped")  # type: ignore[operator]
+    return model
+
+
+def test_an_attention_of_the_user_s_own_in_a_known_model_is_not_replaced_by_another() -> None:
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.self_attn \(LlamaAttention\) computes something else"):
+        run_ranks(2, compared, _with_own_attention, (FP32,))
+
+
+def _beside_another() -> bool:
+    """One of two models that were built of one config object, and the part of it that is run without its head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{key: value for key, value in LLAMA.items() if key != "model_type"})
+    torch.manual_seed(0)
+    other = LlamaForCausalLM(config)
+    model: Any = copy.deepcopy(other)
+    model.config = model.model.config = config
+    mesh = init_device_mesh("cpu", (2,))
+    versions = [parameter._version for parameter in model.parameters()]
+    generator = torch.get_rng_state()
+    apply_context_parallel(model, mesh)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert versions == [parameter._version for parameter in model.parameters()]
+    ids_BS = batch(LENGTH)[0][:2]
+    with torch.no_grad():
+        wanted = other.model(ids_BS).last_hidden_state
+        found = model.model(split_sequence(ids_BS, mesh)).last_hidden_state
+    torch.testing.assert_close(found, split_sequence(wanted, mesh))
+    return config._attn_implementation == "sdpa"
+
+
+def test_another_model_of_the_same_config_and_a_part_of_the_model_run_as_before() -> None:
+    assert all(run_ranks(2, _beside_another))
+
+
+def _refused(given: dict[str, Any], split: bool) -> str:
     from nemo_dist_conf.instantiate import instantiate
 
+    setup, model, _ = instantiate(composed(FP32, CP, model=MODELS["llama"], optimizer=SGD))
+    (ids_BS,) = setup.mesh_context.split_sequence(batch(LENGTH)[0]) if split else (batch(LENGTH)[0],)
+    given = {key: torch.ones_like(ids_BS) if value == "tokens" else value for key, value in given.items()}
     with pytest.raises(ConfigError) as caught:
-        _, model, _ = instantiate(composed(FP32, CP, model=MODELS[kind], optimizer=SGD))
-        ids_BS = batch(LENGTH)[0]
-        model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS) if masked else None)
+        model(input_ids=ids_BS, **given)
+    if split:  # a refusal leaves the model as it was
+        model(input_ids=ids_BS)
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("kind", "masked", "text"),
+    ("given", "split", "text"),
     [
-        ("module", False, "the attention of Net cannot be exchanged"),
-        ("llama", True, "an attention mask cannot be split"),
-        ("llama", False, "rows that were not split"),
+        ({"attention_mask": "tokens"}, True, "an attention mask cannot be split"),
+        ({"labels": "tokens"}, True, "labels cannot be split"),
+        ({"logits_to_keep": 1}, True, "was given logits_to_keep"),
+        ({"position_ids": torch.zeros(3, ROWS, LENGTH // 2, dtype=torch.int64)}, True, "position_ids of shape"),
+        ({"output_attentions": True}, True, "hands output_attentions to its attention"),
+        ({"cu_seq_lens_q": torch.tensor([0, 8])}, True, "cu_seq_lens_q"),
+        ({}, False, "rows that were not split"),
     ],
+    ids=str,
 )
-def test_what_cannot_be_split_is_refused(kind: str, masked: bool, text: str) -> None:
-    assert all(text in message for message in run_ranks(2, _refused, kind, masked))
+def test_what_cannot_be_split_is_refused(given: dict[str, Any], split: bool, text: str) -> None:
+    assert all(text in message for message in run_ranks(2, _refused, given, split))
+
+
+@pytest.mark.parametrize("family", ["falcon", "mamba", "qwen3_next"])
+def test_a_family_that_mixes_tokens_otherwise_is_refused_before_anything_is_built(family: str) -> None:
+    with pytest.raises(ConfigError, match=f"cp_size=2: {family} has") as caught:
+        check(composed(CP, model={"config": {"model_type": family}}), 2)
+    assert caught.value.type == "parallelism.cp_size=1"
+    attention = {"model_type": "qwen3_next", "layer_types": ["full_attention"] * 2}
+    check(composed(CP, model={"config": attention}), 2)

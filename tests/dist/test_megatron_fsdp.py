@@ -452,6 +452,31 @@ def test_a_manager_keeps_the_optimizers_groups() -> None:
         assert embed == 0 and head > 0
 
 
+def _held(by_manager: bool) -> tuple[int, int]:
+    """(elements of parameters that this rank keeps, those of the whole model) on dp 2 x cp 2."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPManager
+
+    if by_manager:
+        torch.manual_seed(0)
+        mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("dp", "cp", "tp"))
+        wrapped = MegatronFSDPManager(MegatronFSDPConfig(), mesh).parallelize(Net())
+    else:
+        wrapped = instantiate(composed(MEGATRON, CP, model=MODELS["llama"], optimizer=SGD))[1]
+    wrapped._replace_param_with_distributed_if_needed()
+    parameters = list(wrapped.parameters())
+    return sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("by_manager", [False, True])
+def test_ranks_of_the_cp_axis_share_the_weights_too(by_manager: bool) -> None:
+    """Also on a mesh of the user's own, which has no axis of both."""
+    found = run_shimmed(4, _held, by_manager)
+    held, whole = [part for part, _ in found], found[0][1]
+    assert sum(held) == whole and max(held) < 0.3 * whole
+
+
 def test_every_field_has_its_place_in_the_librarys_signature() -> None:
     import megatron_fsdp
 

@@ -161,3 +161,32 @@ def test_auto_means_bfloat16_where_there_is_a_gpu():
 
     assert compute_dtype("auto", "auto") == "bfloat16"
     assert compute_dtype("auto", "cpu") == "float32"
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "soft cap", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_over_whole_rows_is_that_of_a_cpu_and_makes_no_mask(kind, dtype):
+    """Of context parallelism; the queries are the third quarter of the row, and memory grows with the row."""
+    from nemo_dist_conf.runtime.mask_rules import Behind, Both, Causal, Chunks
+    from nemo_dist_conf.runtime.whole_attention import Scores, attend
+
+    rule = {"window": Both((Behind(300), Causal())), "chunks": Both((Chunks(512), Causal()))}.get(kind, Causal())
+    scores = Scores(cap=2.0 if kind == "soft cap" else None)
+    peaks = []
+    for length in (4096, 8192, 16384):
+        torch.manual_seed(0)
+        shapes = ((1, 4, length // 4, 64), (1, 2, length, 64), (1, 2, length, 64))
+        inputs = [torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for shape in shapes]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = attend(*inputs, length // 2, rule, scores)
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        if length == 4096:
+            plain = [part.detach().double().cpu().requires_grad_() for part in inputs]
+            wanted = attend(*plain, length // 2, rule, scores)
+            expected = torch.autograd.grad(wanted.square().sum(), plain)
+            for found, other in zip((out, *gradients), (wanted, *expected)):
+                apart = (found.double().cpu() - other).norm() / other.norm()
+                assert apart < (2e-3 if dtype == torch.float32 else 3e-2)  # TF32 may be on
+    assert peaks[2] < 2.5 * peaks[1]
