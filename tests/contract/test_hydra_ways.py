@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 import nemo_dist_conf
 from nemo_dist_conf import ConfigError, DistributedSetup, MeshContext, config, pipelining
 from nemo_dist_conf.compose import check
+from nemo_dist_conf.instantiate import instantiate as hook
 from nemo_dist_conf.strategies import STRATEGIES
 
 CLASSES = [
@@ -62,7 +63,7 @@ def test_hints_can_be_read(kind):
 
 @pytest.mark.parametrize(
     "function",
-    [DistributedSetup, DistributedSetup.build, MeshContext, MeshContext.build, nemo_dist_conf.instantiate],
+    [DistributedSetup, DistributedSetup.build, MeshContext, MeshContext.build, hook],
     ids=lambda function: function.__qualname__,
 )
 def test_hints_of_what_takes_them_can_be_read(function):

@@ -270,7 +270,9 @@ def test_what_cannot_be_built_is_refused_before_a_process_group_is_started(kwarg
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("wrong", [None, {}, "fsdp2", FSDP2Config, 3, object()], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [None, {}, "fsdp2", FSDP2Config, 3, object()], ids=["none", "dict", "text", "class", "number", "object"]
+)
 def test_a_mesh_context_of_what_is_no_config_is_refused(wrong):
     with pytest.raises(ConfigError, match="is no config of a strategy") as caught:
         MeshContext.build(wrong, ParallelismSizes(), world_size=1)
