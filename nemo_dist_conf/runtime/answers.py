@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nemo_dist_conf.runtime.recorder import Recorder
-from nemo_dist_conf.runtime.torch_inside import storage_id
 
 __all__ = ["Answers"]
 
@@ -63,16 +62,21 @@ def _with_values(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any
     requires_grad = tensor.requires_grad
     value, is_its_own = recorder.value(tensor)
     result = func(value.cpu().requires_grad_(requires_grad), *args[1:], **kwargs)
-    if not is_its_own and hasattr(result, "flags"):
-        result.flags.writeable = False  # an array: what is written there would be lost
+    if hasattr(result, "flags"):  # an array
+        if is_its_own:
+            recorder.hand_out(tensor, result)
+        else:
+            result.flags.writeable = False  # what is written there would be lost
     return result
 
 
-def _address(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> int:
-    """A number by which tensors in one place are known, as an address is."""
+def _type(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``type()`` names the device too."""
+    if len(args) > 1 or kwargs:
+        return func(*args, **kwargs)
     recorder.is_idle = True
     try:
-        return storage_id(args[0]) + args[0].storage_offset() * args[0].element_size()
+        return torch.empty(0, dtype=args[0].dtype).type()
     finally:
         recorder.is_idle = False
 
@@ -124,9 +128,9 @@ _ANSWERS: dict[Any, _Answer] = {
     Tensor.is_meta.__get__: _says(False),  # type: ignore[attr-defined]
     Tensor.is_cpu.__get__: _says(True),  # type: ignore[attr-defined]
     Tensor.get_device: _says(-1),
-    Tensor.data_ptr: _address,
     Tensor.to: _moved,
     Tensor.cpu: _on_cpu,
+    Tensor.type: _type,
     Tensor.new_tensor: _made_like,
     Tensor.__getitem__: _indexed,
     Tensor.__setitem__: _indexed,
@@ -137,3 +141,5 @@ _ANSWERS |= dict.fromkeys(
 _ANSWERS |= dict.fromkeys(
     (Tensor.untyped_storage, Tensor.storage, Tensor.__reduce_ex__, Tensor.share_memory_, Tensor.__dlpack__), _refused
 )
+#: The first would be an address that is none; the others do nothing on meta, without a word.
+_ANSWERS |= dict.fromkeys((Tensor.data_ptr, Tensor.apply_, Tensor.map_, Tensor.map2_), _refused)

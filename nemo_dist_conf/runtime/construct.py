@@ -8,6 +8,7 @@ import gc
 import hashlib
 import random
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
@@ -103,19 +104,21 @@ def record(factory: Callable[[], Any], seed: int, device: torch.device) -> tuple
     """
     recorder = Recorder(seed, device)
     with _only_new_objects() as new_objects:
+        model = None
         try:
             with _seeded(seed), recorder, Answers(recorder):
                 model = factory()
-        except Exception:
-            if not recorder.why_not:
-                raise
-        if recorder.why_not:
-            raise NotRecorded(recorder.why_not)
-        if not isinstance(model, nn.Module):
-            return model, None
-        made = _finished(named_tensors(model), recorder, seed, device)
-        _give_values_elsewhere(model, recorder, made, new_objects)
-    return model, made
+            if recorder.why_not:
+                raise NotRecorded(recorder.why_not)
+            if not isinstance(model, nn.Module):
+                return model, None
+            return model, _finished(model, recorder, seed, device, new_objects)
+        except Exception as error:
+            model = None
+            _give_values_to_what_is_left(error, recorder, new_objects)
+            if recorder.why_not:
+                raise NotRecorded(recorder.why_not) from None
+            raise
 
 
 def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
@@ -137,8 +140,7 @@ def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
                         _reset_of(name, module)()
         if recorder.why_not:
             raise NotRecorded(recorder.why_not)
-        made = _finished(named_tensors(model), recorder, seed, device)
-        _give_values_elsewhere(model, recorder, made, new_objects)
+        made = _finished(model, recorder, seed, device, new_objects)
     unset = [*made.unset, *(name for name, tensor in _attributes(model) if tensor.is_meta)]
     if unset:
         raise NotRecorded(f"nothing sets {unset[0]}")
@@ -162,18 +164,67 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in (parameters | buffers).items() if tensor is not None}
 
 
-def _finished(named: Mapping[str, Tensor], recorder: Recorder, seed: int, device: torch.device) -> Record:
-    refs = {}
+def _finished(
+    model: nn.Module, recorder: Recorder, seed: int, device: torch.device, new_objects: Callable[[], list[Any]]
+) -> Record:
+    """The record of a model whose constructor has run; tensors elsewhere have their values then."""
+    named = named_tensors(model)
+    refs: dict[str, Ref] = {}
+    others: dict[Tensor, Tensor] = {}  # loaded from a file, or made in another thread, and what stands for each
     if named and not any(is_lazy(tensor) or recorder.holds(tensor) for tensor in named.values()):
         raise NotRecorded("it returns a model that has its values already")
     for name, tensor in named.items():
         if is_lazy(tensor):
             raise NotRecorded(f"{name} has no shape yet")
-        if not recorder.holds(tensor):  # loaded from a file, or made in another thread
-            if tensor.is_meta or not become(tensor, recorder.adopt(tensor)):
-                raise NotRecorded(f"{name} was not made by the constructor")
-        refs[name] = recorder.ref(tensor)
-    return Record(recorder.tape, refs, recorder.tape.name_draws(refs), seed, device)
+        if recorder.holds(tensor):
+            refs[name] = recorder.ref(tensor)
+        elif tensor.is_meta:
+            raise NotRecorded(f"{name} was not made by the constructor")
+        else:
+            if tensor not in others:
+                others[tensor] = recorder.adopt(tensor)
+            refs[name] = recorder.ref(others[tensor])
+    made = Record(recorder.tape, refs, recorder.tape.name_draws(refs), seed, device)
+    _give_values_elsewhere(model, recorder, made, new_objects, [*named.values(), *others.values()])
+    _take_over(model, others)
+    return made
+
+
+def _take_over(model: nn.Module, others: Mapping[Tensor, Tensor]) -> None:
+    """Put tensors on meta in the place of those that the constructor did not make.
+
+    As ``Module.to`` does: a parameter stays the object that it is; a buffer, which may be a table that others use too,
+    is replaced in the model.
+    """
+    buffers = {id(tensor) for module in model.modules() for tensor in module._buffers.values()}
+    parameters = {tensor: meta for tensor, meta in others.items() if id(tensor) not in buffers}
+    taken: list[tuple[Tensor, Tensor]] = []
+    for tensor, meta in parameters.items():
+        values = tensor.detach()
+        if not become(tensor, meta):
+            for earlier, real in taken:
+                become(earlier, real)
+            raise NotRecorded("it takes a parameter that others have views of")
+        taken.append((tensor, values))
+    for module in model.modules():
+        for key, tensor in module._buffers.items():
+            if tensor is not None and tensor in others:
+                module._buffers[key] = others[tensor]
+
+
+def _give_values_to_what_is_left(
+    error: BaseException, recorder: Recorder, new_objects: Callable[[], list[Any]]
+) -> None:
+    """After a constructor that could not be recorded: what it left in caches is used again when it runs with values."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__context__
+    gc.collect()
+    tensors = [found for found in new_objects() if issubclass(type(found), Tensor) and not is_lazy(found)]
+    tensors = [tensor for tensor in tensors if tensor.is_meta and recorder.holds(tensor)]
+    for tensor, value in zip(tensors, recorder.values(*tensors)):
+        become(tensor, value)
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -188,10 +239,10 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _give_values_elsewhere(
-    model: nn.Module, recorder: Recorder, made: Record, new_objects: Callable[[], list[Any]]
+    model: nn.Module, recorder: Recorder, made: Record, new_objects: Callable[[], list[Any]], besides: list[Tensor]
 ) -> None:
-    """Let tensors that are neither parameters nor buffers have their values, wherever they are kept."""
-    registered = set(map(id, named_tensors(model).values()))
+    """Let tensors have their values, wherever they are kept; ``besides``: those that get them otherwise."""
+    registered = set(map(id, besides))
     owned = {ref.stored for ref in made.refs.values()}
 
     def elsewhere() -> list[Tensor]:

@@ -8,6 +8,8 @@ masks, zeros) are computed at once, on the CPU, where the constructor would have
 from __future__ import annotations
 
 import itertools
+import weakref
+import zlib
 from typing import Any, Callable, Iterable, Iterator
 
 import torch
@@ -23,7 +25,8 @@ __all__ = ["NotRecorded", "Recorder"]
 _aten = torch.ops.aten
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 
-#: torch's generator gets this seed and that of the run; where it has another one, the constructor gave it that itself.
+#: torch's generator starts from this and the seed of the run, and has another seed of ours after each draw. Where it
+#: has none of these, the constructor seeded it; where it has one for the second time, the constructor put it back.
 _OWN_SEED = int.from_bytes(b"record", "big")
 
 #: Values up to this size are computed while they are recorded: they are less than the entries of a tape.
@@ -167,7 +170,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.tape, self.why_not = Tape(), ""
         self._seed, self._device, self._reads = seed, device, 0
-        self._own_seed = (_OWN_SEED + seed) % 2**63
+        self._draws: dict[int, Op | None] = {(_OWN_SEED + seed) % 2**63: None}
         self.is_idle = False
         self._stored: dict[int, Stored] = {}
         self._captured: dict[int, list[Constant]] = {}
@@ -180,7 +183,7 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Recorder:
         super().__enter__()
-        torch.default_generator.manual_seed(self._own_seed)
+        torch.default_generator.manual_seed(next(iter(self._draws)))
         self._plain_trunc_normal = replace_trunc_normal(self._trunc_normal)
         return self
 
@@ -239,6 +242,10 @@ class Recorder(TorchDispatchMode):
             return self.values(tensor)[0], stored.real is not None
         finally:
             self.is_idle = was_idle
+
+    def hand_out(self, tensor: Tensor, array: Any) -> None:
+        """Note that the constructor has an array in which it can write a tensor's values."""
+        self._stored[storage_id(tensor)].array = weakref.ref(array)
 
     def give_up(self, why: str) -> NotRecorded:
         self.why_not = self.why_not or why
@@ -324,12 +331,15 @@ class Recorder(TorchDispatchMode):
 
     def _run_view(self, call: _Call) -> Any:
         """An operator on what tensors are of their storages."""
+        if call.info.name == "set_" and any(isinstance(arg, torch.UntypedStorage) for arg in call.args):
+            raise self.give_up("it takes memory that was filled elsewhere, as torch.load does")
         try:
             result = call.func(*call.args, **call.kwargs)
         except Exception as error:
             raise self.give_up(f"{call.func} cannot be recorded: {error}") from error
         for stored in call.stored if call.info.is_structural else ():
             if stored is not None and stored.real is not None and stored.real.nbytes() < stored.nbytes:  # resized
+                self._refuse_open(stored)
                 grown = torch.UntypedStorage(stored.nbytes)
                 as_bytes(grown)[: stored.real.nbytes()] = as_bytes(stored.real)
                 stored.real, stored.is_shared = grown, False
@@ -386,6 +396,11 @@ class Recorder(TorchDispatchMode):
         if stored.is_shared and stored.real is not None:
             stored.real, stored.is_shared = stored.real.clone(), False
 
+    def _refuse_open(self, stored: Stored) -> None:
+        """The values of a storage are about to be in another memory than these."""
+        if stored.is_open:
+            raise self.give_up("it has an array of numpy in the memory of a tensor that it writes")
+
     def _note(self, call: _Call, state: Tensor | None = None, found: Any = None) -> Any:
         """Put an operator on the tape; returns what it would return, without values.
 
@@ -403,6 +418,7 @@ class Recorder(TorchDispatchMode):
                 load = Op(None, (Constant(as_bytes(stored.real)),), {})
                 load.only_moves, load.written, load.fresh = True, [stored], [stored]
                 self.tape.add(load)
+            self._refuse_open(stored)
             stored.real = None
         outs = []
         if not info.returns_self:
@@ -412,6 +428,8 @@ class Recorder(TorchDispatchMode):
         if outs or call.written:
             op = self._op(call, outs)
             op.is_random, op.state = info.is_random, state
+            if op.is_random and state is None:
+                self._move_on(op)
             self.tape.add(op)
         return result
 
@@ -425,8 +443,9 @@ class Recorder(TorchDispatchMode):
             elif stored.real is None:
                 entries.append(_ref(stored, tensor))
             else:
-                stored.is_shared = True
-                entries.append(Constant(_ref(stored, tensor).of(stored.real)))
+                known = _ref(stored, tensor).of(stored.real)
+                stored.is_shared = stored.is_shared or not stored.is_open
+                entries.append(Constant(known.clone() if stored.is_open else known))
         kept = {key: value for key, value in call.kwargs.items() if key not in ("device", "pin_memory")}
         op = Op(call.func, *call.with_tensors(kept, entries))
         made = [out.stored for _, out in outs]
@@ -466,12 +485,24 @@ class Recorder(TorchDispatchMode):
         that generator on.
         """
         generator = call.generator
-        if generator is None and torch.default_generator.initial_seed() == self._own_seed:
+        is_default = generator is None or generator is torch.default_generator
+        if is_default and torch.default_generator.initial_seed() in self._draws:
             return self._note(call)
         if generator is not None and generator.device != _CPU:
             raise self.give_up(f"it draws from a generator of its own on {generator.device}")
         state = (generator or torch.default_generator).get_state()
         return self._note(call, state, self._run_real(call, on_cpu=True))
+
+    def _move_on(self, op: Op) -> None:
+        """Let torch's generator stand behind a draw, as it would; where it stood there before, it is the same draw."""
+        seed = torch.default_generator.initial_seed()
+        op.again = self._draws[seed]
+        if op.again is None:
+            self._draws[seed] = op
+        what = zlib.crc32(repr((str(op.func), [stored.nbytes for stored in op.written])).encode())
+        following = (seed * 6364136223846793005 + what * 2654435761 + 1442695040888963407) % 2**63
+        self._draws.setdefault(following, None)
+        torch.default_generator.manual_seed(following)
 
     def _trunc_normal(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """torch's way to draw it again and again until it fits, as if it were one operator."""

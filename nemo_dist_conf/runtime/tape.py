@@ -22,18 +22,25 @@ class Stored:
 
     meta: it, kept so that its number is not given to another one. real: its values on the CPU, while they are known.
     is_shared: an entry of the tape reads ``real``, so that it has to be copied before it is written.
+    array: one of numpy that the constructor was given, in the memory of ``real``.
     writes: entries of the tape that wrote it, as (index, whether nothing of what was there before is left).
     """
 
-    __slots__ = ("meta", "real", "is_shared", "writes")
+    __slots__ = ("meta", "real", "is_shared", "array", "writes")
 
     def __init__(self, meta: torch.UntypedStorage, real: torch.UntypedStorage | None = None) -> None:
         self.meta, self.real, self.is_shared = meta, real, False
+        self.array: Callable[[], Any] = lambda: None
         self.writes: list[tuple[int, bool]] = []
 
     @property
     def nbytes(self) -> int:
         return self.meta.nbytes()
+
+    @property
+    def is_open(self) -> bool:
+        """The constructor may write ``real`` without an operator, in an array of numpy or the like."""
+        return self.real is not None and (self.array() is not None or not self.real.resizable())
 
     @property
     def is_unset(self) -> bool:
@@ -91,6 +98,7 @@ class Op:
     outs: new tensors that it returned, each with its place among all that it returned.
     written: storages that it wrote, those of outs included. fresh: those of them whose earlier content does not matter.
     is_random: it draws numbers, from a generator seeded by its key, or from one in this state (``state``).
+    again: the draw whose numbers it draws once more, because the constructor put its generator back.
     only_moves: it moves or fills values without computing with them, so any device gives the same.
     takes_device: it has to be told where to make what it returns.
     """
@@ -101,8 +109,20 @@ class Op:
         self.written: list[Stored] = []
         self.fresh: list[Stored] = []
         self.is_random = self.only_moves = self.takes_device = False
-        self.key = ""
         self.state: Tensor | None = None
+        self.again: Op | None = None
+        self._key = ""
+
+    @property
+    def key(self) -> str:
+        return self._key if self.again is None else self.again.key
+
+    @key.setter
+    def key(self, key: str) -> None:
+        if self.again is None:
+            self._key = key
+        else:
+            self.again.key = key
 
     @functools.cached_property
     def reads(self) -> list[Stored]:

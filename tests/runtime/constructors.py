@@ -206,9 +206,12 @@ def from_numpy_and_random() -> nn.Module:
     zeros = torch.zeros(3)
     zeros.numpy()[:] = 5
     model.e = nn.Parameter(zeros)
+    table, large = np.ones((3,), "float32"), np.ones((300, 80), "float32")
+    model.f, model.g = nn.Parameter(torch.from_numpy(table)), nn.Parameter(torch.randn(300, 80))
     with torch.no_grad():
         model.fc.weight.copy_(torch.from_numpy(np.linalg.qr(np.random.randn(3, 3))[0]))
-        nn.init.normal_(model.c)
+        model.g.copy_(torch.from_numpy(large))
+    table[:], large[:] = 2, 3  # the first is a parameter's memory, the second was read before
     return model
 
 
@@ -227,7 +230,7 @@ def looks_at_values() -> nn.Module:
     assert model.a.weight.to("cpu") is model.a.weight and model.a.bias.cpu() is model.a.bias
     assert model.to("cpu", torch.float32).a.weight.to(model.c) is model.a.weight
     model.d = nn.Parameter(_TABLE.to(model.a.weight.device).to(model.a.weight.half()).to(torch.float32, copy=True))
-    assert model.a.weight.data_ptr() == model.a.weight.data.data_ptr() != model.a.bias.data_ptr()
+    assert model.a.weight.type() == "torch.FloatTensor"
     return model
 
 
@@ -250,6 +253,20 @@ def with_a_seed_of_its_own() -> nn.Module:
     model = Two()
     torch.manual_seed(11)
     model.c, model.d = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+    return model
+
+
+@_case
+def with_the_generator_put_back() -> nn.Module:
+    """So that two layers draw the same numbers."""
+    model = nn.Module()
+    state = torch.get_rng_state()
+    model.a = nn.Linear(30, 30)
+    torch.set_rng_state(state)
+    model.b = nn.Linear(30, 30)
+    with torch.random.fork_rng():
+        model.c, model.d = nn.Linear(4, 4), nn.Linear(4, 4)
+    model.e, model.f, model.g = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 4)
     return model
 
 

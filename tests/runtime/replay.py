@@ -20,7 +20,15 @@ CPU = torch.device("cpu")
 class _InOrder(_Run):
     """Draws as the constructor did: one number after the other, out of torch's own generator."""
 
+    def __init__(self) -> None:
+        super().__init__(CPU, 0, {})
+        self.before: dict[Op, Tensor] = {}
+
     def step(self, op: Op) -> None:
+        if op.again is not None:
+            torch.set_rng_state(self.before[op.again])
+        elif op.is_random:
+            self.before[op] = torch.get_rng_state()
         with torch.random.fork_rng(devices=[], enabled=op.state is not None):
             super().step(op)
 
@@ -39,7 +47,7 @@ def differences(factory: Callable[[], Any], seed: int = 5) -> list[str]:
     """What is not bit for bit as a plain constructor gives it: names, and ``name.dtype`` or the like."""
     plain = named_tensors(construct(factory, seed))
     model, made = recorded(factory, seed)
-    run = _InOrder(CPU, 0, {})
+    run = _InOrder()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for op in made.tape.ops:  # also what was overwritten later: it drew numbers too

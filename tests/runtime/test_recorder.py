@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from typing import Any, Callable
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.runtime.agree import are_near
-from nemo_dist_conf.runtime.construct import named_tensors, record
+from nemo_dist_conf.runtime.construct import construct, named_tensors, record
 from nemo_dist_conf.runtime.materialise import materialise
 from nemo_dist_conf.runtime.recorder import NotRecorded
 from tests.runtime.constructors import CONSTRUCTORS, Attributes, Two, holder, table_of
@@ -44,6 +45,14 @@ def test_what_is_derived_is_derived_from_what_is_there() -> None:
     model = filled(CONSTRUCTORS["parametrized"])
     assert torch.linalg.matrix_norm(model[0].weight, 2).item() == pytest.approx(1, abs=0.2)
     assert torch.allclose(model[2].weight @ model[2].weight.T, torch.eye(4), atol=1e-5)
+
+
+def test_a_generator_that_is_put_back_draws_the_same_again() -> None:
+    model = filled(CONSTRUCTORS["with_the_generator_put_back"])
+    assert torch.equal(model.a.weight, model.b.weight) and torch.equal(model.a.bias, model.b.bias)
+    assert torch.equal(model.c.weight, model.e.weight)
+    # From where the numbers of d and f began, it is the same stream; behind them it is not.
+    assert torch.equal(model.d.weight[:3], model.f.weight) and not torch.equal(model.g.weight, model.d.weight)
 
 
 def test_parts_of_one_draw_are_different_parts() -> None:
@@ -196,6 +205,35 @@ def reaches_for_memory() -> nn.Module:
     return model
 
 
+def asks_for_an_address() -> nn.Module:
+    model = Two()
+    model.a.weight.data_ptr()
+    return model
+
+
+def computes_in_python() -> nn.Module:
+    model = Two()
+    model.a.weight.data.apply_(lambda _: 3.0)
+    return model
+
+
+def reads_a_file() -> nn.Module:
+    file = io.BytesIO()
+    torch.save(_BUILT.state_dict(), file)
+    file.seek(0)
+    model = Two()
+    model.load_state_dict(torch.load(file))
+    return model
+
+
+def writes_an_array_and_its_tensor() -> nn.Module:
+    tensor = torch.zeros(3)
+    array = tensor.numpy()
+    tensor.normal_()
+    array[:] = 6
+    return holder(a=tensor)
+
+
 def hides_it() -> nn.Module:
     try:
         return reaches_for_memory()
@@ -213,7 +251,7 @@ def sparse() -> nn.Module:
     return holder(a=torch.eye(3).to_sparse().to_dense())
 
 
-_BUILT = Two()
+_BUILT, _GIVEN = Two(), torch.ones(3)
 
 
 def built_before() -> nn.Module:
@@ -240,6 +278,10 @@ def of_another_class() -> nn.Module:
         (on_meta_itself, "uses the meta device itself"),
         (moved_to_meta, "uses the meta device itself"),
         (reaches_for_memory, "reaches for the memory"),
+        (asks_for_an_address, "reaches for the memory"),
+        (computes_in_python, "reaches for the memory"),
+        (reads_a_file, "takes memory that was filled elsewhere"),
+        (writes_an_array_and_its_tensor, "an array of numpy"),
         (hides_it, "reaches for the memory"),
         (keeps_a_part_of_a_parameter, "shares memory with a parameter"),
         (sparse, "special kind"),
@@ -251,6 +293,40 @@ def of_another_class() -> nn.Module:
 def test_what_cannot_be_recorded(factory: Callable[[], nn.Module], why: str) -> None:
     with pytest.raises(NotRecorded, match=why):
         record(factory, 0, CPU)
+
+
+def test_what_cannot_be_recorded_leaves_nothing_without_values() -> None:
+    """Tables in a cache, and modules and tables of others, are taken again when it runs with values."""
+    others = Two()
+
+    def factory() -> nn.Module:
+        model: Any = Two()
+        model.table, model.others = table_of(9), others
+        model.register_buffer("given", _GIVEN)
+        model.part = model.a.weight.detach()[0]
+        return model
+
+    table_of.cache_clear()
+    with pytest.raises(NotRecorded, match="shares memory"):
+        record(factory, 0, CPU)
+    model: Any = construct(factory, 0)
+    assert torch.equal(model.table, torch.arange(9.0) ** 2) and torch.equal(_GIVEN, torch.ones(3))
+    assert not any(tensor.is_meta for tensor in named_tensors(model).values())
+
+
+def test_a_table_of_others_stays_theirs() -> None:
+    def factory() -> nn.Module:
+        model = Two()
+        model.register_buffer("given", _GIVEN)
+        model.c = _BUILT.a
+        return model
+
+    weight, values = _BUILT.a.weight, _BUILT.a.weight.detach().clone()
+    model, made = recorded(factory)
+    assert not _GIVEN.is_meta
+    materialise(model, made)
+    assert model.given is not _GIVEN and torch.equal(model.given, _GIVEN)
+    assert model.c.weight is weight and torch.equal(weight, values)
 
 
 def test_what_is_written_into_an_array_is_not_lost() -> None:
