@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-__all__ = ["cast_beside_attributes"]
+__all__ = ["cast_beside_attributes", "tensors_beside"]
 
 log = logging.getLogger(__name__)
 
@@ -23,20 +23,28 @@ def cast_beside_attributes(model: nn.Module, dtype: torch.dtype) -> None:
     FSDP2 casts parameters, and the inputs of its units. A table of slopes that is kept as an attribute stays in
     float32, what is computed with it is float32 again, and a layer inside the same unit would refuse that.
     """
-    names = [name for name, module in model.named_modules() if _keeps_floats(module, dtype)]
+    names = [name for name, _, _, t in tensors_beside(model) if t.is_floating_point() and t.dtype != dtype]
     if not names:
         return
     for module in model.modules():
         if isinstance(module, _STRICT):
             module.register_forward_pre_hook(_cast)
     kind, shown = type(model).__name__, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    log.info("%s keeps tensors that are no parameters: they stay as they are (%s)", kind, shown.strip() or kind)
+    log.info("%s keeps tensors that are no parameters: they stay as they are (%s)", kind, shown)
 
 
-def _keeps_floats(module: nn.Module, dtype: torch.dtype) -> bool:
-    own = [value for key, value in vars(module).items() if key[:1] != "_"]  # what torch keeps itself begins with one
-    tensors = [leaf for leaf in tree_iter(own) if isinstance(leaf, Tensor)]
-    return any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors)
+def tensors_beside(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Tensors that modules keep as attributes, or in lists and the like: (name, module, attribute, tensor)."""
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key[:1] == "_" and isinstance(value, dict):  # parameters, buffers, modules and hooks
+                continue
+            if value is None or isinstance(value, (bool, int, float, str, nn.Module)):
+                continue
+            for number, leaf in enumerate(tree_iter(value)):
+                if isinstance(leaf, Tensor):
+                    place = key if leaf is value else f"{key}/{number}"
+                    yield f"{path}.{place}".removeprefix("."), module, key, leaf
 
 
 def _cast(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,9 +15,9 @@ from typing import Any, Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_iter
 
 from nemo_dist_conf.runtime.answers import Answers
+from nemo_dist_conf.runtime.attributes import tensors_beside
 from nemo_dist_conf.runtime.playback import Player
 from nemo_dist_conf.runtime.recorder import NotRecorded, Recorder
 from nemo_dist_conf.runtime.tape import Constant, Ref, Tape, leaves
@@ -141,7 +141,7 @@ def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
         if recorder.why_not:
             raise NotRecorded(recorder.why_not)
         made = _finished(model, recorder, seed, device, new_objects)
-    unset = [*made.unset, *(name for name, tensor in _attributes(model) if tensor.is_meta)]
+    unset = [*made.unset, *(name for name, _, _, tensor in tensors_beside(model) if tensor.is_meta)]
     if unset:
         raise NotRecorded(f"nothing sets {unset[0]}")
     return made
@@ -227,17 +227,6 @@ def _give_values_to_what_is_left(
         become(tensor, value)
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that modules keep as attributes, or in lists and the like, by name."""
-    for path, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key[:1] == "_" and isinstance(value, dict):  # parameters, buffers, modules and hooks
-                continue
-            for number, leaf in enumerate(tree_iter(value)):
-                if isinstance(leaf, Tensor):
-                    yield f"{path}.{key}/{number}".removeprefix("."), leaf
-
-
 def _give_values_elsewhere(
     model: nn.Module, recorder: Recorder, made: Record, new_objects: Callable[[], list[Any]], besides: list[Tensor]
 ) -> None:
@@ -262,7 +251,7 @@ def _give_values_elsewhere(
     if any(is_shared and _is_referred_to(tensors, number) for number, is_shared in enumerate(shared)):
         raise NotRecorded("it keeps a tensor that shares memory with a parameter or buffer")
     tensors = [tensor for tensor, is_shared in zip(tensors, shared) if not is_shared]
-    names = {id(tensor): name for name, tensor in _attributes(model)}
+    names = {id(tensor): name for name, _, _, tensor in tensors_beside(model)}
     tensors.sort(key=lambda tensor: (id(tensor) not in names, names.get(id(tensor), "")))
     refs = [recorder.ref(tensor) for tensor in tensors]
     known = [names.get(id(tensor), f"elsewhere/{number}") for number, tensor in enumerate(tensors)]

@@ -45,7 +45,7 @@ from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.runtime.precision import tell_precision
-from nemo_dist_conf.runtime.torch_inside import is_plain, storage_id
+from nemo_dist_conf.runtime.shared_memory import refuse_shared_memory
 from nemo_dist_conf.runtime.unit_rules import refuse_sparse
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def parallelize_fsdp2(
     Raises ConfigError for what the model or the build cannot do.
     """
     _refuse_wrapped(model)
-    _refuse_shared_memory(model)
     names = device_mesh.mesh_dim_names or ()
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
+    refuse_shared_memory(model, device_mesh)
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
     units = find_blocks(model, blocks)
@@ -301,7 +301,7 @@ def parallelize_megatron_fsdp(
     from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer, wrap
 
     _refuse_wrapped(model)
-    _refuse_shared_memory(model)
+    refuse_shared_memory(model, device_mesh)
     _sync_from_rank0(model)
     counts = None
     if device_mesh[A.CP.value].size() > 1:
@@ -352,24 +352,6 @@ def _refuse_wrapped(model: nn.Module) -> None:
         kind = type(model).__name__
         what = f"the model is wrapped already ({kind})"
         raise ConfigError(Problem(what, f"parallelize({kind})", "the model itself", "model.module"))
-
-
-def _refuse_shared_memory(model: nn.Module) -> None:
-    """Two parameters in one memory would train as two of their own once they are sharded."""
-    ends: dict[int, list[tuple[int, int, str]]] = {}
-    for name, parameter in model.named_parameters():
-        if is_plain(type(parameter)) and parameter.numel():
-            begin = int(parameter.storage_offset()) * parameter.element_size()
-            last = sum((size - 1) * int(stride) for size, stride in zip(parameter.shape, parameter.stride()))
-            end = begin + (last + 1) * parameter.element_size()
-            ends.setdefault(storage_id(parameter), []).append((begin, end, name))
-    for places in ends.values():
-        places.sort()
-        for (_, end, first), (begin, _, second) in zip(places, places[1:]):
-            if begin < end:
-                what = f"{first} and {second} are two parameters in the same memory, which sharding would take apart"
-                allowed = f"one parameter ({second} = {first}), memory of its own for each, or strategy=ddp"
-                raise ConfigError(Problem(what, f"a model with {first} and {second}", allowed, "strategy=ddp"))
 
 
 def _sync_from_rank0(model: nn.Module) -> None:

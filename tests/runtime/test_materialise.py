@@ -370,6 +370,42 @@ def test_ranks_that_would_start_from_different_values_are_refused(factory: Calla
         assert "ranks built different models" in message
 
 
+def keeps_its_weight() -> nn.Module:
+    model: Any = NoInitialiser()
+    model.known = [model.fc.weight]
+    return model
+
+
+def keeps_a_part() -> nn.Module:
+    model = NoInitialiser()
+    model.register_buffer("part", model.fc.weight.detach()[1:])
+    return model
+
+
+def keeps_copies_and_columns() -> nn.Module:
+    """Nothing of it is in the memory of a parameter that it does not follow."""
+    model: Any = NoInitialiser()
+    drawn = torch.randn(4, 6)
+    model.left, model.right = nn.Parameter(drawn[:, :3]), nn.Parameter(drawn[:, 3:])
+    model.anchor = model.fc.weight.detach().clone()
+    model.lstm = nn.LSTM(4, 4)
+    nn.utils.spectral_norm(model.fc)
+    return model
+
+
+def names_of(factory: Callable[[], nn.Module], *words: str) -> set[str]:
+    return set(full_state(instantiate(composed(*words), factory)[1]))
+
+
+@pytest.mark.dist
+def test_what_would_not_follow_a_sharded_parameter_is_refused() -> None:
+    """A plain model reads the trained weight there, a sharded one that of the first step."""
+    for factory, name in ((keeps_its_weight, "known/0"), (keeps_a_part, "part")):
+        assert f"{name} is kept beside the parameter fc.weight" in run_ranks(1, refused, factory)[0]
+        assert run_ranks(1, names_of, factory, "strategy=ddp")[0] >= {"fc.weight", "gain"}
+    assert run_ranks(1, names_of, keeps_copies_and_columns)[0] >= {"left", "right", "lstm.weight_hh_l0"}
+
+
 def uneven_shards() -> bool:
     """Five rows over four ranks, and a bias of one element."""
     same = True
