@@ -224,8 +224,8 @@ def _facts(cfg: Any, root: DictConfig) -> ModelFacts | None:
 def _model_config(cfg: Any, root: DictConfig) -> Mapping[str, Any]:
     """Fields that the tree gives to the model's config."""
     for tree in (root, cfg):
-        model = tree.get("model") if isinstance(tree, DictConfig) and "model" in tree else None
-        config = model.get("config") if isinstance(model, DictConfig) else None
+        held = isinstance(tree, DictConfig) and "model" in tree
+        config = OmegaConf.select(tree, "model.config", throw_on_missing=False) if held else None
         if isinstance(config, DictConfig):
             return {str(key): config.get(key) for key in config}
     return {}

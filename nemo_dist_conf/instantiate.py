@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 import types
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -15,12 +15,12 @@ from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.agree import agree_on_config, agree_on_model, config_mark, together
 from nemo_dist_conf.runtime.batch_statistics import use_global_statistics
-from nemo_dist_conf.runtime.build import Built, build_model, whole_up_to
+from nemo_dist_conf.runtime.build import Built, build_model, refuse_given_model, whole_up_to
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP, check_reduced
 from nemo_dist_conf.runtime.load import load_weights
 from nemo_dist_conf.runtime.materialise import initialise_in_turn, materialise
 from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer
-from nemo_dist_conf.runtime.optimizer import build_optimizer
+from nemo_dist_conf.runtime.optimizer import an_optimizer, build_optimizer, refuse_given
 from nemo_dist_conf.runtime.order import parallelize_ddp, parallelize_fsdp2, parallelize_megatron_fsdp
 from nemo_dist_conf.runtime.process_group import initialize_distributed
 from nemo_dist_conf.runtime.setup import DistributedSetup, setup_from_checked
@@ -36,6 +36,7 @@ def instantiate(
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     *,
     blocks: str | Iterable[str] | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> tuple[DistributedSetup, Any, Any]:
     """(setup, wrapped model, optimizer) for a composed config.
 
@@ -50,8 +51,14 @@ def instantiate(
     Without either, the model and the optimizer returned are None.
     optimizer: called with the wrapped parameters; None: built from ``cfg.optimizer``, or None where that is absent.
     blocks: path of the model's blocks, where they are not found by themselves (``runtime.blocks.find_blocks``).
+    example: what the model's forward takes, by keyword, where that cannot be guessed: on it is tried, before anything
+    is wrapped, whether tensor parallelism by a plan that nobody has proven computes what the plain model does.
     Raises ConfigError for whatever cannot work, before anything is started where that can be told.
     """
+    if model is not None:
+        refuse_given_model(model)
+    if optimizer is not None:
+        refuse_given(optimizer)
     checked = check(cfg)
     device = _value(cfg, "device", "auto")
     info = initialize_distributed(device=device)
@@ -76,10 +83,10 @@ def instantiate(
     if checked.batch_statistics == "global":
         groups = [group for group in setup.mesh_context.data_groups() if group is not None]  # there is a mesh
         use_global_statistics(built.model, groups)
-    wrapped = _wrap(checked, setup, built, blocks if blocks is not None else built.blocks)
+    wrapped = _wrap(checked, setup, built, blocks if blocks is not None else built.blocks, example)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:
-        made: torch.optim.Optimizer | None = optimizer(wrapped.parameters())
+        made: torch.optim.Optimizer | None = an_optimizer(optimizer(wrapped.parameters()))
     else:
         made = build_optimizer(settings, wrapped.named_parameters())
     if made is not None and checked.strategy.name == "megatron_fsdp":
@@ -94,7 +101,7 @@ def _value(cfg: Any, key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any) -> Any:
+def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any, example: Any) -> Any:
     config: Any = setup.strategy_config
     offload = getattr(config, "offload_policy", None) is not None
 
@@ -109,7 +116,9 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any) 
     mesh: Any = setup.mesh_context
     if checked.strategy.name == "megatron_fsdp":
         prepare = _initialiser(built) if config.init_fsdp_with_meta_device else fill
-        return parallelize_megatron_fsdp(built.model, config, mesh.device_mesh, blocks=blocks, fill=prepare)
+        return parallelize_megatron_fsdp(
+            built.model, config, mesh.device_mesh, blocks=blocks, fill=prepare, example=example
+        )
     return parallelize_fsdp2(
         built.model,
         config,
@@ -119,6 +128,7 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any) 
         fill=fill,
         pipeline=setup.pipeline_config,
         moe=setup.moe_parallel_config,
+        example=example,
     )
 
 

@@ -89,7 +89,7 @@ def optimizer_problems(values: Mapping[str, Any], paths: Paths = Paths()) -> lis
     if "lr" not in values:
         what = "optimizer.lr is missing"
         problems.append(
-            Problem(what, f"optimizer.name={name}", _LR.allowed, "+" + paths.set("optimizer.lr", _LR.example))
+            Problem(what, f"optimizer.name={name}", _LR.allowed, "++" + paths.set("optimizer.lr", _LR.example))
         )
     nesterov_alone = values.get("nesterov") is True and (not values.get("momentum") or values.get("dampening"))
     if not problems and nesterov_alone:

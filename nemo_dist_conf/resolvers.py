@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Mapping
 
 from omegaconf import OmegaConf
 
@@ -38,7 +38,8 @@ def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: An
 
     1, which is the default, without a pipeline and where the sizes do not fit: that is refused by their own rules.
     """
-    sizes = {name: (parallelism or {}).get(name, 1) for name in ("pp_size", "cp_size", "tp_size")}
+    given = parallelism if isinstance(parallelism, Mapping) else {}
+    sizes = {name: given.get(name, 1) for name in ("pp_size", "cp_size", "tp_size")}
     if not all(isinstance(value, int) and value > 0 for value in (*sizes.values(), global_batch_size)):
         return 1
     model_ranks = sizes["pp_size"] * sizes["cp_size"] * sizes["tp_size"]

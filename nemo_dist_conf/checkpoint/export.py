@@ -30,6 +30,7 @@ from nemo_dist_conf.checkpoint.folder import (
 from nemo_dist_conf.checkpoint.storage import FolderReader, Index
 from nemo_dist_conf.checkpoint.tensor_file import write_tensors
 from nemo_dist_conf.errors import DataError, Problem, TrainingError
+from nemo_dist_conf.models.facts import plain_floats
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.runtime.boxes import Box
 from nemo_dist_conf.runtime.materialise import tied_names
@@ -40,6 +41,7 @@ __all__ = ["export_hf"]
 log = logging.getLogger(__name__)
 
 _SHARD_BYTES = 5_000_000_000
+_FIRST = "rank_00000.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -63,7 +65,7 @@ def export_hf(
     (manifest, index, model), _ = together(lambda: _opened(source), lambda opened: opened[0].files)
     together(lambda: _refuse(source, wrong_bytes(manifest, sorted(manifest.files)[rank::world_size])))
     parts = stored_parts(model)
-    names = _names(index, model, parts)
+    names, _ = together(lambda: _names(source, index, model, parts))
     files = _files(names, shard_bytes)
     partial = [target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:8]}")]
     if world_size > 1:
@@ -113,14 +115,24 @@ def _opened(source: Path) -> tuple[Manifest, Index, Any]:
     manifest = read_manifest(source)
     _refuse(source, wrong_sizes(manifest))
     fields = read_json(source, STATE).get("model")
+    asked = f"export_hf({str(source)!r}, ...)"
     if not fields:
         what = f"{source} holds no model of transformers"
-        raise DataError(Problem(what, f"export of {source}", "a run with model.config.model_type", "model=llama_tiny"))
+        allowed = "a checkpoint of one; the files of this one are safetensors too"
+        raise DataError(Problem(what, asked, allowed, f"safetensors.torch.load_file({str(source / _FIRST)!r})"))
     import transformers
 
-    config = transformers.AutoConfig.for_model(**fields)
-    with torch.device("meta"):
-        return manifest, Index.read(manifest), transformers.AutoModelForCausalLM.from_config(config)
+    try:
+        config = transformers.AutoConfig.for_model(**plain_floats(fields))
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of many types: a family that this version does not know, or of another task
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = f"{source} holds a model ({fields.get('model_type')}) that is no causal language model here: {reason}"
+        allowed = "a causal language model of the installed transformers; the files are safetensors too"
+        instead = f"safetensors.torch.load_file({str(source / _FIRST)!r})"
+        raise DataError(Problem(what, asked, allowed, instead)) from error
+    return manifest, Index.read(manifest), model
 
 
 def _refuse(source: Path, finding: str) -> None:
@@ -128,11 +140,12 @@ def _refuse(source: Path, finding: str) -> None:
         raise damaged(source, finding)
 
 
-def _names(index: Index, model: Any, parts: Mapping[str, Part]) -> dict[str, _Source]:
+def _names(source: Path, index: Index, model: Any, parts: Mapping[str, Part]) -> dict[str, _Source]:
     """Every tensor of the folder by its stored name; tied ones once, under the name that the checkpoint has."""
     stored = {name.removeprefix("model."): entry for name, entry in index.stored.items() if name.startswith("model.")}
     followers = {name for group in tied_names(model) for name in group if name not in stored}
     wanted = parts or {name: Part(name, tuple(value.shape)) for name, value in model.state_dict().items()}
+    _refuse_others(source, stored, {part.parameter for part in wanted.values()} - followers, model)
     names = {}
     for name, part in wanted.items():
         if part.parameter in followers:
@@ -140,6 +153,23 @@ def _names(index: Index, model: Any, parts: Mapping[str, Part]) -> dict[str, _So
         entry = stored[part.parameter]
         names[name] = _Source(f"model.{part.parameter}", entry.dtype, part.shape, _box(part, entry.shape))
     return names
+
+
+def _refuse_others(source: Path, stored: Mapping[str, Any], wanted: set[str], model: Any) -> None:
+    """Raise DataError where the checkpoint's tensors are not all that the model has, and nothing else."""
+    missing, others = sorted(wanted - set(stored)), sorted(set(stored) - wanted)
+    if not missing and not others:
+        return
+    kind = type(model).__name__
+    said = [f"{len(names)} {word} ({names[0]})" for word, names in (("missing", missing), ("more", others)) if names]
+    what = f"{source} does not hold a {kind} as it is: {', '.join(said)}"
+    allowed = f"the tensors of a {kind}, and no others; the files are safetensors too"
+    instead = f"safetensors.torch.load_file({str(source / _FIRST)!r})"
+    if any(name.startswith("base_model.model.") for name in others):
+        what = f"{source} holds a {kind} with an adapter of peft around it, which this version does not export"
+        allowed = f"a {kind} as it is, or with the adapter merged into it"
+        instead = "load(folder, model) in one process, and model.merge_and_unload().save_pretrained(...)"
+    raise DataError(Problem(what, f"export_hf({str(source)!r}, ...)", allowed, instead))
 
 
 def _box(part: Part, shape: tuple[int, ...]) -> Box:
@@ -168,19 +198,10 @@ def _values(reader: FolderReader, names: Mapping[str, _Source], wanted: list[str
         source = names[name]
         value = torch.empty(source.box.sizes, dtype=source.dtype)
         for file, offsets, sizes in reader.index.tensors[source.name]["parts"]:
-            _copy_overlap(value, source.box, reader, file, source.name, Box(tuple(offsets), tuple(sizes)))
+            both = source.box.shared(Box(tuple(offsets), tuple(sizes)))
+            if both is not None:
+                both[0].of(value).copy_(both[1].of(reader.read(file, source.name)))
         yield value.view(source.shape)
-
-
-def _copy_overlap(value: Tensor, box: Box, reader: FolderReader, file: str, name: str, part: Box) -> None:
-    begins = [max(a, b) for a, b in zip(box.offsets, part.offsets)]
-    ends = [min(a + s, b + t) for a, s, b, t in zip(box.offsets, box.sizes, part.offsets, part.sizes)]
-    if any(begin >= end for begin, end in zip(begins, ends)):
-        return
-    sizes = tuple(end - begin for begin, end in zip(begins, ends))
-    theirs = Box(tuple(begin - offset for begin, offset in zip(begins, part.offsets)), sizes)
-    mine = Box(tuple(begin - offset for begin, offset in zip(begins, box.offsets)), sizes)
-    mine.of(value).copy_(theirs.of(reader.read(file, name)))
 
 
 def _write_rest(

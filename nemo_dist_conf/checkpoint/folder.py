@@ -45,7 +45,7 @@ __all__ = [
 ROOT = "checkpoints"
 MANIFEST, INDEX, STATE, CONFIG = "manifest.json", "index.json", "state.json", "config.yaml"
 
-_FORMAT = 1
+_FORMAT = 2
 _STEP = re.compile(r"step_(\d{8,})")
 _CHUNK_BYTES = 1 << 22
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Iterable, Mapping
 
@@ -12,22 +13,37 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from nemo_dist_conf.errors import DataError, Problem
+from nemo_dist_conf.checkpoint.values import refuse_tensor
+from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.boxes import Box, box_of, local_values
 from nemo_dist_conf.runtime.megatron_fsdp import is_wrapped, show_shards, take_over_weights
 from nemo_dist_conf.runtime.unwrap import unwrapped
 
 __all__ = [
+    "EXTRA",
+    "MODEL",
+    "ModelState",
+    "OPTIMIZER",
     "Piece",
     "Stored",
     "group_settings",
     "optimizer_pieces",
+    "parameter_names",
+    "piece_of",
+    "raw_names",
     "set_group_settings",
     "set_weights",
+    "state_of",
     "weight_pieces",
+    "whole_piece",
 ]
 
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+MODEL, OPTIMIZER = "model.", "optimizer."
+#: Ends the name of what a module's ``get_extra_state`` gives, in torch's state dictionaries.
+EXTRA = "_extra_state"
+
+#: What torch's checkpoint wrapper adds to names; its state dictionary is without.
+_CHECKPOINTED = "_checkpoint_wrapped_module."
 
 #: Settings of a group that say how its update is computed, not what it is; what one layout can run another may not.
 _EXECUTION = ("foreach", "fused")
@@ -70,56 +86,123 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def weight_pieces(model: nn.Module) -> dict[str, Piece]:
-    """Parameters and persistent buffers by ``model.`` and their name in the user's model; tied ones once."""
-    return {f"{_MODEL}{name}": _piece(value) for name, value in _named_state(model).items()}
+@dataclass(frozen=True)
+class ModelState:
+    """Parameters and persistent buffers by their names in the user's model, whatever is wrapped in what.
+
+    Tied ones once. foreign: names in the state dictionary of what is neither, so that it cannot be filled in place.
+    """
+
+    tensors: Mapping[str, Tensor]
+    foreign: tuple[str, ...]
 
 
-def _named_state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> ModelState:
+    """What a checkpoint keeps of a model. Every rank calls it."""
     if is_wrapped(model):
         show_shards(model)
+    inner = unwrapped(model)
+    wrappers = _wrappers(inner)
+    state = inner.state_dict(keep_vars=True)  # first: after a forward without backward it shards the parameters again
+    own = {id(tensor) for held in (inner.parameters(), inner.buffers()) for tensor in held}
     seen: set[int] = set()
-    state: dict[str, Tensor] = {}
-    for name, value in unwrapped(model).state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor) and id(value) not in seen:
-            seen.add(id(value))
-            state[name] = value
-    return state
+    tensors: dict[str, Tensor] = {}
+    foreign: list[str] = []
+    for name, value in state.items():
+        if name.endswith(EXTRA) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if id(value) in own:
+            tensors[_without_wrappers(name, wrappers)] = value
+        else:
+            foreign.append(name)
+    return ModelState(tensors, tuple(foreign))
 
 
-def _piece(value: Tensor) -> Piece:
+def _wrappers(model: nn.Module) -> list[str]:
+    """Beginnings of names of what wrappers in a model hold; inner ones first, which have the outer ones' in them."""
+    found = [path for path, one in model.named_modules() if hasattr(one, "module") and unwrapped(one) is not one]
+    return [f"{path}.module." if path else "module." for path in reversed(found)]
+
+
+def _without_wrappers(name: str, wrappers: Iterable[str]) -> str:
+    for begin in wrappers:
+        if name.startswith(begin):
+            name = begin.removesuffix("module.") + name.removeprefix(begin)
+    return name
+
+
+def raw_names(model: nn.Module) -> dict[str, str]:
+    """Names of ``named_parameters``, ``named_buffers``, ``state_dict`` that are others in the user's model -> those."""
+    wrappers = _wrappers(model)
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    found = {}
+    for raw in dict.fromkeys([*(name for one in named for name, _ in one), *model.state_dict(keep_vars=True)]):
+        name = _without_wrappers(raw, wrappers).replace(_CHECKPOINTED, "")
+        if hasattr(model, "pp_mesh"):
+            name = re.sub(r"^parts\.\d+\.", "", name)
+        if name != raw:
+            found[raw] = name
+    return found
+
+
+def weight_pieces(state: Mapping[str, Tensor], prefix: str = MODEL) -> dict[str, Piece]:
+    """What this rank holds of a model's tensors, by ``prefix`` and name."""
+    for name, value in state.items():
+        refuse_tensor(value, f"{prefix}{name}")
+    return {f"{prefix}{name}": piece_of(value) for name, value in state.items() if value.numel()}
+
+
+def whole_piece(values: Tensor) -> Piece:
+    """All of a tensor that this rank alone has, or every rank."""
+    return Piece(values, Box((0,) * values.dim(), tuple(values.shape)), values.shape)
+
+
+def piece_of(value: Tensor) -> Piece:
+    """What this rank holds of a tensor."""
     return Piece(local_values(value), box_of(value), value.shape)
 
 
-def optimizer_pieces(
-    model: nn.Module, optimizer: Optimizer, stored: Mapping[str, Stored] | None = None
-) -> dict[str, Piece]:
-    """The optimizer's tensors by ``optimizer.``, the parameter's name, and the key of its state.
+def parameter_names(states: Mapping[str, Mapping[str, Tensor]]) -> dict[int, str]:
+    """id of a tensor -> prefix and name. states: tensors of models, by prefix."""
+    found: dict[int, str] = {}
+    for prefix, state in states.items():
+        for name, value in state.items():
+            found.setdefault(id(value), f"{prefix}{name}")
+    return found
 
-    stored: what a checkpoint holds; state that it has and the optimizer not yet is made, to be filled. None: as it is.
+
+def optimizer_pieces(
+    names: Mapping[int, str],
+    optimizer: Optimizer,
+    stored: Mapping[str, Stored] | None = None,
+    prefix: str = OPTIMIZER,
+) -> dict[str, Piece]:
+    """The optimizer's tensors by ``prefix``, the parameter's name, and the key of its state.
+
+    names: of all its parameters, by id. stored: what a checkpoint holds; state that it has and the optimizer not yet is
+    made, to be filled. None: as it is.
     Raises DataError for state of a sharded parameter that is neither of its shape nor one number.
     """
-    names = {id(parameter): name for name, parameter in _named_state(model).items()}
     keys: dict[str, list[str]] = {}
     for full in stored or ():
-        if full.startswith(_OPTIMIZER):
-            owner, _, key = full.removeprefix(_OPTIMIZER).rpartition("/")
+        if full.startswith(prefix):
+            owner, _, key = full.removeprefix(prefix).rpartition("/")
             keys.setdefault(owner, []).append(key)
     pieces: dict[str, Piece] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:
-                continue
+            name = names[id(parameter)]
             if stored is not None:
                 state = optimizer.state.get(parameter, {})
                 for key in [key for key in state if isinstance(state[key], Tensor) and key not in keys.get(name, ())]:
                     del state[key]  # of steps that the checkpoint has not made
                 for key in keys.get(name, ()):
-                    _make(optimizer, group, parameter, key, stored[f"{_OPTIMIZER}{name}/{key}"])
+                    _make(optimizer, group, parameter, key, stored[f"{prefix}{name}/{key}"])
             for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    pieces[f"{_OPTIMIZER}{name}/{key}"] = _state_piece(parameter, value)
+                if isinstance(value, Tensor) and value.numel():
+                    refuse_tensor(value, f"{prefix}{name}/{key}")
+                    pieces[f"{prefix}{name}/{key}"] = _state_piece(parameter, value)
     return pieces
 
 
@@ -127,7 +210,7 @@ def _state_piece(parameter: Tensor, value: Tensor) -> Piece:
     """State of a parameter's shape lies as the parameter does; the rest is the same on every rank."""
     if value.shape == parameter.shape:
         return Piece(local_values(value), box_of(parameter), parameter.shape)
-    return _piece(value)
+    return piece_of(value)
 
 
 def _make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, key: str, stored: Stored) -> None:
@@ -157,13 +240,19 @@ def set_weights(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------ settings of groups
 
 
-def group_settings(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+def group_settings(names: Mapping[int, str], optimizer: Optimizer) -> list[dict[str, Any]]:
     """The optimizer's groups: their settings, the names of their parameters under ``params``, and under ``values``
-    what the optimizer keeps of a parameter that is not a tensor."""
-    names = {id(parameter): name for name, parameter in _named_state(model).items()}
+    what the optimizer keeps of a parameter that is not a tensor.
+
+    Raises ConfigError for an optimizer that keeps something of no parameter."""
     groups = []
+    for key in optimizer.state:
+        if not isinstance(key, Tensor):
+            kind = type(optimizer).__name__
+            what = f"{kind} keeps {key!r} in its state, which is of no parameter"
+            raise ConfigError(Problem(what, f"optimizer {kind}", "state of parameters", "optimizer=adamw"))
     for group in optimizer.param_groups:
-        held = {names[id(parameter)]: parameter for parameter in group["params"] if id(parameter) in names}
+        held = {names[id(parameter)]: parameter for parameter in group["params"]}
         states = {name: optimizer.state.get(parameter, {}) for name, parameter in held.items()}
         values = {
             name: {key: value for key, value in state.items() if value is not None and not isinstance(value, Tensor)}
@@ -179,7 +268,10 @@ def _plain(value: Any) -> Any:
 
 
 def set_group_settings(
-    model: nn.Module, optimizer: Optimizer, stored: Iterable[Mapping[str, Any]], only_values: bool = False
+    names: Mapping[int, str],
+    optimizer: Optimizer,
+    stored: Iterable[Mapping[str, Any]],
+    only_values: bool = False,
 ) -> None:
     """Give each of the optimizer's groups the settings that its parameters had, and parameters their ``values``.
 
@@ -187,10 +279,9 @@ def set_group_settings(
     only_values: groups keep the settings that they have.
     Raises DataError where the parameters of one group had different ones.
     """
-    names = {id(parameter): name for name, parameter in _named_state(model).items()}
     of_name = {name: group for group in stored for name in group["params"]}
     for group in optimizer.param_groups:
-        held = {names[id(p)]: p for p in group["params"] if names.get(id(p)) in of_name}
+        held = {names[id(p)]: p for p in group["params"] if names[id(p)] in of_name}
         found = [{k: v for k, v in of_name[name].items() if k not in ("params", "values")} for name in held]
         if any(other != found[0] for other in found) and not only_values:
             what = f"the optimizer has {next(iter(held))} in one group with others that had other settings when saved"

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nemo_dist_conf.checkpoint.again import difference, run_of
 from nemo_dist_conf.checkpoint.folder import checkpoints_in, find_checkpoint, read_manifest, step_folder
-from nemo_dist_conf.checkpoint.whole import PARTIAL, Restored, load, take_snapshot, write_snapshot
+from nemo_dist_conf.checkpoint.whole import PARTIAL, Restored, Snapshot, load, take_snapshot, write_snapshot
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.runtime.process_group import host_group
@@ -62,6 +63,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._group = host_group(apart=asynchronous)
         self._lock: Any = None
+        self._is_restored = False
         is_main = not dist.is_initialized() or dist.get_rank() == 0
         try:
             found, others = together(
@@ -85,7 +87,8 @@ class Checkpoints:
         if there and origin is not None and read_manifest(there[0]).origin == origin:
             return self._going_on(there[0])  # the same command again, after a stop
         if origin is not None and Path(origin).parent == self.folder:
-            self._set_aside([path for path in there if path.name > Path(origin).name])
+            later = [path for path in there if path.name > Path(origin).name]
+            self._set_aside(later, "later than the checkpoint to go on from")
             return origin, read_manifest(Path(origin)).run, origin
         if there:
             what = f"{self.folder} holds checkpoints of another run, up to {there[0].name}"
@@ -122,14 +125,14 @@ class Checkpoints:
                 log.warning("%s has no locks (%s): two runs that use it will not see each other", asked, error.strerror)
                 return
 
-    def _set_aside(self, paths: list[Path]) -> None:
-        """Later checkpoints than the one to go on from: not lost, and not taken for this run's newest."""
+    def _set_aside(self, paths: list[Path], reason: str) -> None:
+        """Checkpoints that are not lost, and not taken for this run's newest."""
         for path in paths:
             number = 1
             while (aside := path.with_name(f"{_ASIDE}{number}-{path.name}")).exists():
                 number += 1
             path.rename(aside)
-            log.warning("%s is later than the checkpoint to go on from; it is now %s", path.name, aside.name)
+            log.warning("%s is %s; it is now %s", path.name, reason, aside.name)
 
     @property
     def start(self) -> Path | None:
@@ -145,6 +148,7 @@ class Checkpoints:
         settings: bool = True,
     ) -> Restored | None:
         """Load where this run goes on (see ``load``); None where it starts anew."""
+        self._is_restored = True
         if self._start is None:
             return None
         return load(self._start, model, optimizer, objects=objects, settings=settings)
@@ -160,13 +164,17 @@ class Checkpoints:
     ) -> None:
         """Save the state after ``step`` steps (see ``save``). Waits for an earlier one that is still being written.
 
-        Raises TrainingError on all ranks where this one, or an earlier one, could not be written.
+        A step that this run saved already, with the same values, is not written again; a damaged one is set aside.
+        Raises TrainingError on all ranks where this one, or an earlier one, could not be written, DataError where the
+        step is there with other values.
         """
         self.wait()
+        target = step_folder(self.folder, step)
         snapshot = take_snapshot(model, optimizer, step=step, objects=objects, config=config, copies=self._copies)
+        if self._is_there(target, snapshot):
+            return
 
         def write() -> None:
-            target = step_folder(self.folder, step)
             write_snapshot(
                 snapshot, target, run=self._run, origin=self._origin, layout=self._layout, group=self._group
             )
@@ -177,11 +185,41 @@ class Checkpoints:
         else:
             self._pending = self._thread.submit(write)
 
+    def _is_there(self, target: Path, snapshot: Snapshot) -> bool:
+        """Whether this step was saved before, as it is now. Raises DataError where it was, as something else."""
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        found = together(lambda: None, lambda _: (target.exists(), run_of(target)) if is_main else None)[1][0]
+        if not found[0]:
+            return False
+        finding = "it is of another run"
+        try:
+            if found[1] in (None, self._run):
+                finding = difference(target, snapshot)
+        except DataError as damage:
+            if is_main:
+                self._set_aside([target], damage.what.partition("is ")[2])
+            return False
+        if finding:
+            together(lambda: self._refuse_again(target, snapshot.step, finding))
+        if is_main:
+            log.info("%s is there already with these values: not written again", target.name)
+        return True
+
+    def _refuse_again(self, target: Path, step: int, finding: str) -> None:
+        what = f"step {step} is saved already, and not as it is now: {finding} ({target})"
+        asked, allowed = f"checkpoints.save({step}, ...)", "a step that was not saved yet; the same values again"
+        instead = f"mv {target} {target.with_name(f'{_ASIDE}{target.name}')}"
+        if self._start is not None and not self._is_restored:
+            what += f"; this run goes on from {Path(self._start).name}, which it has not loaded"
+            allowed = "steps after the one that the run goes on from"
+            instead = "found = checkpoints.restore(model, optimizer), and the loop from found.step on"
+        raise DataError(Problem(what, asked, allowed, instead))
+
     def _prune(self) -> None:
         """Remove this run's oldest ones; on rank 0."""
         if self._keep is None or self._lock is None:
             return
-        mine = [path for path in checkpoints_in(self.folder) if _run_of(path) == self._run]
+        mine = [path for path in checkpoints_in(self.folder) if run_of(path) == self._run]
         for path in mine[self._keep :]:
             gone = path.with_name(f"{PARTIAL}{path.name}")
             path.rename(gone)  # so that a kill while files are removed leaves no half of a checkpoint
@@ -211,13 +249,6 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _run_of(path: Path) -> str | None:
-    try:
-        return read_manifest(path).run
-    except DataError:
-        return None  # damaged: not ours to remove
 
 
 def _existing(asked: str) -> Path:

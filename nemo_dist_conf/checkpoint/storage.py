@@ -28,6 +28,7 @@ from nemo_dist_conf.checkpoint.folder import INDEX, Manifest, damaged, read_json
 from nemo_dist_conf.checkpoint.pieces import Stored
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, TensorFile, write_tensors
 from nemo_dist_conf.errors import DataError
+from nemo_dist_conf.runtime.boxes import Box
 
 __all__ = ["FolderReader", "FolderWriter", "Index", "LoadPieces", "SavePieces"]
 
@@ -209,6 +210,14 @@ class FolderReader(StorageReader):
             if isinstance(error, DataError):
                 raise
             raise damaged(self.folder, f"{file} does not hold {name} ({error})") from None
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor of the checkpoint in full, on the CPU, put together from its parts."""
+        entry = self.index.tensors[name]
+        value = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        for file, offsets, sizes in entry["parts"]:
+            Box(tuple(offsets), tuple(sizes)).of(value).copy_(self.read(file, name))
+        return value
 
     def file(self, name: str) -> TensorFile:
         """A file of the checkpoint, opened once."""

@@ -29,6 +29,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -43,10 +47,12 @@ _CHUNK_BYTES = 1 << 24
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor: its own memory where it is whole and on the CPU, else a copy's."""
-    held = tensor.detach().contiguous().cpu()
+    held = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
     size = held.numel() * held.element_size()
     if not size:
         return memoryview(b"")
+    if not held.data_ptr():
+        raise AssertionError(f"a {type(tensor).__name__} has no memory of its own to read")
     array = (ctypes.c_ubyte * size).from_address(held.data_ptr())
     array._tensor = held  # type: ignore[attr-defined]  # what the address points into
     return memoryview(array).cast("B")

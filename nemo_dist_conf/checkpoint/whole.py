@@ -6,7 +6,6 @@ A checkpoint is written beside its place and renamed once it is complete, so tha
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -39,9 +38,11 @@ from nemo_dist_conf.checkpoint.folder import (
     wrong_bytes,
     wrong_sizes,
 )
+from nemo_dist_conf.checkpoint.loading import Loading, Saved, SavedObjects, compare
+from nemo_dist_conf.checkpoint.objects import EXTRA_OF, Models, agree, hold, prefix_of
 from nemo_dist_conf.checkpoint.pieces import (
+    MODEL,
     Piece,
-    Stored,
     group_settings,
     optimizer_pieces,
     set_group_settings,
@@ -60,6 +61,9 @@ log = logging.getLogger(__name__)
 
 #: Begins the name of a folder that is being written; what a killed run left under it is never read.
 PARTIAL = ".partial-"
+
+
+_OTHERWISE = "save to another folder, or remove that one; Checkpoints(folder) names folders by their steps"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Snapshot:
     """The state of a run between two steps, as this rank holds it.
 
     of_rank: texts that belong to this rank alone. summary: what the coordinator is told of this rank. optimizer: its
-    class. model: the config of a model of transformers.
+    class. objects: what state.json has of the others. model: the config of a model of transformers.
     """
 
     step: int
@@ -131,39 +135,63 @@ def take_snapshot(
     copies: where to copy tensors to, on the CPU, so that training can go on; kept for the next time. None: the pieces
     share the memory of the model and the optimizer."""
     make_buffers_equal(model)
-    pieces = weight_pieces(model)
-    groups: list[dict[str, Any]] = []
-    if optimizer is not None:
-        pieces.update(optimizer_pieces(model, optimizer))
-        groups = to_json(group_settings(model, optimizer), "optimizer.param_groups")
+    models = Models(model, objects or {})
+    held, marks = together(
+        lambda: {name: hold(name, models) for name in models.objects},
+        lambda held: {name: one.mark() for name, one in held.items()},
+    )
+    agreed = agree(held, marks)
+    for name in agreed.entries:
+        if prefix_of(name) in models.wrapped:
+            make_buffers_equal(models.models[prefix_of(name)])
+    own, _ = together(lambda: _own_pieces(models, optimizer))
+    pieces, groups = {**own[0], **agreed.pieces}, own[1]
     if copies is not None:
         pieces = {name: _copied(piece, name, copies) for name, piece in pieces.items()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-    states = {name: to_json(_state_of(value), name) for name, value in (objects or {}).items()}
-    of_rank = {"objects": json.dumps(states), "random": json.dumps(to_json(random_state(), "random"))}
-    marks = {name: hashlib.sha256(json.dumps(state).encode()).hexdigest() for name, state in states.items()}
+    of_rank = {"objects": json.dumps(agreed.own), "random": json.dumps(to_json(random_state(), "random"))}
     return Snapshot(
         step,
         pieces,
         of_rank,
-        {"marks": marks, "groups": groups if hasattr(model, "pp_mesh") else []},
+        {"groups": groups if hasattr(model, "pp_mesh") else []},
         type(optimizer).__name__ if optimizer is not None else None,
-        states,
+        {"objects": agreed.entries, "of_rank": list(agreed.own), "axes": models.axes()},
         groups,
         OmegaConf.to_yaml(_without_hydra(config)) if config is not None else None,
         _transformers_config(model),
     )
 
 
+def _own_pieces(models: Models, optimizer: Optimizer | None) -> tuple[dict[str, Piece], list[dict[str, Any]]]:
+    """Pieces of the model and its optimizer, and the settings of the optimizer's groups."""
+    pieces = weight_pieces(models.states[""])
+    if models.foreign:
+        name, allowed = models.foreign[0], "parameters, buffers, and get_extra_state for the rest"
+        what = f"{name} stands in the model's state_dict() and is none of its parameters or buffers"
+        raise ConfigError(Problem(what, f"model.{name}", allowed, "get_extra_state and set_extra_state"))
+    if optimizer is None:
+        return pieces, []
+    names = _names_of(optimizer, models)
+    pieces.update(optimizer_pieces(names, optimizer))
+    return pieces, to_json(group_settings(names, optimizer), "optimizer.param_groups")
+
+
+def _names_of(optimizer: Optimizer, models: Models) -> Mapping[int, str]:
+    names = models.names_of(optimizer)
+    if names is None:
+        kind = type(optimizer).__name__
+        what = f"{kind} holds parameters that are neither of the model nor of a module among the objects"
+        allowed = "an optimizer of the model's parameters; the module that the others belong to, as an object"
+        raise ConfigError(Problem(what, f"optimizer {kind}", allowed, "objects={'a name': the_module}"))
+    return names
+
+
 def _transformers_config(model: nn.Module) -> Mapping[str, Any] | None:
     """What an export needs to know of a model of transformers; None for any other."""
     config: Any = getattr(unwrapped(model), "config", None)
     return json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else None
-
-
-def _state_of(value: Any) -> Any:
-    return value.state_dict() if hasattr(value, "state_dict") else value
 
 
 def _copied(piece: Piece, name: str, copies: dict[str, Tensor]) -> Piece:
@@ -192,9 +220,11 @@ def write_snapshot(
     """Write a snapshot to ``folder``, which must not exist; every rank calls it. See ``save``."""
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
     rank = 0 if is_alone else dist.get_rank()
-    aside = [folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"]
+    aside: list[Any] = [None if folder.exists() else folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"]
     if not is_alone:
         dist.broadcast_object_list(aside, src=0, group=group)
+    if aside[0] is None:
+        raise TrainingError(f"{folder} exists already; it was left as it is\n  {_OTHERWISE}")
     partial = aside[0]
     world_size = 1 if is_alone else dist.get_world_size()
 
@@ -203,9 +233,8 @@ def write_snapshot(
             "step": snapshot.step,
             "optimizer": snapshot.optimizer,
             "groups": [group for one in summaries for group in one["groups"]] or snapshot.groups,
-            "objects": snapshot.objects,
+            **snapshot.objects,
             "model": snapshot.model,
-            "of_rank": [n for n, mark in snapshot.summary["marks"].items() if _differs(n, mark, summaries)],
         }
         files[STATE] = write_file(partial / STATE, json.dumps(state).encode())
         if snapshot.config is not None:
@@ -226,7 +255,7 @@ def write_snapshot(
         if finding:
             raise OSError(finding)
         if folder.exists():
-            raise FileExistsError(f"{folder} exists already; it was left as it is")
+            raise FileExistsError(f"{folder} exists by now; it was left as it is")
         os.rename(partial, folder)
         _sync_folder(folder.parent)
 
@@ -243,10 +272,6 @@ def write_snapshot(
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _differs(name: str, mark: str, summaries: list[Any]) -> bool:
-    return any(summary["marks"].get(name) != mark for summary in summaries)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -311,23 +336,43 @@ def load(
     rank = dist.get_rank() if dist.is_initialized() else 0
     (manifest, index, state, config), _ = together(lambda: _opened(path), lambda opened: opened[0].files)
     together(lambda: _refuse(path, wrong_bytes(manifest, sorted(manifest.files)[rank::world_size])))
-    pieces = _wanted(path, index, state, model, optimizer)
+    models = Models(model, objects or {})
     reader = FolderReader(manifest, index)
+    mine = _of_rank(reader, manifest, rank) if manifest.world_size == world_size else None
+    own = json.loads(mine["objects"]) if mine is not None and state["axes"] == models.axes() else None
+    of_rank = tuple(state["of_rank"])
+    saved = Saved(path, manifest, index.stored, state["objects"], of_rank, own, state["axes"]["pp"] > 1)
+    loading = Loading(saved, [name for name in models.objects if not _is_new(name, saved)], models)
+    pieces = _wanted(path, index, state, models, optimizer)
+    loading.make_states()
     failed = f"the checkpoint {path} could not be read"
     with _told_in_full(failed, path.parent), torch.no_grad():
-        dcp.load(pieces, storage_reader=reader, planner=LoadPieces(), no_dist=not dist.is_initialized())
+        dcp.load(
+            {**pieces, **loading.pieces},
+            storage_reader=reader,
+            planner=LoadPieces(),
+            no_dist=not dist.is_initialized(),
+        )
     set_weights(model)
     if optimizer is not None:
-        set_group_settings(model, optimizer, from_json(state["groups"]), only_values=not settings)
-    own = reader.file(f"rank_{rank:05}.safetensors").metadata if manifest.world_size == world_size else None
-    states = from_json(json.loads(own["objects"]) if own is not None else state["objects"])
-    for name, target in (objects or {}).items():
-        target.load_state_dict(_state_for(name, path, states, state["of_rank"] if own is None else [], manifest))
-    if own is not None:
-        set_random_state(from_json(json.loads(own["random"])))
+        names = _names_of(optimizer, models)
+        set_group_settings(names, optimizer, from_json(state["groups"]), only_values=not settings)
+    loading.finish(settings)
+    if mine is not None:
+        set_random_state(from_json(json.loads(mine["random"])))
     elif rank == 0:
-        log.info("%d ranks saved, %d load: random states go on as they are", manifest.world_size, world_size)
+        log.info("saved by %d, loaded by %d ranks: random states go on as they are", manifest.world_size, world_size)
+    states = SavedObjects(saved, reader)
     return Restored(path, manifest.step, manifest.run, manifest.origin, manifest.world_size, config, states)
+
+
+def _of_rank(reader: FolderReader, manifest: Manifest, rank: int) -> Mapping[str, str]:
+    return reader.file(f"rank_{rank:05}.safetensors").metadata
+
+
+def _is_new(name: str, saved: Saved) -> bool:
+    """What modules keep by themselves, of which the checkpoint has nothing."""
+    return name.startswith(EXTRA_OF) and name not in saved.entries and name not in saved.of_rank
 
 
 def _opened(path: Path) -> tuple[Manifest, Index, dict[str, Any], DictConfig | None]:
@@ -351,17 +396,17 @@ def _refuse(path: Path, finding: str) -> None:
 
 
 def _wanted(
-    path: Path, index: Index, state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer | None
+    path: Path, index: Index, state: Mapping[str, Any], models: Models, optimizer: Optimizer | None
 ) -> dict[str, Piece]:
     """The pieces to fill, all of which the checkpoint has as they are; raises DataError on all ranks otherwise."""
-    stored, weights = index.stored, weight_pieces(model)
+    stored, weights = index.stored, weight_pieces(models.states[""])
     names = set(weights)
-    if hasattr(model, "pp_mesh"):  # this rank holds some stages only
+    if hasattr(models.main, "pp_mesh"):  # this rank holds some stages only
         names = {name for held in together(lambda: sorted(weights), tuple)[1] for name in held}
 
-    def compare() -> dict[str, Piece]:
-        saved_weights = {name: entry for name, entry in stored.items() if name.startswith("model.")}
-        _compare(path, saved_weights, weights, names)
+    def fits() -> dict[str, Piece]:
+        saved_weights = {name: entry for name, entry in stored.items() if name.startswith(MODEL)}
+        compare(path, saved_weights, weights, names, MODEL, "this model")
         if optimizer is None:
             return weights
         kind = type(optimizer).__name__
@@ -370,44 +415,7 @@ def _wanted(
             what = f"{path} holds the state of {saved}, not of {kind}"
             allowed = "the optimizer that saved it, or the weights alone (model.name_or_path of an exported folder)"
             raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, "checkpoint.resume=null"))
-        return {**weights, **optimizer_pieces(model, optimizer, stored)}
+        return {**weights, **optimizer_pieces(_names_of(optimizer, models), optimizer, stored)}
 
-    pieces, _ = together(compare)
+    pieces, _ = together(fits)
     return pieces
-
-
-def _compare(path: Path, stored: Mapping[str, Stored], mine: Mapping[str, Piece], held: set[str]) -> None:
-    found = []
-    plain = str.removeprefix
-    missing = sorted(plain(name, "model.") for name in mine if name not in stored)
-    extra = sorted(plain(name, "model.") for name in stored if name not in held)
-    both = [(plain(name, "model."), stored[name], piece) for name, piece in mine.items() if name in stored]
-    shapes = sorted(f"{n}: {list(s.shape)}, here {list(p.shape)}" for n, s, p in both if s.shape != tuple(p.shape))
-    others = [(name, _word(entry.dtype), _word(piece.values.dtype)) for name, entry, piece in both]
-    dtypes = sorted(f"{name}: {theirs}, here {mine}" for name, theirs, mine in others if theirs != mine)
-    kinds = (("missing in it", missing), ("unknown to the model", extra), ("of other shape", shapes))
-    for title, names in (*kinds, ("of another dtype", dtypes)):
-        if names:
-            found.append(f"{len(names)} {title} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
-    if found:
-        what = f"the tensors of {path} are not those of this model: {'; '.join(found)}"
-        allowed = "the model that saved it, with the same sizes and dtype"
-        raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, "checkpoint.resume=null"))
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _state_for(
-    name: str, path: Path, states: Mapping[str, Any], of_rank: Sequence[str], manifest: Manifest
-) -> Any:
-    if name not in states:
-        known = ", ".join(states) or "none"
-        what = f"{path} has no state of {name!r}"
-        raise DataError(Problem(what, f"objects={{{name!r}: ...}}", known, f"load(folder, ...) without {name!r}"))
-    if name in of_rank:
-        ranks = f"{manifest.world_size} ranks"
-        what = f"the state of {name!r} was another on each of the {ranks} that saved it"
-        raise DataError(Problem(what, f"checkpoint.resume={path}", ranks, f"load(folder, ...) without {name!r}"))
-    return states[name]

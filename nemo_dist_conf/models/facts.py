@@ -12,7 +12,15 @@ from typing import Any, Mapping
 from nemo_dist_conf.models.mixers import own_mixer
 from nemo_dist_conf.models.shapes import SHAPED_FAMILIES
 
-__all__ = ["EXPERT_COUNTS", "ModelFacts", "facts_from_config", "facts_from_folder", "fields_of", "is_dense_family"]
+__all__ = [
+    "EXPERT_COUNTS",
+    "ModelFacts",
+    "facts_from_config",
+    "facts_from_folder",
+    "fields_of",
+    "is_dense_family",
+    "plain_floats",
+]
 
 #: How configs of transformers call the number of a layer's experts. A test compares with all families of 5.23.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
@@ -70,7 +78,19 @@ def facts_from_folder(folder: str | Path) -> ModelFacts | None:
         config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts_from_config(config) if isinstance(config, dict) else None
+    return facts_from_config(plain_floats(config)) if isinstance(config, dict) else None
+
+
+def plain_floats(value: Any) -> Any:
+    """Fields of a transformers config as they stand in JSON, with its infinities and NaN as numbers.
+
+    JSON has no word for them, and transformers 5 writes ``{"__float__": "Infinity"}``.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: plain_floats(item) for key, item in value.items()}
+    return [plain_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _experts(config: Mapping[str, Any]) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -9,7 +11,7 @@ from omegaconf import DictConfig
 from nemo_dist_conf.errors import NemoDistConfError
 from nemo_dist_conf.recipe.folder import config_folder
 
-__all__ = ["main"]
+__all__ = ["checked_main", "main"]
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="plan")
@@ -24,5 +26,18 @@ def main(cfg: DictConfig) -> None:
         end(error)
 
 
-if __name__ == "__main__":
+def checked_main() -> None:
+    """``main``, once Hydra can read the words."""
+    from nemo_dist_conf.recipe.words import refuse_words
+
+    try:
+        refuse_words(sys.argv[1:])
+    except NemoDistConfError as error:
+        from nemo_dist_conf.hooks import end
+
+        end(error)
     main()
+
+
+if __name__ == "__main__":
+    checked_main()

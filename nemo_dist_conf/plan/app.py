@@ -21,6 +21,7 @@ from nemo_dist_conf.topology.world import about_to_start
 __all__ = ["PlanCallback", "run"]
 
 _OWN = ("world_size", "hardware", "plan")
+_PICTURES = (".html", ".htm", ".svg")
 _KNOBS = ("search", "top", "formulas", "json", "picture")
 
 
@@ -36,6 +37,7 @@ def run(cfg: DictConfig, hydra: Any = None) -> str:
 
     hydra: Hydra's node, for the words that were typed. Raises ConfigError, DataError for a file that cannot be written.
     """
+    _check_nodes(cfg)
     world_size = _whole(cfg, "world_size")
     _check_knobs(cfg.plan)
     with about_to_start(planned_start(world_size)):
@@ -48,15 +50,27 @@ def run(cfg: DictConfig, hydra: Any = None) -> str:
         else:
             best = make_plan(job_of(recipe, world_size, cfg.hardware))
             text, found = best.table(bool(cfg.plan.formulas)), best.to_dict()
-    if cfg.plan.picture is not None:
-        from nemo_dist_conf.plan.picture import picture
+    picture, written = cfg.plan.get("picture"), cfg.plan.get("json")
+    if picture is not None:
+        from nemo_dist_conf.plan.picture import page, svg
 
-        text += f"\n\npicture  {_write('picture', cfg.plan.picture, picture(best))}"
-    if cfg.plan.json == "-":
+        drawn = svg(best) if _suffix(picture) == ".svg" else page(best)
+        text += f"\n\npicture  {_write('picture', picture, drawn)}"
+    if written == "-":
         return json.dumps(found, indent=1)
-    if cfg.plan.json is not None:
-        text += f"\n\njson  {_write('json', cfg.plan.json, json.dumps(found, indent=1))}"
+    if written is not None:
+        text += f"\n\njson  {_write('json', written, json.dumps(found, indent=1))}"
     return text
+
+
+def _check_nodes(cfg: DictConfig) -> None:
+    problems = []
+    for key, best in (("plan", "plan.search=false"), ("hardware", "hardware=h100")):
+        node = cfg.get(key)
+        if not isinstance(node, DictConfig):
+            asked = f"{key}={'null' if node is None else node}" if key in cfg else f"~{key}"
+            problems.append(Problem(f"{key} is not a group of options", asked, f"the plan's own group {key}", best))
+    ConfigError.raise_if(problems)
 
 
 def _recipe_config(cfg: DictConfig, hydra: Any) -> DictConfig:
@@ -72,7 +86,7 @@ def _recipe_config(cfg: DictConfig, hydra: Any) -> DictConfig:
 
 
 def _whole(node: Any, key: str, prefix: str = "") -> int:
-    value = node[key]
+    value = node.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         example = 10 if key == "top" else 8
         what = f"{prefix}{key}={value} is not a number of {'layouts' if key == 'top' else 'ranks'}"
@@ -90,10 +104,23 @@ def _check_knobs(node: Any) -> None:
             what = f"plan.{key} is not an option of the plan"
             problems.append(Problem(what, f"+plan.{key}={node[key]}", ", ".join(_KNOBS), f"plan.{likely[0]}=..."))
     for key in ("search", "formulas"):
-        if not isinstance(node[key], bool):
-            what = f"plan.{key}={node[key]} is not true or false"
-            problems.append(Problem(what, f"plan.{key}={node[key]}", "true, false", f"plan.{key}=true"))
+        if not isinstance(node.get(key), bool):
+            what = f"plan.{key}={node.get(key)} is not true or false"
+            problems.append(Problem(what, f"plan.{key}={node.get(key)}", "true, false", f"plan.{key}=true"))
+    if not isinstance(node.get("json"), (str, type(None))):
+        what = f"plan.json={node.get('json')} is not a file"
+        problems.append(Problem(what, f"plan.json={node.get('json')}", "a file; - for output alone", "plan.json=-"))
+    picture = node.get("picture")
+    if picture is not None and _suffix(picture) not in _PICTURES:
+        what = f"plan.picture={picture} ends in nothing that the plan can draw"
+        stem = Path(str(picture)).with_suffix("")
+        allowed = f"a file whose name ends in {', '.join(_PICTURES)}"
+        problems.append(Problem(what, f"plan.picture={picture}", allowed, f"plan.picture={stem}.html"))
     ConfigError.raise_if(problems)
+
+
+def _suffix(path: Any) -> str:
+    return Path(str(path)).suffix.lower()
 
 
 def _write(key: str, path: Any, text: str) -> Path:

@@ -11,10 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.models.facts import plain_floats
 from nemo_dist_conf.models.shapes import ModelShape, shape_of
 from nemo_dist_conf.names import HARDWARE, nearest
 from nemo_dist_conf.plan.job import Job, Update
 from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
+from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
 
@@ -119,11 +121,12 @@ def model_config(cfg: Any) -> dict[str, Any]:
         what = "a plan needs a model's config, and a module of your own has none"
         asked = f"model._target_={model['_target_']}"
         raise ConfigError(Problem(what, asked, "a model of transformers", "model=llama3_8b"))
+    ConfigError.raise_if(model_problems(model if isinstance(model, DictConfig) else OmegaConf.create(dict(model))))
     if not model.get("name_or_path"):
         return dict(OmegaConf.to_container(model["config"], resolve=True))  # type: ignore[arg-type]
     file = Path(str(model["name_or_path"])).expanduser() / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = plain_floats(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         what = f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not JSON'})"
         asked = f"model.name_or_path={model['name_or_path']}"

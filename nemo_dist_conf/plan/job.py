@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Mapping
 
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.models.shapes import ModelShape
-from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.names import SCHEDULES, nearest
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.topology.solve import MeshSpec
 from nemo_dist_conf.topology.pipeline import find_schedule, stage_count
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.stages import rank_of_stage, spread_layers
 
-__all__ = ["DTYPE_BYTES", "Job", "Stage", "Styles", "Update"]
+__all__ = ["DTYPE_BYTES", "Job", "Stage", "Styles", "Update", "unknown_schedule"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -230,11 +231,22 @@ class Job:
 
     @cached_property
     def schedule(self) -> str:
-        """The option name of the pipeline's schedule, or ``file``."""
+        """The option name of the pipeline's schedule, or ``file``. Raises ConfigError for a name that is none."""
         if self.pipeline.get("pp_schedule_csv") is not None:
             return "file"
-        found = find_schedule(str(self.pipeline.get("pp_schedule") or "1f1b"))
-        return next(name for name, schedule in SCHEDULES.items() if schedule is found)
+        asked = str(self.pipeline.get("pp_schedule") or "1f1b")
+        found = find_schedule(asked)
+        names = [name for name, schedule in SCHEDULES.items() if schedule is found]
+        if not names:
+            raise unknown_schedule(asked)
+        return names[0]
+
+    @cached_property
+    def splits_backward(self) -> bool:
+        """Whether the schedule computes gradients of inputs and of weights apart."""
+        if self.schedule == "file":
+            return read_schedule(self.pipeline["pp_schedule_csv"]).splits_backward
+        return SCHEDULES[self.schedule].splits_backward
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -262,6 +274,13 @@ class Job:
 
     def stages_of(self, pp_rank: int) -> list[Stage]:
         return [stage for stage in self.stages if stage.rank == pp_rank]
+
+
+def unknown_schedule(name: str) -> ConfigError:
+    likely = nearest(name, SCHEDULES) or ["1f1b"]
+    known = [*likely, *(option for option in SCHEDULES if option not in likely)]
+    what, asked = f"the plan knows no schedule {name!r}", f"pipeline.pp_schedule={name}"
+    return ConfigError(Problem(what, asked, ", ".join(known), f"pipeline={likely[0]}"))
 
 
 def _named_stage(index: int, rank: int, names: list[str]) -> Stage:

@@ -1,4 +1,4 @@
-"""A plan as one HTML file with drawings in it, for any browser, without a script or anything from outside.
+"""A plan in drawings: one HTML file for any browser, without a script or anything from outside, or one SVG file.
 
 Ranks in their nodes coloured by group, memory as bars, the pipeline as a time line.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import html
 import math
+from dataclasses import dataclass, field
 from typing import Iterable, Iterator, Sequence
 
 from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.plan import FITS, NO, Plan
 from nemo_dist_conf.plan.ranks import Groups
-from nemo_dist_conf.plan.report import amount, duration, table
+from nemo_dist_conf.plan.report import amount, count_of, counted, duration, percent, table
 from nemo_dist_conf.plan.schedule import Slot
 
-__all__ = ["picture"]
+__all__ = ["page", "svg"]
 
 _WIDTH = 1120
 _GIB = 2**30
@@ -33,6 +34,7 @@ _PARTS = {
     "working": "#d55e00",
 }
 _ACTIONS = {"F": "#56b4e9", "B": "#e69f00", "I": "#d55e00", "W": "#009e73"}
+_FONT = "12px system-ui, sans-serif"
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 24px auto; max-width: 1120px; padding: 0 16px; color: #222;
        background: #fff; }
@@ -46,42 +48,105 @@ pre { font: 12px/1.4 ui-monospace, monospace; background: #f6f6f6; padding: 12px
 """
 
 
-def picture(plan: Plan) -> str:
-    """The plan as a page of HTML."""
+@dataclass(frozen=True)
+class _Drawing:
+    """A drawing and what is written above and below it. key: what its colours mean. shapes: elements of SVG."""
+
+    title: str
+    text: str
+    shapes: Sequence[str]
+    width: float
+    height: float
+    key: dict[str, str] = field(default_factory=dict)
+    below: str = ""
+
+    def svg(self, place: str = "") -> str:
+        width, height = self.width + 4, self.height + 10
+        frame = f'viewBox="-2 -6 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+        return f'<svg {place}{frame} xmlns="http://www.w3.org/2000/svg">{"".join(self.shapes)}</svg>'
+
+
+def _drawings(plan: Plan) -> list[_Drawing]:
+    return [*_rank_maps(plan), _memory_bars(plan), *_timeline(plan)]
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.job.strategy}, {plan.job.mesh.describe()}, {counted(plan.job.mesh.world_size, 'rank')}"
+
+
+def _facts(plan: Plan, verdict: str) -> str:
     job = plan.job
-    mark = {FITS: "fits", NO: "no"}.get(plan.verdict, "tight")
-    title = f"{job.strategy}, {job.mesh.describe()}, {job.mesh.world_size:,} ranks"
-    body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(job.model.model_type)}, {job.model.parameters / 1e9:,.2f} B parameters on "
-        f'{html.escape(job.hardware.name)}: <strong class="{mark}">{plan.verdict}</strong>, '
-        f"about {duration(plan.step.seconds)} a step, {plan.step.tokens_per_second:,.0f} tokens/s, "
-        f"MFU {100 * plan.step.mfu:.1f} %</p>",
-        *_rank_maps(plan),
-        *_memory_bars(plan),
-        *_timeline(plan),
-        "<h2>All numbers</h2>",
-        f"<pre>{html.escape(table(plan, formulas=True))}</pre>",
-    ]
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"{html.escape(job.model.model_type)}, {count_of(job.model.parameters)} parameters on "
+        f"{html.escape(job.hardware.name)}: {verdict}, about {duration(plan.step.seconds)} a step, "
+        f"{plan.step.tokens_per_second:,.0f} tokens/s, MFU {percent(plan.step.mfu)}"
+    )
+
+
+def page(plan: Plan) -> str:
+    """The plan as a page of HTML."""
+    mark = {FITS: "fits", NO: "no"}.get(plan.verdict, "tight")
+    title = html.escape(_title(plan))
+    verdict = f'<strong class="{mark}">{plan.verdict}</strong>'
+    body = [f"<h1>{title}</h1>", f"<p>{_facts(plan, verdict)}</p>"]
+    for drawing in _drawings(plan):
+        body += [f"<h2>{html.escape(drawing.title)}</h2>", f"<p>{html.escape(drawing.text)}</p>"]
+        if drawing.key:
+            marks = (f'<span><i style="background:{colour}"></i>{name}</span>' for name, colour in drawing.key.items())
+            body.append(f'<p class="key">{"".join(marks)}</p>')
+        body.append(drawing.svg())
+        body += [f"<p>{html.escape(drawing.below)}</p>"] if drawing.below else []
+    body += ["<h2>All numbers</h2>", f"<pre>{html.escape(table(plan, formulas=True))}</pre>"]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
+
+
+def svg(plan: Plan) -> str:
+    """The plan's drawings, one below the other, as an SVG file."""
+    shapes: list[str] = []
+    y = 0.0
+
+    def write(text: str, size: int, weight: str = "normal") -> None:
+        nonlocal y
+        y += size + 8
+        shapes.append(f'<text x="0" y="{y:.0f}" style="font:{weight} {size}px system-ui, sans-serif">{text}</text>')
+
+    write(html.escape(_title(plan)), 20, "bold")
+    write(_facts(plan, plan.verdict), 13)
+    for drawing in _drawings(plan):
+        y += 14
+        write(html.escape(drawing.title), 16, "bold")
+        write(html.escape(drawing.text), 13)
+        if drawing.key:
+            y += 22
+            for index, (name, colour) in enumerate(drawing.key.items()):
+                x = 130 * index
+                shapes.append(f'<rect x="{x}" y="{y - 10:.0f}" width="11" height="11" fill="{colour}"/>')
+                shapes.append(f'<text x="{x + 16}" y="{y:.0f}">{name}</text>')
+        y += 12
+        shapes.append(drawing.svg(f'x="0" y="{y:.0f}" '))
+        y += drawing.height + 10
+        if drawing.below:
+            write(html.escape(drawing.below), 13)
+    style = f"<style>text {{ font: {_FONT}; fill: #222; }}</style>"
+    paper = f'<rect x="-16" y="-16" width="{_WIDTH + 36}" height="{y + 40:.0f}" fill="#fff"/>'
+    return _Drawing("", "", [style, paper, *shapes], _WIDTH, y).svg() + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------- ranks
 
 
-def _rank_maps(plan: Plan) -> Iterator[str]:
+def _rank_maps(plan: Plan) -> Iterator[_Drawing]:
     for group in plan.groups or [Groups("rank", plan.job.mesh.world_size, (), plan.job.hardware.ranks_per_node)]:
         where = "every group inside one node" if group.inside_nodes else f"a group touches {group.nodes:,} nodes"
         count = f"{group.count:,} groups of {group.size:,}" if group.size > 1 else "one rank"
-        yield f"<h2>{group.axis}: {count}</h2>"
-        yield f"<p>One colour a group (colours come again); {where}. Rank 0's group is outlined.</p>"
-        yield _rank_map(group)
+        text = f"One colour a group (colours come again); {where}. Rank 0's group is outlined."
+        yield _rank_map(group, f"{group.axis}: {count}", text)
 
 
-def _rank_map(group: Groups) -> str:
+def _rank_map(group: Groups, title: str, text: str) -> _Drawing:
     """Nodes as rows of cells, as many nodes beside each other as leave a cell large enough."""
     ranks, per_node = min(group.world_size, _RANKS), min(group.ranks_per_node, group.world_size)
     nodes = -(-ranks // per_node)
@@ -122,8 +187,8 @@ def _rank_map(group: Groups) -> str:
                     f'style="fill:{_ink(colour)}">{label}</text>'
                 )
     left = group.world_size - ranks
-    note = f"<p>{left:,} more ranks go on like this.</p>" if left > 0 else ""
-    return _svg(shapes, across * (per_node * cell + gap), down * (high + 5)) + note
+    below = f"{left:,} more ranks go on like this." if left > 0 else ""
+    return _Drawing(title, text, shapes, across * (per_node * cell + gap), down * (high + 5), below=below)
 
 
 def _first_groups(group: Groups, ranks: int) -> Iterable[int]:
@@ -138,7 +203,7 @@ def _ink(colour: int) -> str:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def _memory_bars(plan: Plan) -> Iterator[str]:
+def _memory_bars(plan: Plan) -> _Drawing:
     rows: list[tuple[str, Memory]] = [("rank", memory) for memory in plan.memory]
     if plan.job.pp > 1:  # the first rank of each, which has as much as any other
         rows = list({m.pp_rank: (f"pp rank {m.pp_rank}", m) for m in reversed(plan.memory)}.values())[::-1]
@@ -153,7 +218,7 @@ def _memory_bars(plan: Plan) -> Iterator[str]:
         x, y = 110.0, index * 24
         shapes.append(f'<text x="0" y="{y + 14}">{title}</text>')
         for name, colour in _PARTS.items():
-            size = getattr(memory, name) if name in _counted(memory) else 0
+            size = getattr(memory, name) if name in _at_peak(memory) else 0
             wide = size / _GIB * scale
             if wide > 0:
                 shapes.append(
@@ -161,17 +226,15 @@ def _memory_bars(plan: Plan) -> Iterator[str]:
                     f"<title>{name} {amount(size)}</title></rect>"
                 )
             x += wide
-        shapes.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{memory.peak_gib:.2f} GiB</text>')
+        shapes.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{amount(memory.peak)}</text>')
     for limit, dash in ((whole, ""), (plan.room / _GIB, ' stroke-dasharray="4 3"')):
         x = 110 + limit * scale
         shapes.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="-4" y2="{len(rows) * 24}" stroke="#a02000"{dash}/>')
-    yield "<h2>Memory of a rank at its peak</h2>"
-    yield f"<p>Lines: {whole:g} GiB of the hardware, and (dashed) what of it is free for torch.</p>"
-    yield _key(_PARTS)
-    yield _svg(shapes, _WIDTH, len(rows) * 24 + 4)
+    text = f"Lines: {whole:g} GiB of the hardware, and (dashed) what of it is free for torch."
+    return _Drawing("Memory of a rank at its peak", text, shapes, _WIDTH, len(rows) * 24 + 4, _PARTS)
 
 
-def _counted(memory: Memory) -> set[str]:
+def _at_peak(memory: Memory) -> set[str]:
     """The parts that are there at the peak: gradients only from the first backward on."""
     names = set(_PARTS)
     if memory.moment == "loss":
@@ -184,13 +247,13 @@ def _counted(memory: Memory) -> set[str]:
 
 
 def _all(memory: Memory) -> int:
-    return max(memory.peak, sum(getattr(memory, name) for name in _counted(memory)))
+    return max(memory.peak, sum(getattr(memory, name) for name in _at_peak(memory)))
 
 
 # ---------------------------------------------------------------------------------------------------- time
 
 
-def _timeline(plan: Plan) -> Iterator[str]:
+def _timeline(plan: Plan) -> Iterator[_Drawing]:
     line = plan.step.timeline
     if line is None:
         return
@@ -216,22 +279,10 @@ def _timeline(plan: Plan) -> Iterator[str]:
                 f'<text x="{x + wide / 2:.1f}" y="{y + high / 2 + 4:.1f}" text-anchor="middle">'
                 f"{slot.action.microbatch}</text>"
             )
-    yield f"<h2>Pipeline: {html.escape(plan.job.schedule)}, bubble {100 * line.bubble:.1f} %</h2>"
+    title = f"Pipeline: {plan.job.schedule}, bubble {percent(line.bubble)}"
     shown = "" if len(slots) == len(line.slots) else f" Shown: the first {duration(end)}."
-    yield f"<p>{plan.job.microbatches} microbatches in {duration(line.seconds)}.{shown}</p>"
+    text = f"{counted(plan.job.microbatches, 'microbatch')} in {duration(line.seconds)}.{shown}"
     titles = {"forward": "F", "backward": "B", "backward of inputs": "I", "of weights": "W"}
     used = {slot.action.kind for slot in slots}
-    yield _key({title: _ACTIONS[kind] for title, kind in titles.items() if kind in used})
-    yield _svg(shapes, _WIDTH, ranks * (high + 3))
-
-
-def _key(colours: dict[str, str]) -> str:
-    marks = (f'<span><i style="background:{colour}"></i>{name}</span>' for name, colour in colours.items())
-    return f'<p class="key">{"".join(marks)}</p>'
-
-
-def _svg(shapes: Sequence[str], width: float, height: float) -> str:
-    return (
-        f'<svg viewBox="-2 -6 {width + 4:.0f} {height + 10:.0f}" width="{width + 4:.0f}" height="{height + 10:.0f}" '
-        f'xmlns="http://www.w3.org/2000/svg">' + "".join(shapes) + "</svg>"
-    )
+    key = {name: _ACTIONS[kind] for name, kind in titles.items() if kind in used}
+    yield _Drawing(title, text, shapes, _WIDTH, ranks * (high + 3), key)

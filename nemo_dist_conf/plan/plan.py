@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Iterator
 
-from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.plan.activations import kept_by_stage
 from nemo_dist_conf.plan.held import Place
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import Memory, memory_of
 from nemo_dist_conf.plan.ranks import Groups, all_groups
-from nemo_dist_conf.plan.report import duration, table
+from nemo_dist_conf.plan.report import amount, duration, percent, table
 from nemo_dist_conf.plan.time import StepTime, step_time
 from nemo_dist_conf.plan.traffic import Collective, traffic_of
 
@@ -102,8 +101,8 @@ class Plan:
         """One line: memory, time and verdict."""
         job, step = self.job, self.step
         return (
-            f"{self.most.peak_gib:.2f} of {job.hardware.memory_gib:g} GiB ({self.verdict}), "
-            f"{duration(step.seconds)} a step, {step.tokens_per_second:,.0f} tokens/s, MFU {100 * step.mfu:.1f} %"
+            f"{amount(self.most.peak)} of {job.hardware.memory_gib:g} GiB ({self.verdict}), "
+            f"{duration(step.seconds)} a step, {step.tokens_per_second:,.0f} tokens/s, MFU {percent(step.mfu)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
     modes = [mode for mode in ("selective", True) if job.checkpointing is False or mode is True]
     if job.strategy == "megatron_fsdp":
         modes = [True]
-    if job.pp > 1 and job.schedule != "file" and SCHEDULES[job.schedule].splits_backward:
+    if job.pp > 1 and job.splits_backward:
         modes = []  # a rule forbids both together
     lighter: list[tuple[str, dict[str, Any]]] = [
         (f"activation_checkpointing={str(mode).lower()}", {"checkpointing": mode})

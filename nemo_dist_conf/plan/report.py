@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nemo_dist_conf.plan.plan import Plan
     from nemo_dist_conf.plan.search import Found
 
-__all__ = ["amount", "columns", "duration", "found_table", "table"]
+__all__ = ["amount", "columns", "count_of", "counted", "duration", "found_table", "percent", "table"]
 
 
 def amount(size: float) -> str:
@@ -20,6 +20,25 @@ def amount(size: float) -> str:
         if size >= unit:
             return f"{size / unit:,.2f} {name}"
     return f"{size:,.0f} B"
+
+
+def count_of(number: float) -> str:
+    """8.03 B, 2.5 M or 12,345."""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:,.2f} {name}"
+    return f"{number:,.0f}"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 rank``, ``2,048 ranks``, ``2 microbatches``."""
+    plural = f"{what}es" if what.endswith(("ch", "s")) else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"
+
+
+def percent(part: float) -> str:
+    """12.3 %; 0.02 % where a tenth would be nothing."""
+    return f"{100 * part:.1f} %" if part >= 0.0005 or not part else f"{100 * part:.2g} %"
 
 
 def duration(seconds: float) -> str:
@@ -47,14 +66,16 @@ def table(plan: Plan, formulas: bool = False) -> str:
 def _head(plan: Plan) -> list[str]:
     job = plan.job
     model, mesh = job.model, job.mesh
-    active = f" ({model.active_parameters / 1e9:,.2f} B for a token)" if model.experts else ""
+    active = f" ({count_of(model.active_parameters)} for a token)" if model.experts else ""
     nodes = -(-mesh.world_size // job.hardware.ranks_per_node)
-    rows = f"{job.global_rows} rows x {job.seq_len} tokens"
-    runs = job.microbatches * job.calls
+    rows = f"{counted(job.global_rows, 'row')} x {counted(job.seq_len, 'token')}"
+    runs = counted(job.microbatches * job.calls, "microbatch")
+    ranks = f"{counted(mesh.world_size, 'rank')} on {counted(nodes, 'node')}"
+    layers = counted(model.layers, "layer")
     facts = [
-        ("model", f"{model.model_type}, {model.parameters / 1e9:,.2f} B parameters{active}, {model.layers} layers"),
-        ("layout", f"{job.strategy}, {mesh.describe()} ({mesh.world_size:,} ranks on {nodes:,} nodes)"),
-        ("batch", f"{rows}: {job.data_size} data ranks x {runs} microbatches x {job.rows} rows"),
+        ("model", f"{model.model_type}, {count_of(model.parameters)} parameters{active}, {layers}"),
+        ("layout", f"{job.strategy}, {mesh.describe()} ({ranks})"),
+        ("batch", f"{rows}: {counted(job.data_size, 'data rank')} x {runs} x {counted(job.rows, 'row')}"),
         ("hardware", f"{job.hardware.name}, {job.hardware.memory_gib:g} GiB, {job.compute_dtype}"),
     ]
     return columns(facts, "")
@@ -95,17 +116,18 @@ def _traffic(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     step = plan.step
-    parts = [f"{name} {100 * value / step.seconds:.0f} %" for name, value in step.parts.items() if value]
-    speed = f"{step.tokens_per_second:,.0f} tokens/s, MFU {100 * step.mfu:.1f} %"
+    parts = {name: f"{100 * value / step.seconds:.0f} %" for name, value in step.parts.items() if value}
+    speed = f"{step.tokens_per_second:,.0f} tokens/s, MFU {percent(step.mfu)}"
     lines = [f"step  about {duration(step.seconds)}, {speed}"]
     if step.timeline is not None:
-        lines.append(f"  bubble of {plan.job.schedule}: {100 * step.bubble:.1f} % of the ranks' time")
-    return [*lines, "  " + ", ".join(parts)]
+        lines.append(f"  bubble of {plan.job.schedule}: {percent(step.bubble)} of all ranks' time in the pipeline")
+    whose = "of the busiest pp rank's step: " if plan.job.pp > 1 else ""
+    return [*lines, f"  {whose}" + ", ".join(f"{name} {part}" for name, part in parts.items())]
 
 
 def _verdict(plan: Plan) -> list[str]:
     room = plan.job.hardware.memory_gib - plan.job.hardware.reserved_gib
-    lines = [f"{plan.verdict}: {plan.most.peak_gib:.1f} of {room:.1f} GiB that are free for torch"]
+    lines = [f"{plan.verdict}: {amount(plan.most.peak)} of {room:.1f} GiB that are free for torch"]
     lines += [f"  not counted  {note}" for note in plan.notes]
     ways = plan.ways_out()
     if ways:
@@ -121,5 +143,5 @@ def found_table(found: Sequence[Found], total: int, fitting: int) -> str:
     rows = [("", "step", "MFU", "peak", "type")]
     for place, one in enumerate(found, 1):
         step, peak = one.plan.step, one.plan.most.peak
-        rows.append((f"{place}.", duration(step.seconds), f"{100 * step.mfu:.1f} %", amount(peak), one.words))
+        rows.append((f"{place}.", duration(step.seconds), percent(step.mfu), amount(peak), one.words))
     return "\n".join([head, *columns(rows)])

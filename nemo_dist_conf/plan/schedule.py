@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Callable, Iterator, Mapping, Sequence
 
 from nemo_dist_conf.names import SCHEDULES
-from nemo_dist_conf.plan.job import Job
+from nemo_dist_conf.plan.job import Job, unknown_schedule
 from nemo_dist_conf.topology.schedule_file import Action, read_schedule
 
 __all__ = ["Costs", "Slot", "Timeline", "orders", "play"]
@@ -66,14 +66,20 @@ class Timeline:
 
 
 def orders(job: Job) -> list[list[Action]] | None:
-    """The actions of every pipeline rank in the order that torch runs them; None for a schedule played greedily."""
+    """The actions of every pipeline rank in the order that torch runs them; None for a schedule played greedily.
+
+    Raises ConfigError for a schedule whose order is not known here.
+    """
     if job.schedule == "file":
         return [list(row) for row in read_schedule(job.pipeline["pp_schedule_csv"]).rows]
-    if SCHEDULES[job.schedule].splits_backward:
+    if job.splits_backward:
         return None
-    make = {"gpipe": _gpipe, "1f1b": _one_f_one_b, "interleaved_1f1b": _interleaved, "looped_bfs": _looped_bfs}
+    known = {"gpipe": _gpipe, "1f1b": _one_f_one_b, "interleaved_1f1b": _interleaved, "looped_bfs": _looped_bfs}
+    if job.schedule not in known:
+        raise unknown_schedule(job.schedule)
+    make = known[job.schedule]
     held = [[stage.index for stage in job.stages_of(rank)] for rank in range(job.pp)]
-    return [list(make[job.schedule](rank, job.pp, held[rank], job.microbatches)) for rank in range(job.pp)]
+    return [list(make(rank, job.pp, held[rank], job.microbatches)) for rank in range(job.pp)]
 
 
 def _gpipe(rank: int, ranks: int, stages: Sequence[int], count: int) -> Iterator[Action]:

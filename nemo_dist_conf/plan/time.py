@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Iterable, Mapping
 
 from nemo_dist_conf.models.shapes import block_weights
-from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.ranks import Groups, groups_of
@@ -32,6 +31,8 @@ FORMULAS: dict[str, str] = {
     "exposed": "tensor, context and expert collectives in full; gathers and reductions of parameters where they take "
     "longer than nine tenths of the computing beside them, and the first gather",
     "pipeline": "the schedule played through with these times (nemo_dist_conf/plan/schedule.py)",
+    "bubble": "part of the time of all pipeline ranks, while the schedule runs, in which they wait",
+    "waiting": "what is left of a step beside all other parts, on the pipeline rank with the most to compute",
     "update": "bytes of parameters, gradients and states that the optimizer and clipping read and write / GB/s",
     "MFU": "model FLOPs (6 N + 12 L H S a token, PaLM) / (seconds x ranks x TFLOP/s)",
 }
@@ -185,7 +186,7 @@ def quick_seconds(job: Job) -> float:
     work = _work(job, sorted({0, job.pp - 1}))
     of_rank = [sum(sum(work.costs[stage.index]) for stage in job.stages_of(rank)) for rank in work.calls]
     per_rank = len(job.stages) // job.pp
-    bubble = (job.pp - 1) / per_rank * (1 / 3 if SCHEDULES[job.schedule].splits_backward else 1.0) if job.pp > 1 else 0
+    bubble = (job.pp - 1) / per_rank * (1 / 3 if job.splits_backward else 1.0) if job.pp > 1 else 0
     busy = job.calls * (job.microbatches + bubble) * max(of_rank)
     return busy + max(_unhidden(job, work.calls[rank], work.groups, busy) for rank in work.calls)
 
@@ -211,7 +212,7 @@ def step_time(
     parts = {name: runs * sum(work.parts[s.index][name] for s in stages) for name in work.parts[stages[0].index]}
     parts |= {axis: value for axis, value in work.exposed[busiest].items() if value}
     parts |= {"sharding": sharding, "update": update}
-    parts["bubble"] = max(0.0, seconds - sum(parts.values())) if job.pp > 1 else 0.0
+    parts["waiting"] = max(0.0, seconds - sum(parts.values())) if job.pp > 1 else 0.0
     tokens = job.global_rows * job.seq_len
     mfu = model_flops(job) / (seconds * job.mesh.world_size * _peak(job))
     return StepTime(seconds, parts, mfu, tokens / seconds, timeline)

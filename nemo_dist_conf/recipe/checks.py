@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, Iterable
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,12 +13,14 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.hooks import DistributedCallback
 from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.recipe.earlier import keep_snapshot
 from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.recipe.node_checks import node_problems
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
 from nemo_dist_conf.texts import told_as_texts
-from nemo_dist_conf.topology.world import planned_world_size
+from nemo_dist_conf.topology.world import launched, planned_world_size
 
 __all__ = [
     "RecipeCallback",
@@ -30,6 +33,13 @@ __all__ = [
 
 class RecipeCallback(DistributedCallback):
     """The package's callback, with the recipe's rules."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        super().on_run_start(config, **kwargs)
+        if launched().rank == 0:
+            earlier = keep_snapshot(config)
+            if earlier is not None:
+                print(f"the config of an earlier run in this folder is now {earlier}", file=sys.stderr, flush=True)
 
     def check(self, config: DictConfig) -> Checked:
         return check_recipe(config)
@@ -54,13 +64,14 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
 
 
 def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
+    ConfigError.raise_if(node_problems(config))  # the rules below look into these nodes
     checked = None
     problems = list(_stray_keys(config))
     problems += saving_problems(config, OmegaConf.load(config_folder() / "train.yaml").checkpoint)
     problems += value_problems(config)
     facts = None
-    model = config.get("model")
-    if isinstance(model, DictConfig) and "_target_" not in model:
+    model = config.model
+    if "_target_" not in model:
         overrides = OmegaConf.select(config, "hydra.overrides.task") or []
         if model.get("name_or_path"):
             facts = facts_from_folder(model.name_or_path)
@@ -75,7 +86,8 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
         checked = check(config, world_size, facts=facts, seq_len=seq_len if isinstance(seq_len, int) else None)
         problems += _dtype_problems(config.train.get("dtype"), checked)
         data_size = checked.mesh.size("dp")
-        problems += batch_problems(config.train.global_batch_size, config.train.micro_batch_size, data_size)
+        train = config.train
+        problems += batch_problems(train.get("global_batch_size"), train.get("micro_batch_size"), data_size)
         if checked.sizes["pp_size"] > 1 and not problems:
             problems += _pipeline_batch_problems(config.train, checked.pipeline["pp_batch_size"], data_size)
     except ConfigError as error:

@@ -29,7 +29,8 @@ def saving_problems(config: DictConfig, defaults: Mapping[str, Any]) -> Iterable
         yield _problem("export", node.get("export"), "hf, null", "hf")
     saves = node.get("every") is not None or node.get("export") is not None
     for name in ("keep", "async"):
-        if not saves and node.get(name) != defaults[name]:
+        is_told = name == "async" and not isinstance(node.get(name), bool)  # above: it does not fit
+        if not saves and node.get(name) != defaults[name] and not is_told:
             asked = f"checkpoint.{name}={_word(node.get(name))}"
             what = f"{asked} has no effect: nothing is saved"
             allowed = "checkpoint.every=STEPS, or checkpoint.export=hf"

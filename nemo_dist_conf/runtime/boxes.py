@@ -24,6 +24,16 @@ class Box:
     def is_empty(self) -> bool:
         return math.prod(self.sizes) == 0
 
+    def shared(self, other: Box) -> tuple[Box, Box] | None:
+        """What two boxes of one tensor have in common, as it lies in each of them; None where that is nothing."""
+        begins = [max(a, b) for a, b in zip(self.offsets, other.offsets)]
+        ends = [min(a + s, b + t) for a, s, b, t in zip(self.offsets, self.sizes, other.offsets, other.sizes)]
+        if any(begin >= end for begin, end in zip(begins, ends)):
+            return None
+        sizes = tuple(end - begin for begin, end in zip(begins, ends))
+        mine, theirs = (tuple(b - o for b, o in zip(begins, box.offsets)) for box in (self, other))
+        return Box(mine, sizes), Box(theirs, sizes)
+
     def of(self, full: Tensor) -> Tensor:
         """This part of a whole tensor, a view."""
         for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes)):
@@ -34,9 +44,10 @@ class Box:
 def box_of(tensor: Tensor) -> Box:
     """The part that this rank holds; of a plain tensor, all of it.
 
-    Cut as it was sharded: tensor parallelism first, on the mesh's last axis, then fully_shard on what that left.
-    torch's own answer cuts from the first axis on, which is another part where sizes do not divide (torch 2.13).
-    A tensor that was cut in another way says so itself (torch/distributed/_checkpointable.py).
+    Cut as it was sharded. A dimension that fully_shard cut again after tensor parallelism, which its placement tells,
+    is cut from the mesh's last axis on, any other from the first: torch's own answer for the former is another part
+    where sizes do not divide (torch 2.13). A tensor that was cut in another way says so itself
+    (torch/distributed/_checkpointable.py).
     """
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
@@ -46,10 +57,12 @@ def box_of(tensor: Tensor) -> Box:
         return Box(tuple(chunk.offsets), tuple(chunk.sizes))
     offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
     mesh = tensor.device_mesh
-    for index in reversed(range(mesh.ndim)):
-        placement: Any = tensor.placements[index]
-        if placement.is_replicate():
-            continue
+    placements: list[Any] = list(tensor.placements)
+    cut_again = {placement.dim for placement in placements if hasattr(placement, "split_factor")}
+    order = [i for i, p in enumerate(placements) if not p.is_replicate() and p.dim not in cut_again]
+    order += [i for i, p in reversed(list(enumerate(placements))) if not p.is_replicate() and p.dim in cut_again]
+    for index in order:
+        placement = placements[index]
         whole = sizes[placement.dim]
         piece = -(-whole // mesh.size(index))
         begin = min(mesh.get_local_rank(index) * piece, whole)

@@ -20,12 +20,14 @@ from torch.nn.parameter import is_lazy
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
+from nemo_dist_conf.models.facts import plain_floats
 from nemo_dist_conf.runtime.construct import Record, construct, record, record_resets
 from nemo_dist_conf.runtime.load import check_weights
 from nemo_dist_conf.runtime.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.stored_names import Part
+from nemo_dist_conf.runtime.targets import build_target
 
-__all__ = ["Built", "build_model", "whole_up_to"]
+__all__ = ["Built", "build_model", "refuse_given_model", "whole_up_to"]
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +126,23 @@ def _built(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: i
     if not isinstance(node, (Mapping, DictConfig)):
         raise _not_a_model(node)
     if "_target_" in node:
-        from hydra.utils import instantiate
-
-        factory = instantiate(node) if node.get("_partial_") else lambda: instantiate(node)
-        return _from_factory(factory, seed, device, None)
+        build = functools.partial(build_target, node, "model", instead="model=llama_tiny")
+        return _from_factory(build() if node.get("_partial_") else build, seed, device, None)
     if node.get("name_or_path") or node.get("config"):
         return _from_transformers(node, seed, device, blocks)
     raise _not_a_model(node)
+
+
+def refuse_given_model(model: Any) -> None:
+    """Raise ConfigError for a model that a caller gave and that is neither a module nor makes one."""
+    if isinstance(model, nn.Module) or callable(model):
+        return
+    kind = type(model).__name__
+    instead = "instantiate(cfg), with the node model in cfg"
+    if hasattr(model, "to_json_string"):
+        instead = "instantiate(cfg, model=lambda: AutoModelForCausalLM.from_config(config))"
+    what, allowed = f"model: {kind} is neither a module nor a function that builds one", "a torch.nn.Module, its class"
+    raise ConfigError(Problem(what, f"instantiate(cfg, model={kind}(...))", f"{allowed}, a function; None", instead))
 
 
 def _not_a_model(node: Any) -> ConfigError:
@@ -212,13 +224,16 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
 
     try:
         built = _from_factory(factory, seed, device, blocks)
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        known = "a causal language model of transformers (llama, qwen3, mistral, ...)"
-        what = f"model_type {config.model_type} is not a causal language model that can be built: {_first(error)}"
-        asked = f"model.name_or_path={folder}" if folder else f"model.config.model_type={config.model_type}"
-        raise (DataError if folder else ConfigError)(Problem(what, asked, known, "model=llama_tiny")) from None
+    except ConfigError:
+        raise
+    except Exception as error:  # of many types, by what a model's constructor does with the fields
+        kind = config.model_type
+        asked = f"model.name_or_path={folder}" if folder else f"model.config.model_type={kind}"
+        what = f"transformers cannot build {kind} from this config: {_first(error)}"
+        if "Unrecognized configuration class" in str(error):
+            what = f"{kind} is no causal language model of transformers"
+        allowed = "a causal language model of transformers (llama, qwen3, mistral, ...), and fields that fit each other"
+        raise (DataError if folder else ConfigError)(Problem(what, asked, allowed, "model=llama_tiny")) from error
     if folder is None:
         return built
     parts = check_weights(built.model, folder, built.ties)
@@ -227,7 +242,12 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
 
 def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> Any:
     raw = node.get("config")
-    fields: Any = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else dict(raw or {})
+    fields: Any = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else raw or {}
+    if not isinstance(fields, Mapping):
+        what = f"model.config is {type(fields).__name__}, not a group of fields"
+        allowed = "fields of a transformers config, with model_type"
+        raise ConfigError(Problem(what, f"model.config={fields}", allowed, "model.config.model_type=llama"))
+    fields = plain_floats(dict(fields))
     try:
         if folder is not None:
             if not (folder / "config.json").is_file():
@@ -270,4 +290,6 @@ def _tell_unread(config: Any, fields: Mapping[str, Any]) -> None:
 
 
 def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first sentence of an error, with what stands below it where that only announces it."""
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -10,10 +10,11 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.optimizers import optimizer_problems
+from nemo_dist_conf.runtime.targets import build_target
 from nemo_dist_conf.texts import told_as_texts
 from nemo_dist_conf.topology.paths import Paths
 
-__all__ = ["build_optimizer"]
+__all__ = ["an_optimizer", "build_optimizer", "refuse_given"]
 
 _NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -50,15 +51,15 @@ def build_optimizer(
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trainable:
         raise _nothing_to_train(paths)
-    if callable(node):
+    if callable(node) or isinstance(node, torch.optim.Optimizer):
         return _from_factory(node, trainable)
     values = _plain(node, paths)
     if "_target_" in values:
-        from hydra.utils import instantiate
-
+        values, instead = {**values, "_convert_": "all"}, paths.choose("optimizer", "adamw")
         if values.get("_partial_"):
-            return _from_factory(instantiate(values, _convert_="all"), trainable)
-        return _an_optimizer(instantiate(values, [parameter for _, parameter in trainable], _convert_="all"))
+            return _from_factory(build_target(values, "optimizer", instead=instead), trainable)
+        parameters = [parameter for _, parameter in trainable]
+        return an_optimizer(build_target(values, "optimizer", parameters, instead=instead))
     _check(node, paths)
     kind = _OPTIMIZERS[values["name"]]
     options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
@@ -98,10 +99,32 @@ def _plain(node: Any, paths: Paths) -> dict[str, Any]:
 
 
 def _from_factory(factory: Any, trainable: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-    return _an_optimizer(factory([parameter for _, parameter in trainable]))
+    """What a function makes of the parameters. Raises ConfigError for what is none, or makes no optimizer."""
+    refuse_given(factory)
+    return an_optimizer(factory([parameter for _, parameter in trainable]))
 
 
-def _an_optimizer(built: Any) -> torch.optim.Optimizer:
+def refuse_given(optimizer: Any) -> None:
+    """Raise ConfigError for an optimizer that a caller gave and that is no function of the wrapped parameters."""
+    if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    kind = type(optimizer).__name__
+    what = f"optimizer: {kind} is not a function of the parameters"
+    if isinstance(optimizer, torch.optim.Optimizer):
+        what = f"optimizer: {kind} was made before the model was wrapped, over parameters that are others then"
+    example = kind if isinstance(optimizer, torch.optim.Optimizer) else "AdamW"
+    raise ConfigError(
+        Problem(
+            what,
+            f"instantiate(cfg, optimizer={kind}(...))",
+            "a class or function that takes the parameters; settings belong to cfg.optimizer",
+            f"instantiate(cfg, optimizer=lambda parameters: torch.optim.{example}(parameters, lr=0.001))",
+        )
+    )
+
+
+def an_optimizer(built: Any) -> torch.optim.Optimizer:
+    """What a factory returned. Raises ConfigError where it is no optimizer."""
     if isinstance(built, torch.optim.Optimizer):
         return built
     raise ConfigError(

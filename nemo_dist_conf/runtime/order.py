@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -80,6 +80,7 @@ def parallelize_fsdp2(
     fill: Fill | None = None,
     pipeline: PipelineConfig | None = None,
     moe: MoEParallelizerConfig | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> Any:
     """The model with every technique of ``strategy=fsdp2`` applied in place; with an optimizer, the pair.
 
@@ -88,6 +89,7 @@ def parallelize_fsdp2(
     pipeline: split the model into stages over the axis pp and return a Pipeline. None: on a mesh with that axis the
     model is taken to be a stage already.
     moe: how experts are wrapped on a mesh with the axis ep. None: by its defaults.
+    example: what the model's forward takes, by keyword, where a technique has to be tried on it; None: guessed.
     Raises ConfigError for what the model or the build cannot do.
     """
     _refuse_wrapped(model)
@@ -119,7 +121,8 @@ def parallelize_fsdp2(
         from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
 
         tp_mesh = device_mesh[A.TP.value]
-        apply_tensor_parallel(model, tp_mesh, plan=config.tp_plan, sequence_parallel=config.sequence_parallel)
+        sequence = config.sequence_parallel
+        apply_tensor_parallel(model, tp_mesh, plan=config.tp_plan, sequence_parallel=sequence, example=example)
         if config.enable_async_tensor_parallel:
             enable_async_tensor_parallel(device, tp_mesh.get_group().group_name)
     experts = None
@@ -291,6 +294,7 @@ def parallelize_megatron_fsdp(
     *,
     blocks: str | Iterable[str] | None = None,
     fill: Fill | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> Any:
     """The model wrapped with megatron-fsdp as the config says; with an optimizer, the pair.
 
@@ -312,7 +316,7 @@ def parallelize_megatron_fsdp(
     share_draws(model, [device_mesh.get_group(index) for index in range(device_mesh.ndim)])
     parameters = dict(model.named_parameters())
     if device_mesh[A.TP.value].size() > 1:
-        _split_by_own_plan(model, device_mesh[A.TP.value])
+        _split_by_own_plan(model, device_mesh[A.TP.value], example)
     if fill is not None:
         fill(model)
     keep_local_shards(model)
@@ -326,12 +330,12 @@ def parallelize_megatron_fsdp(
     return wrapped, adopt_optimizer(wrapped, optimizer)
 
 
-def _split_by_own_plan(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+def _split_by_own_plan(model: nn.Module, tp_mesh: DeviceMesh, example: Mapping[str, Any] | None) -> None:
     """Tensor parallelism by the plan that a model comes with; a plan on the command line is an option of fsdp2."""
     from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
 
     try:
-        apply_tensor_parallel(model, tp_mesh)
+        apply_tensor_parallel(model, tp_mesh, example=example)
     except ConfigError as error:
         raise ConfigError(
             *(

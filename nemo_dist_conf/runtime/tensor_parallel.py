@@ -15,11 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import (
-    ParallelStyle,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import facts_from_config, fields_of
@@ -27,19 +23,28 @@ from nemo_dist_conf.models.plan_rules import style_names
 from nemo_dist_conf.models.plans import FAMILIES, SEQUENCE_STYLES, STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.models.rules import model_problems
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.runtime.materialise import retie, tied_names
-from nemo_dist_conf.runtime.tensor_parallel_styles import SEQUENCE_DIM, STYLE_OBJECTS, plain_outputs
+from nemo_dist_conf.runtime.materialise import tied_names
+from nemo_dist_conf.runtime.tensor_parallel_styles import SEQUENCE_DIM, apply_styles
+from nemo_dist_conf.runtime.tensor_parallel_trial import CannotTry, Trial
 from nemo_dist_conf.topology.solve import divisors
 
 __all__ = ["apply_tensor_parallel"]
 
 log = logging.getLogger(__name__)
 
+#: Kinds of rows of layers that are tried for an offer; each takes a run of the twin.
+_MOST_OFFERS = 6
+
 _Plan = Mapping[str, Any]
 
 
 def apply_tensor_parallel(
-    model: nn.Module, tp_mesh: DeviceMesh, *, plan: _Plan | None = None, sequence_parallel: bool = False
+    model: nn.Module,
+    tp_mesh: DeviceMesh,
+    *,
+    plan: _Plan | None = None,
+    sequence_parallel: bool = False,
+    example: Mapping[str, Any] | None = None,
 ) -> dict[str, ParallelStyle]:
     """Style of each module that was sharded, by name; the model is changed in place.
 
@@ -47,29 +52,51 @@ def apply_tensor_parallel(
     same on all ranks; on the meta device nothing is read. Outputs of the model are plain tensors, equal on every rank.
     Tied parameters stay tied. Call it before activation checkpointing, compile and fully_shard.
     plan: pattern -> style name (models/plans.py) or torch ParallelStyle, relative to ``model``. None: the model's
-    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its transformers family.
+    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its transformers family. But for families in
+    models/plans.py, whose plans the tests hold against one process, a plan is tried on a small input first.
     sequence_parallel: norms and the residual stream are split over the sequence, of any length.
+    example: what the model's forward takes, by keyword, for that trial; None: ids or vectors are tried.
     Raises ConfigError, with every problem found, where there is no plan, an entry matches no module or names no
-    style, a layer or the heads do not split into this many ranks, or tied parameters would be sharded apart.
+    style, a layer or the heads do not split into this many ranks, tied parameters would be sharded apart, or the
+    model split by the plan computes something else.
     """
     tp_size, ties = tp_mesh.size(), tied_names(model)
     own = plan is None and _is_transformers(model)
-    entries = _checked_plan(model, plan) if plan is not None else _own_plan(model, sequence_parallel, tp_size)
-    named, problems = _resolve(model, entries, tp_size, own)
+    offers = _Offers(model, tp_mesh, example)
+    entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, sequence_parallel, offers)
+    named, problems = _resolve(model, entries, own, offers)
     if sequence_parallel and not any(map(_splits_sequence, named.values())):
         problems.append(_no_sequence_style(entries))
     ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
-    styles = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in named.items()}
-    # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
-    # values, so none is sent.
-    for name, style in sorted(styles.items(), key=lambda entry: -entry[0].count(".")):
-        parallelize_module(model.get_submodule(name), tp_mesh, style, src_data_rank=None)
-    retie(model, ties)
-    model.register_forward_hook(plain_outputs)
-    _warn_of_unstyled(model, named)
+    if not (own and _is_proven(model)):
+        ConfigError.raise_if(_trial_problems(model, entries, named, plan is None, offers))
+    styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
     log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_size, len(styles), type(model).__name__)
     return styles
+
+
+def _is_proven(model: nn.Module) -> bool:
+    """Whether a family's plan meets the family's own code, and not that of a class made of it."""
+    config: Any = model.config
+    return config.model_type in FAMILIES and type(model).__module__.startswith("transformers.models.")
+
+
+def _trial_problems(
+    model: nn.Module, entries: _Plan, named: Mapping[str, Any], declared: bool, offers: _Offers
+) -> list[Problem]:
+    where = f"the tensor-parallel plan of {type(model).__name__}" if declared else "tp_plan"
+    asked = f"parallelism.tp_size={offers.mesh.size()}" if declared else _set(entries)
+    try:
+        finding = offers.trial().finding(named)
+    except CannotTry as error:
+        what = f"{where} cannot be tried before it is used: {error}"
+        allowed = "a plan that was seen to compute what the plain model does; example: a small input of the model's"
+        return [Problem(what, asked, allowed, "nemo_dist_conf.instantiate(cfg, model, example={'x': tensor})")]
+    if finding is None:
+        return []
+    what = f"{where} computes something else than the plain model: {finding}"
+    return [Problem(what, asked, "a plan that computes the same, or tp_size=1", offers.plan(other_than=entries))]
 
 
 # From a plan's patterns to the model's modules.
@@ -79,14 +106,14 @@ def _is_transformers(model: nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "base_model_tp_plan")
 
 
-def _own_plan(model: nn.Module, sequence_parallel: bool, tp_size: int) -> _Plan:
+def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
     """The plan that a model comes with; ConfigError with the way out where it has none."""
     if not _is_transformers(model):
         for name in ("tp_plan", "_tp_plan"):
             declared = getattr(model, name, None)
             if declared:
-                return _checked_plan(model, declared, f"{type(model).__name__}.{name}")
-        raise ConfigError(_no_plan(model, tp_size))
+                return _checked_plan(model, declared, offers, f"{type(model).__name__}.{name}")
+        raise ConfigError(_no_plan(model, offers))
     config: Any = model.config
     inner = getattr(model, "base_model", model)
     prefix = "" if inner is model else str(model.base_model_prefix)
@@ -98,11 +125,12 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, tp_size: int) -> _Plan:
         off = "strategy.sequence_parallel=false"
         raise ConfigError(Problem(what, "strategy.sequence_parallel=true", allowed, off))
     if found is None:
-        raise ConfigError(_no_plan(model, tp_size))
+        raise ConfigError(_no_plan(model, offers))
     unknown = sorted({style for style in found.values() if unalias(style) not in STYLES})
     if unknown:
         what = f"the tp_plan of {config.model_type} asks for what is not supported: {', '.join(unknown)}"
-        asked, allowed = f"parallelism.tp_size={tp_size}", f"tp_size=1, or the families {', '.join(FAMILIES)}"
+        asked = f"parallelism.tp_size={offers.mesh.size()}"
+        allowed = f"tp_size=1, or the families {', '.join(FAMILIES)}"
         raise ConfigError(Problem(what, asked, allowed, "parallelism.tp_size=1"))
     if config.model_type not in FAMILIES:
         # transformers leaves the embedding out; tied to a head in the plan, it has to be laid out alike.
@@ -113,15 +141,15 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, tp_size: int) -> _Plan:
     return found
 
 
-def _checked_plan(model: nn.Module, plan: Any, where: str = "strategy.tp_plan") -> _Plan:
+def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "strategy.tp_plan") -> _Plan:
     if isinstance(plan, Mapping) and plan:
         return {str(pattern): style for pattern, style in plan.items()}
     what = f"{where} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
-    own = f"{where}=null" if _is_transformers(model) else _example(model)
+    own = f"{where}=null" if _is_transformers(model) else offers.plan()
     raise ConfigError(Problem(what, f"{where}={plan}", "a mapping from module names (* allowed) to styles", own))
 
 
-def _resolve(model: nn.Module, plan: _Plan, tp_size: int, own: bool) -> tuple[dict[str, Any], list[Problem]]:
+def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple[dict[str, Any], list[Problem]]:
     """Style (name or object) by the full name of each module meant, and what is wrong with the entries.
 
     An entry that names one module overrules a pattern. own: a family's plan, some of whose entries mean nothing here.
@@ -162,10 +190,10 @@ def _resolve(model: nn.Module, plan: _Plan, tp_size: int, own: bool) -> tuple[di
             wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
             fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
     by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
-    way_out = _set(fixed) if fixed else _example(model)
+    way_out = (_set(fixed) if fixed else offers.plan()) if by_kind else ""
     problems = [Problem(what, asked, allowed, way_out) for what, (asked, allowed) in by_kind.items()]
     if not named and not problems:
-        problems = [_no_plan(model, tp_size)]
+        problems = [_no_plan(model, offers)]
     return {name: named[name] for name in modules if name in named}, problems
 
 
@@ -261,6 +289,49 @@ def _layout(module: nn.Module, style: Any) -> str:
 # What to say.
 
 
+class _Offers:
+    """What can be typed instead: plans that were tried, made only when they are asked for."""
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, example: Mapping[str, Any] | None) -> None:
+        self.model, self.mesh, self.example = model, mesh, example
+        self._trial: Trial | None = None
+
+    def trial(self) -> Trial:
+        """Raises CannotTry."""
+        if self._trial is None:
+            self._trial = Trial(self.model, self.mesh, self.example)
+        return self._trial
+
+    def plan(self, other_than: _Plan | None = None) -> str:
+        """The word that sets a plan for all rows of linear layers that split and compute the same; without any, the
+        way without tensor parallelism."""
+        good: dict[str, str] = {}
+        try:
+            for plan in _rows_of_linears(self.model):
+                named, problems = _resolve(self.model, plan, False, self)
+                if not problems and not _misfits(self.model, named, self.mesh.size()):
+                    if self.trial().finding(named) is None:
+                        good |= plan
+        except CannotTry:
+            pass
+        return _set(good) if good and good != other_than else "parallelism.tp_size=1"
+
+
+def _rows_of_linears(model: nn.Module) -> list[dict[str, str]]:
+    """Plans for linear layers in a row, their widths the input of the last one, for each place in a block."""
+    groups: dict[str, list[tuple[str, nn.Linear]]] = {}
+    for name, module in model.named_modules():
+        if name and isinstance(module, nn.Linear):
+            groups.setdefault(name.rpartition(".")[0], []).append((name, module))
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for layers in groups.values():
+        *before, (last, narrow) = layers
+        if before and all(wide.out_features == narrow.in_features for _, wide in before):
+            plan = {_pattern_of(name): "colwise" for name, _ in before} | {_pattern_of(last): "rowwise"}
+            found.setdefault(tuple(plan), plan)
+    return list(found.values())[:_MOST_OFFERS]
+
+
 def _words(style: Any) -> str:
     return style if isinstance(style, str) else f"{type(style).__name__}()"
 
@@ -275,31 +346,13 @@ def _pattern_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _example(model: nn.Module) -> str:
-    """A plan for the model's first linear layers in a row, as a command-line word; without any, the way without."""
-    groups: dict[str, list[tuple[str, nn.Linear]]] = {}
-    for name, module in model.named_modules():
-        if name and isinstance(module, nn.Linear):
-            groups.setdefault(name.rpartition(".")[0], []).append((name, module))
-    for layers in groups.values():
-        *before, (last, narrow) = layers
-        if before and all(wide.out_features == narrow.in_features for _, wide in before):
-            plan = {_pattern_of(name): "colwise" for name, _ in before}
-            return _set({**plan, _pattern_of(last): "rowwise"})
-    for layers in groups.values():
-        name = layers[0][0]
-        tied = {other.rpartition(".")[0] for group in tied_names(model) if f"{name}.weight" in group for other in group}
-        return _set({name: "colwise_gather_output"} | {other: "embedding_rowwise" for other in tied - {name}})
-    return "parallelism.tp_size=1"
-
-
-def _no_plan(model: nn.Module, tp_size: int) -> Problem:
+def _no_plan(model: nn.Module, offers: _Offers) -> Problem:
     family = getattr(getattr(model, "config", None), "model_type", None)
     return Problem(
         f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
-        f"parallelism.tp_size={tp_size} strategy.tp_plan=null",
+        f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",
         f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {', '.join(FAMILIES)}",
-        _example(model),
+        offers.plan(),
     )
 
 
@@ -310,27 +363,3 @@ def _no_sequence_style(plan: _Plan) -> Problem:
         f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
         "strategy.sequence_parallel=false",
     )
-
-
-def _warn_of_unstyled(model: nn.Module, named: Mapping[str, Any]) -> None:
-    """A norm beside colwise layers whose size is not that of their input runs on the split features, most likely.
-
-    Its gradients then differ between ranks, and nothing would sum them.
-    """
-    inputs: dict[str, set[int]] = {}
-    for name, style in named.items():
-        module = model.get_submodule(name)
-        if style == "colwise" and isinstance(module, nn.Linear):
-            inputs.setdefault(name.rpartition(".")[0], set()).add(module.in_features)
-    suspects = [
-        _pattern_of(name)
-        for name, module in model.named_modules()
-        if name not in named and (sizes := inputs.get(name.rpartition(".")[0]))
-        if any(p.shape[-1:].numel() not in sizes for p in module.parameters(recurse=False))
-    ]
-    if suspects:
-        log.warning(
-            "tp_plan has no style for %s, beside colwise layers: if it runs on their split output, its gradients are "
-            "not summed; give it replicated_with_grad_allreduce then, and replicated if it does not",
-            ", ".join(dict.fromkeys(suspects)),
-        )

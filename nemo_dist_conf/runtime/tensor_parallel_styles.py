@@ -7,16 +7,18 @@ Tensors are [batch, seq, hidden].
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-__all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "plain_outputs"]
+from nemo_dist_conf.runtime.materialise import retie, tied_names
+
+__all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles", "plain_outputs"]
 
 #: [batch, seq, hidden]
 SEQUENCE_DIM = 1
@@ -169,6 +171,22 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "gather_input": lambda: _Input(Replicate()),
     "scatter_input": lambda: _Input(Shard(SEQUENCE_DIM)),
 }
+
+
+def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, ParallelStyle]:
+    """Split the named modules over ``mesh`` in place, each by its style (a name or an object); ties stay ties.
+
+    Outputs of the model are then full, plain tensors. Returns the objects.
+    """
+    ties = tied_names(model)
+    objects = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in styles.items()}
+    # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
+    # values, so none is sent.
+    for name, style in sorted(objects.items(), key=lambda entry: -entry[0].count(".")):
+        parallelize_module(model.get_submodule(name), mesh, style, src_data_rank=None)
+    retie(model, ties)
+    model.register_forward_hook(plain_outputs)
+    return objects
 
 
 def _is_plain(owner: nn.Module, key: str) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "name_flattened",
     "number_of_backward",
     "replace_trunc_normal",
+    "root_mesh",
     "run_as_forward",
     "schema_of",
     "set_group_timeout",
@@ -210,6 +211,15 @@ def replace_trunc_normal(function: Callable[..., Tensor]) -> Callable[..., Tenso
     init: Any = torch.nn.init
     before, init._no_grad_trunc_normal_ = init._no_grad_trunc_normal_, function
     return before
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh was cut out of or flattened from, with all axes; itself where there is none.
+
+    torch 2.11 to 2.13: a flattened mesh (dp_shard_cp) does not tell how large the axes are that went into it.
+    Test: tests/checkpoint/test_objects.py, test_a_ranks_own_state_needs_ranks_that_are_laid_out_alike.
+    """
+    return mesh._get_root_mesh()
 
 
 def flash_on_cpu(

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_dist_conf.errors import NemoDistConfError, Preempted
 from nemo_dist_conf.recipe.folder import config_folder
 
-__all__ = ["main"]
+__all__ = ["checked_main", "main"]
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
@@ -43,5 +43,18 @@ def main(cfg: DictConfig) -> float:
         end(error)
 
 
-if __name__ == "__main__":
+def checked_main() -> None:
+    """``main``, once Hydra can read the words."""
+    from nemo_dist_conf.recipe.words import refuse_words
+
+    try:
+        refuse_words(sys.argv[1:])
+    except NemoDistConfError as error:
+        from nemo_dist_conf.hooks import end
+
+        end(error)
     main()
+
+
+if __name__ == "__main__":
+    checked_main()

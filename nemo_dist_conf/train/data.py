@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_dist_conf.errors import DataError
 from nemo_dist_conf.recipe.value_checks import data_problems
+from nemo_dist_conf.runtime.targets import build_target
 from nemo_dist_conf.train.corpus import Corpus, data_error, load_corpus
 
 __all__ = ["DataSource", "TextData", "build_data", "mix_seed", "split_microbatches"]
@@ -126,9 +127,8 @@ def build_data(node: Any, *, global_batch_size: int, seed: int) -> DataSource:
             "data=text",
         )
     if "_target_" in values:
-        from hydra.utils import instantiate
-
-        built = instantiate(node, global_batch_size=global_batch_size, seed=seed)
+        sizes = {"global_batch_size": global_batch_size, "seed": seed}
+        built = build_target(node, "data", instead="data=text", **sizes)
         if not callable(getattr(built, "batch", None)):
             raise data_error(
                 f"data: {type(built).__name__} has no method batch(step, rank, size)",

@@ -18,15 +18,22 @@ log = logging.getLogger(__name__)
 
 
 def plan_of_run(cfg: Any, context: Any) -> Plan | None:
-    """The plan for the machine that runs it; None for a device or a model of which too little is known."""
-    machine = _machine(context.device)
-    if machine is None:
-        return None
+    """The plan for the machine that runs it; None for a device or a model of which too little is known.
+
+    Nothing that goes wrong in it may stop the run that it is of.
+    """
     try:
-        return make_plan(job_of(cfg, context.world_size, machine))
+        machine = _machine(context.device)
+        if machine is None:
+            return None
+        plan = make_plan(job_of(cfg, context.world_size, machine))
+        plan.short()
+        return plan
     except NemoDistConfError as error:  # a user's own module has no config to plan from
         log.debug("no plan: %s", error)
-        return None
+    except Exception as error:
+        log.warning("no plan of this run, which goes on without (%s: %s)", type(error).__name__, error)
+    return None
 
 
 def _machine(device: torch.device) -> HardwareConf | None:
@@ -39,7 +46,7 @@ def _machine(device: torch.device) -> HardwareConf | None:
 
 def measured(plan: Plan | None, tokens_per_second: float, peak_bytes: int, context: Any) -> dict[str, str]:
     """What a run took, as a multiple of its plan; memory on a GPU only, where torch counts its own."""
-    if plan is None or not tokens_per_second:
+    if plan is None or not tokens_per_second or not plan.step.seconds:
         return {}
     seconds = plan.job.global_rows * plan.job.seq_len / tokens_per_second
     text = f"{1e3 * seconds:,.1f} ms a step, {seconds / plan.step.seconds:.2f} of the plan's"

@@ -110,14 +110,16 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
         rows = micro or size // context.data_size
         _check_model_knows(cfg, data, model, context)
+        _refuse_both_directions(model)
         saving.loss_scale = _loss_scale(setup)
         if saving.goes_on:
             settle(model, optimizer, _microbatches(data, 0, rows, context)[0], context)
         restored = saving.restore(model, optimizer, data, context.is_main)
         if restored is not None and restored.step >= settings.steps:
             return _nothing_left(restored, settings.steps, saving, context.is_main)
-        start = 0 if restored is None else restored.step
-        return _train(cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, saving, began, start)
+        return _train(
+            cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, saving, began, restored
+        )
     finally:
         if saving is not None:
             saving.close()
@@ -159,6 +161,18 @@ def _check_model_knows(cfg: Any, data: DataSource, model: nn.Module, context: An
             log.warning("data.tokenizer=null: %s is fed bytes, not the ids that its own tokenizer makes", checkpoint)
 
 
+def _refuse_both_directions(model: nn.Module) -> None:
+    """Raise ConfigError for an encoder of transformers: each token would see the one that it is to foretell."""
+    modules = list(model.modules())
+    config: Any = next((module.config for module in modules if hasattr(module, "config")), None)
+    key = next((key for key in ("is_decoder", "causal") if getattr(config, key, None) is False), None)
+    # Some configs have the field, and no module reads it.
+    if key is not None and any(getattr(module, "is_decoder", None) is False for module in modules):
+        what = f"{config.model_type} reads a row in both directions, so each token would see the one it has to foretell"
+        asked, allowed = f"model.config.model_type={config.model_type}", "a causal model; an encoder as a decoder"
+        raise ConfigError(Problem(what, asked, allowed, f"+model.config.{key}=true"))
+
+
 def _vocabulary(model: nn.Module) -> int | None:
     """Ids of a transformers model; None for a module that does not say."""
     config: Any = getattr(unwrapped(model), "config", None)
@@ -180,9 +194,10 @@ def _train(
     folder: Path,
     saving: Saving,
     began: float,
-    start: int,
+    restored: Restored | None,
 ) -> float:
-    """Steps ``start`` (counted from 0) to the last; rows: of a microbatch on this rank."""
+    """The steps after those of ``restored``; rows: of a microbatch on this rank."""
+    start = 0 if restored is None else restored.step
     context = setup.mesh_context
     is_main = context.is_main
     console = Console(settings.steps, enabled=is_main, first_step=start + 1)
@@ -192,7 +207,10 @@ def _train(
     load = _expert_load(model)
     first: StepResult | None = None
     result: StepResult | None = None
-    writer = MetricsWriter(folder, enabled=is_main, first_step=start + 1, tensorboard=settings.tensorboard)
+    last_loss = None if restored is None else restored.objects["position"]["loss"]
+    writer = MetricsWriter(
+        folder, enabled=is_main, first_step=start + 1, tensorboard=settings.tensorboard, last_loss=last_loss
+    )
     with writer, console, Preemption(saving.is_on) as preemption:
         for step in range(start, settings.steps):
             step_began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -10,8 +11,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.recipe.earlier import next_number, set_aside
 
 __all__ = ["METRICS_FILE", "MetricsWriter", "TENSORBOARD_FOLDER", "require_tensorboard"]
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -23,15 +27,22 @@ _SCALARS = ("loss", "grad_norm", "lr", "tokens_per_second", "aux_loss", "expert_
 class MetricsWriter:
     """Writes a run's numbers into its output folder; on other ranks than the main one it does nothing.
 
-    The file tells one trajectory: lines of ``first_step`` and later that an earlier attempt left behind are
-    removed, so a restarted or resumed run leaves every step in it once. Each line is complete on disk when
-    ``write`` returns, so the file can be followed and survives a killed process.
+    The file tells one trajectory: a restarted or resumed run leaves every step in it once. What an earlier run left
+    behind, of ``first_step`` and later, is not lost: it gets a number (``metrics.1.jsonl``), and the log says so. Each
+    line is complete on disk when ``write`` returns, so the file can be followed and survives a killed process.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, enabled: bool = True, first_step: int = 1, tensorboard: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        enabled: bool = True,
+        first_step: int = 1,
+        tensorboard: bool = False,
+        last_loss: float | None = None,
     ) -> None:
-        """folder: created where missing. first_step: number of the first step that will be written.
+        """folder: created where missing. first_step: number of the first step that will be written. last_loss: of the
+        step before it, where a checkpoint told: a file with another one is of another run.
 
         Raises ConfigError where TensorBoard is asked for and not installed.
         """
@@ -41,13 +52,13 @@ class MetricsWriter:
         if not enabled:
             return
         if tensorboard:  # first: a missing package must not cost the file of an earlier run
+            require_tensorboard()
+            _keep_board(Path(folder) / TENSORBOARD_FOLDER, first_step)
             self._board = _summary_writer(Path(folder) / TENSORBOARD_FOLDER, first_step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_before(self.path, first_step)
-        if kept is not None:
-            replacement = self.path.with_suffix(".jsonl.new")
-            replacement.write_text("".join(kept), encoding="utf-8")
-            replacement.replace(self.path)
+        if last_loss is not None:
+            _find_own(self.path, first_step - 1, last_loss)
+        _keep_lines(self.path, first_step)
         self._file = open(self.path, "a", encoding="utf-8")
 
     def write(self, *, step: int, loss: float, grad_norm: float, tokens: int, seconds: float, **more: float) -> None:
@@ -88,14 +99,65 @@ class MetricsWriter:
         self.close()
 
 
-def _lines_before(path: Path, first_step: int) -> list[str] | None:
-    """Lines of an earlier attempt that stay; None where the file is absent or can stay as it is."""
+def _find_own(path: Path, step: int, loss: float) -> None:
+    """Put the file of this run in its place, which is the one that has this loss for the last step that was saved.
+
+    Another run may have been started in the folder since, and this one's lines have a number.
+    """
+    if _loss_of(path, step) in (None, loss):
+        return
+    earlier = [other for other in path.parent.glob(f"{path.stem}.*{path.suffix}") if _loss_of(other, step) == loss]
+    aside = set_aside(path)
+    log.warning("%s is of another run than the one that goes on; it is now %s", path.name, aside.name)
+    if earlier:
+        newest = max(earlier, key=lambda other: other.stat().st_mtime)
+        newest.rename(path)
+        log.warning("%s is %s again", newest.name, path.name)
+
+
+def _loss_of(path: Path, step: int) -> float | None:
+    """The loss of a step; None where the file has no line of it."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if _step_of(line) == step), None)
+    return None if found is None else json.loads(found).get("loss")
+
+
+def _keep_lines(path: Path, first_step: int) -> None:
+    """Leave the lines before ``first_step`` in the file; the others go to one with a number."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
-        return None
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) < first_step]
-    return None if kept == lines else kept
+        return
+    complete = [line for line in lines if line.endswith("\n")]  # the last one may be cut short by a kill
+    kept = [line for line in complete if _step_of(line) < first_step]
+    others = [line for line in complete if _step_of(line) >= first_step]
+    if others:
+        aside = next_number(path)
+        if not kept:
+            path.rename(aside)
+            log.warning("%s of an earlier run in this folder is now %s", path.name, aside.name)
+            return
+        _write(aside, others)
+        what = "%s: lines of step %d and later, which are made again, are now in %s"
+        log.warning(what, path.name, first_step, aside.name)
+    if kept != lines:
+        _write(path, kept)
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    """All or nothing, whatever happens meanwhile."""
+    replacement = path.with_name(f"{path.name}.new")
+    replacement.write_text("".join(lines), encoding="utf-8")
+    replacement.replace(path)
+
+
+def _keep_board(folder: Path, first_step: int) -> None:
+    """The curves of an earlier run, which would lie under this one's."""
+    if first_step == 1 and folder.is_dir() and any(folder.iterdir()):
+        log.warning("%s of an earlier run in this folder is now %s", folder.name, set_aside(folder).name)
 
 
 def _step_of(line: str) -> float:
@@ -121,7 +183,6 @@ def require_tensorboard() -> None:
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:
-    require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
     # purge_step hides what an earlier attempt wrote from this step on

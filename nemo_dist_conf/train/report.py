@@ -72,7 +72,8 @@ def _layout(setup: Any) -> str:
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,6 +16,7 @@ from nemo_dist_conf.checkpoint.series import Checkpoints
 from nemo_dist_conf.checkpoint.whole import Restored
 from nemo_dist_conf.errors import DataError, Preempted, Problem
 from nemo_dist_conf.ranks.tree import different_keys, flat_config
+from nemo_dist_conf.recipe.earlier import set_aside
 from nemo_dist_conf.runtime.agree import together
 from nemo_dist_conf.train.data import DataSource, TextData
 from nemo_dist_conf.train.loss_scale import LossScale
@@ -26,7 +28,12 @@ log = logging.getLogger(__name__)
 #: Where the folder of an exported model lies in the output folder.
 _EXPORT = "hf"
 #: Sections that say how a run is executed; that they are others than before changes no number.
-_EXECUTION = ("parallelism.", "strategy.", "pipeline.", "checkpoint.", "device", "activation_checkpointing")
+_EXECUTION = (
+    *("parallelism.", "strategy.", "pipeline.", "checkpoint.", "device", "activation_checkpointing"),
+    *("train.micro_batch_size", "train.log_every", "train.tensorboard"),
+)
+#: What a run that is to go on is given another value of.
+_LENGTH = "train.steps"
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Saving:
             )
         self.loss_scale: LossScale | None = None  # of a run in float16: saved, because the last bits follow from it
         self._newest: Path | None = None
+        self._began_here = False
         self._rows = 0
 
     @property
@@ -95,6 +103,7 @@ class Saving:
         if restored is None:
             return None
         self._newest = restored.folder
+        self._began_here = restored.folder.parent == self._folder.absolute() / ROOT
         position = restored.objects.get("position")
         if position is None:
             what = f"{restored.folder} was not saved by this recipe: it does not say where the data stand"
@@ -106,20 +115,23 @@ class Saving:
         if isinstance(data, TextData):
             data.go_on(restored.step, self._rows)
         if is_main:
-            log.info("goes on after step %d, from %s", restored.step, restored.folder)
             changed = self._changed(restored)
+            length = changed.pop(_LENGTH, None)
+            more = "" if length is None else f"; {length}, and the learning rate's schedule is that of all of them"
+            log.info("goes on after step %d, from %s%s", restored.step, restored.folder, more)
             if changed:
-                log.warning("other settings than when it was saved: %s", ", ".join(changed))
+                log.warning("other settings than when it was saved: %s", ", ".join(changed.values()))
             if isinstance(data, TextData) and position["text"] not in (None, str(data.corpus.fingerprint)):
                 log.warning("the text is another than when the checkpoint was saved; the run goes on in the new one")
         return restored
 
-    def _changed(self, restored: Restored) -> list[str]:
+    def _changed(self, restored: Restored) -> dict[str, str]:
+        """Key -> its value now and then, of what changes a number."""
         if restored.config is None:
-            return []
+            return {}
         then, now = flat_config(restored.config), flat_config(self._cfg)
         keys = [key for key in different_keys(now, then) if not key.startswith(_EXECUTION)]
-        return [f"{key}={now.get(key, 'absent')} (was {then.get(key, 'absent')})" for key in keys]
+        return {key: f"{key}={now.get(key, 'absent')} (was {then.get(key, 'absent')})" for key in keys}
 
     def after_step(
         self, step: int, model: nn.Module, optimizer: Optimizer, data: DataSource, loss: float, stop: bool
@@ -159,8 +171,10 @@ class Saving:
         if self._settings.export is not None:
             from nemo_dist_conf.checkpoint.export import export_hf
 
-            tokenizer = self._cfg.data.get("tokenizer")
-            facts["export"] = str(export_hf(self._newest, self._folder / _EXPORT, tokenizer=tokenizer))
+            tokenizer, target = self._cfg.data.get("tokenizer"), self._folder / _EXPORT
+            if not self._began_here and target.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
+                log.warning("%s of an earlier run in this folder is now %s", target.name, set_aside(target).name)
+            facts["export"] = str(export_hf(self._newest, target, tokenizer=tokenizer))
         return facts
 
     def close(self) -> None:

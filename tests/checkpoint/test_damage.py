@@ -80,7 +80,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "another step's file": (swap, f"{TENSORS} was changed"),
     "a manifest that leads out": (lambda new, old: point_to(new, "../secret"), "'../secret', which is not a file in"),
     "a link that leads out": (lambda new, old: link(new / TENSORS), "is a link out of it"),
-    "another format": (lambda new, old: signed(new, lambda c: c.update(format=9)), "format 9, this version reads 1"),
+    "another format": (lambda new, old: signed(new, lambda c: c.update(format=9)), "format 9, this version reads 2"),
     "not a manifest": (lambda new, old: (new / "manifest.json").write_text("[1]"), "not one of ours"),
 }
 

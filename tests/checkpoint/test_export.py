@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import Tensor
 
-from nemo_dist_conf.checkpoint import export_hf, save
+from nemo_dist_conf.checkpoint import export_hf, load, save
 from nemo_dist_conf.errors import DataError, TrainingError
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.plan.from_config import model_config
+from nemo_dist_conf.runtime.build import build_model
 from tests.checkpoint.exchange import DENSE, EXPERTS, FSDP2, Layout
 from tests.checkpoint.small import make
 from tests.dist.cuda_shim import cuda_shim
@@ -122,3 +127,84 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is damaged"):
         export_hf(folder, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+# ------------------------------------------------------------------------------------------ what else people bring
+
+_MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+INFINITE: dict[str, dict[str, Any]] = {
+    "mamba2": {**_MAMBA, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "granitemoehybrid": {
+        **{**_MAMBA, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 4},
+        **{"mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "num_local_experts": 0},
+        **{"shared_intermediate_size": 32, "layer_types": ["mamba", "attention"]},
+    },
+}
+
+
+@pytest.mark.parametrize("family", INFINITE)
+def test_an_infinity_in_a_config_goes_there_and_back(tmp_path: Path, family: str) -> None:
+    """transformers writes it in a form of its own, which is no number."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **INFINITE[family]))
+    model.save_pretrained(tmp_path / "theirs")
+    assert "__float__" in (tmp_path / "theirs" / "config.json").read_text()
+    folder = {"name_or_path": str(tmp_path / "theirs")}
+    built = build_model(folder, None, 0, torch.device("cpu"), 1e9)
+    assert tuple(built.model.config.time_step_limit) == (0.0, math.inf)
+    fields = {"config": json.loads((tmp_path / "theirs" / "config.json").read_text())}
+    assert tuple(build_model(fields, None, 0, torch.device("cpu")).model.config.time_step_limit) == (0.0, math.inf)
+    assert model_config(OmegaConf.create({"model": folder}))["time_step_limit"] == [0.0, math.inf]
+
+    save(tmp_path / "one", model)
+    export_hf(tmp_path / "one", tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    assert ours == theirs
+
+
+def test_an_adapter_is_refused_and_what_is_offered_works(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(plain_model("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    save(tmp_path / "one", model)
+    with pytest.raises(DataError, match="with an adapter of peft around it, which this version does not") as refused:
+        export_hf(tmp_path / "one", tmp_path / "hf")
+    from transformers import AutoModelForCausalLM
+
+    assert "merge_and_unload().save_pretrained" in refused.value.type and not (tmp_path / "hf").exists()
+    again = peft.get_peft_model(plain_model("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    load(tmp_path / "one", again)
+    with torch.no_grad():
+        expected_logits = again(IDS).logits
+        again.merge_and_unload().save_pretrained(tmp_path / "hf")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        assert torch.allclose(merged(IDS).logits, expected_logits, atol=1e-5)
+
+
+def test_another_model_than_its_config_tells_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """A head of the user's own would be lost; a model of another task is none that is written."""
+    from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
+
+    model = plain_model("llama")
+    model.value = torch.nn.Linear(4, 1)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    others = {
+        "does not hold a LlamaForCausalLM as it is: 2 more .value.bias": model,
+        "does not hold a BertLMHeadModel as it is: .* missing": BertForSequenceClassification(BertConfig(**sizes)),
+        "holds a model .vit. that is no causal language model here": ViTModel(ViTConfig(**sizes)),
+        "holds no model of transformers": make()[0],
+    }
+    for number, (reason, other) in enumerate(others.items()):
+        save(tmp_path / str(number), other)
+        with pytest.raises(DataError, match=reason) as refused:
+            export_hf(tmp_path / str(number), tmp_path / "hf")
+        path = refused.value.type.partition("load_file(")[2].strip("')")
+        assert set(load_file(path)) == {f"model.{name}" for name in other.state_dict()}

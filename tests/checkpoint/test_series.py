@@ -8,11 +8,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.checkpoint import Checkpoints, load, series, storage, whole
 from nemo_dist_conf.checkpoint.folder import checkpoints_in, read_manifest
 from nemo_dist_conf.errors import DataError, TrainingError
+from tests.checkpoint.beside import LAYOUTS, named_parameters, two
 from tests.checkpoint.small import bits, make, train
+from tests.dist.pool import run_ranks
 
 
 def names(folder: Path) -> list[str]:
@@ -167,3 +171,85 @@ def test_pruning_spares_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "step_00000002" / "manifest.json").write_text("{")
     run(tmp_path, [6, 8], keep=1)
     assert names(tmp_path) == ["step_00000002", "step_00000008"]
+
+
+# ----------------------------------------------------------------------------------------- the same step once more
+
+
+def test_a_finished_loop_started_once_more_has_nothing_to_write(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop that saves at its end saves the step that it went on from."""
+    run(tmp_path, [2, 4])
+    before = (tmp_path / "step_00000004" / "manifest.json").stat()
+    caplog.set_level("INFO", logger="nemo_dist_conf")
+    assert run(tmp_path, [4], asynchronous=True)[0] == 4
+    assert (tmp_path / "step_00000004" / "manifest.json").stat() == before
+    assert "step_00000004 is there already with these values: not written again" in caplog.text
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
+
+
+def test_other_values_for_a_step_are_refused_and_what_is_offered_works(tmp_path: Path) -> None:
+    model, optimizer = make()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, model, optimizer, objects={"best": 1.0})
+        with pytest.raises(DataError, match="not as it is now: other objects"):
+            checkpoints.save(1, model, optimizer, objects={"best": 0.5})
+        with pytest.raises(DataError, match="not as it is now: other objects|in one of them only"):
+            checkpoints.save(1, model)
+        train(model, optimizer, 0, 1)
+        checkpoints.save(2, model, optimizer)
+        optimizer.param_groups[0]["lr"] = 0.5
+        with pytest.raises(DataError, match="other settings of the optimizer"):
+            checkpoints.save(2, model, optimizer)
+        optimizer.param_groups[0]["lr"] = 0.01
+        model[0].weight.data[0, 0] += 1  # type: ignore[union-attr, index, operator]
+        with pytest.raises(DataError, match=r"other values of model\.0\.weight") as refused:
+            checkpoints.save(2, model, optimizer)
+        command, source, target = refused.value.type.split()
+        assert command == "mv"
+        Path(source).rename(target)
+        checkpoints.save(2, model, optimizer)
+    assert names(tmp_path) == ["set-aside-step_00000002", "step_00000001", "step_00000002"]
+
+
+def test_a_run_that_was_not_loaded_is_told_so(tmp_path: Path) -> None:
+    run(tmp_path, [2])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(DataError, match="which it has not loaded") as refused:
+        checkpoints.save(2, *make())
+    assert refused.value.type.startswith("found = checkpoints.restore(model, optimizer)")
+
+
+def test_a_damaged_one_of_the_same_step_is_set_aside(tmp_path: Path) -> None:
+    model, optimizer = make()
+    with Checkpoints(tmp_path) as checkpoints:
+        for damage in ("manifest.json", "rank_00000.safetensors"):
+            checkpoints.save(1, model, optimizer)
+            (tmp_path / "step_00000001" / damage).write_text("x")
+        checkpoints.save(1, model, optimizer)
+    assert names(tmp_path) == [f"set-aside-{number}-step_00000001" for number in (1, 2)] + ["step_00000001"]
+    load(tmp_path, model, optimizer)
+
+
+def _twice(folder: Path) -> list[str]:
+    """Saved under ddp, and again under others where nothing has changed; then where one rank has another value."""
+    said = []
+    for layout in ("ddp 2", "fsdp2 2", "pp 2"):
+        with two(LAYOUTS[layout], 1) as (model, optimizer, second, _), Checkpoints(folder) as checkpoints:
+            objects = {"critic": second}
+            checkpoints.restore(model, optimizer, objects=objects)
+            checkpoints.save(1, model, optimizer, objects=objects)
+            if dist.get_rank() == 1:
+                local = [p.to_local() if isinstance(p, DTensor) else p for _, p in named_parameters(second)]
+                local[-1].data.add_(1)
+            try:
+                checkpoints.save(1, model, optimizer, objects=objects)
+            except DataError as refused:
+                said.append(refused.what.partition("as it is now: ")[2].partition(" (")[0])
+    return said
+
+
+@pytest.mark.dist
+def test_the_same_step_under_another_layout(tmp_path: Path) -> None:
+    mine, others = run_ranks(2, _twice, tmp_path / "one")
+    assert mine == others and len(mine) == 3 and all("other" in words for words in mine)

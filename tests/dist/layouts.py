@@ -17,6 +17,7 @@ from hydra import compose, initialize
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -245,9 +246,11 @@ def train(
 
 
 def plain_model(kind: str | dict[str, Any]) -> nn.Module:
-    """The model of ``MODELS``, or of a transformers config, as its own library builds it, without us."""
+    """The model of ``MODELS``, of a class (``_target_``) or of a transformers config, as it is built without us."""
     if kind == "module":
         return Net()
+    if isinstance(kind, dict) and "_target_" in kind:
+        return hydra_instantiate(kind)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = kind if isinstance(kind, dict) else MODELS[kind]["config"]

@@ -312,7 +312,7 @@ class Live(TorchDispatchMode):
         return output
 
 
-DEEP = {"width": 64, "depth": 8}
+DEEP = {"width": 64, "depth": 16}
 
 
 def peak_of_build(given: bool, *words: str, **nodes: Any) -> tuple[float, float]:
@@ -334,10 +334,10 @@ def peak_of_build(given: bool, *words: str, **nodes: Any) -> tuple[float, float]
     ids=["fsdp2 2", "fsdp2 4", "tp 2"],
 )
 def test_no_rank_ever_holds_more_than_its_share_and_one_layer(ranks: int, words: tuple[str, ...], share: float) -> None:
-    """Built on meta, sharded there, and filled layer by layer (a layer is 1/16 of this model)."""
+    """Built on meta, sharded there, and filled layer by layer (a layer is 1/32 of this model); a plan is tried on few blocks."""
     for peak, kept in run_ranks(ranks, peak_of_build, False, *words):
         assert kept == pytest.approx(share, abs=0.05)
-        assert kept <= peak < share + 0.2
+        assert kept <= peak < share + 0.15
 
 
 def test_the_measure_sees_a_model_that_was_built_whole() -> None:

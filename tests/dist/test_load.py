@@ -239,7 +239,7 @@ def test_a_model_that_is_no_language_model(copied: Path) -> None:
     from transformers import ViTConfig
 
     ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(copied)
-    assert "model_type vit is not a causal language model" in refusal(copied).what
+    assert "vit is no causal language model" in refusal(copied).what
 
 
 def test_a_file_of_the_index_is_missing(copied: Path) -> None:

@@ -369,6 +369,11 @@ class Chain(nn.Module):
         self.layers = nn.ModuleList([nn.ModuleDict(pair)])
         self.norm = nn.LayerNorm(8)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer["fc2"](layer["fc1"](x).tanh())
+        return self.norm(x)
+
 
 class TiedHead(nn.Module):
     def __init__(self) -> None:
@@ -376,6 +381,9 @@ class TiedHead(nn.Module):
         self.embed = nn.Embedding(8, 4)
         self.head = nn.Linear(4, 8, bias=False)
         self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))
 
 
 class Convolution(nn.Sequential):
@@ -515,6 +523,9 @@ class Narrow(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x))
 
 
 def test_every_style_name_has_an_object_and_every_family_a_plan() -> None:

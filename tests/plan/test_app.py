@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 from typing import Any
 
 import pytest
@@ -304,6 +305,8 @@ class _Shapes(HTMLParser):
 def test_a_picture_is_whole_and_stays_inside_its_frame(words: list[str], tmp_path: Path) -> None:
     run(composed(*words, f"plan.picture={tmp_path}/plan.html"))
     text = (tmp_path / "plan.html").read_text()
+    run(composed(*words, f"plan.picture={tmp_path}/plan.svg"))
+    _stays_inside(tmp_path / "plan.svg", text.count("<svg"))
     page = _Shapes()
     page.feed(text)
     assert page.open == [] and "http" not in text.replace("http://www.w3.org/2000/svg", "")
@@ -318,6 +321,83 @@ def test_a_picture_is_whole_and_stays_inside_its_frame(words: list[str], tmp_pat
             assert float(values["x"]) + float(values["width"]) <= frame[0] + 0.5
             assert float(values["y"]) + float(values["height"]) <= frame[1] + 0.5
     assert drawn > 0 and len(text) < 6_000_000
+
+
+def _stays_inside(file: Path, drawings: int) -> None:
+    """An SVG file in which every drawing of the page stands in a frame of its own, one below the other."""
+    name = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.parse(file).getroot()
+    assert root.tag == f"{name}svg" and "<p>" not in file.read_text()
+    frames = root.findall(f"{name}svg")
+    assert len(frames) == drawings
+    below = 0.0
+    for frame in frames:
+        y, height = float(frame.get("y", "")), float(frame.get("height", ""))
+        assert y >= below
+        below = y + height
+        for rect in frame.iter(f"{name}rect"):
+            assert float(rect.get("y", "")) + float(rect.get("height", "")) <= height + 0.5
+            assert float(rect.get("x", "")) + float(rect.get("width", "")) <= float(frame.get("width", "")) + 0.5
+    assert below <= float(root.get("height", "")) + 12
+
+
+@pytest.mark.parametrize("name, instead", [("p.png", "p.html"), ("plan", "plan.html"), ("a.b/x.pdf", "a.b/x.html")])
+def test_a_picture_of_another_kind_is_refused(name: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match="ends in nothing that the plan can draw") as refused:
+        run(composed(f"plan.picture={name}"))
+    assert refused.value.type == f"plan.picture={instead}" and ".svg" in refused.value.allowed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plan": None},
+        {"plan": 3},
+        {"hardware": None},
+        {"world_size": None},
+        {"plan": {"search": None}},
+        {"plan": {"json": [1]}},
+        {"plan": {"search": True, "top": None}},
+        {"model": None},
+        {"data": 3},
+    ],
+    ids=str,
+)
+def test_a_wrong_node_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run(OmegaConf.merge(composed(), OmegaConf.create(changes)) if "plan" not in changes else _with(changes["plan"]))
+    assert refused.value.type
+
+
+def _with(plan: Any) -> Any:
+    """A composed config with another node ``plan``; keys that were taken away from it stay away."""
+    config = composed()
+    known = OmegaConf.to_container(config.plan)
+    assert isinstance(known, dict)
+    config.plan = {**known, **plan} if isinstance(plan, dict) else plan
+    return config
+
+
+def test_small_things_have_small_words() -> None:
+    """2.5 M parameters are not 0.00 B, 17 MiB not 0.0 GiB, and one node is not "1 nodes"."""
+    text = run(composed("parallelism.pp_size=2", "world_size=2", "train.global_batch_size=8"))
+    assert "2.49 M parameters" in text and "(2 ranks on 1 node)" in text and "MiB of 76.0 GiB" in text
+    plan = make_plan(job_of(_recipe_config(composed("world_size=2"), None), 2, "h100"))
+    assert " MiB of 79 GiB (fits)" in plan.short()
+    for wrong in (" 0.0 ", "0.00", "1 nodes", "1 rows", "1 microbatches", " 0.0 %"):
+        assert wrong not in text and wrong not in plan.short()
+
+
+def test_one_number_is_called_the_bubble() -> None:
+    """Of all ranks while the schedule runs; what the busiest rank waits of a whole step has a word of its own."""
+    text = run(composed("parallelism.pp_size=2", "world_size=2", "plan.formulas=true"))
+    lines = text.splitlines()
+    (line,) = [number for number, line in enumerate(lines) if line.startswith("  bubble of 1f1b:")]
+    assert lines[line].endswith("of all ranks' time in the pipeline")
+    assert lines[line + 1].startswith("  of the busiest pp rank's step: ") and "waiting" in lines[line + 1]
+    assert "bubble" not in lines[line + 1]
+    found = planned("parallelism.pp_size=2", "world_size=2")
+    assert "bubble" not in found["seconds_by_part"] and 0 < found["bubble"] < 1
 
 
 # ---------------------------------------------------------------------------------------------------- for real

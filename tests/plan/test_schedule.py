@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.shapes import shape_of
-from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.names import SCHEDULES, Schedule
 from nemo_dist_conf.plan import Job
 from nemo_dist_conf.plan.schedule import Costs, Timeline, orders, play
+from nemo_dist_conf.plan.time import quick_seconds
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.solve import MeshSpec
 from tests.dist.pool import run_ranks
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+PROBLEM = Problem("no", "a", "b", "c")
 UNSPLIT = [name for name, schedule in SCHEDULES.items() if not schedule.splits_backward]
 
 
@@ -133,3 +138,46 @@ def test_a_schedule_file_is_played_as_it_is(tmp_path) -> None:
     line = play(made, Costs({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}))
     first = [str(slot.action) for slot in line.slots if slot.rank == 0]
     assert first == ["0F0", "0F1", "0B0", "0B1"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_known_to_the_plan(schedule: str) -> None:
+    assert job(schedule, 2, 4).splits_backward is SCHEDULES[schedule].splits_backward
+    assert played(schedule, 2, 4).seconds > 0
+
+
+def test_a_schedule_that_the_plan_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a plugin added, whose order is not known here, too."""
+    with pytest.raises(ConfigError, match="no schedule 'onef1b'") as refused:
+        job("onef1b", 2, 4).schedule
+    assert refused.value.type == "pipeline=1f1b"
+    monkeypatch.setitem(SCHEDULES, "diagonal", Schedule("Diagonal"))
+    with pytest.raises(ConfigError, match="no schedule 'diagonal'"):
+        played("diagonal", 2, 4)
+
+
+def test_a_schedule_file_that_splits_backward_is_said_to(tmp_path: Path) -> None:
+    file = tmp_path / "schedule.csv"
+    file.write_text("0F0,0I0,0W0\n1F0,1I0,1W0\n")
+    made = job("1f1b", 2, 1, pp_schedule=None, pp_schedule_csv=str(file))
+    assert made.splits_backward and quick_seconds(made) > 0
+
+
+def test_nothing_in_the_plan_stops_a_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither what the plan refuses nor a defect of its own."""
+    import torch
+
+    from nemo_dist_conf.train import estimate
+
+    context = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    for error in (KeyError("onef1b"), ZeroDivisionError(), AssertionError("no rank can go on"), ConfigError(PROBLEM)):
+
+        def fails(job: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(estimate, "make_plan", fails)
+        monkeypatch.setattr(estimate, "job_of", lambda *_: None)
+        caplog.clear()
+        assert estimate.plan_of_run({}, context) is None
+        assert ("no plan of this run" in caplog.text) is not isinstance(error, ConfigError)
+    assert estimate.measured(None, 1.0, 1, context) == {}

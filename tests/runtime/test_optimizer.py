@@ -177,7 +177,7 @@ def test_a_wrong_setting_is_refused(changes: dict[str, Any], asked: str, type_: 
 def test_a_missing_rate_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         build({"name": "adamw"})
-    assert error.value.type == "+optimizer.lr=0.001"
+    assert error.value.type == "++optimizer.lr=0.001"
 
 
 def test_all_wrong_settings_are_told_at_once() -> None:

@@ -58,17 +58,47 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_in_the_folder_starts_anew(tmp_path: Path) -> None:
+def aside(folder: Path) -> dict[str, list[int]]:
+    """Steps in the files that earlier runs left."""
+    files = sorted(folder.glob("metrics.*.jsonl"))
+    return {file.name: [json.loads(text)["step"] for text in file.read_text().splitlines()] for file in files}
+
+
+def test_a_second_run_in_the_folder_starts_anew_and_keeps_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, range(1, 6))
     write(tmp_path, range(1, 3))
-    assert steps(tmp_path) == [1, 2]
+    assert "metrics.jsonl of an earlier run in this folder is now metrics.1.jsonl" in caplog.text
+    write(tmp_path, range(1, 4))
+    assert steps(tmp_path) == [1, 2, 3]
+    assert aside(tmp_path) == {"metrics.1.jsonl": [1, 2, 3, 4, 5], "metrics.2.jsonl": [1, 2]}
 
 
-def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+def test_a_resumed_run_has_every_step_once_and_keeps_what_it_makes_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The first attempt got to step 7, its last checkpoint was after step 4."""
     write(tmp_path, range(1, 8))
     write(tmp_path, range(5, 10), first_step=5)
     assert steps(tmp_path) == list(range(1, 10))
+    assert aside(tmp_path) == {"metrics.1.jsonl": [5, 6, 7]}
+    assert "lines of step 5 and later, which are made again, are now in metrics.1.jsonl" in caplog.text
+    write(tmp_path, range(10, 11), first_step=10)
+    assert len(aside(tmp_path)) == 1  # nothing was left to keep
+
+
+def test_a_run_that_goes_on_finds_its_own_file(tmp_path: Path) -> None:
+    """Another run was started in the folder meanwhile (checkpoint.resume=null); its lines are not this one's."""
+    write(tmp_path, range(1, 5))
+    with MetricsWriter(tmp_path) as other:
+        for number in range(1, 6):
+            other.write(**line(number, loss=9.0))
+    with MetricsWriter(tmp_path, first_step=5, last_loss=line(4)["loss"]) as writer:
+        writer.write(**line(5))
+    rows = [json.loads(text) for text in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [5.0 / step for step in range(1, 6)]
+    assert aside(tmp_path) == {"metrics.2.jsonl": [1, 2, 3, 4, 5]}
 
 
 def test_a_line_cut_short_by_a_kill_is_removed(tmp_path: Path) -> None:
@@ -109,6 +139,15 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
     assert events.Tags()["scalars"] == ["train/loss", "train/grad_norm", "train/lr"]
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 5.0), (2, 2.5)]
+
+
+def test_curves_of_an_earlier_run_do_not_lie_under_the_new_ones(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for first_step in (1, 3, 1):
+        with MetricsWriter(tmp_path, tensorboard=True, first_step=first_step) as writer:
+            writer.write(**line(first_step))
+    assert len(list((tmp_path / TENSORBOARD_FOLDER).iterdir())) == 1
+    assert len(list((tmp_path / f"{TENSORBOARD_FOLDER}.1").iterdir())) == 2
 
 
 def test_a_missing_tensorboard_names_the_pip_line_and_leaves_the_files(

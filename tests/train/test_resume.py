@@ -88,6 +88,29 @@ def test_a_run_that_is_through_has_nothing_left(tmp_path: Path) -> None:
     assert numbers(tmp_path) == before
 
 
+def test_nothing_of_an_earlier_run_is_lost_without_a_word(tmp_path: Path) -> None:
+    """A second run in the folder, one that is told not to go on, and then the first once more."""
+    few, export = "train.steps=2", "checkpoint.export=hf"
+    assert train(tmp_path, few, export).returncode == 0
+    first = numbers(tmp_path)
+    done = train(tmp_path, few, "checkpoint.resume=null", "optimizer.lr=0.5")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert "metrics.jsonl of an earlier run in this folder is now metrics.1.jsonl" in (run / "train.log").read_text()
+    assert f"the config of an earlier run in this folder is now {Path('run/.hydra.1')}" in done.stderr
+    assert "lr: 0.003" in (run / ".hydra.1" / "config.yaml").read_text()
+    assert "lr: 0.5" in (run / ".hydra" / "config.yaml").read_text()
+    assert numbers(tmp_path) != first and checkpoints(tmp_path) == ["step_00000002"]
+    done = train(tmp_path, "train.steps=3")
+    assert done.returncode == 0, done.stderr
+    assert numbers(tmp_path)[:2] == first and len(numbers(tmp_path)) == 3
+    assert "WARNING" not in done.stdout.partition("goes on after step 2")[2].partition("model ")[0]
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    done = train(tmp_path, few, export)
+    assert done.returncode == 0 and "hf of an earlier run in this folder is now hf.1" in done.stdout
+    assert (run / "hf.1" / "config.json").is_file() and (run / "hf" / "config.json").is_file()
+
+
 def test_another_batch_size_goes_on_with_the_next_unseen_rows(tmp_path: Path) -> None:
     """And the log names each setting that is another one; the learning rate is the new one."""
     assert train(tmp_path, EVERY, "train.steps=4").returncode == 0
@@ -98,7 +121,7 @@ def test_another_batch_size_goes_on_with_the_next_unseen_rows(tmp_path: Path) ->
     assert "optimizer.lr=0.5 (was 0.003)" in said and "train.global_batch_size=4 (was 8)" in said
     assert numbers(tmp_path)[-1][3] > 0.003
     (state,) = [p for p in (tmp_path / "run" / "checkpoints").glob("step_00000006/state.json")]
-    assert json.loads(state.read_text())["objects"]["position"]["rows"] == 4 * 8 + 2 * 4
+    assert json.loads(state.read_text())["objects"]["position"]["tree"]["rows"] == 4 * 8 + 2 * 4
 
 
 def test_a_checkpoint_moves_to_another_layout_and_folder(tmp_path: Path, undisturbed: Any) -> None:

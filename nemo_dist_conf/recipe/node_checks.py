@@ -1,0 +1,92 @@
+"""Nodes of the recipe that are no groups of options, or say nothing: told before anything looks into them. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, Mapping
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.sections import inline_text
+
+__all__ = ["model_problems", "node_problems"]
+
+#: Node -> (what it can be, the words that choose it).
+_GROUPS: Mapping[str, tuple[str, str]] = {
+    "model": ("model=llama_tiny, ...; a node with _target_, config.model_type or name_or_path", "model=llama_tiny"),
+    "data": ("data=text; a node with _target_", "data=text"),
+    "optimizer": ("optimizer=adamw, optimizer=sgd; a node with name or _target_", "optimizer=adamw"),
+    "train": ("the recipe's own group, value by value", "train.steps=200"),
+    "checkpoint": ("the recipe's own group, value by value", "checkpoint.resume=auto"),
+}
+
+
+#: Keys of ``train`` that other nodes refer to.
+_SIZES = {"global_batch_size": 16, "micro_batch_size": "null"}
+
+
+def node_problems(config: DictConfig) -> Iterable[Problem]:
+    """Every node that the recipe needs and that is not there, is no group, or cannot be resolved."""
+    for name, (allowed, best) in _GROUPS.items():
+        try:
+            node = config.get(name)
+            if isinstance(node, DictConfig):
+                OmegaConf.to_container(node, resolve=True)
+        except OmegaConfBaseException as error:
+            first = str(error).splitlines()[0]
+            yield Problem(f"{name} cannot be resolved: {first}", name, "values, and interpolations of them", best)
+            continue
+        if node is None:
+            asked = f"{name}=null" if name in config else f"~{name}"
+            yield Problem(f"the recipe needs {_article(name)}", asked, allowed, best)
+        elif not isinstance(node, DictConfig):
+            shown = inline_text(OmegaConf.to_container(node)) if OmegaConf.is_config(node) else str(node)
+            yield Problem(f"{name} is not a group of options", f"{name}={shown}", allowed, best)
+        elif "_target_" in node and not isinstance(node.get("_target_"), str):
+            asked = f"{name}._target_={inline_text(_plain(node.get('_target_')))}"
+            what = f"{name}._target_ is not the path of a class or function"
+            yield Problem(what, asked, "package.module.name", best)
+        elif name == "model":
+            yield from model_problems(node)
+        elif name == "train":
+            for key in [key for key in _SIZES if key not in node]:
+                allowed, best = "a number of rows", f"train.{key}={_SIZES[key]}"
+                yield Problem(f"train.{key} is missing", f"~train.{key}", allowed, best)
+
+
+def _article(name: str) -> str:
+    return {"optimizer": "an optimizer", "data": "data", "model": "a model"}.get(name, f"its group {name}")
+
+
+def model_problems(node: DictConfig) -> Iterable[Problem]:
+    """What is wrong with a node of the model that has no ``_target_``, as far as its kinds of values go."""
+    if "_target_" in node:
+        return
+    allowed, best = _GROUPS["model"]
+    folder, config = node.get("name_or_path"), node.get("config")
+    if folder is not None and not isinstance(folder, str):
+        asked = f"model.name_or_path={inline_text(_plain(folder))}"
+        what = "model.name_or_path is not a folder"
+        yield Problem(what, asked, "a local folder of save_pretrained; null", "model.name_or_path=null")
+    elif config is not None and config != "" and not isinstance(config, DictConfig):
+        asked = f"model.config={inline_text(_plain(config))}"
+        yield Problem("model.config is not a group of fields", asked, "fields of a transformers config", best)
+    elif not folder and not config:
+        what = "the config does not say which model to build"
+        words = inline_text({str(key): _plain(value) for key, value in node.items()})
+        yield Problem(what, f"model={words}", allowed, best)
+    elif not folder:
+        kind = config.get("model_type")
+        if kind is None or kind == "":
+            asked = f"model.config.model_type={_plain(kind)}"
+            what = "model.config has no model_type"
+            yield Problem(what, asked, "llama, qwen3, mistral, ...", "model.config.model_type=llama")
+        elif not isinstance(kind, str):
+            asked = f"model.config.model_type={inline_text(_plain(kind))}"
+            what = "model.config.model_type is not the name of a family"
+            yield Problem(what, asked, "llama, qwen3, mistral, ...", "model.config.model_type=llama")
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else "null" if value is None else value
