@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import re
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping
@@ -24,6 +25,7 @@ from nemo_dist_conf.models.facts import plain_floats
 from nemo_dist_conf.runtime.construct import Record, construct, record, record_resets
 from nemo_dist_conf.runtime.load import check_weights
 from nemo_dist_conf.runtime.materialise import materialise, tied_names
+from nemo_dist_conf.runtime.recorder import NotRecorded
 from nemo_dist_conf.runtime.stored_names import Part
 from nemo_dist_conf.runtime.targets import build_target
 
@@ -189,8 +191,9 @@ def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, b
     try:
         model, made = record(factory, seed, device)
     except Exception as error:  # one of the factory's own comes again where it runs once more
-        log.debug("not recorded", exc_info=True)
-        why = _first(error)
+        why = textwrap.shorten(_first(error), 200, placeholder=" ...")
+        if isinstance(error, NotRecorded):  # said before, because memory may not suffice
+            log.info("a model is built with values on every rank: %s", why)
         model = construct(factory, seed)
     if not isinstance(model, nn.Module):
         what = f"the model's factory returned {type(model).__name__}, not a torch.nn.Module"
