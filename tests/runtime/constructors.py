@@ -432,11 +432,16 @@ class SlopedHead(nn.Module):
 
 
 class SlopedNet(Net):
-    """A model whose head keeps a tensor in a list."""
+    """Starts otherwise than its layers do, and keeps a tensor in a list."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.embed.weight = nn.Parameter(torch.empty(VOCABULARY, 32).normal_(0, 0.02))
         self.head = SlopedHead(32, VOCABULARY)  # type: ignore[assignment]
+        nn.init.orthogonal_(self.blocks[0].up.weight)
+        self.blocks[1].load_state_dict(self.blocks[0].state_dict())
+        with torch.no_grad():
+            self.blocks[2].down.weight.zero_()
 
 
 class Attributes(nn.Module):

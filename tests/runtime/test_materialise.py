@@ -156,7 +156,7 @@ LAYOUTS = [
 
 
 def weights(words: tuple[str, ...], kind: str, seed: int) -> dict[str, Tensor]:
-    return full_state(instantiate(composed(*words, model=MODELS[kind], seed=seed))[1])
+    return full_state(instantiate(composed(*words, model=NODES[kind], seed=seed))[1])
 
 
 @pytest.mark.dist
@@ -170,8 +170,27 @@ def test_every_layout_starts_from_the_same_weights(ranks: int, words: tuple[str,
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "words",
+    [("strategy=ddp",), (), ("parallelism.tp_size=2", NET_PLAN), ("parallelism.pp_size=2", "pipeline.pp_batch_size=8")],
+    ids=["ddp", "fsdp2", "tp", "pp"],
+)
+def test_a_start_of_ones_own_is_the_same_on_every_layout(words: tuple[str, ...]) -> None:
+    """Assigned, orthogonal, loaded from another layer, scaled, zero."""
+    expected = filled(plain_model, NODES["sloped"], seed=3).state_dict()
+    assert torch.equal(expected["blocks.0.up.weight"], expected["blocks.1.up.weight"])
+    for found in run_ranks(2, weights, words, "sloped", 3):
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 _MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-NODES: dict[str, dict[str, Any]] = {**MODELS, "experts": {"config": {**LLAMA, **_MIXTRAL}}}
+NODES: dict[str, dict[str, Any]] = {
+    **MODELS,
+    "experts": {"config": {**LLAMA, **_MIXTRAL}},
+    "sloped": {"_target_": "tests.runtime.constructors.SlopedNet"},
+}
 
 
 def small_weights(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tensor], bool, float]:
