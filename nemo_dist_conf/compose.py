@@ -24,6 +24,7 @@ from nemo_dist_conf.sections import (
     read_section,
     strategy_of,
 )
+from nemo_dist_conf.store import is_ours
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.texts import text_problems, told_as_texts
@@ -32,6 +33,7 @@ from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.pipeline import pipeline_problems
 from nemo_dist_conf.topology.solve import MeshSpec, solve
 from nemo_dist_conf.topology.world import launch_command, planned_world_size
+from nemo_dist_conf.typed_line import as_typed_here, is_chosen
 
 __all__ = ["Checked", "check", "check_values", "find_roots", "is_root"]
 
@@ -86,7 +88,8 @@ def check(
     try:
         return _check(cfg, world_size, facts, seq_len)
     except ConfigError as error:
-        raise told_as_texts(error, cfg, lambda read: _check(read, world_size, facts, seq_len)) from None
+        told = told_as_texts(error, cfg, lambda read: _check(read, world_size, facts, seq_len))
+        raise as_typed_here(told, cfg) from None
 
 
 def _check(cfg: Any, world_size: int | None, facts: ModelFacts | None, seq_len: int | None) -> Checked:
@@ -194,9 +197,28 @@ def _single_root(cfg: Any) -> DictConfig:
     else:
         what = "the config holds no strategy of nemo_dist_conf"
         allowed = "one of " + ", ".join(name for s in STRATEGIES for name in s.names)
-        instead = "+nemo_dist_conf@_global_=default" if value is None else "strategy=fsdp2"
+        instead = _choice_of_a_strategy(cfg)
     shown = value if isinstance(value, (str, type(None))) else type(value).__name__
     raise ConfigError(Problem(what, f"strategy={'null' if shown is None else shown}", allowed, instead))
+
+
+def _choice_of_a_strategy(cfg: Any) -> str:
+    """The words that choose one: where the other sections stand, and by the name that the group has in this app."""
+    package = _package_of_sections(cfg)
+    place = Paths(package).key("strategy")
+    choice = Paths(package).choose("strategy", "fsdp2")
+    if not is_ours("strategy"):
+        return f"+nemo_dist/strategy@{place}=fsdp2"
+    return choice if is_chosen(cfg, choice.partition("=")[0]) else f"+{choice}"
+
+
+def _package_of_sections(node: Any) -> str:
+    """Where sections of ours stand without a strategy; "" where none does."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+        return ""
+    if any(OmegaConf.is_dict(node._get_node(name)) for name in SECTIONS if name in node):
+        return str(node._get_full_key(""))
+    return next((found for key in node if (found := _package_of_sections(node._get_node(key)))), "")
 
 
 def _meant_by(node: Any) -> str | None:
@@ -303,12 +325,18 @@ def _changed_while_off(
     if not changed:
         return []
     shown = [paths.set(f"{section}.{key}", inline_text(value)) for key, value in changed.items()]
+    instead = [
+        default_choice(section, paths)
+        if key == "pp_schedule"
+        else paths.set(f"{section}.{key}", inline_text(defaults.get(key)))
+        for key in changed
+    ]
     return [
         Problem(
             f"{section} settings were changed, but {size} is 1, so they would do nothing",
             " ".join(shown),
             f"the defaults while {size}=1, or {size} of 2 or more",
-            default_choice(section, paths),
+            " ".join(instead),
         )
     ]
 

@@ -20,6 +20,7 @@ __all__ = [
     "NODE_CLASSES",
     "PROVIDER",
     "always_call_hooks",
+    "is_ours",
     "register",
     "register_launcher",
     "register_resolver",
@@ -151,6 +152,13 @@ def register_launcher(make: Callable[[], Any]) -> None:
 def register_sweeper(make: Callable[[], Any]) -> None:
     """Store ``hydra/sweeper=layouts``, likewise."""
     _put(ConfigStore.instance(), "hydra/sweeper", "layouts", make)
+
+
+def is_ours(group: str) -> bool:
+    """Whether a group's short name is ours in this app, which else has one of its own."""
+    level = _level(ConfigStore.instance(), group)
+    entries = level.values() if isinstance(level, dict) else ()
+    return any(getattr(entry, "provider", None) == PROVIDER for entry in entries)
 
 
 def always_call_hooks() -> None:

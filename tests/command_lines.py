@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import shlex
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.topology.solve import LAUNCH
@@ -224,6 +226,10 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
 )
 
 
+#: What a word without a dot chooses an option of.
+_GROUPS = ("strategy", "parallelism", "pipeline", "moe", "model", "data", "optimizer")
+
+
 def outcome(world_size: int, line: str) -> tuple[str, ConfigError | None]:
     """(text that a user sees, our error or None) for a command line of the recipe on ``world_size`` ranks."""
     return _outcome(world_size, tuple(shlex.split(line)))
@@ -238,14 +244,36 @@ def _outcome(world_size: int, words: tuple[str, ...]) -> tuple[str, ConfigError 
         return _composed_and_checked(world_size, words)
 
 
+@functools.cache
+def _choices(words: tuple[str, ...]) -> DictConfig:
+    return compose("train", overrides=list(words), return_hydra_config=True)
+
+
+def _is_choice(word: str) -> bool:
+    key = word.lstrip("+~").partition("=")[0]
+    return "." not in key and ("@" in key or "/" in key or key in _GROUPS)
+
+
+def _composed(words: tuple[str, ...]) -> DictConfig:
+    """As Hydra composes them; it sets values last, so what it takes longest for is done once for each choice."""
+    chosen = tuple(word for word in words if _is_choice(word))
+    cfg = copy.deepcopy(_choices(chosen))
+    values = OverridesParser.create().parse_overrides([word for word in words if word not in chosen])
+    ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+    with open_dict(cfg.hydra):
+        cfg.hydra.overrides.task = list(words)
+    return cfg
+
+
 def _composed_and_checked(world_size: int, words: tuple[str, ...]) -> tuple[str, ConfigError | None]:
     try:
-        cfg = compose("train", overrides=list(words), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
+        cfg = _composed(words)
+    except Exception as error:  # whatever it is, Hydra or OmegaConf raised it
+        cause = error.__cause__
+        return "Hydra: " + str(error).split("\n")[0] + (f" / {str(cause).splitlines()[0]}" if cause else ""), None
+    HydraConfig.instance().set_config(cfg)
+    try:
         checked = check_recipe(cfg, world_size)
         return f"runs: {checked.strategy.name}, {checked.mesh.describe()}", None
     except ConfigError as error:
         return str(error), error
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        cause = error.__cause__
-        return "Hydra: " + str(error).split("\n")[0] + (f" / {str(cause).splitlines()[0]}" if cause else ""), None

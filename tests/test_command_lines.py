@@ -1,7 +1,9 @@
-"""Every command line of the table has exactly the outcome of the golden file, and what it says to type works."""
+"""Every command line of the table has exactly the outcome of the golden file.
+
+What they offer is typed by test_typed_answers.py.
+"""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -42,36 +44,3 @@ def test_outcome_is_the_golden_one(world_size, line):
     if error is not None:
         for problem in error.problems:
             assert problem.what and problem.asked and problem.allowed and problem.type
-
-
-REFUSED = [
-    (world_size, line)
-    for world_size, line in COMMAND_LINES
-    if "\n  type  " in EXPECTED[world_size, line]
-]
-
-
-@pytest.mark.parametrize(("world_size", "line"), REFUSED)
-def test_what_it_says_to_type_works(world_size, line):
-    """Put the words of each ``type`` line in the place of those asked, as a user would, until nothing is refused."""
-    words = shlex.split(line)
-    for _ in range(10):
-        text, error = outcome(world_size, shlex.join(words))
-        if error is None:
-            break
-        problem = error.problems[0]
-        instead = problem.type
-        started = re.match(r"torchrun --nproc-per-node (\d+) app\.py (.*)", instead)
-        if started:
-            world_size, instead = int(started[1]), started[2]
-        replaced = {_key(word) for word in [*shlex.split(problem.asked), *shlex.split(instead)]}
-        words = [word for word in words if _key(word) not in replaced]
-        if any(word.startswith("strategy=") for word in shlex.split(instead)):  # its options go with the old strategy
-            words = [word for word in words if not word.startswith("strategy.")]
-        words += [word for word in shlex.split(instead) if not word.startswith("~")]
-    assert text.startswith("runs: "), text
-
-
-def _key(word: str) -> str:
-    key = word.lstrip("+~").partition("=")[0]
-    return {"pipeline.pp_schedule": "pipeline"}.get(key, key)

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
 from nemo_dist_conf.errors import DataError, Problem
 
 __all__ = [
@@ -28,8 +31,10 @@ __all__ = [
     "Manifest",
     "ROOT",
     "STATE",
+    "anew",
     "checkpoints_in",
     "damaged",
+    "elsewhere",
     "file_mark",
     "find_checkpoint",
     "read_json",
@@ -206,10 +211,38 @@ def wrong_bytes(manifest: Manifest, names: Sequence[str]) -> str:
     return ""
 
 
+def anew(folder: Path) -> str:
+    """What to type for a run that goes on from none of the checkpoints that stand in ``folder`` or beside it."""
+    return elsewhere(folder) or "checkpoint.resume=null"
+
+
+def elsewhere(folder: Path) -> str | None:
+    """Another output folder for this Hydra job, to be typed, where ``folder`` is in its own; else None.
+
+    A run that goes on from no checkpoint does not take over a folder that has some.
+    """
+    hydra: Any = HydraConfig.instance().cfg
+    if hydra is None:
+        return None
+    key = "hydra.sweep.dir" if str(OmegaConf.select(hydra, "hydra.mode")).endswith("MULTIRUN") else "hydra.run.dir"
+    own = OmegaConf.select(hydra, key)
+    if own is None or not folder.absolute().is_relative_to(_typed_in(hydra) / own):
+        return None
+    number = 2
+    while (_typed_in(hydra) / f"{own}-{number}").exists():
+        number += 1
+    return f"{key}={own}-{number}"
+
+
+def _typed_in(hydra: Any) -> Path:
+    """The folder of the command line, which ``hydra.job.chdir`` leaves."""
+    return Path(OmegaConf.select(hydra, "hydra.runtime.cwd", throw_on_missing=False) or Path.cwd())
+
+
 def damaged(folder: Path, finding: str) -> DataError:
     """The error that names what is wrong with a checkpoint, and offers the one before it."""
     older = _complete_before(folder)
-    best = f"checkpoint.resume={older}" if older else "checkpoint.resume=null"
+    best = f"checkpoint.resume={older}" if older else anew(folder)
     allowed = f"a complete checkpoint; the one before it is {older.name}" if older else "a complete checkpoint"
     what = f"the checkpoint {folder} is damaged: {finding}"
     return DataError(Problem(what, f"checkpoint.resume={folder}", allowed, best))

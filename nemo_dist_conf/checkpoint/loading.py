@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nemo_dist_conf.checkpoint.folder import Manifest
+from nemo_dist_conf.checkpoint.folder import Manifest, anew
 from nemo_dist_conf.checkpoint.objects import (
     BY_NAME,
     EXTRA_OF,
@@ -366,7 +366,7 @@ def compare(
     if found:
         what = f"the tensors of {path} are not those of {model}: {'; '.join(found)}"
         allowed = "the model that saved it, with the same sizes and dtype"
-        raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, "checkpoint.resume=null"))
+        raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, anew(path)))
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nemo_dist_conf.checkpoint.again import difference, run_of
-from nemo_dist_conf.checkpoint.folder import checkpoints_in, find_checkpoint, read_manifest, step_folder
+from nemo_dist_conf.checkpoint.folder import checkpoints_in, elsewhere, find_checkpoint, read_manifest, step_folder
 from nemo_dist_conf.checkpoint.whole import PARTIAL, Restored, Snapshot, load, take_snapshot, write_snapshot
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.agree import together
@@ -94,7 +94,7 @@ class Checkpoints:
             what = f"{self.folder} holds checkpoints of another run, up to {there[0].name}"
             asked = f"checkpoint.resume={'null' if resume is None else resume}"
             allowed = "auto: go on with that run; or an output folder of its own (hydra.run.dir)"
-            raise DataError(Problem(what, asked, allowed, "checkpoint.resume=auto"))
+            raise DataError(Problem(what, asked, allowed, elsewhere(self.folder) or "checkpoint.resume=auto"))
         return origin, uuid.uuid4().hex, origin
 
     def _going_on(self, newest: Path) -> tuple[str, str, str | None]:

@@ -29,6 +29,7 @@ from nemo_dist_conf.checkpoint.folder import (
     CONFIG,
     STATE,
     Manifest,
+    anew,
     damaged,
     find_checkpoint,
     read_json,
@@ -414,7 +415,7 @@ def _wanted(
             saved = state["optimizer"] or "no optimizer"
             what = f"{path} holds the state of {saved}, not of {kind}"
             allowed = "the optimizer that saved it, or the weights alone (model.name_or_path of an exported folder)"
-            raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, "checkpoint.resume=null"))
+            raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, anew(path)))
         return {**weights, **optimizer_pieces(_names_of(optimizer, models), optimizer, stored)}
 
     pieces, _ = together(fits)

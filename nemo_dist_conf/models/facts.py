@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -32,6 +32,7 @@ class ModelFacts:
 
     num_experts 0: a dense model. balances_experts: it computes a loss for an even load of its experts.
     own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (``mixers.own_mixer``).
+    folder: of the checkpoint whose config says so; None: its fields are the tree's own, and can be typed.
     """
 
     model_type: str | None = None
@@ -45,6 +46,7 @@ class ModelFacts:
     tied: bool = False
     balances_experts: bool = False
     own_mixer: str | None = None
+    folder: str | None = None
 
 
 def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
@@ -78,7 +80,9 @@ def facts_from_folder(folder: str | Path) -> ModelFacts | None:
         config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts_from_config(plain_floats(config)) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return None
+    return replace(facts_from_config(plain_floats(config)), folder=str(folder))
 
 
 def plain_floats(value: Any) -> Any:

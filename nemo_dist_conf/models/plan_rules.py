@@ -10,6 +10,7 @@ from typing import Any, Mapping
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.models.facts import ModelFacts
 from nemo_dist_conf.models.plans import FAMILIES, STYLES, match_pattern, unalias
+from nemo_dist_conf.models.shapes import SHAPED_FAMILIES
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.paths import Paths
 
@@ -65,7 +66,9 @@ def _modules(facts: ModelFacts) -> list[str]:
     family = FAMILIES.get(facts.model_type or "")
     if family is None or facts.num_layers is None:
         return []
-    inside = [*family.layers, *family.inputs, *family.norms]
+    has_norms = bool(SHAPED_FAMILIES.get(facts.model_type or "", {}).get("qk_norm"))
+    layers = [name for name in family.layers if has_norms or not name.endswith(("q_norm", "k_norm"))]
+    inside = [*layers, *family.inputs, *family.norms]
     names = [f"{family.block}.{name}" for name in inside] + [family.embedding, family.final_norm, family.block]
     return [*(f"model.{name}" for name in (*names, *_WITHOUT_WEIGHTS)), family.head, "model"]
 

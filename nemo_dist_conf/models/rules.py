@@ -17,7 +17,7 @@ def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
 
     The vocabulary is not in it: torch shards it unevenly and the logits stay exact.
     """
-    known = [n for n in (facts.num_heads, facts.num_kv_heads, facts.intermediate_size) if n]
+    known = [n for n in (facts.num_heads, facts.num_kv_heads, facts.intermediate_size) if n and n > 0]
     if not known:
         return None
     return [d for d in divisors(min(known)) if all(n % d == 0 for n in known)]
@@ -117,24 +117,29 @@ def model_problems(
         problems.append(
             Problem(
                 "the loss that balances experts is taken over all layers at once, and a pipeline rank has only its own",
-                f"{paths.set('parallelism.pp_size', pp)} model.config.output_router_logits=true",
+                f"{paths.set('parallelism.pp_size', pp)} {_said(facts, 'output_router_logits')}",
                 "pp_size=1, or training without that loss",
-                "model.config.output_router_logits=false",
+                paths.set("parallelism.pp_size", 1) if facts.folder else "model.config.output_router_logits=false",
             )
         )
     if pp > 1 and facts.tied:
         problems.append(
             Problem(
                 "the model's embedding and head are one parameter, and a pipeline has them on its first and last stage",
-                f"{paths.set('parallelism.pp_size', pp)} model.config.tie_word_embeddings=true",
+                f"{paths.set('parallelism.pp_size', pp)} {_said(facts, 'tie_word_embeddings')}",
                 "pp_size=1, or a head with weights of its own",
-                "model.config.tie_word_embeddings=false",
+                paths.set("parallelism.pp_size", 1) if facts.folder else "model.config.tie_word_embeddings=false",
             )
         )
     if ep > 1:
         problems += _expert_problems(facts, ep, paths)
         problems += tied_head_problems(moe or {}, paths) if facts.tied else []
     return problems
+
+
+def _said(facts: ModelFacts, field: str) -> str:
+    """What asked for a field that is on: the folder of a checkpoint, or the field itself."""
+    return f"model.name_or_path={facts.folder}" if facts.folder else f"model.config.{field}=true"
 
 
 def tied_head_problems(moe: Mapping[str, Any], paths: Paths = Paths()) -> list[Problem]:

@@ -133,12 +133,12 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """
     family = str(config.get("model_type"))
     if family not in SHAPED_FAMILIES:
-        likely = nearest(family, SHAPED_FAMILIES) or ["llama"]
+        likely = nearest(family, SHAPED_FAMILIES)
         what = f"sizes of a model of type {config.get('model_type')} are not known"
         allowed = ", ".join([*likely, *(name for name in SHAPED_FAMILIES if name not in likely)])
-        raise ConfigError(
-            Problem(what, f"model.config.model_type={family}", allowed, f"model.config.model_type={likely[0]}")
-        )
+        # Fields of one family are not those of another; a model of the recipe brings its own.
+        best = f"model.config.model_type={likely[0]}" if likely else "model=llama3_8b"
+        raise ConfigError(Problem(what, f"model.config.model_type={family}", allowed, best))
     given = {key: value for key, value in config.items() if value is not None}
     if "num_local_experts" in given and family == "qwen3_moe":  # transformers has two names for it
         given.setdefault("num_experts", given["num_local_experts"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Mapping
@@ -20,7 +21,7 @@ from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
 
-__all__ = ["batch_of", "hardware_of", "job_of", "model_config", "planned_start", "update_of"]
+__all__ = ["batch_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
 
 
 def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start:
@@ -34,10 +35,24 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
     Raises ConfigError for everything that the recipe refuses, and for a model or hardware that is not known.
     """
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
-    model = shape_of(model_config(cfg))
+    model = model_shape(cfg)
     with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
         return _job(cfg, checked, machine, model)
+
+
+def model_shape(cfg: DictConfig) -> ModelShape:
+    """The shape of ``cfg.model``. Raises ConfigError for a family or a size that cannot be planned."""
+    config = model_config(cfg)
+    try:
+        return shape_of(config)
+    except ConfigError as error:
+        folder = OmegaConf.select(cfg, "model.name_or_path")
+        if not folder:
+            raise
+        # What the folder's config says cannot be typed.
+        asked, best = f"model.name_or_path={folder}", "model=llama3_8b"
+        raise ConfigError(*(dataclasses.replace(each, asked=asked, type=best) for each in error.problems)) from None
 
 
 def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelShape) -> Job:

@@ -12,9 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.compose import check_values
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.models.facts import facts_from_config
-from nemo_dist_conf.models.shapes import shape_of
 from nemo_dist_conf.plan.activations import stage_bytes
-from nemo_dist_conf.plan.from_config import hardware_of, model_config, planned_start, update_of
+from nemo_dist_conf.plan.from_config import hardware_of, model_config, model_shape, planned_start, update_of
 from nemo_dist_conf.plan.held import Place
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import memory_of, resting_bytes
@@ -100,7 +99,7 @@ def search(
 
 class _Search:
     def __init__(self, cfg: DictConfig, machine: HardwareConf, config: Mapping[str, Any]) -> None:
-        self.machine, self.model = machine, shape_of(config)
+        self.machine, self.model = machine, model_shape(cfg)
         self.rows, self.seq_len = cfg.train.global_batch_size, int(cfg.data.seq_len)
         problems = batch_problems(self.rows, None, 1)
         ConfigError.raise_if(problems)

@@ -21,6 +21,7 @@ from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
 from nemo_dist_conf.texts import told_as_texts
 from nemo_dist_conf.topology.world import launched, planned_world_size
+from nemo_dist_conf.typed_line import as_typed_here
 
 __all__ = [
     "RecipeCallback",
@@ -60,7 +61,8 @@ def check_recipe(config: DictConfig, world_size: int | None = None) -> Checked:
     try:
         return _check_recipe(config, world_size)
     except ConfigError as error:
-        raise told_as_texts(error, config, lambda read: _check_recipe(read, world_size)) from None
+        told = told_as_texts(error, config, lambda read: _check_recipe(read, world_size))
+        raise as_typed_here(told, config) from None
 
 
 def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:

@@ -322,9 +322,7 @@ def _check_ties(model: nn.Module, chain: Chain) -> None:
                     f"{' and '.join(group)} are one parameter, and a pipeline may hold them on different stages",
                     "parallelism.pp_size above 1",
                     "pp_size=1, or a parameter for each",
-                    "model.config.tie_word_embeddings=false"
-                    if hasattr(getattr(model, "config", None), "tie_word_embeddings")
-                    else "parallelism.pp_size=1",
+                    "parallelism.pp_size=1",
                 )
             )
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from nemo_dist_conf.checkpoint.folder import ROOT, checkpoints_in, step_folder
+from nemo_dist_conf.checkpoint.folder import ROOT, anew, checkpoints_in, step_folder
 from nemo_dist_conf.checkpoint.series import Checkpoints
 from nemo_dist_conf.checkpoint.whole import Restored
 from nemo_dist_conf.errors import DataError, Preempted, Problem
@@ -108,7 +108,7 @@ class Saving:
         if position is None:
             what = f"{restored.folder} was not saved by this recipe: it does not say where the data stand"
             asked, allowed = f"checkpoint.resume={self._settings.resume}", "a checkpoint of the recipe, or null"
-            raise DataError(Problem(what, asked, allowed, "checkpoint.resume=null"))
+            raise DataError(Problem(what, asked, allowed, anew(restored.folder)))
         self._rows = position["rows"]
         if self.loss_scale is not None and position.get("loss_scale") is not None:
             self.loss_scale.load_state_dict(position["loss_scale"])

@@ -9,10 +9,12 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.checkpoint import Checkpoints, load, series, storage, whole
-from nemo_dist_conf.checkpoint.folder import checkpoints_in, read_manifest
+from nemo_dist_conf.checkpoint.folder import anew, checkpoints_in, read_manifest
 from nemo_dist_conf.errors import DataError, TrainingError
 from tests.checkpoint.beside import LAYOUTS, named_parameters, two
 from tests.checkpoint.small import bits, make, train
@@ -126,6 +128,18 @@ def test_two_runs_at_a_time_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
             Checkpoints(tmp_path)
         assert names(tmp_path) == ["step_00000001"]
     Checkpoints(tmp_path).close()
+
+
+@pytest.mark.parametrize("mode, key", [("RUN", "hydra.run.dir"), ("MULTIRUN", "hydra.sweep.dir")])
+def test_a_job_that_goes_on_from_nothing_is_offered_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, key: str
+) -> None:
+    """null would be refused in the job's own folder, which has checkpoints; elsewhere it starts anew."""
+    (tmp_path / "run-2").mkdir()
+    values = {"mode": mode, "run": {"dir": "run"}, "sweep": {"dir": "run"}, "runtime": {"cwd": str(tmp_path)}}
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": values}))
+    assert anew(tmp_path / "run" / "checkpoints" / "step_1") == f"{key}=run-3"
+    assert anew(tmp_path / "other" / "checkpoints" / "step_1") == "checkpoint.resume=null"
 
 
 def test_a_new_run_does_not_take_over_anothers_folder(tmp_path: Path) -> None:

@@ -49,6 +49,15 @@ def without_torch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("search", ["plan.search=false", "plan.search=true"])
+def test_a_folder_of_a_family_without_sizes_is_told_of_models_that_have_them(tmp_path: Path, search: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32}')
+    with pytest.raises(ConfigError, match="sizes of a model of type gpt2 are not known") as refused:
+        planned(f"model.name_or_path={tmp_path}", "world_size=8", "hardware=h100", search)
+    assert refused.value.asked == f"model.name_or_path={tmp_path}"
+    assert planned(refused.value.type, "world_size=8", "hardware=h100", "data.seq_len=4096", search)
+
+
 def test_the_command_of_the_issue_needs_no_torch_and_leaves_nothing(tmp_path: Path) -> None:
     sizes = ["parallelism.tp_size=8", "parallelism.pp_size=4", "world_size=2048", "hardware=h100"]
     done = without_torch("strategy=fsdp2", *sizes, *BIG, cwd=tmp_path)
@@ -187,7 +196,7 @@ REFUSED = {
     "plan.top=0 plan.search=true": "plan.top=10",
     "+plan.serch=true": "plan.search=",
     "plan.search=3": "plan.search=true",
-    "model.config.model_type=gpt2": "model.config.model_type=llama",
+    "model.config.model_type=gpt2": "model=llama3_8b",
     "model.name_or_path=/nowhere": "model.name_or_path=null",
     "hardware.memory_gib=-1": "hardware=h100",
     "parallelism.tp_size=3": "parallelism.tp_size=2",

@@ -105,6 +105,9 @@ def test_nothing_of_an_earlier_run_is_lost_without_a_word(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert numbers(tmp_path)[:2] == first and len(numbers(tmp_path)) == 3
     assert "WARNING" not in done.stdout.partition("goes on after step 2")[2].partition("model ")[0]
+    done = train(tmp_path, few, EVERY, "checkpoint.resume=null")
+    assert done.returncode != 0 and "  type     hydra.run.dir=run-2" in done.stderr
+    assert train(tmp_path, few, EVERY, "checkpoint.resume=null", "hydra.run.dir=run-2").returncode == 0
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     done = train(tmp_path, few, export)
     assert done.returncode == 0 and "hf of an earlier run in this folder is now hf.1" in done.stdout

@@ -1,0 +1,60 @@
+"""Refusals in the words of the command line that was typed: what is offered has to lead further when it is typed.
+
+A rule knows the tree, not how its keys came into it. ``~foo`` deletes a key that a file brought; one that ``+foo=1``
+brought is left away with that word.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_dist_conf.errors import ConfigError
+
+__all__ = ["WITHOUT", "as_typed_here", "is_chosen"]
+
+#: What is offered where words only have to go.
+WITHOUT = "the same without "
+
+
+def is_chosen(config: Any, group: str) -> bool:
+    """Whether a group stands in the defaults list, so that another option of it is chosen without ``+``."""
+    return group in (_hydra(config, "runtime.choices") or ())
+
+
+def as_typed_here(error: ConfigError, config: Any) -> ConfigError:
+    """The error with offers that fit the command line which this config, or that it is part of, was composed from."""
+    words = [str(word) for word in _hydra(config, "overrides.task") or ()]
+    return type(error)(*(replace(problem, type=_fitted(problem.type, words)) for problem in error.problems))
+
+
+def _hydra(config: Any, key: str) -> Any:
+    """What Hydra noted of the tree that a config is part of, else of the running job; None where it made neither."""
+    whole: Any = config._get_root() if isinstance(config, DictConfig) else None
+    running: Any = HydraConfig.instance().cfg
+    for tree in (whole, running):
+        found = OmegaConf.select(tree, f"hydra.{key}") if tree is not None else None
+        if found is not None:
+            return found
+    return None
+
+
+def _fitted(offer: str, words: list[str]) -> str:
+    if " " in offer or not offer:
+        return offer
+    key = _key(offer)
+    if offer.startswith("~"):
+        gone = [word for word in words if not word.startswith("~") and f"{_key(word)}.".startswith(f"{key}.")]
+        gone = gone or [word for word in words if word == offer]  # that it is gone is the problem
+    else:
+        gone = [word for word in words if word.startswith("~") and f"{key}.".startswith(f"{_key(word)}.")]
+    return WITHOUT + shlex.join(gone) if gone else offer
+
+
+def _key(word: str) -> str:
+    """Where a word leads: ``strategy@dist.strategy=ddp`` to dist.strategy."""
+    return word.lstrip("+~").partition("=")[0].rpartition("@")[2]

@@ -1,0 +1,68 @@
+"""What a refusal offers leads on when it is typed: the same problem is gone, and the end is a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command_lines import COMMAND_LINES
+from tests.typed_answers import APPS, Line, bad_lines, findings
+
+#: All of them: python -m tests.typed_answers.
+LINES = bad_lines()
+#: Lines of one app after the other, and each offer that is met again is known by then.
+CHUNKS = 12
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_what_is_offered_leads_to_a_run(chunk: int) -> None:
+    chosen = LINES[::3]
+    size = -(-len(chosen) // CHUNKS)
+    assert [finding for line in chosen[chunk * size : (chunk + 1) * size] for finding in findings(line)] == []
+
+
+def test_every_line_of_the_golden_file_leads_to_a_run() -> None:
+    assert [finding for ranks, words in COMMAND_LINES for finding in findings(Line.of(ranks, words))] == []
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [("llama", "tie_word_embeddings"), ("mixtral", "output_router_logits")],
+    ids=["tied", "balanced"],
+)
+def test_what_a_folder_says_is_not_offered_to_be_typed(tmp_path: Path, family: str, field: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, field: True}))
+    line = Line.of(2, f"model.name_or_path={tmp_path} parallelism.pp_size=2")
+    text, error = line.outcome()
+    assert error is not None and field not in error.type, text
+    assert findings(line) == []
+
+
+def test_there_are_hundreds_of_every_kind() -> None:
+    refused = [line for line in LINES[::5] if line.outcome()[1] is not None]
+    assert len(LINES) > 700 and len(refused) > 0.8 * len(LINES[::5])
+    assert {line.program for line in LINES} == {"recipe", *APPS}
+
+
+def test_an_offer_that_leads_nowhere_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_dist_conf.errors import ConfigError, Problem
+
+    def circle(self: Line) -> tuple[str, ConfigError | None]:
+        other = "train.steps=2" if "train.steps=1" in self.words else "train.steps=1"
+        return "refused", ConfigError(Problem(f"not {self.words}", self.words[0], "other steps", other))
+
+    monkeypatch.setattr(Line, "outcome", circle)
+    (found,) = findings(Line.of(1, "train.steps=1"))
+    assert "comes back to" in found
+
+
+def test_an_offer_after_which_nothing_has_changed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_dist_conf.errors import ConfigError, Problem
+
+    def still(self: Line) -> tuple[str, ConfigError | None]:
+        return "refused", ConfigError(Problem("no", self.words[0], "others", f"{self.words[0]}0"))
+
+    monkeypatch.setattr(Line, "outcome", still)
+    assert any("still so" in found for found in findings(Line.of(1, "train.steps=1")))
