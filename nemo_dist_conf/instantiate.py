@@ -43,8 +43,8 @@ def instantiate(
     The config is checked, the process group started or joined, the meshes built, and the model built, wrapped as
     the strategy says and filled: with what its constructor gives, drawn from (``cfg.seed``, name), the same under
     every layout, or with the weights of ``cfg.model.name_or_path``. A rank holds its shards, the largest tensor and
-    what that is made of, unless a warning says otherwise. With pp_size above 1 the model is a Pipeline: its ``step`` runs forward and
-    backward.
+    what that is made of, unless a warning says otherwise. With pp_size above 1 the model is a Pipeline: its ``step``
+    runs forward and backward.
 
     cfg: a composed tree, or what hydra.utils.instantiate makes of one, whose nodes are typed configs by then and whose
     model and optimizer may be objects: so a node ``_target_: nemo_dist_conf.instantiate`` needs nothing else.

@@ -207,9 +207,9 @@ def _take_over(model: nn.Module, others: Mapping[Tensor, Tensor]) -> None:
             raise NotRecorded("it takes a parameter that others have views of")
         taken.append((tensor, values))
     for module in model.modules():
-        for key, tensor in module._buffers.items():
-            if tensor is not None and tensor in others:
-                module._buffers[key] = others[tensor]
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer in others:
+                module._buffers[key] = others[buffer]
 
 
 def _give_values_to_what_is_left(

@@ -36,8 +36,8 @@ def refuse_shared_memory(model: nn.Module, mesh: DeviceMesh) -> None:
                 raise _refusal(what, first, name, f"one parameter ({name} = {first})", mesh)
         same.append((name, parameter))
     for name, tensor in _others(model):
-        for first, parameter in places.get(storage_id(tensor), ()) if is_plain(type(tensor)) else ():
-            if _overlap(parameter, tensor):
+        for first, other in places.get(storage_id(tensor), ()) if is_plain(type(tensor)) else ():
+            if _overlap(other, tensor):
                 what = f"{name} is kept beside the parameter {first} and is in its memory"
                 raise _refusal(what, first, name, f"{first} where {name} is used", mesh)
 
