@@ -8,7 +8,7 @@ import math
 import random
 import types
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import numpy as np
 import torch
@@ -35,18 +35,21 @@ class Two(nn.Module):
         self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 8, bias=False)
 
 
-class Stack(nn.ModuleList):
-    """FSDP takes no root without a forward."""
+class Stack(nn.Sequential):
+    """Layers by number; FSDP takes no ModuleList as root."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__(*layers)
 
 
 def holder(**tensors: Tensor) -> nn.Module:
-    """A module with these parameters."""
+    """A module with these parameters; whole numbers are buffers, because FSDP of torch 2.11 takes none."""
     model = nn.Module()
     for name, tensor in tensors.items():
-        model.register_parameter(name, nn.Parameter(tensor, tensor.is_floating_point()))
+        if tensor.is_floating_point():
+            model.register_parameter(name, nn.Parameter(tensor))
+        else:
+            model.register_buffer(name, tensor)
     return model
 
 
