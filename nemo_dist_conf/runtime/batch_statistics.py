@@ -1,4 +1,4 @@
-"""Batch statistics: what batch normalisation computes over the rows of a rank, or over those of all data ranks.
+"""What is computed over the rows of a batch together: over those of a rank, or over those of all data ranks.
 
 Normalisation over a batch mixes its rows, so a loss depends on which rows a rank has: with those of its own it is not
 the loss of one process. Where asked to, mean and variance are taken over the rows of all ranks that hold different ones
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from nemo_dist_conf.runtime.forwards import Around
 
-__all__ = ["keeps_statistics", "use_global_statistics", "warn_of_local_statistics", "with_statistics"]
+__all__ = ["keeps_statistics", "use_global_statistics", "warn_of_own_rows", "with_statistics"]
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +69,37 @@ def use_global_statistics(model: nn.Module, groups: Sequence[dist.ProcessGroup])
         log.info("batch statistics over all data ranks: %s", _listed(found))
 
 
-def warn_of_local_statistics(model: nn.Module, ranks: int) -> None:
-    """Say, by name, which modules compute with statistics of a rank's own rows. ranks: with different rows."""
+def warn_of_own_rows(model: nn.Module, ranks: int) -> None:
+    """Say, by name, what is computed over a rank's own rows together. ranks: with different rows.
+
+    Statistics are said at once; a loss that compares rows (``return_loss`` of transformers' contrastive models) when
+    it is asked for.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    if ranks > 1 and "return_loss" in names and dist.get_rank() == 0:
+        compared = _Compared(type(model).__name__, names.index("return_loss"), ranks)
+        model.register_forward_pre_hook(compared, with_kwargs=True)
     local = {name: m for name, m in with_statistics(model).items() if not isinstance(m.forward, _Global)}
     if ranks > 1 and local and dist.get_rank() == 0:
         what = "%s: statistics of a rank's own rows, so the losses of %d ranks are not those of one process; "
         log.warning(what + "batch_statistics=global: of all ranks' rows, in each microbatch", _listed(local), ranks)
+
+
+class _Compared:
+    """Says once that a loss compares the rows of a rank. name: of the model's class, which FSDP gives another one.
+
+    place: of the argument that asks for the loss.
+    """
+
+    def __init__(self, name: str, place: int, ranks: int) -> None:
+        self.name, self.place, self.ranks, self.said = name, place, ranks, False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.said or not (kwargs.get("return_loss") or (len(args) > self.place and args[self.place])):
+            return
+        self.said = True
+        what = "%s: return_loss compares a rank's own rows, so the losses of %d ranks are not those of one process; "
+        log.warning(what + "gather the features of all ranks and compare those", self.name, self.ranks)
 
 
 def _listed(found: dict[str, nn.Module]) -> str:

@@ -27,7 +27,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.attributes import cast_beside_attributes
 from nemo_dist_conf.runtime.averaged import Averaged
-from nemo_dist_conf.runtime.batch_statistics import warn_of_local_statistics
+from nemo_dist_conf.runtime.batch_statistics import warn_of_own_rows
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP
@@ -106,7 +106,7 @@ def parallelize_fsdp2(
         counts = try_context_parallel(model, device_mesh[A.CP.value], units)
     together = [index for index in range(device_mesh.ndim) if names[index : index + 1] != (A.PP,)]
     apart = [index for index in together if names[index : index + 1] != (A.TP,)]
-    warn_of_local_statistics(model, math.prod(device_mesh.size(index) for index in apart))
+    warn_of_own_rows(model, math.prod(device_mesh.size(index) for index in apart))
     if sizes.get(A.PP, 1) > 1:
         why = "the stages of a pipeline hand on what the layers before have made, and would not skip the same ones"
         refuse_layerdrop(model, f"parallelism.pp_size={sizes[A.PP]}", why, "parallelism.pp_size=1")
@@ -245,7 +245,7 @@ def parallelize_ddp(
 
         initialize_distributed()
     ranks = dist.get_world_size() if device_mesh is None else device_mesh.size()
-    warn_of_local_statistics(model, ranks)
+    warn_of_own_rows(model, ranks)
     if ranks > 1 and not config.find_unused_parameters:
         switch = "strategy.find_unused_parameters"
         why = f"layers that a step skips get no gradient, which DDP takes with {switch}=true only"
@@ -312,7 +312,7 @@ def parallelize_megatron_fsdp(
         from nemo_dist_conf.runtime.context_trial import try_context_parallel
 
         counts = try_context_parallel(model, device_mesh[A.CP.value], find_blocks(model, blocks))
-    warn_of_local_statistics(model, device_mesh[A.DP.value].size() * device_mesh[A.CP.value].size())
+    warn_of_own_rows(model, device_mesh[A.DP.value].size() * device_mesh[A.CP.value].size())
     share_draws(model, [device_mesh.get_group(index) for index in range(device_mesh.ndim)])
     parameters = dict(model.named_parameters())
     if device_mesh[A.TP.value].size() > 1:

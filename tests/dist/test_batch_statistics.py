@@ -131,7 +131,16 @@ def test_norms_stay_in_float32_where_the_rest_computes_in_bfloat16() -> None:
     assert {found[1] for found in run_ranks(2, in_bfloat16, "local")} == {torch.float32}
 
 
-def said(words: tuple[str, ...]) -> list[str]:
+class Contrasts(Net):
+    """As transformers' contrastive models are asked for their loss."""
+
+    def forward(self, x: Tensor, return_loss: bool | None = None) -> Tensor:
+        features = super().forward(x)
+        return F.cross_entropy(features @ features.T, torch.arange(len(x))) if return_loss else features
+
+
+def said(words: tuple[str, ...], model: nn.Module | None = None, *forwards: Any) -> list[str]:
+    """What is warned of at the start, and when the model is run with each of these second arguments."""
     told: list[str] = []
 
     class Handler(logging.Handler):
@@ -141,7 +150,9 @@ def said(words: tuple[str, ...]) -> list[str]:
     handler = Handler(logging.WARNING)
     logging.getLogger("nemo_dist_conf").addHandler(handler)
     try:
-        instantiate(composed(*words), Net())
+        wrapped = instantiate(composed(*words), Net() if model is None else model)[1]
+        for second in forwards:
+            wrapped(images()[0], second)
     finally:
         logging.getLogger("nemo_dist_conf").removeHandler(handler)
     return told
@@ -154,6 +165,15 @@ def test_statistics_of_a_rank_are_said_by_name_with_the_option(words: tuple[str,
     assert text.startswith("layers.0.1, layers.1.1, layers.2.1 and 2 more (BatchNorm2d, OwnNorm, BareNorm, ")
     assert "batch_statistics=global" in text and second == []
     assert run_ranks(2, said, (*words, GLOBAL)) == [[], []] and run_ranks(1, said, words) == [[]]
+
+
+@pytest.mark.parametrize("words", [(DDP, GLOBAL), (FP32, GLOBAL)], ids=["ddp", "fsdp2"])
+def test_a_loss_that_compares_the_rows_of_a_rank_is_said_once(words: tuple[str, ...]) -> None:
+    first, second = run_ranks(2, said, words, Contrasts(), None, True, True)
+    (text,) = first
+    assert text.startswith("Contrasts: return_loss compares a rank's own rows, so the losses of 2 ranks") and not second
+    assert run_ranks(2, said, words, Contrasts(), None, False) == [[], []]
+    assert run_ranks(1, said, words, Contrasts(), True) == [[]]
 
 
 def test_a_word_that_means_nothing_is_refused() -> None:
