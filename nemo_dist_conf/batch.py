@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
 from hydra.core.utils import filter_overrides
@@ -12,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["Job", "SweepRefused", "compose_jobs", "jobs_of_basic_sweep", "judge", "refusal"]
+__all__ = ["Job", "SweepRefused", "compose_jobs", "folder_problems", "jobs_of_basic_sweep", "judge", "refusal"]
 
 
 class SweepRefused(ConfigError, CompactHydraException):
@@ -83,12 +86,35 @@ def judge(jobs: list[Job], check: Callable[[DictConfig], Checked | None] | None 
     """The jobs with their layout or why they are refused. check: for all; of: gives the check of a job's config."""
     for job in jobs:
         try:
+            ConfigError.raise_if(folder_problems(job.config, "sweep"))
             checked = (check or of(job.config))(job.config)
             if checked:
                 job.layout, job.model_type = checked.mesh.describe(), checked.facts.model_type
         except ConfigError as error:
             job.refused = error.problems
     return jobs
+
+
+def folder_problems(config: DictConfig, mode: str) -> Iterable[Problem]:
+    """Where the folder of a job gets a name that its file system does not take. mode: ``run`` or ``sweep``."""
+    keys = ["hydra.run.dir"] if mode == "run" else ["hydra.sweep.dir", "hydra.sweep.subdir"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Hydra 1.4, of override_dirname: when it makes the folder
+            folder = Path(*(str(OmegaConf.select(config, key)) for key in keys)).absolute()
+        there = next(parent for parent in folder.parents if parent.is_dir())
+        longest, most = max(len(os.fsencode(part)) for part in folder.parts), os.pathconf(there, "PC_NAME_MAX")
+    except Exception:  # what cannot be resolved, or asked of this system, Hydra will tell of
+        return
+    if longest > most:
+        written = config.hydra[mode]._get_node(keys[-1].rpartition(".")[2])._value()
+        names = "${hydra.job.num}" if mode == "sweep" else "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
+        yield Problem(
+            f"the name of the output folder has {longest} bytes, and the file system takes {most}",
+            f"{keys[-1]}='{written}'",
+            f"names of at most {most} bytes; hydra.job.config.override_dirname.exclude_keys leaves words out",
+            f"{keys[-1]}='{names}'",
+        )
 
 
 def refusal(jobs: Sequence[Job], skip: str | None) -> Problem:

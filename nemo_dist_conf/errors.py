@@ -84,4 +84,11 @@ class TrainingError(NemoDistConfError, RuntimeError):
 
 
 class Preempted(NemoDistConfError):
-    """A run was told to end (SIGTERM), saved its state and ended; the same command goes on from there."""
+    """A run was told to end, by SIGTERM or Ctrl-C, and did; the message says how to go on. by: number of the signal."""
+
+    def __init__(self, text: str, by: int) -> None:
+        super().__init__(text, by)
+        self.text, self.by = text, by
+
+    def __str__(self) -> str:
+        return self.text

@@ -8,6 +8,7 @@ from typing import Any, Callable
 
 from hydra.core.config_search_path import ConfigSearchPath
 
+from nemo_dist_conf.hydra_inside import asked_by_callbacks
 from nemo_dist_conf.names import HARDWARE, SCHEDULES, STRATEGY_NAMES
 from nemo_dist_conf.store import (
     NODE_CLASSES,
@@ -19,10 +20,10 @@ from nemo_dist_conf.store import (
     typed_node,
 )
 
-__all__ = ["config_groups", "register_groups"]
+__all__ = ["config_groups", "register_groups", "register_resolvers"]
 
 #: Variables by which launchers say how many ranks there are; apps without them need not know more.
-_RANK_COUNTS = {"WORLD_SIZE", "SLURM_NTASKS", "SUBMITIT_LOCAL_NTASKS"}
+_RANK_COUNTS = {"WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SUBMITIT_LOCAL_NTASKS"}
 
 
 def config_groups() -> dict[str, dict[str, Callable[[], Any]]]:
@@ -42,7 +43,7 @@ def config_groups() -> dict[str, dict[str, Callable[[], Any]]]:
 
 def register_groups(search_path: ConfigSearchPath) -> None:
     """Register everything with Hydra; called by the plugin for every app, so it must cost next to nothing."""
-    _register_resolvers()
+    register_resolvers()
     hardware = {"hardware": {name: functools.partial(_hardware, name) for name in HARDWARE}}
     register(config_groups(), search_path, {"activation_checkpointing": False, "batch_statistics": "local"}, hardware)
     register_launcher(_torchrun)
@@ -107,8 +108,8 @@ def _layouts() -> Any:
     return typed_node(LayoutsConf, "hydra_plugins.nemo_dist_conf.layouts_sweeper.LayoutsSweeper", __name__)
 
 
-def _register_resolvers() -> None:
-    """``${nemo_dist.compute_dtype:...}`` and the others that the recipe's YAML uses."""
+def register_resolvers() -> None:
+    """``${nemo_dist.compute_dtype:...}`` and the others that the recipe's YAML and our own nodes use."""
 
     def compute_dtype(dtype: Any, device: str) -> str:
         from nemo_dist_conf import resolvers
@@ -130,5 +131,13 @@ def _register_resolvers() -> None:
 
         return resolvers.pipeline_rows(parallelism, global_batch_size, micro_batch_size)
 
-    for function in (compute_dtype, autocast_dtype, explain, pipeline_rows):
+    def callback() -> Any:
+        target = "nemo_dist_conf.hooks.DistributedCallback"
+        if not asked_by_callbacks():
+            return target
+        from nemo_dist_conf.hooks import callback_as_config
+
+        return callback_as_config()
+
+    for function in (compute_dtype, autocast_dtype, explain, pipeline_rows, callback):
         register_resolver(f"nemo_dist.{function.__name__}", function)

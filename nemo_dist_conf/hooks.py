@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-import time
 import traceback
-from typing import Any, Callable, NoReturn
+from dataclasses import dataclass
+from typing import Any, Callable
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.batch import SweepRefused, compose_jobs, jobs_of_basic_sweep, judge, refusal
+from nemo_dist_conf.batch import SweepRefused, compose_jobs, folder_problems, jobs_of_basic_sweep, judge, refusal
 from nemo_dist_conf.compose import Checked, check, find_roots
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
+from nemo_dist_conf.hydra_inside import error_of_job
+from nemo_dist_conf.ranks.meeting import CannotMeet, NoAddress
+from nemo_dist_conf.ranks.telling import another_rank_told, end, wants_everything
 from nemo_dist_conf.topology.world import Start, about_to_start, is_starting, launch_command, launched, program
 
-__all__ = ["DistributedCallback", "check_of", "end"]
+__all__ = ["DistributedCallback", "callback_as_config", "check_of"]
+
+log = logging.getLogger(__name__)
 
 #: Ends of the class names of launchers that run a job as one process.
 _ONE_PROCESS = ("BasicLauncher", "JoblibLauncher")
-_PATIENCE_S = 10.0
 _SKIP = "hydra/launcher=torchrun hydra.launcher.on_invalid=skip"
 _TORCHRUN = "hydra_plugins.nemo_dist_conf.torchrun_launcher.TorchrunLauncher"
 
@@ -34,6 +40,7 @@ class DistributedCallback(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             _refuse_launcher_without_sweep(config)
+            ConfigError.raise_if(folder_problems(config, "run"))
             self.check(config)
         except NemoDistConfError as error:
             end(error)
@@ -41,7 +48,8 @@ class DistributedCallback(Callback):
         if place.world_size > 1:
             from nemo_dist_conf.ranks.agreement import agree_on_run
 
-            _or_end(lambda: agree_on_run(config, place, strict=any(find_roots(config))))
+            strict = any(find_roots(config))
+            _agree(lambda: agree_on_run(config, place, strict=strict), strict)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Every combination of a grid is checked before the first job, where the launcher does not do it itself."""
@@ -50,7 +58,7 @@ class DistributedCallback(Callback):
             return
         place = launched()
         try:
-            if place.world_size > 1:
+            if place.world_size > 1 and any(find_roots(config)):
                 raise _sweep_in_every_rank(config, place.world_size)
             start = _planned(config, launcher)
             if start is None:
@@ -72,7 +80,18 @@ class DistributedCallback(Callback):
         if place.world_size > 1 and place.source != "torchrun" and _is_sweep(config) and not is_starting():
             from nemo_dist_conf.ranks.agreement import agree_on_job
 
-            _or_end(lambda: agree_on_job(config, place))
+            strict = any(find_roots(config))
+            _agree(lambda: agree_on_job(config, place, strict=strict), strict)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """A refusal in the app's own main function ends a single run with the message alone, once for all ranks."""
+        error = error_of_job(job_return)
+        if error is None or _is_sweep(config) or wants_everything():
+            return  # a launcher decides about the jobs of its sweep
+        if isinstance(error, NemoDistConfError):
+            end(error)
+        if another_rank_told():
+            raise SystemExit(1)
 
     def check(self, config: DictConfig) -> Checked | None:
         """Raise ConfigError for what cannot work; an app may extend it. The checked config, where there is one."""
@@ -80,35 +99,45 @@ class DistributedCallback(Callback):
         return found[0] if found else None
 
 
+@dataclass
+class _Default(DistributedCallback):
+    """The callback as a structured config, which Hydra's instantiate makes an object of without a ``_target_``."""
+
+    _convert_: str = "object"
+
+
+def callback_as_config() -> DictConfig:
+    """What stands at ``hydra.callbacks.nemo_dist_conf`` when Hydra makes the callbacks of an app."""
+    return OmegaConf.structured(_Default)
+
+
 def check_of(config: DictConfig) -> Any:
     """The check that a job's own callbacks do: ours, or what an app extended it to."""
-    from hydra.utils import get_class
+    from hydra.utils import get_object
 
     for node in (OmegaConf.select(config, "hydra.callbacks") or {}).values():
-        kind = get_class(node._target_) if isinstance(node, DictConfig) and "_target_" in node else object
-        if issubclass(kind, DistributedCallback):
+        kind = get_object(node._target_) if isinstance(node, DictConfig) and "_target_" in node else None
+        if isinstance(kind, type) and issubclass(kind, DistributedCallback):
             return kind(**{str(key): node[key] for key in node if not str(key).startswith("_")}).check
     return DistributedCallback().check
 
 
-def end(error: NemoDistConfError) -> NoReturn:
-    """End this rank with the message alone, which rank 0 prints.
+def _agree(agree: Callable[[], None], strict: bool) -> None:
+    """Ranks of our groups that cannot agree end: Hydra would turn an exception into a warning, and go on.
 
-    The others wait for it: the launcher stops all ranks as soon as one ends, and rank 0 might not have printed yet.
-    A rank that is still there then is the only one with an error, and prints it.
+    An app without our groups goes on as it would without us, each rank with a config and a folder of its own.
     """
-    if launched().rank > 0:
-        time.sleep(_PATIENCE_S)
-    print(error, file=sys.stderr, flush=True)
-    raise SystemExit(1) from None
-
-
-def _or_end(agree: Callable[[], None]) -> None:
-    """Hydra would turn an exception into a warning, and this rank would go on with a config of its own."""
     try:
         agree()
-    except Exception as error:
-        print(error if isinstance(error, NemoDistConfError) else traceback.format_exc(), file=sys.stderr, flush=True)
+    except CannotMeet as error:
+        if strict:
+            end(error)
+        level = logging.DEBUG if isinstance(error, NoAddress) else logging.WARNING
+        log.log(level, "the ranks share no output folder: %s", error.what)
+    except NemoDistConfError as error:
+        end(error)
+    except Exception:
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 

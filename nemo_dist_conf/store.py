@@ -177,8 +177,8 @@ def _base_node(defaults: list[Any], plain: Mapping[str, Any]) -> DictConfig:
 
 
 def _hooks_node() -> DictConfig:
-    callback = {"_target_": "nemo_dist_conf.hooks.DistributedCallback"}
-    return OmegaConf.create({"hydra": {"callbacks": {"nemo_dist_conf": callback}}})
+    # No _target_, which an app with an execution whitelist (Hydra 1.4) would have to allow.
+    return OmegaConf.create({"hydra": {"callbacks": {"nemo_dist_conf": "${nemo_dist.callback:}"}}})
 
 
 def _put(store: ConfigStore, group: str | None, name: str, make: Callable[[], Any]) -> None:

@@ -133,3 +133,17 @@ def test_a_refused_sweep_is_its_problems_and_can_be_sent_to_another_process():
     assert str(error) == "one\n  asked    a\n  allowed  b\n  type     c\ntwo\n  asked    a\n  allowed  b\n  type     c"
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is SweepRefused and again.problems == error.problems
+
+
+LONG = "hydra.sweep.subdir='${hydra.job.num}-${x}'"
+
+
+def test_a_folder_name_that_the_file_system_does_not_take_is_refused_before_anything_starts(sweep, tmp_path):
+    master = sweep(f"hydra.sweep.dir={tmp_path}/new/sweep", LONG)
+    jobs = judge(compose_jobs(master, [["+x=b"], [f"+x={'c' * 260}"], [f"+x='{'ü' * 130}'"]]), lambda config: None)
+    assert [len(job.refused) for job in jobs] == [0, 1, 1]
+    problem = jobs[1].refused[0]
+    assert problem.what == "the name of the output folder has 262 bytes, and the file system takes 255"
+    assert (problem.asked, problem.type) == (LONG, "hydra.sweep.subdir='${hydra.job.num}'")
+    assert "has 262 bytes" in jobs[2].refused[0].what
+    assert not list(tmp_path.iterdir())

@@ -73,7 +73,8 @@ def test_optuna_gets_rank_0s_values_and_survives_failed_and_impossible_trials(tm
     jobs = records(tmp_path)
     assert [job["status"] for job in jobs] == ["failed", "skipped", "completed", "completed"]
     assert [job["layout"] for job in jobs] == ["dp 2", "", "dp 2", "tp 2"]
-    assert "diverges" in jobs[0]["reason"] and "tp_size=2 is not possible" in jobs[1]["reason"]
+    assert jobs[0]["reason"] == "rank 0: returned nan, which no sweeper can compare"
+    assert "tp_size=2 is not possible" in jobs[1]["reason"]
     assert not (tmp_path / "sweep" / "1").exists()
     values = [job["value"] for job in jobs[2:]]
     study = sqlite3.connect(tmp_path / "study.db")

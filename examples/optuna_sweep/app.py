@@ -39,9 +39,7 @@ def main(cfg: DictConfig) -> float:
         optimizer.step()
         optimizer.zero_grad()
     final = (mesh.sum_over_data(loss.detach()) / mesh.data_size).item()
-    if not final < 1e3:  # nan too
-        raise FloatingPointError(f"lr={cfg.lr:.3g} diverges: loss {final}")
-    return final
+    return final if final < 1e3 else float("nan")  # a trial without a finite value has failed
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import DataError, Problem
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = [
     "CONFIG",
@@ -226,17 +227,12 @@ def elsewhere(folder: Path) -> str | None:
         return None
     key = "hydra.sweep.dir" if str(OmegaConf.select(hydra, "hydra.mode")).endswith("MULTIRUN") else "hydra.run.dir"
     own = OmegaConf.select(hydra, key)
-    if own is None or not folder.absolute().is_relative_to(_typed_in(hydra) / own):
+    if own is None or not folder.absolute().is_relative_to(typed_path(own)):
         return None
     number = 2
-    while (_typed_in(hydra) / f"{own}-{number}").exists():
+    while typed_path(f"{own}-{number}").exists():
         number += 1
     return f"{key}={own}-{number}"
-
-
-def _typed_in(hydra: Any) -> Path:
-    """The folder of the command line, which ``hydra.job.chdir`` leaves."""
-    return Path(OmegaConf.select(hydra, "hydra.runtime.cwd", throw_on_missing=False) or Path.cwd())
 
 
 def damaged(folder: Path, finding: str) -> DataError:

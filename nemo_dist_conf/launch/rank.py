@@ -10,12 +10,14 @@ import pickle
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 from typing import Any, Callable
 
 from omegaconf import DictConfig
 
 from nemo_dist_conf.errors import NemoDistConfError
 from nemo_dist_conf.launch.task import Payload
+from nemo_dist_conf.ranks.drawn import Drawn
 from nemo_dist_conf.topology.world import set_by_elastic
 
 __all__ = ["RankExit", "run_rank"]
@@ -37,13 +39,14 @@ def run_rank(blob: bytes, task: Callable[..., Any] | None = None) -> bytes | Non
     payload: Payload = pickle.loads(blob)
     rank = int(os.environ["RANK"])
     _surroundings(payload)
-    named, config, hydra = payload.open()
+    named, config, hydra, drawn = payload.open()
     function = task or named
     if function is None:
         raise AssertionError("no task function came with the payload")
-    _hydra(payload, hydra, rank)
     try:
-        value = function(config)
+        with _allowed_to_execute(payload.allowed):
+            _hydra(payload, config, hydra, drawn, rank)
+            value = function(config)
     except SystemExit as end:
         if isinstance(end.__context__, NemoDistConfError):
             raise end.__context__  # told to the user before the exit; the sweep's report tells it too
@@ -53,6 +56,14 @@ def run_rank(blob: bytes, task: Callable[..., Any] | None = None) -> bytes | Non
     finally:
         _flush()
     return _packed(value) if rank == 0 else None
+
+
+def _allowed_to_execute(whitelist: Any) -> Any:
+    """What the app lets ``hydra.utils.instantiate`` call; since Hydra 1.4, where ``@hydra.main`` puts it up."""
+    from hydra import utils
+
+    allow = getattr(utils, "execution_whitelist", None)
+    return nullcontext() if allow is None else allow(whitelist, reset=True)
 
 
 def _end_with_launcher(parent: int) -> None:
@@ -89,15 +100,20 @@ def _surroundings(payload: Payload) -> None:
         torch.set_num_threads(payload.threads)
 
 
-def _hydra(payload: Payload, hydra: DictConfig, rank: int) -> None:
+def _hydra(payload: Payload, config: DictConfig, hydra: DictConfig, drawn: Drawn, rank: int) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.utils import JobRuntime, configure_log, setup_globals
 
+    from nemo_dist_conf.groups import register_resolvers
+    from nemo_dist_conf.ranks.drawn import put_missing
     from nemo_dist_conf.ranks.logs import keep_apart
     from nemo_dist_conf.ranks.tree import same_now
 
     setup_globals()
+    register_resolvers()
     same_now(payload.now)
+    for tree in (config, hydra):
+        put_missing(tree, drawn)
     JobRuntime.instance().set("name", payload.job_name)
     keep_apart(hydra, rank)
     HydraConfig.instance().set_config(hydra)

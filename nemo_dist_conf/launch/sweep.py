@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import functools
 import logging
+import math
 import os
 import pickle
 import signal
@@ -30,8 +32,9 @@ from nemo_dist_conf.launch.nodes import Nodes
 from nemo_dist_conf.launch.records import Record, Records, text_table
 from nemo_dist_conf.launch.settings import Settings, read_settings
 from nemo_dist_conf.launch.task import Payload, pack, refuse_unguarded
+from nemo_dist_conf.ranks.drawn import find_drawn, put_drawn
 from nemo_dist_conf.ranks.logs import rank_file
-from nemo_dist_conf.ranks.tree import resolve_for_ranks, same_now
+from nemo_dist_conf.ranks.tree import as_ranks_read, same_now
 from nemo_dist_conf.topology.world import about_to_start
 
 __all__ = ["TorchrunSweep"]
@@ -208,7 +211,7 @@ class TorchrunSweep:
         if not self.nodes.leads:
             from hydra._internal.callbacks import Callbacks
 
-            context = HydraContext(context.config_loader, Callbacks())
+            context = dataclasses.replace(context, callbacks=Callbacks())
             with flag_override(job.config, ["readonly", "struct"], False):
                 job.config.hydra.output_subdir = None
 
@@ -239,10 +242,11 @@ class TorchrunSweep:
         options, full = self.settings.options, copy.deepcopy(job.config)
         now = self.nodes.agree(f"job{job.number}/now", datetime.datetime.now)
         fork = options.start_method.name == "fork"
-        body = self.nodes.agree(f"job{job.number}/body", lambda: self._body(full, None if fork else self.task))
+        body = self.nodes.agree(f"job{job.number}/body", lambda: self._body(full, now, None if fork else self.task))
         folder = Path(str(job.config.hydra.runtime.output_dir))
         log_dir = options.log_dir or str(folder / "ranks")
-        payload = Payload(body, JobRuntime.instance().get("name"), now, self.settings.threads)
+        allowed = getattr(self.context, "execution_whitelist", None)
+        payload = Payload(body, JobRuntime.instance().get("name"), now, self.settings.threads, allowed)
         payload.environment.update(options.env)
         endpoint, run_id = self.nodes.endpoint(job.number), f"job{job.number}-{self.mark}"
         blob = pickle.dumps(payload)
@@ -259,17 +263,26 @@ class TorchrunSweep:
         if failures:
             first = min(failures, key=lambda failure: failure.when)
             raise JobFailed(job.number, job.words, first, _log_file(full, first.rank, log_dir))
-        return next(value for has_rank_0, value in ends if has_rank_0)
+        value = next(value for has_rank_0, value in ends if has_rank_0)
+        if not _is_finite(value):
+            no_value = Failure(f"returned {value}, which no sweeper can compare", 0)
+            raise JobFailed(job.number, job.words, no_value, _log_file(full, 0, log_dir))
+        return value
 
-    def _body(self, full: DictConfig, task: TaskFunction | None) -> bytes:
-        """Resolve the job's tree once, note it beside Hydra's own files, and pack it."""
-        resolve_for_ranks(full)
+    def _body(self, full: DictConfig, now: datetime.datetime, task: TaskFunction | None) -> bytes:
+        """Draw once for all ranks, note the tree beside Hydra's own files as it reads at the start, and pack it."""
+        drawn = find_drawn(full)
+        put_drawn(full, drawn)
         config = copy.deepcopy(full)
         with read_write(config), open_dict(config):
             del config["hydra"]
         if full.hydra.output_subdir is not None:
-            OmegaConf.save(config, Path(full.hydra.runtime.output_dir) / full.hydra.output_subdir / "resolved.yaml")
-        return pack(task, config, full)
+            same_now(now)
+            noted = OmegaConf.create(as_ranks_read(config), flags={"allow_objects": True})
+            setup_globals()
+            self._same_time()
+            OmegaConf.save(noted, Path(full.hydra.runtime.output_dir) / full.hydra.output_subdir / "resolved.yaml")
+        return pack(task, config, full, drawn)
 
     def _record(self, job: Job, status: str, **more: Any) -> None:
         if not self.nodes.leads:
@@ -314,6 +327,16 @@ class _AtTheEnd(Callback):
         self.sweep.show_table()
         if self.sweep.failed:
             raise SystemExit(1)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number among what a job returned is infinite or none at all."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_finite(item) for item in value)
+    try:
+        return isinstance(value, str) or math.isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, or an integer beyond floats
+        return True
 
 
 def _task_words(job: Job) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Callable
 from omegaconf import DictConfig
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.ranks.drawn import Drawn
 from nemo_dist_conf.topology.world import set_by_elastic
 
 __all__ = ["Payload", "Reference", "pack", "refer", "refuse_unguarded"]
@@ -43,14 +44,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class Payload:
-    """All that the ranks of a job share. body: pickled task function, its config and Hydra's, opened in the rank
-    only after the surroundings are put up, because it may import the user's modules.
+    """All that the ranks of a job share. body: pickled task function, its config, Hydra's and what was drawn, opened in
+    the rank only after the surroundings are put up, because it may import the user's modules. allowed: the app's
+    execution whitelist (Hydra 1.4).
     """
 
     body: bytes
     job_name: str
     now: datetime.datetime
     threads: int
+    allowed: Any = None
     folder: str = field(default_factory=os.getcwd)
     argv: list[str] = field(default_factory=lambda: list(sys.argv))
     environment: dict[str, str] = field(
@@ -58,12 +61,12 @@ class Payload:
     )
     package_main: str | None = field(default_factory=lambda: _package_main())
 
-    def open(self) -> tuple[Callable[..., Any] | None, DictConfig, DictConfig]:
-        """Task function (None: it comes by another way), task config, Hydra's config."""
+    def open(self) -> tuple[Callable[..., Any] | None, DictConfig, DictConfig, Drawn]:
+        """Task function (None: it comes by another way), task config, Hydra's config, what was drawn."""
         if self.package_main is not None:
             sys.modules["__main__"] = importlib.import_module(self.package_main)
-        task, config, hydra = pickle.loads(self.body)
-        return task.find() if isinstance(task, Reference) else task, config, hydra
+        task, config, hydra, drawn = pickle.loads(self.body)
+        return task.find() if isinstance(task, Reference) else task, config, hydra, drawn
 
 
 def _package_main() -> str | None:
@@ -113,9 +116,9 @@ def refuse_unguarded(task: Callable[..., Any], start_method: str) -> None:
             )
 
 
-def pack(task: Callable[..., Any] | None, config: DictConfig, hydra: DictConfig) -> bytes:
+def pack(task: Callable[..., Any] | None, config: DictConfig, hydra: DictConfig, drawn: Drawn) -> bytes:
     """The body of a payload. Raises ConfigError where it holds something that cannot leave this process."""
-    body = ((refer(task) or task) if task else None, config, hydra)
+    body = ((refer(task) or task) if task else None, config, hydra, drawn)
     try:
         return pickle.dumps(body)
     except Exception as error:  # pickle raises nearly anything

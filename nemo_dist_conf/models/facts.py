@@ -11,6 +11,7 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.models.mixers import own_mixer
 from nemo_dist_conf.models.shapes import SHAPED_FAMILIES
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = [
     "EXPERT_COUNTS",
@@ -77,7 +78,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 def facts_from_folder(folder: str | Path) -> ModelFacts | None:
     """Facts from a checkpoint folder's config.json; None when there is no readable one (reported when it is loaded)."""
     try:
-        config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((typed_path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(config, dict):

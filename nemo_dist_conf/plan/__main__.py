@@ -9,15 +9,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from nemo_dist_conf.errors import NemoDistConfError
-from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.recipe.folder import config_folder, main_options
 
 __all__ = ["checked_main", "main"]
 
 
-@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="plan")
+@hydra.main(config_path=str(config_folder()), config_name="plan", **main_options())
 def main(cfg: DictConfig) -> None:
     """Print the plan of the config."""
-    from nemo_dist_conf.hooks import end
+    from nemo_dist_conf.ranks.telling import end
     from nemo_dist_conf.plan.app import run
 
     try:

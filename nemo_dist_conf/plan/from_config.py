@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any, Mapping
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +19,7 @@ from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = ["batch_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
 
@@ -139,7 +139,7 @@ def model_config(cfg: Any) -> dict[str, Any]:
     ConfigError.raise_if(model_problems(model if isinstance(model, DictConfig) else OmegaConf.create(dict(model))))
     if not model.get("name_or_path"):
         return dict(OmegaConf.to_container(model["config"], resolve=True))  # type: ignore[arg-type]
-    file = Path(str(model["name_or_path"])).expanduser() / "config.json"
+    file = typed_path(str(model["name_or_path"])) / "config.json"
     try:
         config = plain_floats(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

@@ -13,11 +13,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
-from nemo_dist_conf.hooks import end
 from nemo_dist_conf.launch.settings import read_settings
 from nemo_dist_conf.names import HARDWARE, nearest
 from nemo_dist_conf.plan.report import columns, duration
 from nemo_dist_conf.plan.search import Found, search
+from nemo_dist_conf.ranks.telling import end
 from nemo_dist_conf.topology.device import cuda_present
 from nemo_dist_conf.topology.world import planned_world_size
 

@@ -1,54 +1,57 @@
-"""Ranks that a launcher started each compose for themselves; here they take over what rank 0 composed."""
+"""Ranks that a launcher started each compose for themselves; here they agree on a time and on what is random."""
 
 from __future__ import annotations
 
 import datetime
-import os
 import pickle
-import sys
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, flag_override
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.hydra_inside import config_of_the_running_job
+from nemo_dist_conf.ranks.drawn import find_drawn, folder_of_run, put_constants, put_drawn
 from nemo_dist_conf.ranks.logs import keep_apart
-from nemo_dist_conf.ranks.meeting import export_ranks, rank_store
-from nemo_dist_conf.ranks.tree import different_keys, flat_config, replace_tree, resolve_for_ranks, same_now
+from nemo_dist_conf.ranks.meeting import CannotMeet, export_ranks, rank_store, stay_until_read, waiting_for_rank_0
+from nemo_dist_conf.ranks.tree import different_keys, flat_config, same_now
 from nemo_dist_conf.topology.world import Launched
 
 __all__ = ["agree_on_job", "agree_on_run"]
 
-#: Stores that this process may serve stay open until it ends: another rank may not have read yet.
-_open_stores: list[Any] = []
-
 
 def agree_on_run(config: DictConfig, place: Launched, *, strict: bool) -> None:
-    """Before Hydra makes the folder of a single run: one time, one folder and one resolved tree for all ranks.
+    """Before Hydra makes the folder of a single run: one time, and what is random, for all ranks.
 
-    Changes ``config`` in place. Ranks started again after a failure take over the tree and folder of the first start.
-    strict: ranks that were started with different configs are refused (ConfigError on those that differ from rank 0);
-    otherwise such a rank keeps its own config.
+    Changes ``config`` in place. Ranks started again after a failure take over what the first start drew.
+    strict: ranks that were started with different configs are refused (ConfigError on those that differ from rank 0),
+    and all use rank 0's output folder; otherwise such a rank keeps its own config, and a rank that says another folder
+    for itself keeps that, as it would without this.
     """
     store = _store(place)
     asked = flat_config(config)
-    if place.rank == 0 and not store.check(["tree"]):
+    draws = place.rank == 0 and not store.check(["run"])
+    if draws:
         now = datetime.datetime.now()
         same_now(now, config)
-        with _hydra_knows(config):
-            folder = os.path.abspath(str(OmegaConf.select(config, "hydra.run.dir")))
-            with flag_override(config.hydra, ["readonly", "struct"], False):
-                config.hydra.run.dir = config.hydra.runtime.output_dir = folder
-            resolve_for_ranks(config)
-        store.set("tree", pickle.dumps((now, asked, config)))
-    now, theirs, tree = pickle.loads(store.get("tree"))
+        drawn = find_drawn(config)
+        put_drawn(config, drawn)
+        store.set("run", pickle.dumps((now, asked, drawn, folder_of_run(config))))
+    now, theirs, drawn, their_folder = _of_rank_0(store, "run", place)
     same_now(now, config)
-    if _same(asked, theirs, strict):
-        replace_tree(config, tree)
-    keep_apart(config, place.rank)
+    if strict:
+        _refuse_different(asked, theirs)
+    put_drawn(config, drawn)
+    if not draws:
+        put_constants(config, drawn)
+    folder = folder_of_run(config)
+    if strict and folder != their_folder:
+        with flag_override(config.hydra, ["readonly", "struct"], False):
+            config.hydra.run.dir = folder = their_folder
+    if folder == their_folder:
+        keep_apart(config, place.rank)
 
 
-def agree_on_job(config: DictConfig, place: Launched) -> None:
+def agree_on_job(config: DictConfig, place: Launched, *, strict: bool) -> None:
     """The same for a job whose folder Hydra has made already, in every rank: a job of a queue's sweep.
 
     Changes the config that the task function is about to get, and this rank's logging.
@@ -56,15 +59,17 @@ def agree_on_job(config: DictConfig, place: Launched) -> None:
     from hydra.core.utils import configure_log
 
     store = _store(place)
-    task = _config_of_the_running_job()
+    task = config_of_the_running_job()
     asked, folder = flat_config(task), config.hydra.runtime.output_dir
+    key = f"job{config.hydra.job.num}"  # one process may run the jobs of a sweep in turn
     if place.rank == 0:
         now = datetime.datetime.now()
-        resolve_for_ranks(task)
-        store.set("tree", pickle.dumps((now, asked, folder, task)))
-    now, theirs, their_folder, tree = pickle.loads(store.get("tree"))
+        same_now(now)
+        drawn = find_drawn(task)
+        store.set(key, pickle.dumps((now, asked, drawn, folder)))
+    now, theirs, drawn, their_folder = _of_rank_0(store, key, place)
     same_now(now)
-    if their_folder != folder:
+    if strict and their_folder != folder:
         raise ConfigError(
             Problem(
                 f"rank {place.rank} has another output folder than rank 0 ({their_folder})",
@@ -73,62 +78,53 @@ def agree_on_job(config: DictConfig, place: Launched) -> None:
                 "hydra.sweep.subdir='${hydra.job.num}'",
             )
         )
-    _same(asked, theirs, strict=True)
-    replace_tree(task, tree)
-    keep_apart(config, place.rank)
+    if strict:
+        _refuse_different(asked, theirs)
+    put_drawn(task, drawn)
     if place.rank:
-        configure_log(config.hydra.job_logging, config.hydra.verbose)
+        put_constants(task, drawn)
+    if folder == their_folder:
+        keep_apart(config, place.rank)
+        if place.rank:
+            configure_log(config.hydra.job_logging, config.hydra.verbose)
 
 
 def _store(place: Launched) -> Any:
     from torch.distributed import PrefixStore
 
     export_ranks(place)
-    store = PrefixStore("nemo_dist_conf", rank_store(place))
-    _open_stores.append(store)
-    return store
+    return PrefixStore("nemo_dist_conf", rank_store(place))
 
 
-def _config_of_the_running_job() -> DictConfig:
-    """The tree that Hydra's run_job hands to the task function after its callbacks.
+def _of_rank_0(store: Any, key: str, place: Launched) -> Any:
+    """What rank 0 has put there, or will put there once it has read its config. Raises CannotMeet where it does not."""
+    from torch.distributed import DistError
 
-    The callback is given the config that this one was copied from, and nothing else leads to the copy.
-    """
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "run_job" and isinstance(frame.f_locals.get("task_cfg"), DictConfig):
-            return frame.f_locals["task_cfg"]
-        frame = frame.f_back
-    raise AssertionError("not called from a callback of hydra.core.utils.run_job")
-
-
-class _hydra_knows:
-    """``${hydra:...}`` can be resolved inside, as it will be in the job."""
-
-    def __init__(self, config: DictConfig) -> None:
-        self.config = config
-
-    def __enter__(self) -> None:
-        self.before = HydraConfig.instance().cfg
-        HydraConfig.instance().set_config(self.config)
-
-    def __exit__(self, *_: Any) -> None:
-        HydraConfig.instance().cfg = self.before
+    try:
+        with waiting_for_rank_0(place):
+            found = store.get(key)
+        if place.rank:
+            store.add(f"{key}/read", 1)
+    except DistError as error:
+        what = f"rank 0 has not said what the config of all ranks is: {str(error).splitlines()[0]}"
+        asked, allowed = f"rank {place.rank} of {place.world_size}", "the same program in every rank"
+        raise CannotMeet(Problem(what, asked, allowed, "one command line for all ranks")) from None
+    stay_until_read(place, store, f"{key}/read")
+    return pickle.loads(found)
 
 
-def _same(mine: dict[str, str], theirs: dict[str, str], strict: bool) -> bool:
-    keys = different_keys(mine, theirs)
-    if keys and strict:
-        keys = keys[:5]
-        shown = [f"{key} ({theirs.get(key, 'absent')} on rank 0, {mine.get(key, 'absent')} here)" for key in keys]
-        asked = [f"{key}={mine[key]}" for key in keys if key in mine] or ["the defaults"]
-        instead = [f"{'' if key in mine else '+'}{key}={theirs[key]}" if key in theirs else f"~{key}" for key in keys]
-        raise ConfigError(
-            Problem(
-                f"ranks were started with different configs: {'; '.join(shown)}",
-                " ".join(asked),
-                "one command line for all ranks",
-                " ".join(instead),
-            )
+def _refuse_different(mine: dict[str, str], theirs: dict[str, str]) -> None:
+    keys = different_keys(mine, theirs)[:5]
+    if not keys:
+        return
+    shown = [f"{key} ({theirs.get(key, 'absent')} on rank 0, {mine.get(key, 'absent')} here)" for key in keys]
+    asked = [f"{key}={mine[key]}" for key in keys if key in mine] or ["the defaults"]
+    instead = [f"{'' if key in mine else '+'}{key}={theirs[key]}" if key in theirs else f"~{key}" for key in keys]
+    raise ConfigError(
+        Problem(
+            f"ranks were started with different configs: {'; '.join(shown)}",
+            " ".join(asked),
+            "one command line for all ranks",
+            " ".join(instead),
         )
-    return not keys
+    )

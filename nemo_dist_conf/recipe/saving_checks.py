@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from nemo_dist_conf.checkpoint.folder import damaged, find_checkpoint, read_manifest, wrong_sizes
 from nemo_dist_conf.errors import DataError, Problem
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = ["saving_problems"]
 
@@ -54,7 +55,7 @@ def _export_problems(config: DictConfig) -> Iterable[Problem]:
 def _resume_problems(resume: Any) -> Iterable[Problem]:
     if resume is None or resume == "auto":
         return
-    path = find_checkpoint(str(resume))
+    path = find_checkpoint(typed_path(str(resume)))
     asked = f"checkpoint.resume={resume}"
     if path is None:
         what = f"{resume} holds no checkpoint"

@@ -28,6 +28,7 @@ from nemo_dist_conf.runtime.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.recorder import NotRecorded
 from nemo_dist_conf.runtime.stored_names import Part
 from nemo_dist_conf.runtime.targets import build_target
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = ["Built", "build_model", "refuse_given_model", "whole_up_to"]
 
@@ -216,7 +217,7 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
                 "pip install 'nemo_dist_conf[hf]'",
             )
         ) from None
-    folder = Path(str(node.get("name_or_path"))).expanduser() if node.get("name_or_path") else None
+    folder = typed_path(str(node.get("name_or_path"))) if node.get("name_or_path") else None
     config = _transformers_config(transformers, node, folder)
 
     def factory() -> nn.Module:
@@ -254,8 +255,9 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
     try:
         if folder is not None:
             if not (folder / "config.json").is_file():
-                what = f"{folder} is not a checkpoint folder: it has no config.json"
-                asked, allowed = f"model.name_or_path={folder}", "a local folder of save_pretrained"
+                what = f"{node.get('name_or_path')} is not a checkpoint folder: it has no config.json"
+                typed = node.get("name_or_path")
+                asked, allowed = f"model.name_or_path={typed}", "a local folder of save_pretrained"
                 raise DataError(Problem(what, asked, allowed, "model=llama_tiny"))
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **fields)
         model_type = fields.pop("model_type", None)
@@ -268,7 +270,7 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
     except ConfigError:
         raise
     except Exception as error:  # transformers raises many types for a bad field; the text is the user's
-        asked = f"model.name_or_path={folder}" if folder else "model.config"
+        asked = f"model.name_or_path={node.get('name_or_path')}" if folder else "model.config"
         what = f"transformers does not accept this config: {_first(error)}"
         raise (DataError if folder else ConfigError)(
             Problem(what, asked, "fields and values of that model's config class", "model=llama_tiny")

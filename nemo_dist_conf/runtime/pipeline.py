@@ -33,6 +33,7 @@ from nemo_dist_conf.runtime.stages import Chain, chain_of, plan_stages
 from nemo_dist_conf.topology.pipeline import find_schedule
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.stages import rank_of_stage
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = ["Pipeline", "PipelinePlan", "StageRow", "plan_pipeline"]
 
@@ -275,7 +276,7 @@ def _schedule(
     options: dict[str, Any] = {"loss_fn": loss_fn, "scale_grads": config.scale_grads_in_schedule}
     if config.pp_schedule_csv is not None:
         schedule = _PipelineScheduleRuntime(list(stages), microbatches, **options)
-        schedule._load_csv(config.pp_schedule_csv)
+        schedule._load_csv(str(typed_path(config.pp_schedule_csv)))
         return schedule
     known = find_schedule(config.pp_schedule or "")
     assert known is not None

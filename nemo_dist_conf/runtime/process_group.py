@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.ranks.meeting import rank_store
+from nemo_dist_conf.ranks.meeting import all_have_come, is_started_by_agent, rank_store
 from nemo_dist_conf.runtime.torch_inside import group_timeout
 from nemo_dist_conf.topology.world import Launched, launched
 
@@ -61,8 +61,9 @@ def initialize_distributed(
 
     backend None: ``nccl`` (with gloo for host tensors) on CUDA, ``gloo`` on CPU. A group that already
     exists is joined as it is. Ranks come from torchrun's variables, from Slurm's when those are missing.
-    timeout_minutes: how long a collective may wait for the slowest rank, over whichever axis of the meshes.
-    Raises ConfigError where the variables are incomplete or the device is missing.
+    timeout_minutes: how long a collective may wait for the slowest rank, over whichever axis of the meshes, and all
+    ranks for one that is not there.
+    Raises ConfigError where the variables are incomplete, the device is missing or ranks do not come.
     """
     place = launched()
     if dist.is_initialized():
@@ -74,7 +75,7 @@ def initialize_distributed(
     chosen = backend or ("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
     dist.init_process_group(
         chosen,
-        store=_store(place),
+        store=_store(place, 60 * timeout_minutes),
         rank=place.rank,
         world_size=place.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -101,9 +102,12 @@ def host_group(apart: bool = False) -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=group_timeout()) if apart or not has_gloo else None
 
 
-def _store(place: Launched) -> dist.Store:
+def _store(place: Launched, timeout_s: float) -> dist.Store:
     if place.world_size == 1:
         return dist.HashStore()  # no port, so any number of single processes can run side by side
     # A restarted group finds the keys of the one before it in the agent's store, so each attempt has its own.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt{attempt}", rank_store(place))
+    store = dist.PrefixStore(f"attempt{attempt}", rank_store(place))
+    if not is_started_by_agent():
+        all_have_come(place, store, timeout_s)
+    return store

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import datetime
 import inspect
+import os
+from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
@@ -20,6 +22,7 @@ __all__ = [
     "flash_on_cpu",
     "flattened",
     "generator_of",
+    "gloo_threads",
     "group_timeout",
     "hide_sharding",
     "is_gathered_for_forward",
@@ -132,6 +135,24 @@ def name_flattened(root: DeviceMesh, axis: str, name: str) -> None:
     if hasattr(named._layout, "coalesce"):  # torch 2.11 has a plain number where a name can be taken out of its root
         named._layout = named._layout.coalesce()
     root._flatten_mapping[name] = named
+
+
+def gloo_threads() -> list[Path]:
+    """The threads of this process that run gloo's collectives, as folders of /proc; none where there is no /proc.
+
+    torch 2.11 to 2.13 name them so (ProcessGroupGloo.cpp, runLoop) and give no other way to them: a process group
+    lives on in meshes and models after ``destroy_process_group``, and gloo's has no ``shutdown``.
+    Test: tests/runtime/test_ending.py.
+    """
+    found = []
+    try:
+        for number in os.listdir("/proc/self/task"):
+            folder = Path("/proc/self/task", number)
+            if folder.joinpath("comm").read_text().strip() == "pt_gloo_runloop":
+                found.append(folder)
+    except OSError:  # no such system, or a thread that has just ended
+        return found
+    return found
 
 
 def group_timeout(group: dist.ProcessGroup | None = None) -> datetime.timedelta | None:

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_dist_conf.typed_path import typed_path
+
 __all__ = ["Action", "ScheduleFile", "read_schedule"]
 
 _ACTION = re.compile(r"(\d+)(F|B|I|W)(\d+)")
@@ -46,7 +48,7 @@ def read_schedule(path: str | Path) -> ScheduleFile:
     import csv
 
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(typed_path(path), newline="", encoding="utf-8") as file:
             rows = tuple(tuple(_row(number, cells)) for number, cells in enumerate(csv.reader(file)))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"it cannot be read ({getattr(error, 'strerror', None) or error})") from None

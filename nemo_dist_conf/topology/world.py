@@ -59,6 +59,8 @@ class Launched:
 def launched(environ: Mapping[str, str] | None = None) -> Launched:
     """torchrun's variables, Slurm's or those of submitit's local jobs when torchrun's are missing, else one process.
 
+    Of Slurm's the step counts, not the job: an interactive allocation for two tasks has a shell that is a step of one,
+    and a batch script has none, so that a program which it starts without srun is alone.
     Raises ConfigError where a variable that is set is not a number.
     """
     env = os.environ if environ is None else environ
@@ -66,14 +68,18 @@ def launched(environ: Mapping[str, str] | None = None) -> Launched:
         return Launched(
             _number(env, "RANK"), _number(env, "WORLD_SIZE"), _number(env, "LOCAL_RANK", "0"), "torchrun"
         )
-    if "SLURM_PROCID" in env and "SLURM_NTASKS" in env and "SLURM_LOCALID" in env:
-        return Launched(
-            _number(env, "SLURM_PROCID"), _number(env, "SLURM_NTASKS"), _number(env, "SLURM_LOCALID"), "Slurm"
-        )
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    if "SLURM_PROCID" in env and "SLURM_LOCALID" in env and tasks in env and not _is_batch_script(env):
+        return Launched(_number(env, "SLURM_PROCID"), _number(env, tasks), _number(env, "SLURM_LOCALID"), "Slurm")
     if "SUBMITIT_LOCAL_GLOBALID" in env and "SUBMITIT_LOCAL_NTASKS" in env:
         rank, local = _number(env, "SUBMITIT_LOCAL_GLOBALID"), _number(env, "SUBMITIT_LOCAL_LOCALID", "0")
         return Launched(rank, _number(env, "SUBMITIT_LOCAL_NTASKS"), local, "submitit")
     return Launched()
+
+
+def _is_batch_script(env: Mapping[str, str]) -> bool:
+    """Slurm sets ENVIRONMENT=BATCH for the script of a job, and srun a step's id for what it starts in there."""
+    return env.get("ENVIRONMENT") == "BATCH" and not {"SLURM_STEP_ID", "SLURM_STEPID"} & env.keys()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ after the config has passed.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 
@@ -14,18 +15,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import NemoDistConfError, Preempted
-from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.recipe.folder import config_folder, main_options
 
 __all__ = ["checked_main", "main"]
 
 
-@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
+@hydra.main(config_path=str(config_folder()), config_name="train", **main_options())
 def main(cfg: DictConfig) -> float:
     """Train as the config says; the last loss is the job's value for sweepers."""
-    from nemo_dist_conf.hooks import end
+    from nemo_dist_conf.ranks.telling import end
     from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
     from nemo_dist_conf.topology.world import launched
+    from nemo_dist_conf.train.ctrl_c import hear_once, was_heard
 
+    hear_once()
     try:
         check_recipe(cfg)
         if cfg.model.get("name_or_path"):
@@ -38,9 +41,16 @@ def main(cfg: DictConfig) -> float:
     except Preempted as stop:
         if launched().rank == 0:
             print(stop, file=sys.stderr, flush=True)
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except NemoDistConfError as error:
-        end(error)
+        raise SystemExit(128 + stop.by) from None
+    except (KeyboardInterrupt, Exception) as error:
+        if was_heard():
+            logging.disable()  # what modules that are half imported log at their end
+            if launched().rank == 0:
+                print("stopped by Ctrl-C before the first step", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGINT) from None
+        if isinstance(error, NemoDistConfError):
+            end(error)
+        raise
 
 
 def checked_main() -> None:

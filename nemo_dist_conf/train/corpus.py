@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.recipe.value_checks import PATH_ALLOWED, TOKENIZER_ALLOWED, as_typed
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = [
     "BYTE_VOCABULARY",
@@ -94,7 +95,7 @@ def _find_files(path: str | None) -> _Found:
         return found
     if not path.strip():
         raise _path_error("an empty path names nothing", path)
-    full = _absolute(path)
+    full = str(typed_path(path))
     if os.path.isfile(full):
         return _Found(path, [full], named_by_user=True)
     if os.path.isdir(full):
@@ -115,13 +116,6 @@ def _find_files(path: str | None) -> _Found:
             raise _path_error(f"no file matches {path}", path)
         return _Found(path, files)
     raise _path_error(f"there is no file or folder {path}{_similar(full)}", path)
-
-
-def _absolute(path: str) -> str:
-    """Relative paths are the user's: those of the folder the command was typed in, also under hydra.job.chdir."""
-    from hydra.utils import to_absolute_path
-
-    return to_absolute_path(os.path.expanduser(path))
 
 
 def _similar(path: str) -> str:
@@ -273,7 +267,7 @@ def _load_tokenizer(tokenizer: str) -> tuple[_Encoder, int]:
     """An encoder from a local folder or file; nothing is downloaded."""
     if not tokenizer.strip():
         raise _tokenizer_error("an empty path names nothing", tokenizer)
-    full = _absolute(tokenizer)
+    full = str(typed_path(tokenizer))
     try:
         if os.path.isfile(full):
             encode_many, vocabulary, end = _tokenizer_file(full)

@@ -211,7 +211,7 @@ def _train(
     writer = MetricsWriter(
         folder, enabled=is_main, first_step=start + 1, tensorboard=settings.tensorboard, last_loss=last_loss
     )
-    with writer, console, Preemption(saving.is_on) as preemption:
+    with writer, console, Preemption(saving.is_on, saving.stopped) as preemption:
         for step in range(start, settings.steps):
             step_began = time.perf_counter()
             preemption.begin_step()
@@ -246,7 +246,7 @@ def _train(
                 more: dict[str, Any] = {"lr": lr, "tokens_per_second": tokens / seconds, **result.more}
                 writer.write(**numbers, **more)
             console.step(**numbers)
-            saving.after_step(step + 1, model, optimizer, data, result.loss, preemption.is_due())
+            saving.after_step(step + 1, model, optimizer, data, result.loss, preemption.is_due() and preemption.by)
         saved = saving.finish()
     peak = _largest(peak_memory_bytes(context.device), context)
     assert first is not None and result is not None

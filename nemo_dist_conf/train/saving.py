@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
@@ -18,8 +22,10 @@ from nemo_dist_conf.errors import DataError, Preempted, Problem
 from nemo_dist_conf.ranks.tree import different_keys, flat_config
 from nemo_dist_conf.recipe.earlier import set_aside
 from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.topology.world import launched, program
 from nemo_dist_conf.train.data import DataSource, TextData
 from nemo_dist_conf.train.loss_scale import LossScale
+from nemo_dist_conf.typed_path import typed_path
 
 __all__ = ["Saving", "SavingSettings"]
 
@@ -67,12 +73,13 @@ class Saving:
         self._settings = settings = SavingSettings.of(cfg.get("checkpoint") or {})
         root = folder / ROOT
         self._checkpoints: Checkpoints | None = None
+        resume = settings.resume if settings.resume in (None, "auto") else str(typed_path(settings.resume))
         saves = settings.every is not None or settings.export is not None
         there = settings.resume == "auto" and any(together(lambda: bool(checkpoints_in(root)), bool)[1])
         if saves or there or settings.resume not in (None, "auto"):
             self._checkpoints = Checkpoints(
                 root,
-                resume=settings.resume,
+                resume=resume,
                 keep=settings.keep,
                 asynchronous=settings.asynchronous,
                 layout=layout,
@@ -80,7 +87,7 @@ class Saving:
         self.loss_scale: LossScale | None = None  # of a run in float16: saved, because the last bits follow from it
         self._newest: Path | None = None
         self._began_here = False
-        self._rows = 0
+        self._rows = self._step = 0
 
     @property
     def is_on(self) -> bool:
@@ -109,7 +116,7 @@ class Saving:
             what = f"{restored.folder} was not saved by this recipe: it does not say where the data stand"
             asked, allowed = f"checkpoint.resume={self._settings.resume}", "a checkpoint of the recipe, or null"
             raise DataError(Problem(what, asked, allowed, anew(restored.folder)))
-        self._rows = position["rows"]
+        self._rows, self._step = position["rows"], restored.step
         if self.loss_scale is not None and position.get("loss_scale") is not None:
             self.loss_scale.load_state_dict(position["loss_scale"])
         if isinstance(data, TextData):
@@ -134,10 +141,11 @@ class Saving:
         return {key: f"{key}={now.get(key, 'absent')} (was {then.get(key, 'absent')})" for key in keys}
 
     def after_step(
-        self, step: int, model: nn.Module, optimizer: Optimizer, data: DataSource, loss: float, stop: bool
+        self, step: int, model: nn.Module, optimizer: Optimizer, data: DataSource, loss: float, stop: int
     ) -> None:
-        """Save after ``step`` steps where it is due; raise Preempted where the run is to end there."""
+        """Save after ``step`` steps where it is due; raise Preempted where a signal, ``stop``, ends the run there."""
         self._rows += self._cfg.train.global_batch_size
+        self._step = step
         every = self._settings.every
         is_due = stop or step == self._steps or (every is not None and step % every == 0)
         if self.is_on and is_due:
@@ -145,11 +153,21 @@ class Saving:
         if stop:
             assert self._checkpoints is not None
             self._checkpoints.wait()
-            raise Preempted(
-                f"stopped by SIGTERM after step {step} of {self._steps}\n"
-                f"  saved   {step_folder(self._checkpoints.folder, step)}\n"
-                f"  go on   the same command with hydra.run.dir={self._folder}"
-            )
+            raise self.stopped(stop)
+
+    def stopped(self, by: int) -> Preempted:
+        """What a run says that a signal ended: where, what is saved of it, and the command that goes on.
+
+        A checkpoint that was being written when the run ended at once may not be there, so the folder is looked at.
+        """
+        name = "Ctrl-C" if by == signal.SIGINT else signal.Signals(by).name
+        first = f"stopped by {name} after step {self._step} of {self._steps}"
+        newest = next(iter(checkpoints_in(self._folder / ROOT)), None)
+        if newest is not None:
+            return Preempted(f"{first}\n  saved   {newest}\n  go on   {_command(f'hydra.run.dir={self._folder}')}", by)
+        every = max(1, min(100, self._steps // 10))
+        more = f"nothing, so it would begin anew; checkpoint.every={every} saves"
+        return Preempted(f"{first}\n  saved   {more}\n  again   {_command(f'checkpoint.every={every}')}", by)
 
     def _save(self, step: int, model: nn.Module, optimizer: Optimizer, data: DataSource, loss: float) -> None:
         assert self._checkpoints is not None
@@ -172,6 +190,8 @@ class Saving:
             from nemo_dist_conf.checkpoint.export import export_hf
 
             tokenizer, target = self._cfg.data.get("tokenizer"), self._folder / _EXPORT
+            if tokenizer is not None and typed_path(tokenizer).exists():
+                tokenizer = typed_path(tokenizer)
             if not self._began_here and target.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
                 log.warning("%s of an earlier run in this folder is now %s", target.name, set_aside(target).name)
             facts["export"] = str(export_hf(self._newest, target, tokenizer=tokenizer))
@@ -186,3 +206,16 @@ class Saving:
 def _own(data: DataSource) -> dict[str, Any]:
     """The user's own data where it has a state; ours follows from the step."""
     return {"data": data} if hasattr(data, "state_dict") and hasattr(data, "load_state_dict") else {}
+
+
+def _command(word: str) -> str:
+    """The command that started this run, with one word changed or added."""
+    key = word.partition("=")[0]
+    words = [typed for typed in sys.argv[1:] if typed.lstrip("+").partition("=")[0] != key]
+    words = [typed for typed in words if typed != "checkpoint.resume=null"]  # which would refuse what is saved there
+    place = launched()
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE") or 1)
+    if place.source not in ("none", "torchrun") or nodes > 1:
+        return f"the same command with {word}"
+    started = "python" if place.source == "none" else f"torchrun --nproc-per-node {place.world_size}"
+    return " ".join([started, program(), *map(shlex.quote, [*words, word])])

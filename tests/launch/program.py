@@ -45,6 +45,8 @@ APP = """
             time.sleep(300)
         if cfg.do.startswith("exit"):
             sys.exit(int(cfg.do[4:]))
+        if cfg.do in ("no_number", "infinite"):
+            return (1.0, float("nan" if cfg.do == "no_number" else "-inf"))
         if cfg.do == "lock":
             return threading.Lock()
         (out / f"written.{rank}").write_text(OmegaConf.to_yaml(cfg))
@@ -66,6 +68,8 @@ CONFIG = """
     seed: ${random:}
     name: run-${random:}-${now:%H-%M-%S-%f}
     mine: gpu${oc.env:LOCAL_RANK,none}
+    late: {size: null}
+    follows: {size: "${late.size}", folder: "${hydra:runtime.output_dir}/x", set: "${oc.env:SET,unset}"}
     hydra:
       callbacks:
         noting: {_target_: noting.Noting}

@@ -55,7 +55,8 @@ def test_a_launcher_that_is_stopped_or_killed_leaves_no_process(new, start_metho
 def failing(new):
     """Jobs that end in several ways, in a sweep that goes on."""
     program = new()
-    return program, program.sweep("do=kill,raise,exit3,exit0,lock,write", "hydra.launcher.on_failure=continue")
+    ways = "do=kill,raise,exit3,exit0,lock,write,no_number,infinite"
+    return program, program.sweep(ways, "hydra.launcher.on_failure=continue")
 
 
 class TestJobsThatEndInTheirOwnWay:
@@ -63,9 +64,9 @@ class TestJobsThatEndInTheirOwnWay:
         program, done = failing
         assert done.returncode == 1, done.stdout + done.stderr
         status = {job: record["status"] for job, record in program.records().items()}
-        assert status == dict(enumerate(["failed"] * 3 + ["completed"] * 3))
+        assert status == dict(enumerate(["failed"] * 3 + ["completed"] * 3 + ["failed"] * 2))
         events = program.read("events.txt")["events.txt"]
-        assert events.count("on_job_end") == 6 and events.count("on_multirun_end") == 1
+        assert events.count("on_job_end") == 8 and events.count("on_multirun_end") == 1
 
     def test_a_killed_rank_is_told_with_its_signal(self, failing):
         program, done = failing
@@ -95,6 +96,12 @@ class TestJobsThatEndInTheirOwnWay:
         program, done = failing
         assert "the job's value, a lock, cannot be sent to the sweeper: cannot pickle" in done.stdout
         assert program.records()[4]["value"] is None and program.records()[5]["value"] == 0
+
+    def test_a_value_that_is_not_finite_is_no_value(self, failing):
+        program, done = failing
+        reasons = [program.records()[job]["reason"] for job in (6, 7)]
+        assert reasons == [f"rank 0: returned (1.0, {word}), which no sweeper can compare" for word in ("nan", "-inf")]
+        assert program.records()[6]["value"] is None and "job #6 failed: do=no_number\n" in done.stdout
 
 
 def test_by_default_the_first_failed_job_ends_the_sweep(new):

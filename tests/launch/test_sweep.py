@@ -25,10 +25,13 @@ def assert_ranks_agree(program, folder, ranks=4):
     files = {name.rpartition("/")[2]: text for name, text in program.read(f"{folder}/*").items()}
     assert {name for name in files if name.startswith("written")} == {f"written.{rank}" for rank in range(ranks)}
     (written,) = {files[f"written.{rank}"] for rank in range(ranks)}
-    assert "mine: gpu${oc.env:LOCAL_RANK,none}\n" in written and "${now" not in written and "${random" not in written
-    for rank in range(ranks):
-        assert files[f"read.{rank}"] == written.replace("${oc.env:LOCAL_RANK,none}", str(rank))
-    return yaml.safe_load(files["read.0"])
+    assert "mine: gpu${oc.env:LOCAL_RANK,none}\n" in written and "size: ${late.size}\n" in written
+    assert "${random" not in written
+    trees = [yaml.safe_load(files[f"read.{rank}"]) for rank in range(ranks)]
+    assert [tree.pop("mine") for tree in trees] == [f"gpu{rank}" for rank in range(ranks)]
+    assert all(tree == trees[0] for tree in trees)
+    assert trees[0]["follows"]["folder"].endswith(f"/{folder}/x")
+    return trees[0]
 
 
 def assert_one_place_for_a_job(program, folder, shown, ranks=4):
@@ -72,7 +75,9 @@ class TestTwentyJobsOnFourRanks:
     def test_the_resolved_tree_lies_beside_hydras_files(self, twenty):
         program, _ = twenty
         noted = yaml.safe_load(program.read("sweep/7/.hydra/resolved.yaml").popitem()[1])
-        assert noted == yaml.safe_load(program.read("sweep/7/written.0").popitem()[1])
+        assert noted.pop("mine") == "gpu${oc.env:LOCAL_RANK,none}"
+        read = yaml.safe_load(program.read("sweep/7/read.0").popitem()[1])
+        assert noted == {key: value for key, value in read.items() if key != "mine"}
 
     def test_callbacks_are_called_once_and_by_the_launcher(self, twenty):
         program, _ = twenty
@@ -109,11 +114,14 @@ EFFECTS = """
     import hydra
     import imported
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     @hydra.main(version_base="1.3", config_path=".", config_name="config")
     def main(cfg):
         import torch
+        cfg.late.size = 97
         seen = {
+            "follows": OmegaConf.to_container(cfg.follows, resolve=True), "main_only": cfg.get("main_only"),
             "env": os.environ.get("MINE"), "env_set": os.environ.get("SET"),
             "folder": os.getcwd(), "argv": sys.argv[1:2],
             "threads": [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]],
@@ -125,6 +133,7 @@ EFFECTS = """
         print("err", os.environ["RANK"], file=sys.stderr)
 
     if __name__ == "__main__":
+        OmegaConf.register_new_resolver("here", lambda word: f"{word} of the launcher")
         main()
 """
 
@@ -147,13 +156,15 @@ def test_options_that_change_the_surroundings_of_ranks(effects):
     words = ["+hydra.launcher.env.MINE=of-launcher", "+hydra.job.env_set.SET=of-job", "hydra.job.chdir=true"]
     words += ["hydra.launcher.preload=[torch,imported]", "hydra.launcher.threads_per_rank=2"]
     words += ["hydra.launcher.tee='1:3'", "hydra.launcher.log_dir=printed"]
-    words += ["+model.config.model_type=llama"]
+    words += ["+model.config.model_type=llama", "+main_only='${here:answer}'"]
     done = effects.sweep(*words, fresh=True, PYTHONPATH=str(effects.folder))
     assert done.returncode == 0, done.stdout + done.stderr
     for one in seen(effects, "sweep/0"):
         assert {"modeling_auto", "modeling_llama"} <= set(one["models"]) and one["frozen"] > 100_000
         assert (one["env"], one["env_set"], one["folder"]) == ("of-launcher", "of-job", str(effects.folder / "sweep/0"))
         assert one["threads"] == [2, "2"] and one["argv"] == ["-m"] and not one["in_rank"]
+        assert one["follows"] == {"size": 97, "folder": f"{effects.folder}/sweep/0/x", "set": "of-job"}
+        assert one["main_only"] == "answer of the launcher"
     assert re.search(r"^\[\w+1\]: ?out 1$", done.stdout, re.MULTILINE) and "\nout 0\n" in done.stdout
     assert re.search(r"^\[\w+1\]: ?err 1$", done.stderr, re.MULTILINE)
     printed = effects.read("**/printed/**/attempt_0/1/std*.log")

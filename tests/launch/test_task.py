@@ -11,7 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.launch.task import Reference, pack, refer, refuse_unguarded
+from nemo_dist_conf.launch import task as tasks
+from nemo_dist_conf.launch.task import Reference, refer, refuse_unguarded
+from nemo_dist_conf.ranks.drawn import Drawn
 
 CONFIG, HYDRA = OmegaConf.create({"a": 1}), OmegaConf.create({"hydra": {"b": "${a}"}})
 
@@ -58,8 +60,12 @@ def nested():
     return task
 
 
+def pack(function, config, hydra):
+    return tasks.pack(function, config, hydra, Drawn())
+
+
 def opened(body):
-    function, config, hydra = pickle.loads(body)
+    function, config, hydra, _ = pickle.loads(body)
     return function.find() if isinstance(function, Reference) else function, config, hydra
 
 

@@ -1,11 +1,13 @@
 """Where ranks meet: the address that the launcher tells, or that all ranks can work out."""
 
 import socket
+import threading
+import time
 
 import pytest
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.ranks.meeting import export_ranks, master_address, rank_store
+from nemo_dist_conf.ranks.meeting import all_have_come, export_ranks, master_address, rank_store
 from nemo_dist_conf.topology.world import Launched
 
 VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_JOB_ID")
@@ -85,3 +87,75 @@ def test_rank_0_asks_the_store_of_torchruns_agent(environ):
     environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(served.port), TORCHELASTIC_USE_AGENT_STORE="True")
     rank_store(place("torchrun", 0)).set("key", "value")
     assert served.get("key") == b"value"
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("nemo_dist_conf.ranks.meeting._AT_ONCE_S", 0.2)
+
+
+def test_rank_0_says_at_once_who_is_missing_and_after_the_timeout_what_to_type(environ, impatient, capfd):
+    port = free_port()
+    environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, SLURM_NTASKS="3")
+    first, second = Launched(0, 3, 0, "Slurm"), Launched(1, 3, 1, "Slurm")
+    store, other = rank_store(first), rank_store(second)
+    waiting = threading.Thread(target=lambda: pytest.raises(ConfigError, all_have_come, second, other, 1))
+    waiting.start()
+    with pytest.raises(ConfigError) as error:
+        all_have_come(first, store, 1)
+    waiting.join()
+    state = f"2 of 3 ranks have come to 127.0.0.1:{port}; missing: 2"
+    assert capfd.readouterr().err == f"waiting: {state}\n"
+    assert error.value.what == f"after 1 s: {state}" and error.value.asked == "SLURM_NTASKS=3"
+    assert error.value.type.startswith("srun --ntasks=3 python ")
+
+
+def test_ranks_that_all_come_are_told_nothing(environ, impatient, capfd):
+    environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    places = [Launched(rank, 3, rank, "Slurm") for rank in range(3)]
+    stores = [rank_store(place) for place in places]
+    threads = [threading.Thread(target=all_have_come, args=(*pair, 30)) for pair in zip(places, stores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_rank_that_finds_nobody_says_whom_it_waits_for_and_where(environ, impatient, capsys, monkeypatch):
+    from torch.distributed import DistNetworkError
+
+    def nobody(*_, **__):
+        time.sleep(0.5)
+        raise DistNetworkError("timed out\nmore")
+
+    port = free_port()
+    environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    monkeypatch.setattr("torch.distributed.TCPStore", nobody)
+    with pytest.raises(ConfigError) as error:
+        rank_store(Launched(1, 2, 1, "Slurm"))
+    assert capsys.readouterr().err == f"waiting: rank 1 of 2 waits for rank 0 at 127.0.0.1:{port}\n"
+    assert error.value.what == f"rank 1 found nobody at 127.0.0.1:{port}: timed out"
+
+
+def test_a_port_that_somebody_else_holds_is_named_with_another(environ):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        with pytest.raises(ConfigError, match=f"rank 0 cannot serve the others at 127.0.0.1:{port}") as error:
+            rank_store(Launched(0, 2, 0, "Slurm"))
+    assert error.value.type == f"export MASTER_PORT={port + 1}"
+
+
+def test_a_port_that_is_no_number_is_refused(environ):
+    environ(MASTER_ADDR="127.0.0.1", MASTER_PORT="any")
+    with pytest.raises(ConfigError, match="MASTER_PORT is not a port"):
+        master_address(Launched(0, 2, 0, "torchrun"))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -20,6 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 FOLDER = "hydra.run.dir=run"
 EVERY = "checkpoint.every=2"
 FP32 = "strategy.mp_policy=null"
+#: A path that was typed means the folder in which it was typed.
+IN_ITS_FOLDER = "hydra.job.chdir=true"
 #: The learning rate of a step does not depend on the number of steps.
 SAME = ("train.warmup_steps=0", "train.schedule=constant")
 #: Threads change the order of sums.
@@ -176,11 +181,11 @@ def test_an_exported_folder_trains_on(tmp_path: Path) -> None:
     done = train(tmp_path, "checkpoint.export=hf", "parallelism.tp_size=2", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "export" in done.stdout and (tmp_path / "run/hf/config.json").is_file()
-    again = train(tmp_path, "checkpoint.export=hf", "checkpoint.resume=run", "hydra.run.dir=other")
+    again = train(tmp_path, "checkpoint.export=hf", "checkpoint.resume=run", "hydra.run.dir=other", IN_ITS_FOLDER)
     assert again.returncode == 0, again.stderr  # nothing is left to be trained
     weights = [(tmp_path / name / "hf/model.safetensors").read_bytes() for name in ("run", "other")]
     assert weights[0] == weights[1]
-    on = train(tmp_path, "model.name_or_path=run/hf", "hydra.run.dir=on", "train.steps=1")
+    on = train(tmp_path, "model.name_or_path=run/hf", "hydra.run.dir=on", "train.steps=1", IN_ITS_FOLDER)
     assert on.returncode == 0, on.stderr
 
 
@@ -250,6 +255,53 @@ def test_sigterm_reaches_all_ranks_through_torchrun(tmp_path: Path) -> None:
     text = "".join(process.communicate(timeout=60))
     assert "stopped by SIGTERM after step" in text
     assert len(list(output(tmp_path).glob("checkpoints/step_*"))) == 1
+
+
+def wait_for_a_step(folder: Path, process: Any) -> None:
+    wait_for("run/metrics.jsonl", folder, process)
+    while not (folder / "run/metrics.jsonl").read_text() and process.poll() is None:
+        time.sleep(0.02)
+
+
+def interrupted(text: str) -> list[str]:
+    """The lines of the message, of which there is one."""
+    assert text.count("stopped by") == 1 and "KeyboardInterrupt" not in text, text
+    lines = text[text.index("stopped by"):].splitlines()
+    return lines[:3]
+
+
+def test_ctrl_c_says_where_the_run_stopped_what_is_saved_and_the_command_that_goes_on(tmp_path: Path) -> None:
+    """Fresh: torchrun's ranks hear the terminal's signal and its own. What torchrun prints, no rank can prevent."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["-m", "nemo_dist_conf.train", *TINY, "device=cpu", FOLDER, "train.steps=9999", "checkpoint.every=9999"]
+    environ = os.environ | ONE_THREAD
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*torchrun, *words], cwd=tmp_path, env=environ, start_new_session=True, **both)
+    wait_for_a_step(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the command
+    text = process.communicate(timeout=60)[0]
+    stopped, kept, go_on = interrupted(text)
+    (saved,) = checkpoints(tmp_path)
+    step = int(saved.rpartition("_")[2])
+    assert stopped == f"stopped by Ctrl-C after step {step} of 9999"
+    assert kept == f"  saved   {tmp_path}/run/checkpoints/{saved}"
+    typed = [word for word in words if word != FOLDER]
+    command = shlex.join(["torchrun", "--nproc-per-node", "2", *typed, f"hydra.run.dir={tmp_path}/run"])
+    assert go_on == f"  go on   {command}"
+    done = warm.run([*shlex.split(go_on)[2:], f"train.steps={step + 1}"], cwd=tmp_path, env=ONE_THREAD)
+    assert done.returncode == 0 and f"step {step + 1}/{step + 1}" in done.stdout, done.stderr
+
+
+def test_ctrl_c_ends_a_run_that_saves_nothing_at_once_and_says_so(tmp_path: Path) -> None:
+    process = start(tmp_path, FOLDER, "train.steps=9999", "checkpoint.every=null")
+    wait_for_a_step(tmp_path, process)
+    os.kill(process.pid, signal.SIGINT)
+    text = "".join(process.communicate(timeout=60))
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in text
+    stopped, kept, again = interrupted(text)
+    assert re.fullmatch(r"stopped by Ctrl-C after step \d+ of 9999", stopped)
+    assert kept == "  saved   nothing, so it would begin anew; checkpoint.every=100 saves"
+    assert again.startswith("  again   python -m nemo_dist_conf.train ") and again.endswith(" checkpoint.every=100")
 
 
 def test_the_group_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
