@@ -13,7 +13,7 @@ from torch import nn
 
 from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.runtime.agree import agree_on_config, config_mark, together
+from nemo_dist_conf.runtime.agree import agree_on_config, agree_on_model, config_mark, together
 from nemo_dist_conf.runtime.batch_statistics import use_global_statistics
 from nemo_dist_conf.runtime.build import Built, build_model, refuse_given_model, whole_up_to
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP, check_reduced
@@ -41,9 +41,10 @@ def instantiate(
     """(setup, wrapped model, optimizer) for a composed config.
 
     The config is checked, the process group started or joined, the meshes built, and the model built, wrapped as
-    the strategy says and filled: with weights drawn from (``cfg.seed``, name), the same under every layout, or with
-    those of ``cfg.model.name_or_path``. With pp_size above 1 the model is a Pipeline: its ``step`` runs forward and
-    backward.
+    the strategy says and filled: with what its constructor gives, drawn from (``cfg.seed``, name), the same under
+    every layout, or with the weights of ``cfg.model.name_or_path``. A rank holds its shards, the largest tensor and
+    what that is made of, unless a warning says otherwise. With pp_size above 1 the model is a Pipeline: its ``step``
+    runs forward and backward.
 
     cfg: a composed tree, or what hydra.utils.instantiate makes of one, whose nodes are typed configs by then and whose
     model and optimizer may be objects: so a node ``_target_: nemo_dist_conf.instantiate`` needs nothing else.
@@ -71,8 +72,9 @@ def instantiate(
         nothing = model is None and node is None
         return None if nothing else build_model(node, model, seed, info.device, whole_up_to(checked))
 
-    built, marks = together(build, lambda _: config_mark(cfg))
-    agree_on_config(cfg, marks)  # before the meshes: different ones would be made in different order, and hang
+    built, marks = together(build, lambda built: (config_mark(cfg), built.mark if built is not None else ""))
+    agree_on_config(cfg, [config for config, _ in marks])  # before the meshes: others would be made, and hang
+    agree_on_model([mark for _, mark in marks], built.sums if built is not None else None)
     setup = setup_from_checked(checked, device)
     for note in checked.notes:
         if info.is_main:
@@ -82,7 +84,7 @@ def instantiate(
     if checked.batch_statistics == "global":
         groups = [group for group in setup.mesh_context.data_groups() if group is not None]  # there is a mesh
         use_global_statistics(built.model, groups)
-    wrapped = _wrap(checked, setup, built, seed, blocks if blocks is not None else built.blocks, example)
+    wrapped = _wrap(checked, setup, built, blocks if blocks is not None else built.blocks, example)
     settings = _value(cfg, "optimizer", None)
     if optimizer is not None:
         made: torch.optim.Optimizer | None = an_optimizer(optimizer(wrapped.parameters()))
@@ -100,14 +102,13 @@ def _value(cfg: Any, key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, blocks: Any, example: Any) -> Any:
-    device = setup.mesh_context.device
+def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any, example: Any) -> Any:
     config: Any = setup.strategy_config
     offload = getattr(config, "offload_policy", None) is not None
 
     def fill(model: nn.Module) -> None:
-        if built.template is not None:
-            materialise(model, built.template, seed, device, torch.device("cpu") if offload else None)
+        if built.record is not None:
+            materialise(model, built.record, torch.device("cpu") if offload else None, built.loaded)
         if built.weights is not None:
             load_weights(model, built.weights, built.ties, built.parts)
 
@@ -115,7 +116,7 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
         return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
     mesh: Any = setup.mesh_context
     if checked.strategy.name == "megatron_fsdp":
-        prepare = _initialiser(built, seed, device) if config.init_fsdp_with_meta_device else fill
+        prepare = _initialiser(built) if config.init_fsdp_with_meta_device else fill
         return parallelize_megatron_fsdp(
             built.model, config, mesh.device_mesh, blocks=blocks, fill=prepare, example=example
         )
@@ -132,19 +133,19 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, seed: int, bl
     )
 
 
-def _initialiser(built: Built, seed: int, device: torch.device) -> Callable[[nn.Module], None]:
+def _initialiser(built: Built) -> Callable[[nn.Module], None]:
     """What prepares a model on meta for a library that fills it module by module."""
-    template = built.template
+    record = built.record
     reason = "its weights are read from a folder, which is done before it is sharded" if built.weights else None
-    if template is None:
+    if record is None:
         reason = f"{type(built.model).__name__} was built with values, which a module of it cannot give again"
     elif built.ties:
         reason = f"{' and '.join(built.ties[0])} are one parameter, and the library makes two of it there"
-    if template is None or reason is not None:
+    if record is None or reason is not None:
         key = "strategy.init_fsdp_with_meta_device"
         what = f"the model cannot be built on the meta device: {reason}"
         raise ConfigError(Problem(what, f"{key}=true", "false: each rank holds the whole model once", f"{key}=false"))
-    return functools.partial(initialise_in_turn, template=template, seed=seed, device=device)
+    return functools.partial(initialise_in_turn, record=record)
 
 
 class _CallableModule(types.ModuleType):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.ranks.tree import flat_config
 
-__all__ = ["agree_on_config", "config_mark", "together"]
+__all__ = ["agree_on_config", "agree_on_model", "are_near", "config_mark", "together"]
 
 _T = TypeVar("_T")
 
@@ -40,6 +40,34 @@ def agree_on_config(cfg: Any, marks: list[Any]) -> None:
     asked = " ".join(f"{key}={everyone[dist.get_rank()].get(key)}" for key in differing[:5])
     same = " ".join(f"{key}={everyone[0].get(key)}" for key in differing[:5])
     raise ConfigError(Problem(what, asked, "one command line for all ranks", same))
+
+
+#: How much sums over a model's constants may differ, relative: kinds of CPUs do in the last bits.
+_NEAR = 1e-4
+
+
+def agree_on_model(marks: list[str], sums: Callable[[], Any] | None) -> None:
+    """Raise ConfigError on every rank unless all of them built the same model.
+
+    marks: ``Built.mark`` of every rank. sums: this rank's, which are exchanged where the marks differ.
+    """
+    if len(set(marks)) == 1 or sums is None:
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sums())
+    if not all(are_near(everyone[0], other) for other in everyone[1:]):
+        what = "ranks built different models: their constructor uses what is not the same on all of them"
+        allowed = "no rank, no time and no generator without a seed in it, or a module with values: rank 0's are taken"
+        made = "instantiate(cfg, model=MyModel())"
+        raise ConfigError(Problem(what, "instantiate(cfg, model=MyModel)", allowed, made))
+
+
+def are_near(one: tuple[str, list[Any]], other: tuple[str, list[Any]]) -> bool:
+    """Whether two ranks' sums are those of one model."""
+    if one[0] != other[0] or len(one[1]) != len(other[1]):
+        return False
+    pairs = zip(one[1], other[1])
+    return all(abs(a - b) <= _NEAR * mine[1] for mine, its in pairs for a, b in zip(mine, its))
 
 
 def config_mark(cfg: Any) -> str:

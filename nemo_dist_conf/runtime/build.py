@@ -1,14 +1,14 @@
-"""The model that a config or a caller names, on the meta device where it can be filled from there."""
+"""The model that a config or a caller names, without values where those can be given to it later."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import logging
 import math
 import re
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping
@@ -17,21 +17,15 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.models.facts import fields_of, plain_floats
-from nemo_dist_conf.models.shapes import shape_of
+from nemo_dist_conf.models.facts import plain_floats
+from nemo_dist_conf.runtime.construct import Record, construct, record, record_resets
 from nemo_dist_conf.runtime.load import check_weights
-from nemo_dist_conf.runtime.materialise import (
-    Template,
-    Writes,
-    can_materialise,
-    draw_in_place,
-    materialise,
-    template_of,
-    tied_names,
-)
+from nemo_dist_conf.runtime.materialise import materialise, tied_names
+from nemo_dist_conf.runtime.recorder import NotRecorded
 from nemo_dist_conf.runtime.stored_names import Part
 from nemo_dist_conf.runtime.targets import build_target
 from nemo_dist_conf.typed_path import typed_path
@@ -48,19 +42,25 @@ _SMALL_ELEMENTS = 2**22
 class Built:
     """A model before it is parallelised.
 
-    template: what it takes to fill it when it was built without values; None: it has them, the same on every rank
-    unless the caller gave them.
+    record: how to give it its values when it was built without; None: it has them, the same on every rank unless the
+    caller gave them.
     weights: folder to fill it from; parts: what its tensors are, where they are stored otherwise than the model holds
-    them.
+    them; loaded: names that the folder has, which need no other values before.
     blocks: path of its blocks as the config declared it.
+    why_whole: why it could not be built without values.
+    mark: what has to be the same on every rank; sums: what has to be nearly the same where the marks differ.
     """
 
     model: nn.Module
-    template: Template | None = None
+    record: Record | None = None
     weights: Path | None = None
     parts: Mapping[str, Part] = field(default_factory=dict)
+    loaded: frozenset[str] = frozenset()
     ties: list[list[str]] = field(default_factory=list)
     blocks: Any = None
+    why_whole: str = ""
+    mark: str = ""
+    sums: Callable[[], Any] | None = None
 
 
 def whole_up_to(checked: Checked) -> float:
@@ -82,30 +82,48 @@ def build_model(
 
     node: ``_target_`` with arguments (the user's own class), or ``config`` (fields of a transformers config, with
     model_type) and ``name_or_path`` (a local checkpoint folder whose config and weights are taken).
-    A factory's module is built on meta, so that no rank holds all of it, unless its modules' own initialisers do not
-    give what its constructor gives; then it is built on the CPU, with the same random numbers on every rank.
+    What makes the model, whichever of these it is, is recorded without values (runtime/recorder.py), so that no rank
+    ever holds all of them; where it does what cannot be recorded, it is built with values on every rank, alike.
     whole: elements of parameters up to which a model gets its values here, on ``device``, before it is parallelised:
     all of them where every rank will hold the whole model anyway.
     Raises ConfigError or DataError for what cannot be built.
     """
-    built = _built(node, given, seed, device, whole)
-    if built.template is None or _elements(built.model) > whole:
+    built = _built(node, given, seed, device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        built = _marked(built)
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    elements = sum(parameter.numel() for parameter in built.model.parameters())
+    if is_main and built.why_whole:
+        mib = sum(tensor.nbytes for tensor in (*built.model.parameters(), *built.model.buffers())) / 2**20
+        level = logging.WARNING if elements > whole else logging.INFO
+        what = "%s was built with its values, %.0f MiB on every rank before it is wrapped: %s"
+        log.log(level, what, type(built.model).__name__, mib, built.why_whole)
+    if is_main and built.record is not None and built.record.unset:
+        names = ", ".join(built.record.unset[:3]) + (", ..." if len(built.record.unset) > 3 else "")
+        log.warning("%s: nothing gives %s a value, so it starts at 0", type(built.model).__name__, names)
+    if elements > whole:
         return built
-    materialise(built.model, built.template, seed, device)
-    return dataclasses.replace(built, template=None)
+    if built.record is not None:
+        materialise(built.model, built.record, loaded=built.loaded)
+    return dataclasses.replace(built, record=None)
 
 
-def _elements(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _marked(built: Built) -> Built:
+    """With marks of its parameters and of how they start; of what they are where they have values, which may differ."""
+    named = dict(built.model.named_parameters())
+    if built.record is not None:
+        return dataclasses.replace(
+            built, mark=built.record.mark(named), sums=functools.partial(built.record.sums, list(named))
+        )
+    shapes = [(name, tuple(parameter.shape), parameter.dtype) for name, parameter in named.items()]
+    return dataclasses.replace(built, mark=repr(shapes), sums=lambda: (repr(shapes), []))
 
 
-def _built(
-    node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device, whole: float
-) -> Built:
+def _built(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device) -> Built:
     blocks = node.get("blocks") if isinstance(node, (Mapping, DictConfig)) else None
     blocks = OmegaConf.to_container(blocks) if OmegaConf.is_config(blocks) else blocks
     if isinstance(given, nn.Module):
-        return _from_module(given, device, blocks)
+        return _from_module(given, seed, device, blocks)
     if given is not None:
         return _from_factory(given, seed, device, blocks)
     if not isinstance(node, (Mapping, DictConfig)):
@@ -114,7 +132,7 @@ def _built(
         build = functools.partial(build_target, node, "model", instead="model=llama_tiny")
         return _from_factory(build() if node.get("_partial_") else build, seed, device, None)
     if node.get("name_or_path") or node.get("config"):
-        return _from_transformers(node, seed, device, blocks, whole)
+        return _from_transformers(node, seed, device, blocks)
     raise _not_a_model(node)
 
 
@@ -141,16 +159,26 @@ def _not_a_model(node: Any) -> ConfigError:
     )
 
 
-def _from_module(model: nn.Module, device: torch.device, blocks: Any) -> Built:
+def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any) -> Built:
     tensors = [*model.parameters(), *model.buffers()]
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        what = f"{lazy[0]} of {type(model).__name__} has no shape yet: its layer takes it from the first input"
+        allowed = "a factory that runs the model once, model(torch.zeros(...)), before it returns it"
+        raise ConfigError(Problem(what, f"a model with {lazy[0]}", allowed, "instantiate(cfg, model=run_once)"))
     if not any(tensor.is_meta for tensor in tensors):
         return Built(model.to(device), ties=tied_names(model), blocks=blocks)
-    if all(tensor.is_meta for tensor in tensors) and can_materialise(model):
-        return Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
-    what = f"the given {type(model).__name__} is on the meta device, and a module of it cannot initialise itself"
+    if not all(tensor.is_meta for tensor in tensors):
+        why = "other tensors of it have values"
+    else:
+        try:
+            made = record_resets(model, seed, device)
+            return Built(model, made, ties=tied_names(model), blocks=blocks)
+        except Exception as error:  # its own functions run
+            why = _first(error)
     raise ConfigError(
         Problem(
-            what,
+            f"the given {type(model).__name__} is on the meta device and cannot be filled: {why}",
             "instantiate(cfg, model=module_on_meta)",
             "a module with values, its class or a function that builds it, or reset_parameters in each module",
             f"instantiate(cfg, model={type(model).__name__})",
@@ -159,36 +187,25 @@ def _from_module(model: nn.Module, device: torch.device, blocks: Any) -> Built:
 
 
 def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, blocks: Any) -> Built:
-    construction = Writes()
+    why = ""
+    made: Record | None = None
     try:
-        with torch.device("meta"), construction:
-            model = factory()
-    except Exception as error:  # mostly it computes with values while it is built; any other error comes again below
-        log.info("built on the CPU instead of on meta: %s", _first(error))
-        model = None
-    if model is not None and not isinstance(model, nn.Module):
-        raise _no_module(model)
-    on_meta = model is not None and all(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    if model is not None and on_meta and can_materialise(model, construction):
-        return Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
-    return _with_values(factory, seed, device, blocks)
-
-
-def _with_values(factory: Callable[[], Any], seed: int, device: torch.device, blocks: Any) -> Built:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = factory()
+        model, made = record(factory, seed, device)
+    except Exception as error:  # one of the factory's own comes again where it runs once more
+        why = textwrap.shorten(_first(error), 200, placeholder=" ...")
+        if isinstance(error, NotRecorded):  # said before, because memory may not suffice
+            log.info("a model is built with values on every rank: %s", why)
+        model = construct(factory, seed)
     if not isinstance(model, nn.Module):
-        raise _no_module(model)
-    return Built(model.to(device), ties=tied_names(model), blocks=blocks)
+        what = f"the model's factory returned {type(model).__name__}, not a torch.nn.Module"
+        raise ConfigError(Problem(what, "model", "a class or function that returns a module", "model._target_=..."))
+    if made is not None:
+        return Built(model, made, ties=tied_names(model), blocks=blocks)
+    built = _from_module(model, seed, device, blocks)
+    return built if built.record is not None else dataclasses.replace(built, why_whole=why)
 
 
-def _no_module(made: Any) -> ConfigError:
-    what = f"the model's factory returned {type(made).__name__}, not a torch.nn.Module"
-    return ConfigError(Problem(what, "model", "a class or function that returns a module", "model._target_=..."))
-
-
-def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any, whole: float) -> Built:
+def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) -> Built:
     try:
         import transformers
     except ImportError:
@@ -210,14 +227,7 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any, 
         config.use_cache = False  # for generation only: in training it would keep keys and values of every layer
 
     try:
-        here = _parameters(config) <= whole
-        model = _without_values(factory, device if here else torch.device("meta"), device)
-        if model is not None and here and draw_in_place(model, seed, device):
-            built = Built(model, ties=tied_names(model), blocks=blocks)
-        elif model is not None and not here and can_materialise(model):
-            built = Built(model, template_of(model), ties=tied_names(model), blocks=blocks)
-        else:
-            built = _with_values(factory, seed, device, blocks)
+        built = _from_factory(factory, seed, device, blocks)
     except ConfigError:
         raise
     except Exception as error:  # of many types, by what a model's constructor does with the fields
@@ -231,37 +241,7 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any, 
     if folder is None:
         return built
     parts = check_weights(built.model, folder, built.ties)
-    return dataclasses.replace(built, weights=folder, parts=parts)
-
-
-def _parameters(config: Any) -> float:
-    """Of the model that a transformers config describes; infinite where its sizes are not known before it is built."""
-    try:
-        return shape_of(fields_of(config)).parameters
-    except ConfigError:
-        return math.inf
-
-
-def _without_values(factory: Callable[[], Any], on: torch.device, device: torch.device) -> Any:
-    """A transformers model that draws no weights while it is built; None where it cannot be built like that.
-
-    on: where its tensors are made. One that computes with values while it is built is made on the CPU, and moved to
-    ``device``: how a model is filled must not depend on where it was made, because that depends on the strategy.
-    Source: transformers.initialization.no_init_weights, which leaves tying out too.
-    """
-    from transformers.initialization import no_init_weights
-
-    for place in (on, torch.device("cpu")):
-        context: Any = contextlib.nullcontext() if place.type == "cpu" else place
-        try:
-            with torch.random.fork_rng(devices=[]), no_init_weights(), context:
-                model = factory()
-        except Exception as error:  # mostly it computes with values; any other error comes again where they are drawn
-            log.info("not built on %s without values: %s", place, _first(error))
-            continue
-        model.tie_weights()
-        return model if place == on else model.to(device)
-    return None
+    return dataclasses.replace(built, weights=folder, parts=parts, loaded=frozenset(built.model.state_dict()))
 
 
 def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> Any:

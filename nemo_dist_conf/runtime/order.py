@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
+from nemo_dist_conf.runtime.attributes import cast_beside_attributes
 from nemo_dist_conf.runtime.averaged import Averaged
 from nemo_dist_conf.runtime.batch_statistics import warn_of_own_rows
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
@@ -44,6 +45,7 @@ from nemo_dist_conf.runtime.mesh import fsdp_mesh
 from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.runtime.precision import tell_precision
+from nemo_dist_conf.runtime.shared_memory import refuse_shared_memory
 from nemo_dist_conf.runtime.unit_rules import refuse_sparse
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ def parallelize_fsdp2(
     _refuse_wrapped(model)
     names = device_mesh.mesh_dim_names or ()
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
+    refuse_shared_memory(model, device_mesh)
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
     units = find_blocks(model, blocks)
@@ -135,6 +138,8 @@ def parallelize_fsdp2(
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
         apply_context_parallel(model, device_mesh[A.CP.value], counts)
+    if config.mp_policy is not None and config.mp_policy.param_dtype is not None:
+        cast_beside_attributes(model, config.mp_policy.param_dtype)
     _tell_precision_of_fsdp2(model, config)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
@@ -300,6 +305,7 @@ def parallelize_megatron_fsdp(
     from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer, wrap
 
     _refuse_wrapped(model)
+    refuse_shared_memory(model, device_mesh)
     _sync_from_rank0(model)
     counts = None
     if device_mesh[A.CP.value].size() > 1:

@@ -18,6 +18,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -198,10 +199,21 @@ class _Trial(nn.Module):
         else:
             twin = module if _on_meta(module) else copy.deepcopy(module).to("meta")
             args, kwargs = tree_map_only(Tensor, _on_meta_like, (args, kwargs))
-            out = tree_map_only(Tensor, _zeros, twin(*args, **kwargs))
+            with _TensorsElsewhere():
+                out = tree_map_only(Tensor, _zeros, twin(*args, **kwargs))
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         calls.append((name, tensors[0] if tensors else torch.empty(0)))
         return out
+
+
+class _TensorsElsewhere(TorchDispatchMode):
+    """Lets operators on meta take tensors that are neither parameters nor buffers, and have values, wherever kept."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len({tensor.is_meta for tensor in given}) > 1:
+            args, kwargs = tree_map_only(Tensor, _on_meta_like, (args, kwargs))
+        return func(*args, **(kwargs or {}))
 
 
 def _on_meta_like(tensor: Tensor) -> Tensor:

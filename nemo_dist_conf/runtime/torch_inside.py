@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parameter import is_lazy
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
@@ -20,16 +21,21 @@ __all__ = [
     "flash_backward_on_cpu",
     "flash_on_cpu",
     "flattened",
+    "generator_of",
     "gloo_threads",
     "group_timeout",
     "hide_sharding",
     "is_gathered_for_forward",
+    "is_plain",
     "maker_of_mask",
     "name_flattened",
     "number_of_backward",
+    "replace_trunc_normal",
     "root_mesh",
     "run_as_forward",
+    "schema_of",
     "set_group_timeout",
+    "storage_id",
     "what_is_not_reduced",
 ]
 
@@ -174,6 +180,58 @@ def set_group_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> 
     Test: tests/dist/test_setup.py, test_every_group_of_the_meshes_has_the_timeout_of_the_process_group.
     """
     dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that all views of one storage share, and no other storage as long as this one lives.
+
+    torch 2.11 to 2.13: storages without memory (meta) all have the data pointer 0, which is the published answer.
+    Test: tests/runtime/test_recorder.py, test_views_and_aliases.
+    """
+    if is_lazy(tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata
+
+
+def schema_of(operator: Any) -> Any:
+    """What an operator takes, writes and returns.
+
+    torch 2.11 to 2.13: a dispatch mode is given the operator, and nothing else that says this of it.
+    Test: tests/runtime/test_recorder.py, test_the_tape_is_what_the_constructor_did.
+    """
+    return operator._schema
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The device's default generator.
+
+    torch 2.11 to 2.13: torch.manual_seed would also queue a seed, and a stack trace, for each kind of device to come.
+    Test: tests/runtime/test_materialise.py, test_the_global_random_state_is_neither_read_nor_moved.
+    """
+    if device.type == "cpu":
+        return torch.default_generator
+    return torch.cuda.default_generators[device.index or 0]
+
+
+def is_plain(kind: type) -> bool:
+    """Whether a class of tensors leaves operators to torch; one that has its own way with them has no storage.
+
+    torch 2.11 to 2.13: nothing else tells DTensors and quantized tensors from classes that only have a name.
+    Test: tests/runtime/test_recorder.py, test_what_cannot_be_recorded.
+    """
+    return kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+
+
+def replace_trunc_normal(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What nn.init.trunc_normal_ calls, now; it becomes the function.
+
+    torch 2.13 looks at what it drew and draws again, which takes values, and on meta it draws nothing.
+    Test: tests/runtime/test_recorder.py, test_the_tape_is_what_the_constructor_did.
+    """
+    init: Any = torch.nn.init
+    before, init._no_grad_trunc_normal_ = init._no_grad_trunc_normal_, function
+    return before
 
 
 def root_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime import build, order
 from nemo_dist_conf.runtime.boxes import local_values
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.build import build_model
-from nemo_dist_conf.runtime.materialise import can_materialise, draw_in_place, materialise, template_of, tied_names
-from tests.dist.layouts import LLAMA, MODELS, Net, composed, full_state, plain_model
+from nemo_dist_conf.runtime.construct import record_resets
+from nemo_dist_conf.runtime.materialise import materialise, tied_names
+from nemo_dist_conf.runtime.recorder import NotRecorded
+from tests.dist.layouts import LLAMA, MODELS, ROWS, SGD, Net, composed, full_state, plain_model, train
 from tests.dist.pool import run_ranks
-
-CPU = torch.device("cpu")
+from tests.runtime.constructors import CONSTRUCTORS, Attributes, table_of
+from tests.runtime.replay import CPU, recorded
 
 
 def on_meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
@@ -31,9 +39,9 @@ def on_meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def filled(kind: Any, *args: Any, seed: int = 0, **kwargs: Any) -> nn.Module:
-    """A model built on meta and materialised without any sharding."""
-    model = on_meta(kind, *args, **kwargs)
-    materialise(model, template_of(model), seed, CPU)
+    """A model built without values and materialised without any sharding."""
+    model, record = recorded(lambda: kind(*args, **kwargs), seed)
+    materialise(model, record)
     return model
 
 
@@ -132,6 +140,7 @@ def test_running_statistics_start_as_they_do_in_torch() -> None:
 
 # --------------------------------------------------------------------------------- whatever the layout
 
+_FP32 = "strategy.mp_policy=null"
 NET_PLAN = "strategy.tp_plan={blocks.*.up:colwise,blocks.*.down:rowwise}"
 LAYOUTS = [
     (1, ("strategy=ddp",)),
@@ -147,7 +156,7 @@ LAYOUTS = [
 
 
 def weights(words: tuple[str, ...], kind: str, seed: int) -> dict[str, Tensor]:
-    return full_state(instantiate(composed(*words, model=MODELS[kind], seed=seed))[1])
+    return full_state(instantiate(composed(*words, model=NODES[kind], seed=seed))[1])
 
 
 @pytest.mark.dist
@@ -161,8 +170,27 @@ def test_every_layout_starts_from_the_same_weights(ranks: int, words: tuple[str,
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "words",
+    [("strategy=ddp",), (), ("parallelism.tp_size=2", NET_PLAN), ("parallelism.pp_size=2", "pipeline.pp_batch_size=8")],
+    ids=["ddp", "fsdp2", "tp", "pp"],
+)
+def test_a_start_of_ones_own_is_the_same_on_every_layout(words: tuple[str, ...]) -> None:
+    """Assigned, orthogonal, loaded from another layer, scaled, zero."""
+    expected = filled(plain_model, NODES["sloped"], seed=3).state_dict()
+    assert torch.equal(expected["blocks.0.up.weight"], expected["blocks.1.up.weight"])
+    for found in run_ranks(2, weights, words, "sloped", 3):
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 _MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-NODES: dict[str, dict[str, Any]] = {**MODELS, "experts": {"config": {**LLAMA, **_MIXTRAL}}}
+NODES: dict[str, dict[str, Any]] = {
+    **MODELS,
+    "experts": {"config": {**LLAMA, **_MIXTRAL}},
+    "sloped": {"_target_": "tests.runtime.constructors.SlopedNet"},
+}
 
 
 def small_weights(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tensor], bool, float]:
@@ -211,20 +239,20 @@ def test_a_small_model_has_its_values_before_it_is_parallelised(kind: str, ranks
 def test_one_element_more_and_it_has_them_after() -> None:
     node = {"config": MODELS["llama"]["config"]}
     count = sum(parameter.numel() for parameter in plain_model("llama").parameters())
-    assert build_model(node, None, 0, CPU, count).template is None
-    assert build_model(node, None, 0, CPU, count - 1).template is not None
+    assert build_model(node, None, 0, CPU, count).record is None
+    assert build_model(node, None, 0, CPU, count - 1).record is not None
 
 
-class NeedsValues:
-    """Makes Llama compute with values while it is built, which no tensor on meta has."""
+class Unrecordable:
+    """Makes Llama reach for a tensor's memory while it is built."""
 
     def __enter__(self) -> None:
         self._plain = LlamaForCausalLM.__init__
         plain = self._plain
 
         def init(model: Any, config: Any) -> None:
-            torch.ones(1).item()
             plain(model, config)
+            model.lm_head.weight.untyped_storage()
 
         LlamaForCausalLM.__init__ = init
 
@@ -232,26 +260,29 @@ class NeedsValues:
         LlamaForCausalLM.__init__ = self._plain
 
 
-def test_where_a_model_can_be_built_does_not_decide_its_weights() -> None:
-    """ddp builds it on the device, fsdp2 on meta, or on the CPU where it computes with values."""
+def test_where_a_model_gets_its_values_does_not_decide_them(caplog: pytest.LogCaptureFixture) -> None:
+    """ddp gives them before it is wrapped, fsdp2 to what is sharded; nor does it where they cannot be recorded."""
     node = {"config": MODELS["llama"]["config"]}
 
-    def build(whole: float) -> tuple[str, dict[str, Tensor]]:
+    def build(whole: float) -> dict[str, Tensor]:
         built = build_model(node, None, 3, CPU, whole)
-        place = next(built.model.parameters()).device.type
-        assert (built.template is None) is (whole > 0)
-        if built.template is not None:
-            materialise(built.model, built.template, 3, CPU)
-        return place, tensors(built.model)
+        if built.record is not None:
+            assert not whole and all(parameter.is_meta for parameter in built.model.parameters())
+            materialise(built.model, built.record)
+        return tensors(built.model)
 
-    found = [build(math.inf), build(0)]
-    with NeedsValues():
-        found += [build(math.inf), build(0)]
-    assert [place for place, _ in found] == ["cpu", "meta", "cpu", "cpu"]
+    def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
     expected = tensors(filled(plain_model, "llama", seed=3))
-    for _, values in found:
-        assert values.keys() == expected.keys()
-        assert all(torch.equal(value, expected[name]) for name, value in values.items())
+    assert equal(build(math.inf), expected) and equal(build(0), expected)
+    assert "built with its values" not in caplog.text
+    torch.manual_seed(3)
+    expected = tensors(plain_model("llama"))
+    with Unrecordable():
+        assert equal(build(math.inf), expected) and "built with its values" not in caplog.text
+        assert equal(build(0), expected)
+    assert "LlamaForCausalLM was built with its values, 0 MiB on every rank before it is wrapped: it rea" in caplog.text
 
 
 def test_building_draws_no_random_numbers() -> None:
@@ -261,16 +292,148 @@ def test_building_draws_no_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def of_constructors(words: tuple[str, ...], small: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """What every constructor starts from, and why those that cannot be sharded cannot."""
+    found: dict[str, dict[str, Tensor]] = {}
+    refused: dict[str, str] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_SMALL_ELEMENTS", 10**6 if small else 0)
+        for name, factory in CONSTRUCTORS.items():
+            try:
+                model = instantiate(composed(*words, seed=3), factory)[1]
+            except Exception as error:
+                refused[name] = str(error)
+                continue
+            buffers = {key.removeprefix("module."): value.clone() for key, value in model.named_buffers()}
+            found[name] = buffers | full_state(model)
+    return found, refused
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "words, small", [(("strategy=ddp",), False), ((_FP32,), False), ((_FP32,), True)], ids=["ddp", "fsdp2", "small"]
+)
+def test_every_constructor_gives_every_layout_the_same(words: tuple[str, ...], small: bool) -> None:
+    """What one process has, bit by bit, whichever way the constructor has of writing it."""
+    cannot = {"two_parameters_in_one_memory": "two parameters in the same memory"}
+    for found, refused in run_ranks(2, of_constructors, words, small):
+        assert refused.keys() == (cannot.keys() if words == (_FP32,) else set()), refused
+        assert all(cannot[name] in reason for name, reason in refused.items()), refused
+        assert len(found) + len(refused) == len(CONSTRUCTORS)
+        for name, values in found.items():
+            expected = tensors(filled(CONSTRUCTORS[name], seed=3))
+            assert values.keys() == expected.keys(), name
+            assert [key for key in expected if not torch.equal(values[key], expected[key])] == [], name
+
+
+def outputs_with_attributes(words: tuple[str, ...]) -> Tensor:
+    table_of.cache_clear()
+    model = instantiate(composed(*words, seed=3), Attributes)[1]
+    return model(torch.arange(6.0).view(2, 3)).detach()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words", [("strategy=ddp",), ("strategy.mp_policy=null",)], ids=["ddp", "fsdp2"])
+def test_tensors_that_are_kept_elsewhere_have_their_values(words: tuple[str, ...]) -> None:
+    table_of.cache_clear()
+    model = filled(Attributes, seed=3)
+    expected = model(torch.arange(6.0).view(2, 3)).detach()
+    for found in run_ranks(2, outputs_with_attributes, words):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.dist
+def test_layers_take_what_was_computed_with_them_under_a_policy() -> None:
+    """The page's policy computes in bfloat16; a table of slopes stays in float32."""
+    table_of.cache_clear()
+    expected = filled(Attributes, seed=3)(torch.arange(6.0).view(2, 3)).detach()
+    for found in run_ranks(2, outputs_with_attributes, ()):
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.dist
+def test_a_stage_has_what_its_modules_keep() -> None:
+    """Also in the trial that looks for the stages, which runs on meta."""
+    node = {"_target_": "tests.runtime.constructors.SlopedNet"}
+    words = ("strategy.mp_policy=null", "parallelism.pp_size=2", f"pipeline.pp_batch_size={ROWS}")
+    expected = run_ranks(1, train, composed("strategy=ddp", model=node, optimizer=SGD, seed=3))[0]
+    for found in run_ranks(2, train, composed(*words, model=node, optimizer=SGD, seed=3)):
+        assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert found.norms == pytest.approx(expected.norms, rel=1e-5)
+
+
+def refused(factory: Callable[[], nn.Module], *words: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        instantiate(composed(*words), factory)
+    return str(error.value)
+
+
+def knows_its_rank() -> nn.Module:
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.mul_(1 + dist.get_rank())
+    return model
+
+
+def draws_without_a_seed() -> nn.Module:
+    model = nn.Linear(3, 3)
+    model.bias = nn.Parameter(torch.from_numpy(np.random.default_rng().standard_normal(3)))
+    return model
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("factory", [knows_its_rank, draws_without_a_seed])
+def test_ranks_that_would_start_from_different_values_are_refused(factory: Callable[[], nn.Module]) -> None:
+    """Each would give its own part of its own model."""
+    for message in run_ranks(2, refused, factory):
+        assert "ranks built different models" in message
+
+
+def keeps_its_weight() -> nn.Module:
+    model: Any = NoInitialiser()
+    model.known = [model.fc.weight]
+    return model
+
+
+def keeps_a_part() -> nn.Module:
+    model = NoInitialiser()
+    model.register_buffer("part", model.fc.weight.detach()[1:])
+    return model
+
+
+def keeps_copies_and_columns() -> nn.Module:
+    """Nothing of it is in the memory of a parameter that it does not follow."""
+    model: Any = NoInitialiser()
+    drawn = torch.randn(4, 6)
+    model.left, model.right = nn.Parameter(drawn[:, :3]), nn.Parameter(drawn[:, 3:])
+    model.anchor = model.fc.weight.detach().clone()
+    model.lstm = nn.LSTM(4, 4)
+    nn.utils.spectral_norm(model.fc)
+    return model
+
+
+def names_of(factory: Callable[[], nn.Module], *words: str) -> set[str]:
+    return set(full_state(instantiate(composed(*words), factory)[1]))
+
+
+@pytest.mark.dist
+def test_what_would_not_follow_a_sharded_parameter_is_refused() -> None:
+    """A plain model reads the trained weight there, a sharded one that of the first step."""
+    for factory, name in ((keeps_its_weight, "known/0"), (keeps_a_part, "part")):
+        assert f"{name} is kept beside the parameter fc.weight" in run_ranks(1, refused, factory)[0]
+        assert run_ranks(1, names_of, factory, "strategy=ddp")[0] >= {"fc.weight", "gain"}
+    assert run_ranks(1, names_of, keeps_copies_and_columns)[0] >= {"left", "right", "lstm.weight_hh_l0"}
+
+
 def uneven_shards() -> bool:
     """Five rows over four ranks, and a bias of one element."""
-    model = on_meta(nn.Linear, 3, 5)
-    narrow = on_meta(nn.Linear, 3, 1)
     same = True
-    for each, like in ((model, filled(nn.Linear, 3, 5)), (narrow, filled(nn.Linear, 3, 1))):
-        template = template_of(each)
-        fully_shard(each, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        materialise(each, template, 0, CPU)
-        same &= all(torch.equal(value, tensors(like)[name]) for name, value in full_state(each).items())
+    for width in (5, 1):
+        model, record = recorded(lambda: nn.Linear(3, width))
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        materialise(model, record)
+        expected = tensors(filled(nn.Linear, 3, width))
+        same &= all(torch.equal(value, expected[name]) for name, value in full_state(model).items())
     return same
 
 
@@ -293,6 +456,55 @@ def test_buffers_that_are_not_saved_are_filled_too(words: tuple[str, ...]) -> No
     for found in run_ranks(2, buffers_of_ranks, *words):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of storages that were alive at once, of those that an operator met inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._known = 0, {}  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves((args, kwargs, found)):
+            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) and type(leaf) is not DTensor else leaf
+            if isinstance(storage, torch.UntypedStorage) and storage.device.type == "cpu":
+                self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._known = {key: value for key, value in self._known.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._known.values()))
+        return found
+
+
+class Wide(nn.Module):
+    """Eight megabytes, one of them drawn twice as large, and turned round on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(8))
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight.copy_(layer.weight.exp().sub(1).t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def peak_mib() -> float:
+    live = Live()
+    with live:
+        instantiate(composed(), Wide)
+    return live.peak / 2**20
+
+
+@pytest.mark.dist
+def test_a_rank_holds_its_shards_and_one_whole_tensor_at_a_time() -> None:
+    """4 MiB of shards, and what the largest tensor is made of: two or three of its kind."""
+    for found in run_ranks(2, peak_mib):
+        assert 4 < found < 4 + 3.5
 
 
 # --------------------------------------------------------------------------------------------- ties
@@ -324,63 +536,79 @@ def test_wrapped_models_keep_their_ties(words: tuple[str, ...]) -> None:
     assert run_ranks(2, ties_under, words) == [(True, count)] * 2
 
 
-# ------------------------------------------------------------------------------------ what is forgotten
+# ----------------------------------------------------------------------------- modules that came on meta
+
+
+def test_a_module_on_meta_starts_as_its_modules_reset_themselves() -> None:
+    """The same numbers as those of its class, which does nothing else."""
+    expected = tensors(filled(Net, seed=3))
+    model = on_meta(Net)
+    materialise(model, record_resets(model, 3, CPU))
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(model).items())
+    record_resets(on_meta(nn.MultiheadAttention, 4, 2), 0, CPU)  # spelt _reset_parameters
+    record_resets(nn.Identity(), 0, CPU)
+
+
+def test_a_transformers_model_on_meta_starts_as_it_initialises_itself() -> None:
+    expected = tensors(filled(plain_model, "llama", seed=3))
+    model = on_meta(plain_model, "llama")
+    materialise(model, record_resets(model, 3, CPU))
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(model).items())
 
 
 @pytest.mark.parametrize("forgets", ["weight", "bias", "scale", "steps", "mask"])
 def test_a_tensor_that_nothing_sets_is_found(forgets: str) -> None:
     """Left alone it would hold whatever the memory held; among whole numbers and masks there is no NaN to tell."""
-    assert not can_materialise(on_meta(Forgetful, forgets))
-    assert can_materialise(on_meta(Forgetful, "nothing"))
+    with pytest.raises(NotRecorded, match=f"nothing sets {forgets}"):
+        record_resets(on_meta(Forgetful, forgets), 0, CPU)
+    record_resets(on_meta(Forgetful, "nothing"), 0, CPU)
 
 
-@pytest.mark.parametrize("forgets", ["weight", "bias", "scale", "steps", "mask", "nothing"])
-def test_a_tensor_that_nothing_sets_is_found_where_the_model_is(forgets: str) -> None:
-    assert draw_in_place(Forgetful(forgets), 0, CPU) is (forgets == "nothing")
-    assert not draw_in_place(NoInitialiser(), 0, CPU)
+def test_a_module_that_cannot_reset_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match="NoInitialiser has no reset_parameters"):
+        build_model(None, on_meta(NoInitialiser), 0, CPU)
+    partly = on_meta(Net)
+    partly.head = nn.Linear(32, 97)
+    with pytest.raises(ConfigError, match="other tensors of it have values"):
+        build_model(None, partly, 0, CPU)
 
 
-class ThroughData(nn.Linear):
-    """Writes in a way that leaves a tensor's version as it was."""
+class Tabled(nn.Linear):
+    """Computes a table whenever it is reset; or never."""
+
+    def __init__(self, resets: bool) -> None:
+        super().__init__(3, 3)
+        self.resets, self.table = resets, [torch.arange(3.0)]
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.weight.data.normal_()
-        self.bias.data.zero_()
+        super().reset_parameters()
+        if getattr(self, "resets", False):
+            self.table = [torch.arange(3.0)]
 
 
-def test_what_is_written_through_data_is_set() -> None:
-    model = ThroughData(3, 2)
-    before = model.weight.clone()
-    assert draw_in_place(model, 5, CPU)
-    assert not torch.equal(model.weight, before)
-    assert torch.equal(model.weight, tensors(filled(ThroughData, 3, 2, seed=5))["weight"])
+def test_tables_of_a_module_on_meta() -> None:
+    model = build_model(None, on_meta(Tabled, True), 0, CPU, math.inf).model
+    assert torch.equal(model.table[0], torch.arange(3.0)) and not model.weight.is_meta
+    with pytest.raises(ConfigError, match="nothing sets table/0"):
+        build_model(None, on_meta(Tabled, False), 0, CPU)
 
 
-def test_one_module_of_a_kind_speaks_for_those_that_are_alike_only() -> None:
-    """The second differs by one attribute, which its initialiser reads."""
-    kinds = (on_meta(Forgetful, "nothing"), on_meta(Forgetful, "mask"))
-    assert not can_materialise(nn.Sequential(*kinds))
-    assert not can_materialise(nn.Sequential(*reversed(kinds)))
-    assert can_materialise(nn.Sequential(kinds[0], on_meta(Forgetful, "nothing")))
+def test_a_layer_that_never_ran_is_refused() -> None:
+    with pytest.raises(ConfigError, match="weight of LazyLinear has no shape yet"):
+        build_model(None, lambda: nn.LazyLinear(3), 0, CPU)
 
 
-def test_asking_draws_no_random_numbers_and_changes_no_values() -> None:
-    model = plain_model("llama")
-    before, state = {name: value.clone() for name, value in tensors(model).items()}, torch.get_rng_state()
-    assert can_materialise(model)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
+class Unfinished(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gain = nn.Linear(4, 4), nn.Parameter(torch.empty(4))
 
 
-def test_what_is_set_is_accepted() -> None:
-    assert all(bool((value == 1).all()) for value in tensors(filled(Forgetful, "nothing")).values())
-
-
-def test_a_module_without_initialiser_cannot_be_materialised() -> None:
-    assert not can_materialise(on_meta(NoInitialiser))
-    assert can_materialise(on_meta(Net)) and can_materialise(on_meta(plain_model, "llama"))
-    assert can_materialise(on_meta(nn.MultiheadAttention, 4, 2))  # spelt _reset_parameters
-    assert can_materialise(nn.Identity())
+def test_what_a_constructor_never_sets_is_said_and_starts_at_0(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_model(None, Unfinished, 0, CPU, math.inf).model
+    assert "Unfinished: nothing gives gain a value, so it starts at 0" in caplog.text
+    assert not model.gain.any() and model.fc.weight.all()
 
 
 def constructed(*words: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -396,7 +624,7 @@ def constructed(*words: str) -> tuple[dict[str, Tensor], list[str]]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("words", [("strategy=ddp",), ()], ids=["ddp", "fsdp2"])
-def test_it_is_built_on_the_cpu_instead_alike_on_every_rank(words: tuple[str, ...]) -> None:
+def test_a_module_without_initialiser_starts_as_its_constructor_says(words: tuple[str, ...]) -> None:
     found = run_ranks(2, constructed, *words)
     first, second = (state for state, _ in found)
     assert torch.equal(first["gain"], torch.full((4,), 7.0))
