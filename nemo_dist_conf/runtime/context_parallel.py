@@ -40,8 +40,9 @@ __all__ = [
     "with_positions",
 ]
 
-#: Groups over which a sequence was split: a model that gets whole rows would take them for parts of longer ones.
-_split_over: set[str] = set()
+#: Groups over which sequences were split, and how long a rank's parts were: a model that gets whole rows would take
+#: them for parts of longer ones.
+_split_over: dict[str, set[int]] = {}
 
 #: An exchange knows the rows of one model, so each has one of its own.
 _numbers = itertools.count()
@@ -63,9 +64,9 @@ def split_sequence(tensor: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
 
     Raises ConfigError where the tokens do not split into 2 * cp equal chunks.
     """
-    _split_over.add(mesh.get_group().group_name)
     length = tensor.size(dim)
     _check_length(length, mesh.size())
+    _split_over.setdefault(mesh.get_group().group_name, set()).add(length // mesh.size())
     positions = local_positions(length // mesh.size(), mesh, tensor.device)
     return tensor.index_select(dim, positions)
 
@@ -93,7 +94,7 @@ def apply_context_parallel(
 
         counts = try_context_parallel(model, mesh)
     exchange_tokens(model, mesh, counts)
-    _split_over.discard(mesh.get_group().group_name)
+    _split_over.pop(mesh.get_group().group_name, None)
     log.info("context parallel over %d ranks", mesh.size())
 
 
@@ -236,7 +237,7 @@ def _refuse_whole(exchange: Exchange, module: nn.Module, given: Mapping[str, Any
 def _row(exchange: Exchange, tokens: Tensor, positions: Tensor | None) -> Row:
     length = tokens.size(1)
     if positions is None:
-        if exchange.mesh.get_group().group_name not in _split_over:
+        if length not in _split_over.get(exchange.mesh.get_group().group_name, ()):
             raise ConfigError(
                 Problem(
                     "the model was given rows that were not split over the cp ranks",

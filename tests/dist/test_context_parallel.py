@@ -292,7 +292,10 @@ def _refused(given: dict[str, Any], split: bool) -> str:
     from nemo_dist_conf.instantiate import instantiate
 
     setup, model, _ = instantiate(composed(FP32, CP, model=MODELS["llama"], optimizer=SGD))
-    (ids_BS,) = setup.mesh_context.split_sequence(batch(LENGTH)[0]) if split else (batch(LENGTH)[0],)
+    (ids_BS,) = setup.mesh_context.split_sequence(batch(LENGTH)[0])
+    if not split:  # as in an evaluation between steps of training
+        model(input_ids=ids_BS)
+        ids_BS = batch(LENGTH)[0]
     given = {key: torch.ones_like(ids_BS) if value == "tokens" else value for key, value in given.items()}
     with pytest.raises(ConfigError) as caught:
         model(input_ids=ids_BS, **given)
