@@ -152,6 +152,17 @@ class Pooled(nn.Module):
         return x_BSH + x_BSH.mean(1, keepdim=True)
 
 
+class Dilated(nn.Module):
+    """Sees a token far behind, and none between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(32, 32, 2, dilation=20)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return self.conv(F.pad(x_BSH.transpose(1, 2), (20, 0))).transpose(1, 2)
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +188,8 @@ class Own(nn.Module):
 
         super().__init__()
         config = LlamaConfig(attn_implementation="sdpa")
-        kinds: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "batch norm": Normed, "direct": Direct}
+        kinds: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "dilated": Dilated, "batch norm": Normed}
+        kinds["direct"] = Direct
         self.embed, self.positions = nn.Embedding(97, 32), nn.Embedding(40, 32)
         self.blocks = nn.ModuleList(kinds.get(mixer, lambda: OwnAttention(config, mixer))() for _ in range(2))
         self.head = nn.Linear(32, 97)
@@ -204,6 +216,7 @@ def test_an_own_model_whose_attention_asks_the_registry_equals_one_process(mixer
     ("mixer", "text"),
     [
         ("pooled", r"blocks\.0 \(Pooled\) mixes the tokens of a row"),
+        ("dilated", r"blocks\.0 \(Dilated\) mixes the tokens of a row"),
         ("batch norm", r"blocks\.0 \(Normed\) mixes the tokens of a row"),
         ("direct", r"blocks\.0 \(Direct\) mixes the tokens of a row"),
         ("bias of pairs", r"position_bias of OwnAttention has the shape \(1, 4, 8, 8\)"),
