@@ -81,7 +81,7 @@ def local_positions(length: int, mesh: DeviceMesh, device: torch.device) -> Tens
 
 def apply_context_parallel(
     model: nn.Module, mesh: DeviceMesh, counts: Mapping[type, set[Site]] | None = None
-) -> None:
+) -> Exchange:
     """Let a model attend over the sequence parts of all ranks of ``mesh``, the axis cp; in place.
 
     Its forward then takes this rank's tokens [B, L]; position ids that are not given are filled in.
@@ -93,9 +93,10 @@ def apply_context_parallel(
         from nemo_dist_conf.runtime.context_trial import try_context_parallel
 
         counts = try_context_parallel(model, mesh)
-    exchange_tokens(model, mesh, counts)
+    exchange = exchange_tokens(model, mesh, counts)
     _split_over.pop(mesh.get_group().group_name, None)
     log.info("context parallel over %d ranks", mesh.size())
+    return exchange
 
 
 def exchange_tokens(model: nn.Module, mesh: DeviceMesh, counts: Mapping[type, set[Site]] = {}) -> Exchange:

@@ -134,17 +134,18 @@ def parallelize_fsdp2(
         experts = Experts(list(found.values()), moe_mesh[A.EP_SHARD.value], moe or MoEParallelizerConfig())
         if config.activation_checkpointing and experts.config.ignore_router_for_ac:
             keep_routing(model, found)
+    again = None
     if counts is not None:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
-        apply_context_parallel(model, device_mesh[A.CP.value], counts)
+        again = apply_context_parallel(model, device_mesh[A.CP.value], counts).again
     if config.mp_policy is not None and config.mp_policy.param_dtype is not None:
         cast_beside_attributes(model, config.mp_policy.param_dtype)
     _tell_precision_of_fsdp2(model, config)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
-    apply_activation_checkpointing(model, units, config.activation_checkpointing, keeps_routing)
+    apply_activation_checkpointing(model, units, config.activation_checkpointing, keeps_routing, again)
     if config.enable_compile:
         compile_blocks(units)
     if pipeline is not None and stages is not None:

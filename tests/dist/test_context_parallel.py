@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from nemo_dist_conf.compose import check
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.context_parallel import apply_context_parallel, local_positions, split_sequence
-from tests.conformance.of_context import built, compared
+from tests.conformance.of_context import built, compared, on_megatron
 from tests.dist.layouts import (
     ADAMW,
     FEWER_STEPS,
@@ -133,6 +133,7 @@ class OwnAttention(nn.Module):
         self.is_causal = adds != "both ways"
 
     def forward(self, x_BSH: Tensor) -> Tensor:
+        from transformers.masking_utils import create_sliding_window_causal_mask
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         query, key, value = self.qkv(x_BSH).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
@@ -143,8 +144,11 @@ class OwnAttention(nn.Module):
             "bias of pairs": {"position_bias": ((place_S - place_S[:, None]) * slopes_H11).unsqueeze(0)},
             "unknown": {"slopes": slopes_H11},
         }.get(self.adds, {})
+        mask = None
+        if self.adds == "window":
+            mask = create_sliding_window_causal_mask(self.config, x_BSH, None, None)
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        return self.out(attention(self, query, key, value, None, scaling=1.0, **more)[0].flatten(2))
+        return self.out(attention(self, query, key, value, mask, scaling=1.0, **more)[0].flatten(2))
 
 
 class Pooled(nn.Module):
@@ -187,7 +191,7 @@ class Own(nn.Module):
         from transformers import LlamaConfig
 
         super().__init__()
-        config = LlamaConfig(attn_implementation="sdpa")
+        config = LlamaConfig(attn_implementation="sdpa", sliding_window=5)
         kinds: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "dilated": Dilated, "batch norm": Normed}
         kinds["direct"] = Direct
         self.embed, self.positions = nn.Embedding(97, 32), nn.Embedding(40, 32)
@@ -210,6 +214,14 @@ def _own(mixer: str) -> nn.Module:
 def test_an_own_model_whose_attention_asks_the_registry_equals_one_process(mixer: str) -> None:
     """Also one that counts positions, for its embedding and for a bias, by itself."""
     assert max(run_ranks(2, compared, functools.partial(_own, mixer), (FP32,))) < 1e-5
+
+
+def test_a_block_that_makes_its_mask_or_counts_positions_does_so_again_in_backward() -> None:
+    recomputed = (FP32, "activation_checkpointing=true")
+    for mixer in ("window", "bias of keys"):
+        make = functools.partial(_own, mixer)
+        assert max(run_ranks(2, compared, make, recomputed)) < 1e-5
+        assert max(run_ranks(2, on_megatron, make, "activation_checkpointing=true")) < 1e-5
 
 
 @pytest.mark.parametrize(
