@@ -116,6 +116,23 @@ def test_where_a_plan_parts_is_said_with_one_that_was_tried() -> None:
     assert refused.value.type == PLAN_WORD  # of every layer, by pattern
 
 
+def shared() -> Vectors:
+    """The first layer once more at the end."""
+    model = Vectors()
+    model.layers[2] = model.layers[0]
+    return model
+
+
+def test_a_module_in_two_places_is_named_by_either() -> None:
+    styles = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+    assert run_ranks(2, apply, shared(), PLAN)[0] == styles
+    assert run_ranks(2, apply, shared(), {"layers.2.up": "colwise", "layers.2.down": "rowwise"})[0] == styles[:2]
+    both = {"layers.0.up": "colwise", "layers.0.down": "rowwise", "layers.2.up": "replicated"}
+    with pytest.raises(ConfigError, match=r"layers\.0\.up and layers\.2\.up are one module") as refused:
+        run_ranks(2, apply, shared(), both)
+    assert refused.value.type == "'strategy.tp_plan={layers.0.up:colwise,layers.0.down:rowwise}'"
+
+
 def test_what_cannot_be_tried_is_refused_until_an_example_is_given() -> None:
     with pytest.raises(ConfigError, match="cannot be tried before it is used") as refused:
         run_ranks(2, apply, Pairs(), PLAN)
