@@ -22,9 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.forwards import Around
 
-__all__ = ["keeps_statistics", "use_global_statistics", "warn_of_own_rows", "with_statistics"]
+__all__ = [
+    "keeps_statistics",
+    "refuse_sync_on_cpu",
+    "use_global_statistics",
+    "warn_of_own_rows",
+    "with_statistics",
+]
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +117,16 @@ def use_global_statistics(model: nn.Module, groups: Sequence[dist.ProcessGroup])
         module.forward = (_GlobalBatch if _is_batch(module) else _GlobalInstances)(module, groups)
     if found:
         log.info("batch statistics over all data ranks: %s", _listed(found))
+
+
+def refuse_sync_on_cpu(model: nn.Module, device_type: str) -> None:
+    """Raise ConfigError for a SyncBatchNorm that trains where torch has none."""
+    norms = [name or "the model" for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if norms and device_type == "cpu":
+        what = f"SyncBatchNorm ({norms[0]}{f' and {len(norms) - 1} more' if len(norms) > 1 else ''}) runs on GPUs only"
+        allowed = "BatchNorm, with batch_statistics=global for statistics of all ranks' rows, on any device"
+        way_out = "batch_statistics=global, and torch.nn.BatchNorm1d, 2d or 3d in the model"
+        raise ConfigError(Problem(what, f"{norms[0]}: SyncBatchNorm on a CPU", allowed, way_out))
 
 
 def warn_of_own_rows(model: nn.Module, ranks: int) -> None:

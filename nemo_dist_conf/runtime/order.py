@@ -27,7 +27,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.attributes import cast_beside_attributes
 from nemo_dist_conf.runtime.averaged import Averaged
-from nemo_dist_conf.runtime.batch_statistics import warn_of_own_rows
+from nemo_dist_conf.runtime.batch_statistics import refuse_sync_on_cpu, warn_of_own_rows
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP
@@ -96,6 +96,7 @@ def parallelize_fsdp2(
     names = device_mesh.mesh_dim_names or ()
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     refuse_shared_memory(model, device_mesh)
+    refuse_sync_on_cpu(model, device_mesh.device_type)
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
     units = find_blocks(model, blocks)
@@ -246,6 +247,8 @@ def parallelize_ddp(
 
         initialize_distributed()
     ranks = dist.get_world_size() if device_mesh is None else device_mesh.size()
+    where = next(model.parameters(), torch.empty(0)).device.type
+    refuse_sync_on_cpu(model, where if device_mesh is None else device_mesh.device_type)
     warn_of_own_rows(model, ranks)
     if ranks > 1 and not config.find_unused_parameters:
         switch = "strategy.find_unused_parameters"
@@ -307,6 +310,7 @@ def parallelize_megatron_fsdp(
 
     _refuse_wrapped(model)
     refuse_shared_memory(model, device_mesh)
+    refuse_sync_on_cpu(model, device_mesh.device_type)
     _sync_from_rank0(model)
     counts = None
     if device_mesh[A.CP.value].size() > 1:

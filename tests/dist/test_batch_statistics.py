@@ -296,3 +296,11 @@ def test_the_mean_of_running_means_is_that_of_all_rows() -> None:
 def test_a_norm_that_a_forward_does_not_name_is_said_too() -> None:
     (text,) = run_ranks(2, said, (DDP,), RoundAboutNorm())[0]
     assert text.startswith("the model, inner (RoundAboutNorm, BatchNorm2d): statistics of a rank's own rows")
+
+
+@pytest.mark.parametrize("words", [(DDP,), (FP32,)], ids=["ddp", "fsdp2"])
+def test_norms_that_only_gpus_have_are_refused_before_a_step(words: tuple[str, ...]) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(Net())
+    with pytest.raises(ConfigError, match=r"SyncBatchNorm \(layers\.0\.1 and 2 more\) runs on GPUs only") as refused:
+        run_ranks(2, said, words, model)
+    assert refused.value.type.startswith("batch_statistics=global, and torch.nn.BatchNorm1d")
