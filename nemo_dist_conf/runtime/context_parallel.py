@@ -58,6 +58,8 @@ _WHOLE = {
     "past_key_values": "forward without a cache",
 }
 
+_NO_CP = "parallelism.cp_size=1"
+
 
 def split_sequence(tensor: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
     """This rank's chunks of a whole sequence along ``dim``. mesh: the axis cp. [B, S] -> [B, L].
@@ -223,8 +225,10 @@ def _refuse_whole(exchange: Exchange, module: nn.Module, given: Mapping[str, Any
         if given.get(name) is not None:
             article = "an" if name[0] in "aeiou" else ""
             shown = f"{article} {name.replace('_', ' ')}".strip()
-            what = f"{shown} cannot be split over the sequence"
-            raise ConfigError(Problem(what, f"{name} with {asked}", instead, f"{name}=None"))
+            what, way_out = f"{shown} cannot be split over the sequence", f"{name}=None"
+            if name == "attention_mask" and _sees_behind(module):
+                instead, way_out = "rows without padding: this model's tokens see those after them", _NO_CP
+            raise ConfigError(Problem(what, f"{name} with {asked}", instead, way_out))
     if not hasattr(getattr(module, "config", None), "model_type"):
         return
     for name, value in given.items():
@@ -232,7 +236,11 @@ def _refuse_whole(exchange: Exchange, module: nn.Module, given: Mapping[str, Any
         if isinstance(value, Tensor) and name not in _SPLIT or part_of_row:
             what = f"{type(module).__name__} was given {name}, of which nobody says how to split it over the sequence"
             allowed = f"{', '.join(sorted(_SPLIT))}: this rank's part of each"
-            raise ConfigError(Problem(what, f"{name} with {asked}", allowed, "parallelism.cp_size=1"))
+            raise ConfigError(Problem(what, f"{name} with {asked}", allowed, _NO_CP))
+
+
+def _sees_behind(model: nn.Module) -> bool:
+    return any(getattr(module, "is_causal", True) is False for module in model.modules())
 
 
 def _row(exchange: Exchange, tokens: Tensor, positions: Tensor | None) -> Row:
@@ -244,7 +252,7 @@ def _row(exchange: Exchange, tokens: Tensor, positions: Tensor | None) -> Row:
                     "the model was given rows that were not split over the cp ranks",
                     f"model(input_ids) with parallelism.cp_size={exchange.size}",
                     "this rank's part of each row: mesh_context.split_sequence(input_ids, labels)",
-                    "parallelism.cp_size=1",
+                    _NO_CP,
                 )
             )
         return Row(length, length * exchange.size - 1)

@@ -346,6 +346,23 @@ def test_what_cannot_be_split_is_refused(given: dict[str, Any], split: bool, tex
     assert all(text in message for message in run_ranks(2, _refused, given, split))
 
 
+def _padded(family: str) -> str:
+    from nemo_dist_conf.instantiate import instantiate
+
+    kind = "AutoModelForMaskedLM" if family == "bert" else "AutoModelForCausalLM"
+    model = built(family, {"tie_word_embeddings": False}, kind)
+    setup, model, _ = instantiate(composed(FP32, CP, optimizer=SGD), model)
+    (ids_BS,) = setup.mesh_context.split_sequence(batch(LENGTH)[0])
+    with pytest.raises(ConfigError) as caught:
+        model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS))
+    return caught.value.type
+
+
+def test_padding_is_left_to_a_causal_attention_only() -> None:
+    assert run_ranks(2, _padded, "llama")[0] == "attention_mask=None"
+    assert run_ranks(2, _padded, "bert")[0] == "parallelism.cp_size=1"
+
+
 @pytest.mark.parametrize("family", ["falcon", "mamba", "qwen3_next"])
 def test_a_family_that_mixes_tokens_otherwise_is_refused_before_anything_is_built(family: str) -> None:
     with pytest.raises(ConfigError, match=f"cp_size=2: {family} has") as caught:
