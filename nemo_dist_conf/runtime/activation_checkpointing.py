@@ -19,7 +19,7 @@ from nemo_dist_conf.runtime.forwards import Around
 __all__ = ["apply_activation_checkpointing"]
 
 #: Called in forward; what it returns makes what is entered where that forward runs again.
-Again = Callable[[], Callable[[], ContextManager[None]]]
+_Again = Callable[[], Callable[[], ContextManager[None]]]
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def apply_activation_checkpointing(
     blocks: Blocks,
     mode: bool | str,
     keeps_routing: bool = False,
-    again: Again | None = None,
+    again: _Again | None = None,
 ) -> None:
     """Let every block's forward drop its activations and run again in backward.
 
@@ -63,7 +63,7 @@ class _Checkpointed(Around):
     generators alone.
     """
 
-    def __init__(self, block: nn.Module, contexts: Callable[[], Any] | None, again: Again | None) -> None:
+    def __init__(self, block: nn.Module, contexts: Callable[[], Any] | None, again: _Again | None) -> None:
         """contexts: of selective checkpointing, for the two runs; None: everything is recomputed."""
         super().__init__(block.forward)
         self.contexts, self.state, self.again = contexts, ForwardState(block), again

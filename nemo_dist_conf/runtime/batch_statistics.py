@@ -60,11 +60,12 @@ def keeps_statistics(module: nn.Module) -> bool:
 def _is_batch(module: nn.Module) -> bool:
     if isinstance(module, nn.SyncBatchNorm):
         return False
-    return isinstance(module, _BATCH) or _calls_in(type(module)) or any(map(_is_call, vars(module).values()))
+    kind: Any = type(module)  # Module has a __hash__ that mypy takes for its class'
+    return isinstance(module, _BATCH) or _calls_in(kind) or any(map(_is_call, vars(module).values()))
 
 
 @functools.cache
-def _calls_in(kind: type[nn.Module]) -> bool:
+def _calls_in(kind: type) -> bool:
     """Whether a method of the class, or a function that one calls, calls ``batch_norm``."""
     own = [base for base in kind.__mro__ if not f"{base.__module__}.".startswith(("torch.", "builtins."))]
     waiting = [inspect.unwrap(v) for base in own for v in vars(base).values() if isinstance(v, types.FunctionType)]

@@ -102,7 +102,7 @@ class _Trial:
     def run(self) -> dict[type, set[Site]]:
         local, inputs = self._twin(torch.device("cpu"))
         with self._without_mixing(local):
-            self._refuse_mixing(local, inputs, self.length)  # a short row shows it nearest to where it is
+            self._refuse_mixing(local, inputs, self.length)
             self._refuse_mixing(local, *self._longer(local, inputs))
             counts, far = self._counts(local, inputs)
         if self.device.type != "cpu":

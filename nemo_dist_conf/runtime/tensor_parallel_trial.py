@@ -161,7 +161,7 @@ def _in_training(model: nn.Module, inputs: Mapping[str, Any]) -> list[Seen] | No
                 return None
             finally:
                 model.eval()
-    return runs[0] if parted(*runs) is None else None
+    return runs[0] if parted(runs[0], runs[1]) is None else None
 
 
 def _full(tensor: Tensor) -> Tensor:
