@@ -18,17 +18,25 @@ from nemo_dist_conf.runtime.forwards import Around
 
 __all__ = ["apply_activation_checkpointing"]
 
+#: Called in forward; what it returns makes what is entered where that forward runs again.
+_Again = Callable[[], Callable[[], ContextManager[None]]]
+
 log = logging.getLogger(__name__)
 
 
 def apply_activation_checkpointing(
-    model: nn.Module, blocks: Blocks, mode: bool | str, keeps_routing: bool = False
+    model: nn.Module,
+    blocks: Blocks,
+    mode: bool | str,
+    keeps_routing: bool = False,
+    again: _Again | None = None,
 ) -> None:
     """Let every block's forward drop its activations and run again in backward.
 
     mode True: everything inside a block is recomputed. "selective": results of matmuls, attention and
     collectives are kept, the cheap rest is recomputed. False: nothing happens.
     keeps_routing: also keep which experts a router chose, so that tokens take the same way when forward runs again.
+    again: what is to be as it was where forward runs again, besides the block.
     The forward of each module is replaced in place, so names of modules and parameters stay as they are.
     Source: torch.utils.checkpoint (non-reentrant), create_selective_checkpoint_contexts.
     """
@@ -43,7 +51,7 @@ def apply_activation_checkpointing(
         kept = (_kept_ops() if mode == "selective" else frozenset()) | (_ROUTING if keeps_routing else frozenset())
         contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
     for block in blocks.values():
-        block.forward = _Checkpointed(block, contexts)
+        block.forward = _Checkpointed(block, contexts, again)
     log.info("activation checkpointing (%s): %d blocks", "full" if mode is True else mode, len(blocks))
 
 
@@ -55,10 +63,10 @@ class _Checkpointed(Around):
     generators alone.
     """
 
-    def __init__(self, block: nn.Module, contexts: Callable[[], Any] | None) -> None:
+    def __init__(self, block: nn.Module, contexts: Callable[[], Any] | None, again: _Again | None) -> None:
         """contexts: of selective checkpointing, for the two runs; None: everything is recomputed."""
         super().__init__(block.forward)
-        self.contexts, self.state = contexts, ForwardState(block)
+        self.contexts, self.state, self.again = contexts, ForwardState(block), again
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -66,14 +74,15 @@ class _Checkpointed(Around):
         kwargs = {key: _without_cache(key, value) for key, value in kwargs.items()}
         options: dict[str, Any] = {} if self.contexts is None else {"context_fn": self.contexts}
         # A compiled block runs what it changes once by itself.
-        if not torch.compiler.is_compiling() and self.state.changing != []:
+        if not torch.compiler.is_compiling() and (self.state.changing != [] or self.again is not None):
             options["context_fn"] = self._both
         return checkpoint(self.__wrapped__, *args, use_reentrant=False, **options, **kwargs)
 
     def _both(self) -> tuple[ContextManager[None], ContextManager[None]]:
         inner = (contextlib.nullcontext(), contextlib.nullcontext()) if self.contexts is None else self.contexts()
         before: Taken = {}
-        return _FirstRun(inner[0], self.state, before), _SecondRun(inner[1], self.state, before)
+        around = contextlib.nullcontext if self.again is None else self.again()
+        return _FirstRun(inner[0], self.state, before), _SecondRun(inner[1], self.state, before, around)
 
 
 class _FirstRun(ContextManager[None]):
@@ -98,12 +107,19 @@ class _SecondRun(ContextManager[None]):
     Entered twice where gradients of inputs and of weights are computed apart (zero-bubble schedules).
     """
 
-    def __init__(self, inner: ContextManager[Any], state: ForwardState, before: Taken) -> None:
-        self.inner, self.state, self.before = inner, state, before
+    def __init__(
+        self,
+        inner: ContextManager[Any],
+        state: ForwardState,
+        before: Taken,
+        around: Callable[[], ContextManager[None]],
+    ) -> None:
+        self.inner, self.state, self.before, self.around = inner, state, before, around
         self._entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.around())
             stack.enter_context(self.state.as_it_was(self.before))
             stack.enter_context(self.inner)
             self._entered.append(stack.pop_all())

@@ -10,9 +10,11 @@ Shapes: B rows, C channels; what else x has is normalised over like rows.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
-from typing import Any, Sequence
+import types
+from typing import Any, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,21 +22,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.forwards import Around
 
-__all__ = ["keeps_statistics", "use_global_statistics", "warn_of_own_rows", "with_statistics"]
+__all__ = [
+    "keeps_statistics",
+    "refuse_sync_on_cpu",
+    "use_global_statistics",
+    "warn_of_own_rows",
+    "with_statistics",
+]
 
 log = logging.getLogger(__name__)
 
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _SIGNATURE = inspect.signature(F.batch_norm)
+#: What torch.batch_norm, which says nothing of its own, takes; the last one is an option of a kernel.
+_BARE = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 
 
 def with_statistics(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that normalise over a batch in training, or keep running statistics of it, by name.
 
-    torch's and classes derived from them, and any whose forward calls ``batch_norm`` itself. Not SyncBatchNorm, whose
+    torch's and classes derived from them, and any whose code calls ``batch_norm`` itself. Not SyncBatchNorm, whose
     statistics are those of all ranks already.
     """
     return {name: module for name, module in model.named_modules() if _is_batch(module) or _is_instance(module)}
@@ -47,9 +58,49 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 
 def _is_batch(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    calls = code is not None and "batch_norm" in code.co_names
-    return isinstance(module, _BATCH) or (calls and not isinstance(module, nn.SyncBatchNorm))
+    if isinstance(module, nn.SyncBatchNorm):
+        return False
+    kind: Any = type(module)  # Module has a __hash__ that mypy takes for its class'
+    return isinstance(module, _BATCH) or _calls_in(kind) or any(map(_is_call, vars(module).values()))
+
+
+@functools.cache
+def _calls_in(kind: type) -> bool:
+    """Whether a method of the class, or a function that one calls, calls ``batch_norm``."""
+    own = [base for base in kind.__mro__ if not f"{base.__module__}.".startswith(("torch.", "builtins."))]
+    waiting = [inspect.unwrap(v) for base in own for v in vars(base).values() if isinstance(v, types.FunctionType)]
+    waiting += [v.__func__ for base in own for v in vars(base).values() if isinstance(v, (staticmethod, classmethod))]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        if id(function) in seen or not isinstance(function, types.FunctionType):
+            continue
+        seen.add(id(function))
+        for name in _names(function.__code__):
+            if name == "batch_norm":
+                return True
+            called = function.__globals__.get(name)
+            if isinstance(called, types.FunctionType) and called.__module__.partition(".")[0] != "torch":
+                waiting.append(called)
+            elif _is_call(called):
+                return True
+    return False
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Globals and attributes that code asks for, also that of functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_call(value: Any) -> bool:
+    """Whether calling this normalises over a batch: the function, also with arguments or another name, or a forward."""
+    function = getattr(value, "func", value) if isinstance(value, functools.partial) else value
+    if isinstance(function, types.MethodType):
+        return isinstance(function.__self__, _BATCH)
+    return function is F.batch_norm or function is torch.batch_norm
 
 
 def _is_instance(module: nn.Module) -> bool:
@@ -67,6 +118,16 @@ def use_global_statistics(model: nn.Module, groups: Sequence[dist.ProcessGroup])
         module.forward = (_GlobalBatch if _is_batch(module) else _GlobalInstances)(module, groups)
     if found:
         log.info("batch statistics over all data ranks: %s", _listed(found))
+
+
+def refuse_sync_on_cpu(model: nn.Module, device_type: str) -> None:
+    """Raise ConfigError for a SyncBatchNorm that trains where torch has none."""
+    norms = [name or "the model" for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if norms and device_type == "cpu":
+        what = f"SyncBatchNorm ({norms[0]}{f' and {len(norms) - 1} more' if len(norms) > 1 else ''}) runs on GPUs only"
+        allowed = "BatchNorm, with batch_statistics=global for statistics of all ranks' rows, on any device"
+        way_out = "batch_statistics=global, and torch.nn.BatchNorm1d, 2d or 3d in the model"
+        raise ConfigError(Problem(what, f"{norms[0]}: SyncBatchNorm on a CPU", allowed, way_out))
 
 
 def warn_of_own_rows(model: nn.Module, ranks: int) -> None:
@@ -104,7 +165,7 @@ class _Compared:
 
 def _listed(found: dict[str, nn.Module]) -> str:
     kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in found.values()))
-    names = list(found)
+    names = [name or "the model" for name in found]
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({kinds})"
 
 
@@ -136,11 +197,15 @@ class _Everywhere(TorchFunctionMode):
         self.groups = groups
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.batch_norm:
+        if func is torch.batch_norm:
+            given = {**dict(zip(_BARE, args)), **(kwargs or {})}
+            given.pop("cudnn_enabled")
+        elif func is F.batch_norm:
+            bound = _SIGNATURE.bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            given = bound.arguments
+        else:
             return func(*args, **(kwargs or {}))
-        bound = _SIGNATURE.bind(*args, **(kwargs or {}))
-        bound.apply_defaults()
-        given = bound.arguments
         if not given["training"] or given["input"].is_meta:  # on meta it is a trial
             return func(*args, **(kwargs or {}))
         return _batch_norm(self.groups, **given)
@@ -196,7 +261,7 @@ class _Normalise(torch.autograd.Function):
         groups: Sequence[dist.ProcessGroup],
     ) -> Tensor:
         ctx.save_for_backward(x, weight_C, mean_C, torch.rsqrt(var_C + eps), count)
-        ctx.groups = groups
+        ctx.groups, ctx.dtype_of_bias = groups, None if bias_C is None else bias_C.dtype
         return F.batch_norm(x, mean_C, var_C, weight_C, bias_C, False, 0.0, eps)
 
     @staticmethod
@@ -216,7 +281,8 @@ class _Normalise(torch.autograd.Function):
             of_x = of_x.to(x.dtype)
         # Of weight and bias it is this rank's own part: the strategy averages it like every other.
         of_weight = None if weight_C is None else weighted_C.to(weight_C.dtype)
-        return of_x, of_weight, None if weight_C is None else bias_C.to(weight_C.dtype), None, None, None, None, None
+        of_bias = None if ctx.dtype_of_bias is None else bias_C.to(ctx.dtype_of_bias)
+        return of_x, of_weight, of_bias, None, None, None, None, None
 
 
 class _GlobalInstances(_Global):

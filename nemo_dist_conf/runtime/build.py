@@ -161,7 +161,8 @@ def _not_a_model(node: Any) -> ConfigError:
 
 def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any) -> Built:
     tensors = [*model.parameters(), *model.buffers()]
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    named = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, tensor in named if is_lazy(tensor)]
     if lazy:
         what = f"{lazy[0]} of {type(model).__name__} has no shape yet: its layer takes it from the first input"
         allowed = "a factory that runs the model once, model(torch.zeros(...)), before it returns it"

@@ -40,8 +40,9 @@ __all__ = [
     "with_positions",
 ]
 
-#: Groups over which a sequence was split: a model that gets whole rows would take them for parts of longer ones.
-_split_over: set[str] = set()
+#: Groups over which sequences were split, and how long a rank's parts were: a model that gets whole rows would take
+#: them for parts of longer ones.
+_split_over: dict[str, set[int]] = {}
 
 #: An exchange knows the rows of one model, so each has one of its own.
 _numbers = itertools.count()
@@ -57,15 +58,17 @@ _WHOLE = {
     "past_key_values": "forward without a cache",
 }
 
+_NO_CP = "parallelism.cp_size=1"
+
 
 def split_sequence(tensor: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
     """This rank's chunks of a whole sequence along ``dim``. mesh: the axis cp. [B, S] -> [B, L].
 
     Raises ConfigError where the tokens do not split into 2 * cp equal chunks.
     """
-    _split_over.add(mesh.get_group().group_name)
     length = tensor.size(dim)
     _check_length(length, mesh.size())
+    _split_over.setdefault(mesh.get_group().group_name, set()).add(length // mesh.size())
     positions = local_positions(length // mesh.size(), mesh, tensor.device)
     return tensor.index_select(dim, positions)
 
@@ -80,7 +83,7 @@ def local_positions(length: int, mesh: DeviceMesh, device: torch.device) -> Tens
 
 def apply_context_parallel(
     model: nn.Module, mesh: DeviceMesh, counts: Mapping[type, set[Site]] | None = None
-) -> None:
+) -> Exchange:
     """Let a model attend over the sequence parts of all ranks of ``mesh``, the axis cp; in place.
 
     Its forward then takes this rank's tokens [B, L]; position ids that are not given are filled in.
@@ -92,9 +95,10 @@ def apply_context_parallel(
         from nemo_dist_conf.runtime.context_trial import try_context_parallel
 
         counts = try_context_parallel(model, mesh)
-    exchange_tokens(model, mesh, counts)
-    _split_over.discard(mesh.get_group().group_name)
+    exchange = exchange_tokens(model, mesh, counts)
+    _split_over.pop(mesh.get_group().group_name, None)
     log.info("context parallel over %d ranks", mesh.size())
+    return exchange
 
 
 def exchange_tokens(model: nn.Module, mesh: DeviceMesh, counts: Mapping[type, set[Site]] = {}) -> Exchange:
@@ -221,8 +225,10 @@ def _refuse_whole(exchange: Exchange, module: nn.Module, given: Mapping[str, Any
         if given.get(name) is not None:
             article = "an" if name[0] in "aeiou" else ""
             shown = f"{article} {name.replace('_', ' ')}".strip()
-            what = f"{shown} cannot be split over the sequence"
-            raise ConfigError(Problem(what, f"{name} with {asked}", instead, f"{name}=None"))
+            what, way_out = f"{shown} cannot be split over the sequence", f"{name}=None"
+            if name == "attention_mask" and _sees_behind(module):
+                instead, way_out = "rows without padding: this model's tokens see those after them", _NO_CP
+            raise ConfigError(Problem(what, f"{name} with {asked}", instead, way_out))
     if not hasattr(getattr(module, "config", None), "model_type"):
         return
     for name, value in given.items():
@@ -230,19 +236,23 @@ def _refuse_whole(exchange: Exchange, module: nn.Module, given: Mapping[str, Any
         if isinstance(value, Tensor) and name not in _SPLIT or part_of_row:
             what = f"{type(module).__name__} was given {name}, of which nobody says how to split it over the sequence"
             allowed = f"{', '.join(sorted(_SPLIT))}: this rank's part of each"
-            raise ConfigError(Problem(what, f"{name} with {asked}", allowed, "parallelism.cp_size=1"))
+            raise ConfigError(Problem(what, f"{name} with {asked}", allowed, _NO_CP))
+
+
+def _sees_behind(model: nn.Module) -> bool:
+    return any(getattr(module, "is_causal", True) is False for module in model.modules())
 
 
 def _row(exchange: Exchange, tokens: Tensor, positions: Tensor | None) -> Row:
     length = tokens.size(1)
     if positions is None:
-        if exchange.mesh.get_group().group_name not in _split_over:
+        if length not in _split_over.get(exchange.mesh.get_group().group_name, ()):
             raise ConfigError(
                 Problem(
                     "the model was given rows that were not split over the cp ranks",
                     f"model(input_ids) with parallelism.cp_size={exchange.size}",
                     "this rank's part of each row: mesh_context.split_sequence(input_ids, labels)",
-                    "parallelism.cp_size=1",
+                    _NO_CP,
                 )
             )
         return Row(length, length * exchange.size - 1)

@@ -44,6 +44,8 @@ __all__ = ["try_context_parallel"]
 
 log = logging.getLogger(__name__)
 
+#: A row on which mixing is looked for once more, because some mix over a distance only: dilated convolutions, blocks.
+_FAR_TOKENS = 256
 #: Positions that a trained model hardly reaches: what changes at some length has changed there.
 _FAR = 1_000_000
 #: A token that nothing mixes into another leaves it as it was, but for experts that compute other groups of tokens.
@@ -100,7 +102,8 @@ class _Trial:
     def run(self) -> dict[type, set[Site]]:
         local, inputs = self._twin(torch.device("cpu"))
         with self._without_mixing(local):
-            self._refuse_mixing(local, inputs)
+            self._refuse_mixing(local, inputs, self.length)
+            self._refuse_mixing(local, *self._longer(local, inputs))
             counts, far = self._counts(local, inputs)
         if self.device.type != "cpu":
             local, inputs = self._twin(self.device)
@@ -160,9 +163,24 @@ class _Trial:
             for config, name in outer_first:
                 config._attn_implementation = name
 
-    def _refuse_mixing(self, tried: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """One token changes: the others have to come out as before."""
-        tokens, place = _tokens_of(inputs), self.length // 3
+    def _longer(self, tried: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """(an input of more tokens, how many); the same again where the model takes none, as one with few positions."""
+        length = _FAR_TOKENS
+        while length > self.length:
+            given = small_input(tried, length, device="cpu")
+            try:
+                with torch.no_grad():
+                    if given is not None:
+                        tried(**given)
+                        return given, length
+            except Exception as error:  # the model's own code
+                log.debug("context parallel: not tried on %d tokens: %s", length, _first_line(error))
+            length //= 2
+        return inputs, self.length
+
+    def _refuse_mixing(self, tried: nn.Module, inputs: Mapping[str, Any], length: int) -> None:
+        """One token of ``length`` changes: the others have to come out as before."""
+        tokens, place = _tokens_of(inputs), length // 3
         assert tokens is not None
         name, ids = tokens
         changed = ids.clone()
@@ -171,10 +189,10 @@ class _Trial:
         else:  # an id that stands elsewhere in the row
             lowest, highest = ids.amin(1), ids.amax(1)
             changed[:, place] = torch.where(ids[:, place] == highest, lowest, highest)
-        others = [index for index in range(self.length) if index != place]
+        others = [index for index in range(length) if index != place]
 
         def kept(tensor: Tensor) -> Tensor:
-            by_token = _by_token(tensor, ids.size(0), self.length)
+            by_token = _by_token(tensor, ids.size(0), length)
             return torch.zeros(()) if by_token is None else by_token[others]
 
         runs = []

@@ -8,9 +8,10 @@ Shapes: B rows, S tokens of a whole sequence, L = S / cp tokens of a rank, H hea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any, Callable, ContextManager, Iterator
 
 import torch
 import torch.distributed as dist
@@ -88,6 +89,20 @@ class Exchange:
     @property
     def device(self) -> torch.device:
         return torch.device(self.mesh.device_type)
+
+    def again(self) -> Callable[[], ContextManager[None]]:
+        """For what runs again in backward: it is at the rows of this moment then, whichever forwards came after."""
+        return functools.partial(self._at, self.row)
+
+    @contextlib.contextmanager
+    def _at(self, row: Row | None) -> Iterator[None]:
+        before, self.row = self.row, row
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            self.row = before
 
     def whole(self, part: Tensor, dim: int) -> Tensor:
         """This rank's part of a tensor -> all of it, in the order of the sequence; gradients are scattered back."""

@@ -42,15 +42,18 @@ def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def clip_grad_norm_(model: nn.Module | Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
+def clip_grad_norm_(model: nn.Module | torch.Tensor | Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
     """Scale all gradients so that their global 2-norm is at most ``max_norm``; returns the norm before that.
 
     The norm counts each element of the model once, however its parameters are sharded or replicated, also when
     they live on different meshes (torch.nn.utils.clip_grad_norm_ refuses those). Of a pipeline (given as such, not as
     its tensors) it is the norm over all stages.
-    max_norm None or 0: only measured. Returns a scalar tensor, equal on all ranks.
+    model: or its tensors, or one of them. max_norm None or 0: only measured.
+    Returns a scalar tensor, equal on all ranks.
     Raises ConfigError where DDP has not reduced some of them, because parameters were not used.
     """
+    if isinstance(model, torch.Tensor):  # as torch takes one; iterating over it would give rows without gradients
+        model = [model]
     check_reduced(model)
     if is_wrapped(model):
         finish_gradients(model)
@@ -105,7 +108,8 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
 
 
 def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.Tensor:
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    is_exact = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    dtype = torch.float64 if is_exact else torch.float32
     filled = [t for t in tensors if t.numel()]
     if not filled:  # this rank has nothing of these parameters, and torch refuses an empty list
         return torch.zeros((), dtype=dtype, device=tensors[0].device if tensors else device_type)
@@ -117,6 +121,8 @@ def _short_parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """Views of a tensor, none of them long on a CPU, whose norms together are its own."""
     if tensor.layout != torch.strided:
         tensor = tensor.coalesce().values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.device.type != "cpu" or tensor.numel() <= _CPU_NORM_ELEMENTS:
         return (tensor,)
     in_memory = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))  # a norm knows no order

@@ -86,12 +86,14 @@ def wrap(
     library = importlib.import_module("megatron_fsdp")
     units = find_blocks(model, blocks)
     classes = _unit_classes(model, config, units)
-    apply_activation_checkpointing(model, units, config.activation_checkpointing)
     sizes = dict(zip(device_mesh.mesh_dim_names or (), device_mesh.shape))
+    again = None
     if sizes.get(A.CP, 1) > 1:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
-        apply_context_parallel(model, device_mesh[A.CP.value], counts)
+        again = apply_context_parallel(model, device_mesh[A.CP.value], counts).again
+    # After it: a block counts its positions when it runs again, too.
+    apply_activation_checkpointing(model, units, config.activation_checkpointing, again=again)
     policy = library.MixedPrecisionPolicy(
         main_params_dtype=torch.float32 if config.preserve_fp32_weights else None,
         main_grads_dtype=torch.float32 if config.grad_reduce_in_fp32 else None,

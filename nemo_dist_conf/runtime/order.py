@@ -27,7 +27,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.attributes import cast_beside_attributes
 from nemo_dist_conf.runtime.averaged import Averaged
-from nemo_dist_conf.runtime.batch_statistics import warn_of_own_rows
+from nemo_dist_conf.runtime.batch_statistics import refuse_sync_on_cpu, warn_of_own_rows
 from nemo_dist_conf.runtime.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.ddp import SeveralRanksDDP
@@ -96,6 +96,7 @@ def parallelize_fsdp2(
     names = device_mesh.mesh_dim_names or ()
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     refuse_shared_memory(model, device_mesh)
+    refuse_sync_on_cpu(model, device_mesh.device_type)
     device = torch.device(device_mesh.device_type)
     _sync_from_rank0(model)
     units = find_blocks(model, blocks)
@@ -134,17 +135,18 @@ def parallelize_fsdp2(
         experts = Experts(list(found.values()), moe_mesh[A.EP_SHARD.value], moe or MoEParallelizerConfig())
         if config.activation_checkpointing and experts.config.ignore_router_for_ac:
             keep_routing(model, found)
+    again = None
     if counts is not None:
         from nemo_dist_conf.runtime.context_parallel import apply_context_parallel
 
-        apply_context_parallel(model, device_mesh[A.CP.value], counts)
+        again = apply_context_parallel(model, device_mesh[A.CP.value], counts).again
     if config.mp_policy is not None and config.mp_policy.param_dtype is not None:
         cast_beside_attributes(model, config.mp_policy.param_dtype)
     _tell_precision_of_fsdp2(model, config)
     if config.patch_is_packed_sequence:
         _patch_is_packed_sequence(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
-    apply_activation_checkpointing(model, units, config.activation_checkpointing, keeps_routing)
+    apply_activation_checkpointing(model, units, config.activation_checkpointing, keeps_routing, again)
     if config.enable_compile:
         compile_blocks(units)
     if pipeline is not None and stages is not None:
@@ -245,6 +247,8 @@ def parallelize_ddp(
 
         initialize_distributed()
     ranks = dist.get_world_size() if device_mesh is None else device_mesh.size()
+    where = next(model.parameters(), torch.empty(0)).device.type
+    refuse_sync_on_cpu(model, where if device_mesh is None else device_mesh.device_type)
     warn_of_own_rows(model, ranks)
     if ranks > 1 and not config.find_unused_parameters:
         switch = "strategy.find_unused_parameters"
@@ -306,6 +310,7 @@ def parallelize_megatron_fsdp(
 
     _refuse_wrapped(model)
     refuse_shared_memory(model, device_mesh)
+    refuse_sync_on_cpu(model, device_mesh.device_type)
     _sync_from_rank0(model)
     counts = None
     if device_mesh[A.CP.value].size() > 1:

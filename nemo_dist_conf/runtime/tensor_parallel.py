@@ -152,11 +152,14 @@ def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "st
 def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple[dict[str, Any], list[Problem]]:
     """Style (name or object) by the full name of each module meant, and what is wrong with the entries.
 
-    An entry that names one module overrules a pattern. own: a family's plan, some of whose entries mean nothing here.
+    An entry that names one module overrules a pattern. A module that stands in several places has the first one's name
+    in what is returned, whichever an entry means. own: a family's plan, some of whose entries mean nothing here.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    first = _first_names(model)
     patterns = [pattern for pattern in plan if _is_pattern(pattern)]
     named: dict[str, Any] = {}
+    single: dict[str, str] = {}
     wrong: list[tuple[str, str, str]] = []
     fixed = dict(plan)
     for pattern in (*patterns, *(pattern for pattern in plan if pattern not in patterns)):
@@ -167,7 +170,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
             near, allowed = style_names(style)
             wrong.append((f"tp_plan: {style!r} is not the name of a style", f"{pattern}: {style}", allowed))
             fixed[pattern] = style = near[0] if near else "replicated"
-        matched = [name for name in modules if match_pattern(pattern, name)]
+        matched = list(dict.fromkeys(name for other, name in first.items() if match_pattern(pattern, other)))
         if not matched and not own:
             fit = [_pattern_of(name) for name, module in modules.items() if _takes(style, module)]
             free = [name for name in dict.fromkeys(fit) if name not in fixed]
@@ -182,6 +185,13 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
             what = f"two entries of tp_plan mean the module {twice[0]}"
             wrong.append((what, f"{', '.join(others)} and {pattern}", f"one of them, or {twice[0]} by its full name"))
             fixed.pop(pattern, None)
+        if pattern not in patterns:
+            same = next((single[name] for name in matched if name in single and named[name] != style), None)
+            if same is not None:
+                what = f"{same} and {pattern} are one module, and tp_plan gives it two styles"
+                wrong.append((what, f"{same}: {_words(plan[same])}, {pattern}: {_words(style)}", "one of them"))
+                fixed.pop(pattern, None)
+            single |= dict.fromkeys(matched, pattern)
         named |= {name: style for name in matched if name not in twice}
     for name, style in named.items():
         if not _takes(style, modules[name]):
@@ -195,6 +205,12 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
     if not named and not problems:
         problems = [_no_plan(model, offers)]
     return {name: named[name] for name in modules if name in named}, problems
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """The name of every place in the model -> the first name of the module that stands there."""
+    first = {id(module): name for name, module in model.named_modules()}
+    return {name: first[id(module)] for name, module in model.named_modules(remove_duplicate=False) if name}
 
 
 def _is_pattern(name: str) -> bool:
@@ -261,9 +277,10 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
 
 def _tie_problems(model: nn.Module, plan: _Plan, named: Mapping[str, Any], ties: list[list[str]]) -> list[Problem]:
     """Ties between modules whose styles lay the shared parameter out differently."""
-    problems = []
+    problems, first = [], _first_names(model)
     for group in ties:
-        owners = [name.rpartition(".")[0] for name in group]
+        places = [name.rpartition(".")[0] for name in group]
+        owners = list(dict.fromkeys(first.get(place, place) for place in places))
         styles = {owner: named.get(owner) for owner in owners}
         if len({_layout(model.get_submodule(owner), style) for owner, style in styles.items()}) == 1:
             continue

@@ -44,6 +44,7 @@ class Trial:
         """model: not wrapped yet, with values or on meta. example: keyword arguments of its forward."""
         self._model, self._mesh = model, mesh
         self._blocks, self._inputs = find_blocks(model), {} if example is None else example
+        self._trained: list[Seen] | None = None
         why = self._run_plain(example)
         if why is not None and self._blocks and sum(p.numel() for p in model.parameters()) <= _WHOLE_ELEMENTS:
             self._blocks = {}  # its forward may reach into its blocks, so that none can be left out
@@ -62,6 +63,7 @@ class Trial:
             try:
                 self._outputs = observed(plain, self._inputs)
                 self._gradients = _gradients(plain, self._inputs)
+                self._trained = _in_training(plain, self._inputs)
                 return None
             except Exception as error:
                 why = f"its forward does not run on {_described(self._inputs)}: {_first_line(error)}"
@@ -105,7 +107,9 @@ class Trial:
             allowed = _TOLERANCE * max(float(plain.abs().max()) if plain.numel() else 0.0, _NOISE * largest)
             if other is None or other.shape != plain.shape or not float((other - plain).abs().max()) <= allowed:
                 return f"the gradient of {name} is not that of the plain model"
-        return None
+        if self._trained is not None:
+            seen = parted(self._trained, observed(split.train(), self._inputs, _full))
+        return None if seen is None else f"what {seen} returns in training is not what it returns in the plain model"
 
 
 def _inputs(model: nn.Module, example: Mapping[str, Any] | None, device: str) -> Iterator[Mapping[str, Any]]:
@@ -143,6 +147,21 @@ def _gradients(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def _in_training(model: nn.Module, inputs: Mapping[str, Any]) -> list[Seen] | None:
+    """``observed`` in training mode; None of a model that draws random numbers there, or does not run."""
+    runs = []
+    with keep_generators():
+        for seed in range(2):
+            torch.manual_seed(seed)
+            try:
+                runs.append(observed(model.train(), inputs))
+            except Exception:  # one of a batch's statistics, of one value a channel for instance
+                return None
+            finally:
+                model.eval()
+    return runs[0] if parted(runs[0], runs[1]) is None else None
 
 
 def _full(tensor: Tensor) -> Tensor:

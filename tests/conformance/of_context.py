@@ -152,9 +152,9 @@ def wrapped_on_rank(make: Callable[[], nn.Module]) -> float:
     return 0.0
 
 
-def on_megatron(make: Callable[[], nn.Module]) -> float:
+def on_megatron(make: Callable[[], nn.Module], *words: str) -> float:
     with cuda_shim():
-        return compared(make, ("strategy=megatron_fsdp", "strategy.preserve_fp32_weights=true"))
+        return compared(make, ("strategy=megatron_fsdp", "strategy.preserve_fp32_weights=true", *words))
 
 
 GPT_OSS = {"num_local_experts": 4, "sliding_window": 5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,32 @@ class BareNorm(nn.Module):
         return F.batch_norm(x, None, None, training=True) if self.training else x
 
 
+def normalised(x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, training=True)
+
+
+class RoundAboutNorm(nn.Module):
+    """Normalises in every way that its forward does not name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.BatchNorm2d(8)
+        self.inner, self.of_inner = inner, inner.forward
+        self.bare = functools.partial(F.batch_norm, running_mean=None, running_var=None, training=True)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.of_inner(x)
+        return self._kept(normalised(x.tanh()) + x if self.training else x)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x + 0.5 * self.bare(x.tanh())
+        return torch.batch_norm(x, self.scale, None, self.mean, self.var, self.training, 0.1, 1e-5, False)
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +83,14 @@ class Net(nn.Module):
         for layer in self.layers:
             x = layer(x).tanh()
         return self.head(self.flat(x.mean((2, 3)) * 3))
+
+
+class Every(Net):
+    """With all ways of normalising."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.append(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), RoundAboutNorm()))
 
 
 def images() -> tuple[Tensor, Tensor]:
@@ -72,7 +107,7 @@ SHARES = {1: [12], 2: [7, 5], 4: [4, 2, 3, 3]}
 def apart(words: tuple[str, ...]) -> float:
     """How far losses, weights and running statistics are from one process after three steps; unequal rows a rank."""
     torch.manual_seed(0)
-    plain = Net()
+    plain = Every()
     given = copy.deepcopy(plain)
     optimizer = lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9)  # noqa: E731
     setup, model, update = instantiate(composed(GLOBAL, *words), given, optimizer)
@@ -256,3 +291,16 @@ def test_the_mean_of_running_means_is_that_of_all_rows() -> None:
     for words in ((DDP,), (FP32,)):
         for found, expected in run_ranks(2, means, words):
             torch.testing.assert_close(found, expected)
+
+
+def test_a_norm_that_a_forward_does_not_name_is_said_too() -> None:
+    (text,) = run_ranks(2, said, (DDP,), RoundAboutNorm())[0]
+    assert text.startswith("the model, inner (RoundAboutNorm, BatchNorm2d): statistics of a rank's own rows")
+
+
+@pytest.mark.parametrize("words", [(DDP,), (FP32,)], ids=["ddp", "fsdp2"])
+def test_norms_that_only_gpus_have_are_refused_before_a_step(words: tuple[str, ...]) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(Net())
+    with pytest.raises(ConfigError, match=r"SyncBatchNorm \(layers\.0\.1 and 2 more\) runs on GPUs only") as refused:
+        run_ranks(2, said, words, model)
+    assert refused.value.type.startswith("batch_statistics=global, and torch.nn.BatchNorm1d")

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from nemo_dist_conf.compose import check
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.context_parallel import apply_context_parallel, local_positions, split_sequence
-from tests.conformance.of_context import built, compared
+from tests.conformance.of_context import built, compared, on_megatron
 from tests.dist.layouts import (
     ADAMW,
     FEWER_STEPS,
@@ -133,6 +133,7 @@ class OwnAttention(nn.Module):
         self.is_causal = adds != "both ways"
 
     def forward(self, x_BSH: Tensor) -> Tensor:
+        from transformers.masking_utils import create_sliding_window_causal_mask
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         query, key, value = self.qkv(x_BSH).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
@@ -143,13 +144,27 @@ class OwnAttention(nn.Module):
             "bias of pairs": {"position_bias": ((place_S - place_S[:, None]) * slopes_H11).unsqueeze(0)},
             "unknown": {"slopes": slopes_H11},
         }.get(self.adds, {})
+        mask = None
+        if self.adds == "window":
+            mask = create_sliding_window_causal_mask(self.config, x_BSH, None, None)
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        return self.out(attention(self, query, key, value, None, scaling=1.0, **more)[0].flatten(2))
+        return self.out(attention(self, query, key, value, mask, scaling=1.0, **more)[0].flatten(2))
 
 
 class Pooled(nn.Module):
     def forward(self, x_BSH: Tensor) -> Tensor:
         return x_BSH + x_BSH.mean(1, keepdim=True)
+
+
+class Dilated(nn.Module):
+    """Sees a token far behind, and none between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(32, 32, 2, dilation=20)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return self.conv(F.pad(x_BSH.transpose(1, 2), (20, 0))).transpose(1, 2)
 
 
 class Normed(nn.Module):
@@ -176,8 +191,9 @@ class Own(nn.Module):
         from transformers import LlamaConfig
 
         super().__init__()
-        config = LlamaConfig(attn_implementation="sdpa")
-        kinds: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "batch norm": Normed, "direct": Direct}
+        config = LlamaConfig(attn_implementation="sdpa", sliding_window=5)
+        kinds: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "dilated": Dilated, "batch norm": Normed}
+        kinds["direct"] = Direct
         self.embed, self.positions = nn.Embedding(97, 32), nn.Embedding(40, 32)
         self.blocks = nn.ModuleList(kinds.get(mixer, lambda: OwnAttention(config, mixer))() for _ in range(2))
         self.head = nn.Linear(32, 97)
@@ -200,10 +216,19 @@ def test_an_own_model_whose_attention_asks_the_registry_equals_one_process(mixer
     assert max(run_ranks(2, compared, functools.partial(_own, mixer), (FP32,))) < 1e-5
 
 
+def test_a_block_that_makes_its_mask_or_counts_positions_does_so_again_in_backward() -> None:
+    recomputed = (FP32, "activation_checkpointing=true")
+    for mixer in ("window", "bias of keys"):
+        make = functools.partial(_own, mixer)
+        assert max(run_ranks(2, compared, make, recomputed)) < 1e-5
+        assert max(run_ranks(2, on_megatron, make, "activation_checkpointing=true")) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("mixer", "text"),
     [
         ("pooled", r"blocks\.0 \(Pooled\) mixes the tokens of a row"),
+        ("dilated", r"blocks\.0 \(Dilated\) mixes the tokens of a row"),
         ("batch norm", r"blocks\.0 \(Normed\) mixes the tokens of a row"),
         ("direct", r"blocks\.0 \(Direct\) mixes the tokens of a row"),
         ("bias of pairs", r"position_bias of OwnAttention has the shape \(1, 4, 8, 8\)"),
@@ -292,7 +317,10 @@ def _refused(given: dict[str, Any], split: bool) -> str:
     from nemo_dist_conf.instantiate import instantiate
 
     setup, model, _ = instantiate(composed(FP32, CP, model=MODELS["llama"], optimizer=SGD))
-    (ids_BS,) = setup.mesh_context.split_sequence(batch(LENGTH)[0]) if split else (batch(LENGTH)[0],)
+    (ids_BS,) = setup.mesh_context.split_sequence(batch(LENGTH)[0])
+    if not split:  # as in an evaluation between steps of training
+        model(input_ids=ids_BS)
+        ids_BS = batch(LENGTH)[0]
     given = {key: torch.ones_like(ids_BS) if value == "tokens" else value for key, value in given.items()}
     with pytest.raises(ConfigError) as caught:
         model(input_ids=ids_BS, **given)
@@ -316,6 +344,23 @@ def _refused(given: dict[str, Any], split: bool) -> str:
 )
 def test_what_cannot_be_split_is_refused(given: dict[str, Any], split: bool, text: str) -> None:
     assert all(text in message for message in run_ranks(2, _refused, given, split))
+
+
+def _padded(family: str) -> str:
+    from nemo_dist_conf.instantiate import instantiate
+
+    kind = "AutoModelForMaskedLM" if family == "bert" else "AutoModelForCausalLM"
+    model = built(family, {"tie_word_embeddings": False}, kind)
+    setup, model, _ = instantiate(composed(FP32, CP, optimizer=SGD), model)
+    (ids_BS,) = setup.mesh_context.split_sequence(batch(LENGTH)[0])
+    with pytest.raises(ConfigError) as caught:
+        model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS))
+    return caught.value.type
+
+
+def test_padding_is_left_to_a_causal_attention_only() -> None:
+    assert run_ranks(2, _padded, "llama")[0] == "attention_mask=None"
+    assert run_ranks(2, _padded, "bert")[0] == "parallelism.cp_size=1"
 
 
 @pytest.mark.parametrize("family", ["falcon", "mamba", "qwen3_next"])

@@ -68,6 +68,20 @@ class Sums(Vectors):
         return x
 
 
+class Scales(Vectors):
+    """Sees only while it trains how large the features are, of which a rank has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            wide = layer.up(x)  # type: ignore[operator]
+            x = x + layer.down(wide / wide.abs().mean() if self.training else wide)  # type: ignore[operator]
+        return x
+
+
 def apply(model: nn.Module, plan: Any, example: Any = None) -> list[str]:
     """Names of what was sharded; the refusal, with the model as it was."""
     before = [(id(p), p.detach().clone()) for p in model.parameters()]
@@ -91,6 +105,8 @@ def test_where_a_plan_parts_is_said_with_one_that_was_tried() -> None:
     with pytest.raises(ConfigError, match=r"what the model \(Sums\) returns is not what it returns") as refused:
         run_ranks(2, apply, Sums(), PLAN)
     assert refused.value.type == "parallelism.tp_size=1"
+    with pytest.raises(ConfigError, match=r"the model \(Scales\) returns in training is not what it"):
+        run_ranks(2, apply, Scales(), PLAN)
     with pytest.raises(ConfigError, match="no tensor-parallel plan is known for Vectors") as refused:
         run_ranks(2, apply, Vectors(), None)
     assert refused.value.type == PLAN_WORD
@@ -98,6 +114,23 @@ def test_where_a_plan_parts_is_said_with_one_that_was_tried() -> None:
     with pytest.raises(ConfigError, match="an error in layers.0.down") as refused:
         run_ranks(2, apply, Vectors(), one_layer)
     assert refused.value.type == PLAN_WORD  # of every layer, by pattern
+
+
+def shared() -> Vectors:
+    """The first layer once more at the end."""
+    model = Vectors()
+    model.layers[2] = model.layers[0]
+    return model
+
+
+def test_a_module_in_two_places_is_named_by_either() -> None:
+    styles = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+    assert run_ranks(2, apply, shared(), PLAN)[0] == styles
+    assert run_ranks(2, apply, shared(), {"layers.2.up": "colwise", "layers.2.down": "rowwise"})[0] == styles[:2]
+    both = {"layers.0.up": "colwise", "layers.0.down": "rowwise", "layers.2.up": "replicated"}
+    with pytest.raises(ConfigError, match=r"layers\.0\.up and layers\.2\.up are one module") as refused:
+        run_ranks(2, apply, shared(), both)
+    assert refused.value.type == "'strategy.tp_plan={layers.0.up:colwise,layers.0.down:rowwise}'"
 
 
 def test_what_cannot_be_tried_is_refused_until_an_example_is_given() -> None:

@@ -31,13 +31,16 @@ def parameters(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[n
     return [parameter(*shape, seed=seed, dtype=dtype, scale=scale) for seed, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
 def test_plain_parameters_are_clipped_as_by_torch(max_norm: float, dtype: torch.dtype) -> None:
     ours, theirs = parameters(dtype), parameters(dtype)
     norm = clip_grad_norm_(ours, max_norm)
     expected = nn.utils.clip_grad_norm_(theirs, max_norm)
-    tolerance = {torch.float32: 1e-6, torch.float64: 1e-6}.get(dtype, 1e-2)
+    tolerance = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-6
     assert float(norm) == pytest.approx(float(expected), rel=tolerance)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.grad.dtype == dtype  # type: ignore[union-attr]
@@ -79,11 +82,12 @@ def test_without_a_limit_the_norm_is_only_measured(max_norm: Any) -> None:
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, same, strict=True))  # type: ignore[arg-type]
 
 
-def test_a_model_a_list_and_a_generator_are_accepted() -> None:
-    model = nn.Linear(3, 2)
+def test_a_model_a_list_a_generator_and_one_tensor_are_accepted() -> None:
+    model = nn.Linear(3, 2, bias=False)
     model(torch.ones(2, 3)).sum().backward()
-    norms = [float(clip_grad_norm_(kind, None)) for kind in (model, list(model.parameters()), model.parameters())]
-    assert norms[0] == norms[1] == norms[2] > 0
+    kinds = (model, list(model.parameters()), model.parameters(), model.weight)
+    norms = [float(clip_grad_norm_(kind, None)) for kind in kinds]
+    assert norms[0] == norms[1] == norms[2] == norms[3] > 0
 
 
 def test_parameters_without_gradient_count_nothing() -> None:

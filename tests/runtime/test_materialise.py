@@ -597,6 +597,8 @@ def test_tables_of_a_module_on_meta() -> None:
 def test_a_layer_that_never_ran_is_refused() -> None:
     with pytest.raises(ConfigError, match="weight of LazyLinear has no shape yet"):
         build_model(None, lambda: nn.LazyLinear(3), 0, CPU)
+    with pytest.raises(ConfigError, match="running_mean of LazyBatchNorm1d has no shape yet"):
+        build_model(None, lambda: nn.LazyBatchNorm1d(affine=False), 0, CPU)
 
 
 class Unfinished(nn.Module):
