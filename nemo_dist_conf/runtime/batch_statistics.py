@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nemo_dist_conf.runtime.forwards import Around
+from nemo_dist_conf.runtime.forwards import Around, code_of_forward
 
 __all__ = ["keeps_statistics", "use_global_statistics", "warn_of_own_rows", "with_statistics"]
 
@@ -47,7 +47,7 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 
 def _is_batch(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    code = code_of_forward(module)
     calls = code is not None and "batch_norm" in code.co_names
     return isinstance(module, _BATCH) or (calls and not isinstance(module, nn.SyncBatchNorm))
 

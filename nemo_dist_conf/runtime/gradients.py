@@ -105,7 +105,7 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
 
 
 def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.Tensor:
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    dtype = torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in tensors) else torch.float32
     filled = [t for t in tensors if t.numel()]
     if not filled:  # this rank has nothing of these parameters, and torch refuses an empty list
         return torch.zeros((), dtype=dtype, device=tensors[0].device if tensors else device_type)
@@ -117,6 +117,8 @@ def _short_parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """Views of a tensor, none of them long on a CPU, whose norms together are its own."""
     if tensor.layout != torch.strided:
         tensor = tensor.coalesce().values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     if tensor.device.type != "cpu" or tensor.numel() <= _CPU_NORM_ELEMENTS:
         return (tensor,)
     in_memory = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))  # a norm knows no order

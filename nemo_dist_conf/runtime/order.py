@@ -46,7 +46,7 @@ from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.runtime.precision import tell_precision
 from nemo_dist_conf.runtime.shared_memory import refuse_shared_memory
-from nemo_dist_conf.runtime.unit_rules import refuse_sparse
+from nemo_dist_conf.runtime.unit_rules import refuse_hooks, refuse_max_norm, refuse_script, refuse_sparse
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline, PipelinePlan
@@ -93,6 +93,9 @@ def parallelize_fsdp2(
     Raises ConfigError for what the model or the build cannot do.
     """
     _refuse_wrapped(model)
+    refuse_script(model)
+    refuse_hooks(model)
+    refuse_max_norm(model)
     names = device_mesh.mesh_dim_names or ()
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     refuse_shared_memory(model, device_mesh)
@@ -246,6 +249,8 @@ def parallelize_ddp(
         initialize_distributed()
     ranks = dist.get_world_size() if device_mesh is None else device_mesh.size()
     warn_of_own_rows(model, ranks)
+    if ranks > 1:
+        refuse_max_norm(model)
     if ranks > 1 and not config.find_unused_parameters:
         switch = "strategy.find_unused_parameters"
         why = f"layers that a step skips get no gradient, which DDP takes with {switch}=true only"
@@ -305,6 +310,7 @@ def parallelize_megatron_fsdp(
     from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer, wrap
 
     _refuse_wrapped(model)
+    refuse_max_norm(model)
     refuse_shared_memory(model, device_mesh)
     _sync_from_rank0(model)
     counts = None

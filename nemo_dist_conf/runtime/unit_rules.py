@@ -21,6 +21,9 @@ __all__ = [
     "lay_in_order",
     "of_other_dtype",
     "output_embeddings",
+    "refuse_hooks",
+    "refuse_max_norm",
+    "refuse_script",
     "refuse_sparse",
     "scalars",
     "unshared",
@@ -40,6 +43,38 @@ def refuse_sparse(model: nn.Module, why: str = "sparse gradients cannot be shard
             type_ = instead or f"{type(module).__name__}(..., sparse=False)"
             problems.append(Problem(what, f"{name}.sparse=True", allowed, type_))
     ConfigError.raise_if(problems)
+
+
+def refuse_max_norm(model: nn.Module) -> None:
+    """Raise ConfigError for embeddings that scale rows of their weight in forward: a rank those of its own data."""
+    problems = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            key = f"{name}.max_norm={module.max_norm:g}"
+            what = f"{name} is an embedding with max_norm, which changes its weight on each rank by the rank's own rows"
+            allowed = "one rank with strategy=ddp; or max_norm=None, and rows scaled in the model, where they are looked up"
+            problems.append(Problem(what, key, allowed, f"{type(module).__name__}(..., max_norm=None)"))
+    ConfigError.raise_if(problems)
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise ConfigError for hooks on parameters: fully_shard puts other parameters in their place."""
+    problems = []
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            what = f"{name} has a hook of register_hook or its like, which would be lost when the model is sharded"
+            allowed = "gradients changed between backward and optimizer.step(); strategy=ddp, which keeps hooks"
+            problems.append(Problem(what, f"{name}.register_hook(...)", allowed, "strategy=ddp"))
+    ConfigError.raise_if(problems)
+
+
+def refuse_script(model: nn.Module) -> None:
+    """Raise ConfigError for modules of TorchScript, whose parameters torch does not let anybody replace."""
+    scripts = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripts:
+        what = f"{scripts[0] or 'the model'} is a module of TorchScript, whose parameters cannot be sharded"
+        allowed = "strategy=ddp, which leaves them in place; or the Python module that it was made of"
+        raise ConfigError(Problem(what, "strategy=fsdp2", allowed, "strategy=ddp"))
 
 
 def unshared(model: nn.Module, blocks: Blocks) -> Blocks:
@@ -81,12 +116,12 @@ def _in_regions(model: nn.Module, regions: dict[int, str]) -> Iterator[tuple[str
 
 
 def scalars(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Parameters without a dimension, each as (its module, its name there)."""
+    """Parameters without a dimension, or without elements, each as (its module, its name there)."""
     return [
         (module, key)
         for module in model.modules()
         for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() == 0
+        if parameter is not None and (parameter.dim() == 0 or parameter.numel() == 0)
     ]
 
 
