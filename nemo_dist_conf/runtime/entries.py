@@ -23,25 +23,30 @@ from nemo_dist_conf.runtime.forwards import Around, public_methods
 from nemo_dist_conf.runtime.torch_inside import (
     before_backward,
     given_parameters,
+    is_as_sharded,
     is_gathered_for_forward,
     run_as_forward,
 )
 
 __all__ = ["open_entries"]
 
+#: In what torch says where tensors of two dtypes meet, or of one that a function does not take.
+_OF_DTYPES = ("same dtype", "Unsupported dtype", "not implemented for")
 
-def open_entries(root: nn.Module, before_forward: Callable[[], None] | None = None) -> None:
+
+def open_entries(
+    root: nn.Module, before_forward: Callable[[], None] | None = None, param_dtype: torch.dtype | None = None
+) -> None:
     """Let methods and inner modules of a model that fully_shard was applied to be called by themselves; in place.
 
-    before_forward: called each time that the model is entered, in whatever way.
+    before_forward: called each time that the model is entered, in whatever way. param_dtype: what its parameters are
+    cast to.
     """
-    door = _Door(root, before_forward)
+    door = _Door(root, before_forward, param_dtype)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             vars(module)["__deepcopy__"] = RefusesCopy(module)  # torch's own refusal names no way on
-            own = _OwnParameters(module)
-            before_backward(module, own.before_backward)
-            module.register_forward_pre_hook(own, prepend=True)
+            _OwnParameters(module)
     root.forward = _RootForward(root.forward, door)
     inner = list(_of_root(root))
     names = {key for module in (root, *inner) for key in module._parameters}
@@ -67,33 +72,45 @@ class _OwnParameters:
 
     def __init__(self, unit: nn.Module) -> None:
         self.given = given_parameters(unit)
+        self._only_set: set[int] = set()
+        unit.register_forward_pre_hook(self._before, prepend=True)  # before it is gathered
+        unit.register_forward_hook(self._after, prepend=True)  # before it is freed
+        before_backward(unit, _refuse_second_derivatives)
 
     @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def _before(self, unit: nn.Module, args: Any) -> None:
         for owner, name, known in self.given:
             held, gathered = owner._parameters.get(name), getattr(known, "_unsharded_param", None)
             if held is not known.sharded_param and held is not gathered:
                 if gathered is not None or not isinstance(held, nn.Parameter):  # before, a checkpoint may be assigned
                     raise _replaced(owner, name)
-            if gathered is not None and gathered._version:
-                raise _changed(owner, name)
+        self._after()
 
-    def before_backward(self) -> None:
-        """Raises ConfigError for a backward with create_graph=True, too: it keeps what is freed behind it."""
-        if torch.is_grad_enabled():
-            what = "gradients of gradients (create_graph=True) need the whole parameters after backward"
-            allowed = "strategy=ddp, where every rank holds them"
-            raise ConfigError(Problem(what, "strategy=fsdp2, which frees them in backward", allowed, "strategy=ddp"))
-        for owner, name, known in self.given:
-            if known._unsharded_param._version:
-                raise _changed(owner, name)
+    @torch.compiler.disable
+    def _after(self, *_: Any) -> None:
+        for number, (owner, name, known) in enumerate(self.given):
+            gathered = getattr(known, "_unsharded_param", None)
+            if gathered is not None and gathered._version and number not in self._only_set:
+                if not is_as_sharded(known):
+                    raise _changed(owner, name)
+                self._only_set.add(number)  # peft parametrizes a weight for each forward, and sets it to itself
+
+
+def _refuse_second_derivatives() -> None:
+    """A backward with create_graph=True keeps what was gathered, which is freed behind it: torch reads freed memory."""
+    if torch.is_grad_enabled():
+        what = "gradients of gradients (create_graph=True) need the whole parameters after backward"
+        allowed = "strategy=ddp, where every rank holds them"
+        raise ConfigError(Problem(what, "strategy=fsdp2, which frees them in backward", allowed, "strategy=ddp"))
 
 
 class _Door:
     """Whether the model is being run, and how it is entered where it is not."""
 
-    def __init__(self, root: nn.Module, before: Callable[[], None] | None) -> None:
-        self.root, self.before = root, before
+    def __init__(
+        self, root: nn.Module, before: Callable[[], None] | None, param_dtype: torch.dtype | None = None
+    ) -> None:
+        self.root, self.before, self.param_dtype = root, before, param_dtype
         self.is_inside = False
         self.meshes = {parameter.device_mesh for parameter in root.parameters() if isinstance(parameter, DTensor)}
 
@@ -126,6 +143,8 @@ class _Forward(Around):
         except RuntimeError as error:
             if "mixed torch.Tensor and DTensor" in str(error) and not was:
                 raise _used_outside(door.root) from error
+            if door.param_dtype is not None and not was and any(word in str(error) for word in _OF_DTYPES):
+                raise _not_in(door.param_dtype, door.root, error) from error
             raise
         finally:
             door.is_inside = was
@@ -147,6 +166,14 @@ class _RootForward(_Forward):
 class _Entry(_Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.door.enter(self.__wrapped__, args, kwargs)
+
+
+def _not_in(dtype: torch.dtype, root: nn.Module, error: RuntimeError) -> ConfigError:
+    word, key = str(dtype).removeprefix("torch."), "strategy.mp_policy"
+    said = str(error).partition("\n")[0]
+    what = f"{_kind(root)} cannot compute with parameters in {word} as it is written: {said}"
+    allowed = f"{key}=null, which computes in the dtype of the parameters; a model that casts (buffer.to(x.dtype))"
+    return ConfigError(Problem(what, f"{key}.param_dtype={word}", allowed, f"{key}=null"))
 
 
 def _kind(module: nn.Module) -> str:

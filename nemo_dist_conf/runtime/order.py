@@ -160,7 +160,8 @@ def parallelize_fsdp2(
         fill(model)
     if averaged is not None:
         averaged.move_to(device)
-    open_entries(model, averaged.watch if averaged is not None else None)
+    param_dtype = config.mp_policy.param_dtype if config.mp_policy is not None else None
+    open_entries(model, averaged.watch if averaged is not None else None, param_dtype)
     if optimizer is None:
         return model
     _rebind(optimizer, parameters, model)

@@ -27,6 +27,7 @@ __all__ = [
     "gloo_threads",
     "group_timeout",
     "hide_sharding",
+    "is_as_sharded",
     "is_gathered_for_forward",
     "is_plain",
     "maker_of_mask",
@@ -140,6 +141,20 @@ def given_parameters(unit: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
     held = [parameter for group in groups for parameter in group.fsdp_params]
     return [(p._module_info.module, p._module_info.param_name, p) for p in held]
+
+
+def is_as_sharded(known: Any) -> bool:
+    """Whether a gathered parameter, by what FSDP2 knows of it, has the numbers that this rank's shard has.
+
+    torch 2.11 to 2.13: the next time it is gathered from the shards. True where it is not gathered now.
+    Test: tests/dist/test_entries.py, test_what_cannot_be_under_fsdp2_is_refused.
+    """
+    whole, shard = (getattr(t, "_local_tensor", t).detach() for t in (known._unsharded_param, known.sharded_param))
+    if not whole.untyped_storage().nbytes():
+        return True
+    parts = whole.chunk(known.mesh_info.shard_mesh_size, known.fsdp_placement.dim)
+    rank = known.mesh_info.shard_mesh_rank
+    return rank >= len(parts) or torch.equal(parts[rank], shard.to(whole.device, whole.dtype))
 
 
 def flattened(mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceMesh:

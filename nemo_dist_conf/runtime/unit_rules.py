@@ -147,6 +147,8 @@ def of_other_dtype(
     for module in _managed(unit):
         dtypes = {}
         for key, parameter in module._parameters.items():
+            if casts and parameter is not None and parameter.is_complex():
+                raise _several_dtypes(f"{type(module).__name__} has complex parameters ({key})")
             if parameter is not None and parameter.requires_grad and id(parameter) not in left_out:
                 dtypes[key] = parameter.dtype
                 elements[parameter.dtype] = elements.get(parameter.dtype, 0) + parameter.numel()
@@ -165,10 +167,14 @@ def of_other_dtype(
             whole += [(module, key) for key in others]
     if whole and casts:
         module, key = whole[0]
-        what = f"{type(module).__name__} has parameters of several dtypes ({key} is {_word(module._parameters[key])})"
-        key = "strategy.mp_policy"
-        raise ConfigError(Problem(what, f"{key}.param_dtype", f"{key}=null: each in its own dtype", f"{key}=null"))
+        dtype = _word(module._parameters[key])
+        raise _several_dtypes(f"{type(module).__name__} has parameters of several dtypes ({key} is {dtype})")
     return apart, whole
+
+
+def _several_dtypes(what: str) -> ConfigError:
+    key = "strategy.mp_policy"
+    return ConfigError(Problem(what, f"{key}.param_dtype", f"{key}=null: each in its own dtype", f"{key}=null"))
 
 
 def _managed(unit: nn.Module) -> Iterator[nn.Module]:

@@ -325,6 +325,27 @@ def without_elements() -> Made:
 
 
 @kind
+def levels() -> Made:
+    """Levels whose parts stand in dictionaries, as a U-Net's."""
+
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = [{"first": Block(), "then": nn.Linear(8, 8), "act": nn.Tanh()} for _ in range(2)]
+            self.down = nn.ModuleList(nn.ModuleDict(part) for part in parts)
+            self.up = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for level in self.down:
+                x = level["act"](level["then"](level["first"](x)))  # type: ignore[index]
+            for first, second in self.up:  # type: ignore[misc]
+                x = second(first(x))
+            return x
+
+    return Levels(), rows()
+
+
+@kind
 def complex_parameters() -> Made:
     """Filters in the frequency domain."""
 

@@ -218,6 +218,20 @@ NOT_SHARDED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
 }
 
 
+def set_to_itself() -> None:
+    """As parametrizations that are made for one forward do it."""
+    model = instantiate(composed(*LAYOUTS["fsdp2"]), Towers())[1]
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for _ in range(2):
+        model(ids)
+        with torch.no_grad():
+            model.mix.set_(model.mix)
+
+
+def test_a_parameter_that_is_set_to_itself_is_not_changed() -> None:
+    run_ranks(2, set_to_itself)
+
+
 def not_sharded(what: str) -> None:
     freed = what == "a parameter given out"
     torch.manual_seed(0)

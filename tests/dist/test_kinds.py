@@ -50,6 +50,46 @@ def test_several_dtypes_in_a_module_cannot_be_cast() -> None:
         run_ranks(2, given, "dtypes_in_one_module")
 
 
+class Filtered(Stack):
+    """Complex numbers, which a cast would leave the half of."""
+
+    def __init__(self) -> None:
+        super().__init__(Filter(), Filter())
+
+
+class Filter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).real
+
+
+class Positioned(Stack):
+    """A buffer in float32 between blocks and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(0, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) + self.table
+        return self.head(x)
+
+
+def computed(kind: type[Stack], *words: str) -> None:
+    instantiate(composed(*words), kind())[1](torch.ones(2, 8))
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Filtered, "Filter has complex"), (Positioned, "same dtype")])
+def test_what_cannot_be_computed_in_bfloat16_is_refused(kind: type[Stack], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){said}.*type     strategy.mp_policy=null"):
+        run_ranks(2, computed, kind)
+    run_ranks(2, computed, kind, FP32)
+
+
 def hooked() -> Stack:
     model = Stack()
     model.head.weight.register_hook(lambda gradient: gradient * 2)
