@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.runtime.copies import RefusesCopy
+from nemo_dist_conf.runtime.copies import RefusesCopy, RefusesPickle
 from nemo_dist_conf.runtime.forwards import Around, public_methods
 from nemo_dist_conf.runtime.torch_inside import (
     before_backward,
@@ -46,6 +46,7 @@ def open_entries(
     for module in root.modules():
         if isinstance(module, FSDPModule):
             vars(module)["__deepcopy__"] = RefusesCopy(module)  # torch's own refusal names no way on
+            vars(module)["__reduce_ex__"] = RefusesPickle(module)
             _OwnParameters(module)
     root.forward = _RootForward(root.forward, door)
     inner = list(_of_root(root))

@@ -46,7 +46,13 @@ from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.runtime.precision import tell_precision
 from nemo_dist_conf.runtime.shared_memory import refuse_shared_memory
-from nemo_dist_conf.runtime.unit_rules import refuse_hooks, refuse_max_norm, refuse_script, refuse_sparse
+from nemo_dist_conf.runtime.unit_rules import (
+    refuse_container,
+    refuse_hooks,
+    refuse_max_norm,
+    refuse_script,
+    refuse_sparse,
+)
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline, PipelinePlan
@@ -93,6 +99,7 @@ def parallelize_fsdp2(
     Raises ConfigError for what the model or the build cannot do.
     """
     _refuse_wrapped(model)
+    refuse_container(model)
     refuse_script(model)
     refuse_hooks(model)
     refuse_max_norm(model)

@@ -21,6 +21,7 @@ __all__ = [
     "lay_in_order",
     "of_other_dtype",
     "output_embeddings",
+    "refuse_container",
     "refuse_hooks",
     "refuse_max_norm",
     "refuse_script",
@@ -66,6 +67,14 @@ def refuse_hooks(model: nn.Module) -> None:
             allowed = "gradients changed between backward and optimizer.step(); strategy=ddp, which keeps hooks"
             problems.append(Problem(what, f"{name}.register_hook(...)", allowed, "strategy=ddp"))
     ConfigError.raise_if(problems)
+
+
+def refuse_container(model: nn.Module) -> None:
+    """Raise ConfigError for a list or dictionary of modules as the model: nothing calls it, so nothing is gathered."""
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)) and type(model).forward is nn.Module.forward:
+        what = f"the model is a {type(model).__name__}, which has no forward around which its parameters are gathered"
+        allowed = "a module with a forward that holds it; or strategy=ddp, where every rank holds the whole"
+        raise ConfigError(Problem(what, "strategy=fsdp2", allowed, "strategy=ddp"))
 
 
 def refuse_script(model: nn.Module) -> None:

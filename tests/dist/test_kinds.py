@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -121,6 +122,30 @@ NOT_EVERYWHERE: list[tuple[Any, set[str], str]] = [
     (scripted, {"fsdp2"}, "head is a module of TorchScript"),
     (Looked, {"ddp", "fsdp2"}, "table is an embedding with max_norm"),
 ]
+
+
+def listed() -> nn.ModuleDict:
+    return nn.ModuleDict({"left": Stack(), "right": Stack()})
+
+
+def contained(strategy: str) -> None:
+    model = instantiate(composed(f"strategy={strategy}"), listed())[1]
+    model.module["left"](torch.ones(2, 8)).sum().backward()
+
+
+def test_a_dictionary_of_modules_has_no_forward_to_gather_around() -> None:
+    with pytest.raises(ConfigError, match="(?s)the model is a ModuleDict.*type     strategy=ddp"):
+        run_ranks(2, contained, "fsdp2")
+    run_ranks(2, contained, "ddp")
+
+
+def pickled() -> None:
+    pickle.dumps(instantiate(composed(FP32), Stack())[1])
+
+
+def test_a_sharded_model_in_a_pickle_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"type     nemo_dist_conf\.checkpoint\.save\(folder, model\)"):
+        run_ranks(2, pickled)
 
 
 def made(strategy: str, factory: Any) -> None:
