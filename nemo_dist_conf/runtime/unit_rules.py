@@ -53,7 +53,7 @@ def refuse_max_norm(model: nn.Module) -> None:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             key = f"{name}.max_norm={module.max_norm:g}"
             what = f"{name} is an embedding with max_norm, which changes its weight on each rank by the rank's own rows"
-            allowed = "one rank with strategy=ddp; or max_norm=None, and rows scaled in the model, where they are looked up"
+            allowed = "one rank with strategy=ddp; or max_norm=None, and rows scaled where the model looks them up"
             problems.append(Problem(what, key, allowed, f"{type(module).__name__}(..., max_norm=None)"))
     ConfigError.raise_if(problems)
 
