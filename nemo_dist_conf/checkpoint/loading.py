@@ -137,7 +137,7 @@ class Loading:
             what = f"objects[{name!r}] is a {type(value).__name__}, which cannot be filled"
             allowed = "what has load_state_dict; what load returns has the values of all others"
             instead = f"load(folder, model, ...).objects[{name!r}]"
-            raise DataError(Problem(what, f"objects={{{name!r}: {value!r}}}", allowed, instead))
+            raise DataError(Problem(what, f"objects={{{name!r}: a {type(value).__name__}}}", allowed, instead))
         if kind != entry["kind"]:
             was, here = KEPT[entry["kind"]], KEPT[kind]
             what = f"objects[{name!r}] was {was} when it was saved, and is {here}"

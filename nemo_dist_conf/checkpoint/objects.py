@@ -280,7 +280,12 @@ def _state(name: str, value: Any, models: Models) -> Held:
         is_whole = not isinstance(tensor, DTensor)
         return {"at": full, "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "whole": is_whole}
 
-    held.tree = to_json(state, path_of(name), keep, models.rename)
+    try:
+        held.tree = to_json(state, path_of(name), keep, models.rename)
+    except RecursionError:
+        what = f"{path_of(name)} holds itself, or values in values in values without end"
+        allowed = "values in values as deep as Python follows them, and none in itself"
+        raise ConfigError(Problem(what, f"objects[{name!r}]", allowed, f"objects without {name!r}")) from None
     return held
 
 

@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, bytes_of, tensor_of
@@ -65,6 +66,10 @@ def to_json(
         return {_KIND: "tensor", **(_packed(value, path) if tensor is None else tensor(value, path))}
     what = f"{path} is a {type(value).__name__}, which a checkpoint cannot keep without pickling it"
     allowed, instead = "numbers, texts, lists, tuples, dictionaries and tensors", "a state_dict() of such values only"
+    if type(value).__module__.partition(".")[0] == "numpy":
+        instead = f"torch.as_tensor({path})" if getattr(value, "ndim", 0) else f"{path}.item()"
+    elif isinstance(value, torch.Generator):
+        instead = f"{path}.get_state()"
     if hasattr(value, "state_dict"):
         allowed, instead = f"{allowed}; an object with a state_dict of its own", f"objects={{'a name': {path}, ...}}"
     raise ConfigError(Problem(what, path, allowed, instead))
@@ -85,13 +90,18 @@ def refuse_tensor(value: torch.Tensor, path: str) -> None:
     """Raise ConfigError, naming where it stands, for a tensor whose numbers cannot be read and put back as they are."""
     kept = "tensors with values of their own, of a dtype of the format safetensors"
     local = value._local_tensor if isinstance(value, DTensor) else value
+    if is_lazy(value):
+        what = f"{path} has no shape yet: its layer takes it from the first input"
+        raise ConfigError(Problem(what, path, kept, "model(torch.zeros(...)) before it is saved"))
     if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):
         what = f"{path} is a DTensor of which each rank holds a summand"
         raise ConfigError(Problem(what, path, kept, f"{path}.redistribute(placements=[Replicate()])"))
     if local.dtype not in _NAMES:
         what = f"{path} is of dtype {str(local.dtype).removeprefix('torch.')}, which a checkpoint cannot keep"
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NAMES)
-        raise ConfigError(Problem(what, path, known, f"{path}.float()"))
+        instead = f"torch.view_as_real({path})" if local.is_complex() else f"{path}.float()"
+        instead = f"{path}.dequantize()" if local.is_quantized else instead
+        raise ConfigError(Problem(what, path, known, instead))
     if local.layout is not torch.strided or local.is_meta or (local.numel() and not _address(local)):
         kind = str(local.layout).removeprefix("torch.") if local.layout is not torch.strided else type(local).__name__
         what = f"{path} is a {'tensor on meta' if local.is_meta else kind}, whose values a checkpoint cannot read"

@@ -33,6 +33,7 @@ def find_blocks(model: nn.Module, declared: str | Iterable[str] | None = None) -
         found = _declared(model, [paths] if isinstance(paths, str) else list(paths))
     else:
         found = _by_class(model, getattr(model, "_no_split_modules", None)) or _repeated(model)
+    found = {path: block for name, module in found.items() for path, block in _called(name, module).items()}
     order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     outermost: Blocks = {}
     for name, module in sorted(found.items(), key=lambda block: order[block[0]]):
@@ -40,6 +41,15 @@ def find_blocks(model: nn.Module, declared: str | Iterable[str] | None = None) -
             outermost[name] = module
     log.debug("%d blocks: %s", len(outermost), ", ".join(list(outermost)[:3]))
     return outermost
+
+
+def _called(name: str, module: nn.Module) -> Blocks:
+    """The module; of a container that cannot be called, as a ModuleDict of a level's parts, what it contains."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module).forward is not nn.Module.forward:
+        return {name: module}
+    members = {f"{name}.{key}": child for key, child in module.named_children()}
+    found = {path: block for key, child in members.items() for path, block in _called(key, child).items()}
+    return {path: block for path, block in found.items() if next(block.parameters(), None) is not None}
 
 
 def _declared(model: nn.Module, paths: list[str]) -> Blocks:

@@ -1,4 +1,4 @@
-"""What a copy of a wrapped model is refused with."""
+"""What a copy of a wrapped model, or a file with it, is refused with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["RefusesCopy", "refuse_copy"]
+__all__ = ["RefusesCopy", "RefusesPickle", "refuse_copy"]
 
 
 def refuse_copy(model: nn.Module, instead: str = "") -> ConfigError:
@@ -28,3 +28,16 @@ class RefusesCopy:
 
     def __call__(self, memo: Any) -> Any:
         raise refuse_copy(self.module)
+
+
+class RefusesPickle:
+    """Stands as ``__reduce_ex__`` on a module of somebody else's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, protocol: int) -> Any:
+        what = f"{type(self.module).__name__} cannot be pickled: its parameters lie on all ranks, in parts"
+        save = "nemo_dist_conf.checkpoint.save(folder, model)"
+        allowed = f"{save}, which writes it from all ranks; or model.state_dict(), the parts of this rank"
+        raise ConfigError(Problem(what, "torch.save(model, ...), or pickle", allowed, save))

@@ -24,13 +24,15 @@ _SHOWN = 5
 class SeveralRanksDDP(DistributedDataParallel):
     """DDP with the model's own attributes and methods, and with refusals that name parameters.
 
-    A method or an inner module that is called by itself takes part in the reduction: gradients of a backward that no
-    forward of the wrapper prepared are averaged at its end.
+    A method or an inner module that is called by itself, a parameter that is used by itself, and the user's module
+    (``model.module``) take part in the reduction: gradients of a backward that no forward of the wrapper prepared are
+    averaged at its end.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
         super().__init__(module, **options)
         self._is_prepared = False
+        self._runs_forward = False
         self._beside_forward = Averaged(module.parameters, [self.process_group], self._is_beside_forward)
         # A model that is freed after its process group was left must not be the one to end the group: DDP's reducer
         # would join gloo's thread while holding the GIL that this thread waits for (seen with torch 2.13). Attributes
@@ -41,15 +43,21 @@ class SeveralRanksDDP(DistributedDataParallel):
         if torch.is_grad_enabled():
             check_reduced(self)
             self._is_prepared = self._is_prepared or self.require_backward_grad_sync
-        return super().forward(*inputs, **kwargs)
+        self._runs_forward = True
+        try:
+            return super().forward(*inputs, **kwargs)
+        finally:
+            self._runs_forward = False
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)
+            found = super().__getattr__(name)
         except AttributeError:
             found = inner_attribute(self, name)
-        if isinstance(found, nn.Module) or isinstance(getattr(found, "__self__", None), nn.Module):
-            self._beside_forward.watch()
+        # ``model.module``, a parameter, or anything that may use one: a loss of it goes past the wrapper's forward.
+        if isinstance(found, (nn.Module, torch.Tensor, list, tuple, dict)) or callable(found):
+            if not vars(self).get("_runs_forward", True):  # nor before there is anything to reduce
+                self._beside_forward.watch()
         return found
 
     def __deepcopy__(self, memo: Any) -> Any:

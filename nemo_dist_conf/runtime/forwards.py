@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any, Callable, Iterator
 
 import torch
 from torch import nn
 
-__all__ = ["Around", "Autocast", "public_methods"]
+__all__ = ["Around", "Autocast", "code_of_forward", "public_methods"]
 
 #: Classes whose methods are not the user's: what they do with a model they do for themselves.
 _LIBRARIES = (
@@ -44,12 +45,23 @@ class Autocast(Around):
             return self.__wrapped__(*args, **kwargs)
 
 
+def code_of_forward(module: nn.Module) -> types.CodeType | None:
+    """Of the module's own class; None where it is not Python's, as in a module of TorchScript."""
+    forward = None if isinstance(module, torch.jit.ScriptModule) else type(module).forward
+    return getattr(inspect.unwrap(forward), "__code__", None)  # type: ignore[arg-type]  # of None as well
+
+
 def public_methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
     """(name, method) of what the module's own classes define besides forward and what every module has.
 
-    The method is bound to the module, or is what stands in its place there.
+    The method is bound to the module, or is what stands in its place there; one bound to this module alone is one, too.
     """
     seen: set[str] = set()
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.MethodType) and value.__self__ is module and not hasattr(nn.Module, name):
+            if name[0] != "_" and not f"{value.__module__}.".startswith(_LIBRARIES):
+                seen.add(name)
+                yield name, value
     for kind in type(module).__mro__:
         if kind is nn.Module:
             return

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import logging
 import sys
 import types
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.runtime.forwards import Around
+from nemo_dist_conf.runtime.forwards import Around, code_of_forward
 from nemo_dist_conf.runtime.torch_inside import hide_sharding
 
 __all__ = ["layerdrop_of", "refuse_layerdrop", "share_draws"]
@@ -68,7 +67,7 @@ def _is_word(name: str) -> bool:
 
 def _draws(module: nn.Module) -> bool:
     """Whether a module's own forward looks at such a number."""
-    waiting = [getattr(inspect.unwrap(type(module).forward), "__code__", None)]
+    waiting = [code_of_forward(module)]
     while waiting:
         code = waiting.pop()
         if code is not None:

@@ -46,7 +46,13 @@ from nemo_dist_conf.runtime.one_draw import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.one_rank import OneRankDDP
 from nemo_dist_conf.runtime.precision import tell_precision
 from nemo_dist_conf.runtime.shared_memory import refuse_shared_memory
-from nemo_dist_conf.runtime.unit_rules import refuse_sparse
+from nemo_dist_conf.runtime.unit_rules import (
+    refuse_container,
+    refuse_hooks,
+    refuse_max_norm,
+    refuse_script,
+    refuse_sparse,
+)
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.pipeline import Pipeline, PipelinePlan
@@ -93,6 +99,10 @@ def parallelize_fsdp2(
     Raises ConfigError for what the model or the build cannot do.
     """
     _refuse_wrapped(model)
+    refuse_container(model)
+    refuse_script(model)
+    refuse_hooks(model)
+    refuse_max_norm(model)
     names = device_mesh.mesh_dim_names or ()
     sizes = {name: device_mesh.size(i) for i, name in enumerate(names)}
     refuse_shared_memory(model, device_mesh)
@@ -159,7 +169,8 @@ def parallelize_fsdp2(
         fill(model)
     if averaged is not None:
         averaged.move_to(device)
-    open_entries(model, averaged.watch if averaged is not None else None)
+    param_dtype = config.mp_policy.param_dtype if config.mp_policy is not None else None
+    open_entries(model, averaged.watch if averaged is not None else None, param_dtype)
     if optimizer is None:
         return model
     _rebind(optimizer, parameters, model)
@@ -250,6 +261,8 @@ def parallelize_ddp(
     where = next(model.parameters(), torch.empty(0)).device.type
     refuse_sync_on_cpu(model, where if device_mesh is None else device_mesh.device_type)
     warn_of_own_rows(model, ranks)
+    if ranks > 1:
+        refuse_max_norm(model)
     if ranks > 1 and not config.find_unused_parameters:
         switch = "strategy.find_unused_parameters"
         why = f"layers that a step skips get no gradient, which DDP takes with {switch}=true only"
@@ -309,6 +322,7 @@ def parallelize_megatron_fsdp(
     from nemo_dist_conf.runtime.megatron_fsdp import adopt_optimizer, wrap
 
     _refuse_wrapped(model)
+    refuse_max_norm(model)
     refuse_shared_memory(model, device_mesh)
     refuse_sync_on_cpu(model, device_mesh.device_type)
     _sync_from_rank0(model)

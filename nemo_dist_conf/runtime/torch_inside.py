@@ -18,13 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "after_backward",
+    "before_backward",
     "flash_backward_on_cpu",
     "flash_on_cpu",
     "flattened",
     "generator_of",
+    "given_parameters",
     "gloo_threads",
     "group_timeout",
     "hide_sharding",
+    "is_as_sharded",
     "is_gathered_for_forward",
     "is_plain",
     "maker_of_mask",
@@ -107,6 +110,51 @@ def run_as_forward(root: nn.Module, call: Callable[..., Any], args: Any, kwargs:
     state: Any = root._get_fsdp_state()  # type: ignore[operator]
     args, kwargs = state._pre_forward(root, args, kwargs)
     return state._post_forward(root, args, call(*args, **kwargs))
+
+
+def before_backward(unit: nn.Module, call: Callable[[], None]) -> None:
+    """Call something before FSDP2 gathers a unit for backward; in place.
+
+    torch 2.11 to 2.13: it is the only hook at every output of every unit, and one more would cost each forward.
+    Test: tests/dist/test_entries.py, test_what_cannot_be_under_fsdp2_is_refused.
+    """
+    state: Any = unit._get_fsdp_state()  # type: ignore[operator]
+    gather = state._pre_backward
+
+    def first(gradient: Tensor) -> Tensor:
+        call()
+        return gather(gradient)
+
+    state._pre_backward = first
+
+
+def given_parameters(unit: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(module, name, what FSDP2 knows of it) of each parameter of a unit.
+
+    torch 2.11 to 2.13: what is known has ``sharded_param`` and, gathered once, ``_unsharded_param``; anything else that
+    stands in the module is taken out of it without a word when the unit is gathered.
+    Test: tests/dist/test_entries.py, test_what_cannot_be_under_fsdp2_is_refused.
+    """
+    state: Any = unit._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    held = [parameter for group in groups for parameter in group.fsdp_params]
+    return [(p._module_info.module, p._module_info.param_name, p) for p in held]
+
+
+def is_as_sharded(known: Any) -> bool:
+    """Whether a gathered parameter, by what FSDP2 knows of it, has the numbers that this rank's shard has.
+
+    torch 2.11 to 2.13: the next time it is gathered from the shards. True where it is not gathered now.
+    Test: tests/dist/test_entries.py, test_what_cannot_be_under_fsdp2_is_refused.
+    """
+    whole, shard = (getattr(t, "_local_tensor", t).detach() for t in (known._unsharded_param, known.sharded_param))
+    if not whole.untyped_storage().nbytes():
+        return True
+    parts = whole.chunk(known.mesh_info.shard_mesh_size, known.fsdp_placement.dim)
+    rank = known.mesh_info.shard_mesh_rank
+    return rank >= len(parts) or torch.equal(parts[rank], shard.to(whole.device, whole.dtype))
 
 
 def flattened(mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceMesh:

@@ -21,6 +21,10 @@ __all__ = [
     "lay_in_order",
     "of_other_dtype",
     "output_embeddings",
+    "refuse_container",
+    "refuse_hooks",
+    "refuse_max_norm",
+    "refuse_script",
     "refuse_sparse",
     "scalars",
     "unshared",
@@ -40,6 +44,46 @@ def refuse_sparse(model: nn.Module, why: str = "sparse gradients cannot be shard
             type_ = instead or f"{type(module).__name__}(..., sparse=False)"
             problems.append(Problem(what, f"{name}.sparse=True", allowed, type_))
     ConfigError.raise_if(problems)
+
+
+def refuse_max_norm(model: nn.Module) -> None:
+    """Raise ConfigError for embeddings that scale rows of their weight in forward: a rank those of its own data."""
+    problems = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            key = f"{name}.max_norm={module.max_norm:g}"
+            what = f"{name} is an embedding with max_norm, which changes its weight on each rank by the rank's own rows"
+            allowed = "one rank with strategy=ddp; or max_norm=None, and rows scaled where the model looks them up"
+            problems.append(Problem(what, key, allowed, f"{type(module).__name__}(..., max_norm=None)"))
+    ConfigError.raise_if(problems)
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise ConfigError for hooks on parameters: fully_shard puts other parameters in their place."""
+    problems = []
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            what = f"{name} has a hook of register_hook or its like, which would be lost when the model is sharded"
+            allowed = "gradients changed between backward and optimizer.step(); strategy=ddp, which keeps hooks"
+            problems.append(Problem(what, f"{name}.register_hook(...)", allowed, "strategy=ddp"))
+    ConfigError.raise_if(problems)
+
+
+def refuse_container(model: nn.Module) -> None:
+    """Raise ConfigError for a list or dictionary of modules as the model: nothing calls it, so nothing is gathered."""
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)) and type(model).forward is nn.Module.forward:
+        what = f"the model is a {type(model).__name__}, which has no forward around which its parameters are gathered"
+        allowed = "a module with a forward that holds it; or strategy=ddp, where every rank holds the whole"
+        raise ConfigError(Problem(what, "strategy=fsdp2", allowed, "strategy=ddp"))
+
+
+def refuse_script(model: nn.Module) -> None:
+    """Raise ConfigError for modules of TorchScript, whose parameters torch does not let anybody replace."""
+    scripts = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripts:
+        what = f"{scripts[0] or 'the model'} is a module of TorchScript, whose parameters cannot be sharded"
+        allowed = "strategy=ddp, which leaves them in place; or the Python module that it was made of"
+        raise ConfigError(Problem(what, "strategy=fsdp2", allowed, "strategy=ddp"))
 
 
 def unshared(model: nn.Module, blocks: Blocks) -> Blocks:
@@ -81,12 +125,12 @@ def _in_regions(model: nn.Module, regions: dict[int, str]) -> Iterator[tuple[str
 
 
 def scalars(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Parameters without a dimension, each as (its module, its name there)."""
+    """Parameters without a dimension, or without elements, each as (its module, its name there)."""
     return [
         (module, key)
         for module in model.modules()
         for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() == 0
+        if parameter is not None and (parameter.dim() == 0 or parameter.numel() == 0)
     ]
 
 
@@ -112,6 +156,8 @@ def of_other_dtype(
     for module in _managed(unit):
         dtypes = {}
         for key, parameter in module._parameters.items():
+            if casts and parameter is not None and parameter.is_complex():
+                raise _several_dtypes(f"{type(module).__name__} has complex parameters ({key})")
             if parameter is not None and parameter.requires_grad and id(parameter) not in left_out:
                 dtypes[key] = parameter.dtype
                 elements[parameter.dtype] = elements.get(parameter.dtype, 0) + parameter.numel()
@@ -130,10 +176,14 @@ def of_other_dtype(
             whole += [(module, key) for key in others]
     if whole and casts:
         module, key = whole[0]
-        what = f"{type(module).__name__} has parameters of several dtypes ({key} is {_word(module._parameters[key])})"
-        key = "strategy.mp_policy"
-        raise ConfigError(Problem(what, f"{key}.param_dtype", f"{key}=null: each in its own dtype", f"{key}=null"))
+        dtype = _word(module._parameters[key])
+        raise _several_dtypes(f"{type(module).__name__} has parameters of several dtypes ({key} is {dtype})")
     return apart, whole
+
+
+def _several_dtypes(what: str) -> ConfigError:
+    key = "strategy.mp_policy"
+    return ConfigError(Problem(what, f"{key}.param_dtype", f"{key}=null: each in its own dtype", f"{key}=null"))
 
 
 def _managed(unit: nn.Module) -> Iterator[nn.Module]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -399,6 +400,30 @@ def test_tensors_that_cannot_be_kept_are_named(tmp_path: Path) -> None:
         save(tmp_path / "one", model, objects={"all": [make()[1]]})
     assert "objects={'a name': all[0], ...}" == refused.value.type
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_offered_for_a_value_keeps_its_numbers(tmp_path: Path) -> None:
+    itself: dict[str, Any] = {}
+    itself["more"] = itself
+    offered: list[tuple[Any, str]] = [
+        (torch.ones(2, dtype=torch.complex128), "torch.view_as_real(more.a)"),
+        (torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.quint8), "more.a.dequantize()"),
+        (torch.ones(2).to(torch.float8_e4m3fnuz), "more.a.float()"),
+        (numpy.ones(2), "torch.as_tensor(more.a)"),
+        (numpy.float32(1), "more.a.item()"),
+        (torch.Generator(), "more.a.get_state()"),
+        (nn.LazyLinear(2).weight, "model(torch.zeros(...)) before it is saved"),
+        (itself, "objects without 'more'"),
+    ]
+    for value, instead in offered:
+        with pytest.raises(ConfigError) as refused:
+            save(tmp_path / "one", nn.Linear(1, 1), objects={"more": {"a": value}})
+        assert refused.value.type == instead
+    kept = {"a": torch.ones(100, 100)}
+    save(tmp_path / "two", nn.Linear(1, 1), objects={"more": kept})
+    with pytest.raises(DataError, match="which cannot be filled") as not_filled:
+        load(tmp_path / "two", nn.Linear(1, 1), objects={"more": kept})
+    assert not_filled.value.asked == "objects={'more': a dict}"
 
 
 def test_dtypes_and_shapes_of_every_kind(tmp_path: Path) -> None:

@@ -118,8 +118,12 @@ def _rows(batch: dict[str, Any], index: int, count: int) -> dict[str, Any]:
 
 def _norm(model: nn.Module) -> float:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    dense = [g.to_dense() if g.is_sparse else g for g in gradients]
+    dense = [_real(g.to_dense() if g.is_sparse else g) for g in gradients]
     return float(torch.stack([g.double().norm() for g in dense]).norm())
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _relative(found: float, expected: float) -> float:
@@ -129,6 +133,7 @@ def _relative(found: float, expected: float) -> float:
 def _apart(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
+    found, expected = _real(found), _real(expected)
     scale = max(float(expected.double().abs().max()), 1e-3) if expected.numel() else 1.0
     return float((found.double() - expected.double()).abs().max()) / scale if expected.numel() else 0.0
 
@@ -302,6 +307,57 @@ def scalars() -> Made:
             return super().forward(x) * self.temperature
 
     return Model(), rows()
+
+
+@kind
+def without_elements() -> Made:
+    """Parameters of no elements, as tables of prompts of length 0."""
+
+    class Prompt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt = nn.Parameter(torch.zeros(0, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.prompt.sum(0)
+
+    return Stack(Prompt(), Prompt()), rows()
+
+
+@kind
+def levels() -> Made:
+    """Levels whose parts stand in dictionaries, as a U-Net's."""
+
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = [{"first": Block(), "then": nn.Linear(8, 8), "act": nn.Tanh()} for _ in range(2)]
+            self.down = nn.ModuleList(nn.ModuleDict(part) for part in parts)
+            self.up = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for level in self.down:
+                x = level["act"](level["then"](level["first"](x)))  # type: ignore[index]
+            for first, second in self.up:  # type: ignore[misc]
+                x = second(first(x))
+            return x
+
+    return Levels(), rows()
+
+
+@kind
+def complex_parameters() -> Made:
+    """Filters in the frequency domain."""
+
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, dtype=torch.complex64) / 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=8)
+
+    return Stack(Filter(), nn.Linear(8, 8)), rows()
 
 
 @kind

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import Any, Callable
+import types
+from typing import Any, Callable, Iterator
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 
 
+def logged(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As decorators of people are: without functools.wraps."""
+    return lambda *args: method(*args)
+
+
+def mixed_by(model: Any, x: Tensor) -> Tensor:
+    return x @ model.mix
+
+
 class Towers(nn.Module):
     """Two encoders, as dual encoders have them, a decoder that uses an embedding's matrix, a free parameter."""
 
@@ -42,6 +52,31 @@ class Towers(nn.Module):
         self.head = nn.Linear(8, 8)
         self.mix = nn.Parameter(torch.randn(8, 8) / 3)
         self.temperature = nn.Parameter(torch.tensor(0.5))
+        self.attached = types.MethodType(mixed_by, self)
+
+    @logged
+    def decorated(self, x: Tensor) -> Tensor:
+        return x @ self.mix
+
+    def helped(self, x: Tensor) -> Tensor:
+        return mixed_by(self, x)
+
+    @property
+    def scaled(self) -> Tensor:
+        return self.mix * 2
+
+    @staticmethod
+    def static(model: Any, x: Tensor) -> Tensor:
+        return x @ model.mix
+
+    def matrix(self) -> Tensor:
+        return self.mix.t()
+
+    def one_by_one(self, ids: Tensor) -> Iterator[Tensor]:
+        yield self.encode(ids) @ self.mix
+
+    async def later(self, ids: Tensor) -> Tensor:
+        return self.encode(ids) @ self.mix
 
     def encode(self, ids: Tensor) -> Tensor:
         x = self.words(ids).mean(1)
@@ -83,6 +118,9 @@ STEPS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "a loop of the user's own": lambda m, ids: [m.head(m.left[1](m.left[0](m.words(ids)))).square().mean()],
     "beside forward": lambda m, ids: [(m(ids) + m.right(m.encode(ids))).square().mean()],
     "forward without the call": lambda m, ids: [(m.forward(ids) + m.right(features(ids))).square().mean()],
+    "the module below": lambda m, ids: [getattr(m, "module", m).encode(ids).square().mean()],
+    "a decorated method": lambda m, ids: [m.decorated(features(ids)).square().mean()],
+    "a method and its helper": lambda m, ids: [m.helped(features(ids)).square().mean()],
     "two backwards": lambda m, ids: [m.encode(ids).square().mean(), m.right(features(ids)).square().mean()],
 }
 
@@ -97,10 +135,10 @@ def apart(layout: str, step: str, microbatches: int) -> float:
     context = setup.mesh_context
     for index in range(microbatches):
         for rank in range(context.data_size):
-            for loss in STEPS[step](plain, ids[rank, index]):
+            for loss in {**STEPS, **WHOLE}[step](plain, ids[rank, index]):
                 (loss / context.data_size).backward()
         with accumulate(model, last=index == microbatches - 1):
-            for loss in STEPS[step](model, ids[context.data_rank, index]):
+            for loss in {**STEPS, **WHOLE}[step](model, ids[context.data_rank, index]):
                 loss.backward()
     worst = 0.0
     for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
@@ -111,9 +149,17 @@ def apart(layout: str, step: str, microbatches: int) -> float:
     return worst
 
 
+#: What uses parameters without a call that could gather them, and needs none where every rank has the whole model.
+WHOLE: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
+    "a parameter": lambda m, ids: [(features(ids) @ m.mix).square().mean()],
+    "a property": lambda m, ids: [(features(ids) @ m.scaled).square().mean()],
+    "a static method": lambda m, ids: [m.static(m, features(ids)).square().mean()],
+    "the module below, called": lambda m, ids: [getattr(m, "module", m)(ids).square().mean()],
+}
+
 #: All of them are rows of tests/conformance/of_kinds.py.
 CHOSEN = [
-    *(("ddp", step) for step in STEPS),
+    *(("ddp", step) for step in {**STEPS, **WHOLE}),
     *(("fsdp2", step) for step in STEPS),
     ("ddp, gradients in buckets", "beside forward"),
     ("ddp, gradients in buckets", "two backwards"),
@@ -131,6 +177,72 @@ def test_gradients_are_those_of_plain_torch(layout: str, step: str) -> None:
 def test_on_one_rank_too() -> None:
     for layout in ("ddp", "fsdp2"):
         assert run_ranks(1, apart, layout, "methods of one loss", 2)[0] < 1e-5
+
+
+def attached_under(layout: str) -> Tensor:
+    torch.manual_seed(0)
+    model = instantiate(composed(*LAYOUTS[layout]), Towers)[1]
+    return model.attached(torch.ones(2, 8)).detach()
+
+
+def test_a_method_that_is_bound_to_the_model_alone() -> None:
+    (expected, _), (found, _) = (run_ranks(2, attached_under, layout) for layout in ("ddp", "fsdp2"))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def with_gradients_of_gradients(model: Any, ids: Tensor) -> None:
+    x = features(ids).requires_grad_()
+    (slope,) = torch.autograd.grad(model.right(x).sum(), x, create_graph=True)
+    slope.square().sum().backward()
+
+
+def with_others_parameters(model: Any, ids: Tensor) -> None:
+    torch.func.functional_call(model, {name: p * 2 for name, p in model.named_parameters()}, (ids,))
+
+
+def changed_between(model: Any, ids: Tensor) -> None:
+    model(ids)
+    with torch.no_grad():
+        model.mix.mul_(0.5)  # gathered: torch keeps the root's parameters for backward
+    model(ids)
+
+
+#: What torch does wrong without a word, or ends with a crash at: (what, what is said).
+NOT_SHARDED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "gradients of gradients": (with_gradients_of_gradients, "create_graph=True"),
+    "parameters of somebody else's": (with_others_parameters, "functional_call"),
+    "a change in place": (changed_between, "mix of Towers was changed in place"),
+    "a parameter given out": (lambda m, ids: m.matrix(), "matrix returns a parameter"),
+    "a generator": (lambda m, ids: m.one_by_one(ids), "one_by_one is a generator"),
+    "a coroutine": (lambda m, ids: m.later(ids), "later is a generator or a coroutine"),
+}
+
+
+def set_to_itself() -> None:
+    """As parametrizations that are made for one forward do it."""
+    model = instantiate(composed(*LAYOUTS["fsdp2"]), Towers())[1]
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for _ in range(2):
+        model(ids)
+        with torch.no_grad():
+            model.mix.set_(model.mix)
+
+
+def test_a_parameter_that_is_set_to_itself_is_not_changed() -> None:
+    run_ranks(2, set_to_itself)
+
+
+def not_sharded(what: str) -> None:
+    freed = what == "a parameter given out"
+    torch.manual_seed(0)
+    model = instantiate(composed(*LAYOUTS["fsdp2, always freed" if freed else "fsdp2"]), Towers())[1]
+    NOT_SHARDED[what][0](model, torch.ones(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("what", NOT_SHARDED)
+def test_what_cannot_be_under_fsdp2_is_refused(what: str) -> None:
+    with pytest.raises(ConfigError, match=NOT_SHARDED[what][1]):
+        run_ranks(2, not_sharded, what)
 
 
 def plain_calls(strategy: str) -> tuple[int, int, Any]:

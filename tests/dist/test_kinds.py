@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -50,6 +51,125 @@ def test_several_dtypes_in_a_module_cannot_be_cast() -> None:
         run_ranks(2, given, "dtypes_in_one_module")
 
 
+class Filtered(Stack):
+    """Complex numbers, which a cast would leave the half of."""
+
+    def __init__(self) -> None:
+        super().__init__(Filter(), Filter())
+
+
+class Filter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).real
+
+
+class Positioned(Stack):
+    """A buffer in float32 between blocks and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(0, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) + self.table
+        return self.head(x)
+
+
+def computed(kind: type[Stack], *words: str) -> None:
+    instantiate(composed(*words), kind())[1](torch.ones(2, 8))
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Filtered, "Filter has complex"), (Positioned, "same dtype")])
+def test_what_cannot_be_computed_in_bfloat16_is_refused(kind: type[Stack], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){said}.*type     strategy.mp_policy=null"):
+        run_ranks(2, computed, kind)
+    run_ranks(2, computed, kind, FP32)
+
+
+def hooked() -> Stack:
+    model = Stack()
+    model.head.weight.register_hook(lambda gradient: gradient * 2)
+    return model
+
+
+def stepped() -> Stack:
+    model = Stack()
+    model.head.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    return model
+
+
+def scripted() -> Stack:
+    model = Stack()
+    model.head = torch.jit.script(nn.Linear(8, 8))
+    return model
+
+
+class Looked(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 8, max_norm=1.0)
+
+
+#: (model, strategies that cannot have it, what is said)
+NOT_EVERYWHERE: list[tuple[Any, set[str], str]] = [
+    (hooked, {"fsdp2"}, "head.weight has a hook"),
+    (stepped, {"fsdp2"}, "head.weight has a hook"),
+    (scripted, {"fsdp2"}, "head is a module of TorchScript"),
+    (Looked, {"ddp", "fsdp2"}, "table is an embedding with max_norm"),
+]
+
+
+def listed() -> nn.ModuleDict:
+    return nn.ModuleDict({"left": Stack(), "right": Stack()})
+
+
+def contained(strategy: str) -> None:
+    model = instantiate(composed(f"strategy={strategy}"), listed())[1]
+    model.module["left"](torch.ones(2, 8)).sum().backward()
+
+
+def test_a_dictionary_of_modules_has_no_forward_to_gather_around() -> None:
+    with pytest.raises(ConfigError, match="(?s)the model is a ModuleDict.*type     strategy=ddp"):
+        run_ranks(2, contained, "fsdp2")
+    run_ranks(2, contained, "ddp")
+
+
+def pickled() -> None:
+    pickle.dumps(instantiate(composed(FP32), Stack())[1])
+
+
+def test_a_sharded_model_in_a_pickle_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"type     nemo_dist_conf\.checkpoint\.save\(folder, model\)"):
+        run_ranks(2, pickled)
+
+
+def made(strategy: str, factory: Any) -> None:
+    model = instantiate(composed(f"strategy={strategy}"), factory())[1]
+    model(torch.ones(2, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("factory", "refused", "said"), NOT_EVERYWHERE)
+def test_what_would_be_another_model_is_refused(factory: Any, refused: set[str], said: str, strategy: str) -> None:
+    if strategy not in refused:
+        run_ranks(2, made, strategy, factory)
+        return
+    with pytest.raises(ConfigError, match=said):
+        run_ranks(2, made, strategy, factory)
+
+
+class Decaying(Stack):
+    """Gives its loss, with a sum over all weights in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean() + sum(p.square().sum() for p in self.parameters())
+
+
 class Reaching(Stack):
     """Adds something of a block's weights to what it returns."""
 
@@ -57,13 +177,15 @@ class Reaching(Stack):
         return super().forward(x) + x @ self.blocks[0].up.weight
 
 
-def reached() -> None:
-    instantiate(composed(FP32), Reaching())[1](torch.ones(2, 8))
+def reached(kind: type[Stack]) -> None:
+    instantiate(composed(FP32), kind())[1](torch.ones(2, 8))
 
 
-def test_a_block_whose_weights_are_used_elsewhere_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Reaching uses a parameter of a block outside of the block's forward"):
-        run_ranks(2, reached)
+@pytest.mark.parametrize("kind", [Reaching, Decaying])
+def test_a_block_whose_weights_are_used_elsewhere_is_refused(kind: type[Stack]) -> None:
+    said = f"{kind.__name__} uses a parameter of a block outside of the block's forward"
+    with pytest.raises(ConfigError, match=said):
+        run_ranks(2, reached, kind)
 
 
 def optimized() -> set[tuple[bool, bool]]:

@@ -47,6 +47,16 @@ def test_plain_parameters_are_clipped_as_by_torch(max_norm: float, dtype: torch.
         torch.testing.assert_close(mine.grad, other.grad, rtol=tolerance, atol=tolerance)
 
 
+def test_complex_gradients_are_clipped_as_by_torch() -> None:
+    ours, theirs = ([parameter(3, 5), parameter(7, dtype=torch.complex64)] for _ in range(2))
+    for parameters_ in (ours, theirs):
+        parameters_[1].grad = torch.full((7,), 3 + 4j)
+    norm = clip_grad_norm_(ours, 1.0)
+    assert float(norm) == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, 1.0)), rel=1e-6)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
 def test_the_norm_of_low_precision_gradients_is_computed_in_float32() -> None:
     """In float16 the square of 300 overflows, and 4096 small ones do not add up."""
     large = [parameter(4, dtype=torch.float16, scale=3e4)]
