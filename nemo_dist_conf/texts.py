@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
+import shlex
 from typing import Any, Callable, Iterable
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.typed_line import WITHOUT, raw_words
 
-__all__ = ["text_problems", "told_as_texts"]
+__all__ = ["text_problems", "told_as_texts", "unread_problems"]
 
 
 def told_as_texts(error: ConfigError, cfg: Any, check: Callable[[Any], Any]) -> ConfigError:
@@ -59,10 +62,38 @@ def text_problems(node: Any) -> Iterable[Problem]:
             yield _problem(node, key, *found, "a value that is read: a number, true, false, null")
 
 
+def unread_problems(node: DictConfig, names: Iterable[str] | None = None) -> Iterable[Problem]:
+    """Of values below a node, those that refer to what is not there. names: of its keys; None: all."""
+    for name in map(str, node) if names is None else names:
+        child = node._get_node(name) if name in node else None
+        if isinstance(child, DictConfig) and not child._is_interpolation() and not child._is_none():
+            yield from unread_problems(child)
+            continue
+        try:
+            if OmegaConf.is_config(child):
+                OmegaConf.to_container(child, resolve=True)  # type: ignore[arg-type]
+            elif child is not None and child._is_interpolation():  # type: ignore[union-attr]
+                node[name]
+        except OmegaConfBaseException as error:
+            yield _unread(node, str(node._get_full_key(name)), str(error).splitlines()[0])
+
+
+def _unread(node: DictConfig, key: str, why: str) -> Problem:
+    holder: Any = OmegaConf.to_container(node)
+    raw = holder[key.rpartition(".")[2]]
+    words = raw_words(OmegaConf.select(node._get_root(), "hydra.overrides.task"))
+    typed = [word for word in words if f"{key}.".startswith(word.lstrip("+").partition("=")[0] + ".")]
+    variable = re.search(r"\$\{oc\.env:(\w+)\}", str(raw))
+    way_out = f"export {variable[1]}=VALUE" if variable else f"{key}=null"
+    asked = shlex.join(typed) if typed else f"'{key}={raw}'"
+    allowed = "values, and references to what is there"
+    return Problem(f"{key} cannot be read: {why}", asked, allowed, f"{WITHOUT}{asked}" if typed else way_out)
+
+
 def _problem(node: DictConfig, key: str, raw: str, text: str, allowed: str) -> Problem:
     what = f"{key} is the text {text!r}"
-    overrides = OmegaConf.select(node._get_root(), "hydra.overrides.task") or []
-    key = f"+{key}" if any(str(word).startswith(f"+{key}=") for word in overrides) else key
+    overrides = raw_words(OmegaConf.select(node._get_root(), "hydra.overrides.task"))
+    key = f"+{key}" if any(word.startswith(f"+{key}=") for word in overrides) else key
     if "${" not in raw:
         return Problem(what, f"'{key}=\"{text}\"'", allowed, f"{key}={text}")
     if "oc.env:" in raw:

@@ -27,12 +27,13 @@ def main(cfg: DictConfig) -> float:
     from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
     from nemo_dist_conf.topology.world import launched
     from nemo_dist_conf.train.ctrl_c import hear_once, was_heard
+    from nemo_dist_conf.typed_line import raw_words
 
     hear_once()
     try:
         check_recipe(cfg)
         if cfg.model.get("name_or_path"):
-            overrides = HydraConfig.get().overrides.task
+            overrides = raw_words(HydraConfig.get().overrides.task)
             with open_dict(cfg.model):
                 cfg.model.config = typed_model_config(cfg.model.get("config"), overrides)
         from nemo_dist_conf.train.loop import run
