@@ -71,8 +71,8 @@ def unread_problems(node: DictConfig, names: Iterable[str] | None = None) -> Ite
             continue
         try:
             if OmegaConf.is_config(child):
-                OmegaConf.to_container(child, resolve=True)  # type: ignore[arg-type]
-            elif child is not None and child._is_interpolation():  # type: ignore[union-attr]
+                OmegaConf.to_container(child, resolve=True)
+            elif child is not None and child._is_interpolation():
                 node[name]
         except OmegaConfBaseException as error:
             yield _unread(node, str(node._get_full_key(name)), str(error).splitlines()[0])

@@ -64,13 +64,12 @@ def test_what_would_end_in_a_traceback_is_refused(words: str) -> None:
 
 def test_a_plan_that_is_offered_is_known_to_fit() -> None:
     """Of tensor parallelism: one matrix alone is split where the code beside it takes the whole."""
+    entries = ("gate_proj:colwise", "up_proj:colwise", "down_proj:rowwise")
+    mlp = ",".join(f"model.layers.*.mlp.{entry}" for entry in entries)
     for plan, offered in {
         "{a:colwise}": "strategy.tp_plan=null",
         "{model.layers.9.mlp.up_proj:colwise}": "strategy.tp_plan=null",
-        "{model.layers.*.mlp.gate_proj:colwise,model.layers.*.mlp.up_prj:colwise,model.layers.*.mlp.down_proj:rowwise}": (
-            "'strategy.tp_plan={model.layers.*.mlp.gate_proj:colwise,model.layers.*.mlp.up_proj:colwise,"
-            "model.layers.*.mlp.down_proj:rowwise}'"
-        ),
+        f"{{{mlp.replace('up_proj', 'up_prj')}}}": f"'strategy.tp_plan={{{mlp}}}'",
     }.items():
         line = Line.of(2, f"parallelism.tp_size=2 'strategy.tp_plan={plan}'")
         error = line.outcome()[1]

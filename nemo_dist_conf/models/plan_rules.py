@@ -73,7 +73,7 @@ def _fits(plan: Mapping[str, Any], facts: ModelFacts) -> bool:
     modules, split = _matching(_modules(facts), facts), set()
     own = complete_plan(facts.model_type) or {}
     for module in dict.fromkeys(modules):
-        style = next((unalias(style) for pattern, style in plan.items() if match_pattern(pattern, module)), "replicated")
+        style = next((unalias(its) for pattern, its in plan.items() if match_pattern(pattern, module)), "replicated")
         usual = next((style for pattern, style in own.items() if match_pattern(pattern, module)), "replicated")
         if style not in ("replicated", usual):
             return False
