@@ -33,10 +33,12 @@ def told_as_texts(error: ConfigError, cfg: Any, check: Callable[[Any], Any]) -> 
         check(read)
     except ConfigError as other:  # what these values hid may be texts again
         rest = told_as_texts(other, read, check).problems
-    still = set(map(_key_of, rest))
+    before = {problem.what for problem in error.problems}
+    still = {_key_of(problem) for problem in rest if problem.what in before}  # that they are texts is not what is wrong
     allowed = dict(zip(reversed(asked), (problem.allowed for problem in reversed(error.problems))))
     told = [_problem(cfg, key, *found, allowed[key]) for key, found in texts.items() if key not in still]
-    return ConfigError(*told, *rest) if told else error
+    others = [problem for problem in rest if _key_of(problem) not in texts or _key_of(problem) in still]
+    return ConfigError(*told, *others) if told else error
 
 
 def _key_of(problem: Problem) -> str:

@@ -226,6 +226,13 @@ def test_a_folder_name_that_is_too_long_is_refused_with_another(app, tmp_path):
 
 
 @pytest.mark.parametrize("app", [False], indirect=True, ids=["plain"])
+def test_a_folder_below_a_file_is_refused_with_another(app, tmp_path):
+    (tmp_path / "taken").write_text("")
+    done = app("hydra.run.dir=taken/here", "strategy=ddp")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "taken is a file" in done.stderr
+    assert "type     hydra.run.dir='outputs/" in done.stderr
+
+
 def test_a_callback_of_the_apps_own_composes_the_jobs_of_a_sweep(app, tmp_path):
     """While Hydra calls its callbacks, its node is composed, and what stands in our place there is merged over ours."""
     (tmp_path / "config.yaml").write_text(EXTENDED)
