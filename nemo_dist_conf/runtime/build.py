@@ -266,9 +266,9 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
             asked, known = "model.config without model_type", "llama, qwen3, mistral, ..."
             raise ConfigError(Problem("no model_type", asked, known, "model.config.model_type=llama"))
         if model_type not in transformers.CONFIG_MAPPING:
-            known = list(transformers.CONFIG_MAPPING.keys())
-            likely = nearest(str(model_type), known)
-            allowed = f"{', '.join(likely)}{', ' if likely else ''}llama, qwen3, mistral, ...: {len(known)} families"
+            families = list(transformers.CONFIG_MAPPING.keys())
+            likely = nearest(str(model_type), families)
+            allowed = f"{', '.join(likely)}{', ' if likely else ''}llama, qwen3, mistral, ...: {len(families)} families"
             best = f"model.config.model_type={likely[0]}" if likely else "model=llama_tiny"
             what = f"transformers has no model family {model_type}"
             raise ConfigError(Problem(what, f"model.config.model_type={model_type}", allowed, best))
