@@ -27,7 +27,7 @@ from nemo_dist_conf.sections import (
 from nemo_dist_conf.store import is_ours
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
-from nemo_dist_conf.texts import text_problems, told_as_texts
+from nemo_dist_conf.texts import text_problems, told_as_texts, unread_problems
 from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.pipeline import pipeline_problems
@@ -102,6 +102,7 @@ def _check(cfg: Any, world_size: int | None, facts: ModelFacts | None, seq_len: 
     values = read_section(root, "strategy", strategy.schema, paths, problems)
     sections = {name: read_section(root, name, schema, paths, problems) for name, schema in SECTIONS.items()}
     problems += _model_texts(cfg, root)
+    problems += unread_problems(root, ("activation_checkpointing", "batch_statistics"))
     ConfigError.raise_if(problems)  # the rules below need well-typed values
     facts = facts or _facts(cfg, root) or ModelFacts()
     mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +21,7 @@ from nemo_dist_conf.hydra_inside import error_of_job
 from nemo_dist_conf.ranks.meeting import CannotMeet, NoAddress
 from nemo_dist_conf.ranks.telling import another_rank_told, end, wants_everything
 from nemo_dist_conf.topology.world import Start, about_to_start, is_starting, launch_command, launched, program
+from nemo_dist_conf.typed_line import raw_words
 
 __all__ = ["DistributedCallback", "callback_as_config", "check_of"]
 
@@ -29,6 +31,11 @@ log = logging.getLogger(__name__)
 _ONE_PROCESS = ("BasicLauncher", "JoblibLauncher")
 _SKIP = "hydra/launcher=torchrun hydra.launcher.on_invalid=skip"
 _TORCHRUN = "hydra_plugins.nemo_dist_conf.torchrun_launcher.TorchrunLauncher"
+#: Our plugins that Hydra asks for the jobs of a sweep alone: the group, the class, what it does with them.
+_OF_SWEEPS = (
+    ("launcher", _TORCHRUN, "starts"),
+    ("sweeper", "hydra_plugins.nemo_dist_conf.layouts_sweeper.LayoutsSweeper", "chooses"),
+)
 
 
 class DistributedCallback(Callback):
@@ -39,7 +46,7 @@ class DistributedCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            _refuse_launcher_without_sweep(config)
+            _refuse_plugins_without_sweep(config)
             ConfigError.raise_if(folder_problems(config, "run"))
             self.check(config)
         except NemoDistConfError as error:
@@ -64,7 +71,11 @@ class DistributedCallback(Callback):
             if start is None:
                 return
             with about_to_start(start):
-                jobs = judge(compose_jobs(config, jobs_of_basic_sweep(config)), self.check)
+                try:
+                    composed = compose_jobs(config, jobs_of_basic_sweep(config))
+                except HydraException:  # the sweeper comes upon it too, and Hydra tells it then
+                    return
+                jobs = judge(composed, self.check)
             if any(job.refused for job in jobs):
                 here = launcher.endswith(_ONE_PROCESS)  # a queue's launcher is not to be replaced by one that runs here
                 raise SweepRefused(refusal(jobs, _SKIP if here else None))
@@ -145,25 +156,27 @@ def _is_sweep(config: DictConfig) -> bool:
     return OmegaConf.select(config, "hydra.job.num", throw_on_missing=False) is not None
 
 
-def _refuse_launcher_without_sweep(config: DictConfig) -> None:
-    """Hydra ignores a launcher without ``-m``, and would run one process where many were asked for."""
-    words = [str(word) for word in OmegaConf.select(config, "hydra.overrides.hydra") or []]
-    ours = OmegaConf.select(config, "hydra.launcher._target_") == _TORCHRUN
-    typed = [word for word in words if word.lstrip("+").startswith(("hydra/launcher", "hydra.launcher"))]
-    if ours and typed:
-        tasks = [str(word) for word in OmegaConf.select(config, "hydra.overrides.task") or []]
+def _refuse_plugins_without_sweep(config: DictConfig) -> None:
+    """Hydra ignores launchers and sweepers without ``-m``, and would run one process where many were asked for."""
+    words = raw_words(OmegaConf.select(config, "hydra.overrides.hydra"))
+    for name, target, does in _OF_SWEEPS:
+        typed = [word for word in words if word.lstrip("+").startswith((f"hydra/{name}", f"hydra.{name}"))]
+        if not typed or OmegaConf.select(config, f"hydra.{name}._target_") != target:
+            continue
+        tasks = raw_words(OmegaConf.select(config, "hydra.overrides.task"))
+        words = [word for word in words if not word.startswith("hydra.mode=")]  # which says that there was no -m
         raise ConfigError(
             Problem(
-                "a launcher starts the jobs of a sweep; without -m Hydra would run this as one process",
+                f"a {name} {does} the jobs of a sweep; without -m Hydra would run this as one process",
                 " ".join(typed),
                 "-m before the overrides, also for a single job; or torchrun",
-                " ".join(["python", program(), "-m", *typed, *tasks]),
+                " ".join(["python", program(), "-m", *words, *tasks]),
             )
         )
 
 
 def _sweep_in_every_rank(config: DictConfig, world_size: int) -> ConfigError:
-    words = " ".join(str(word) for word in OmegaConf.select(config, "hydra.overrides.task") or [])
+    words = " ".join(raw_words(OmegaConf.select(config, "hydra.overrides.task")))
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) or 1
     more = f" hydra.launcher.nnodes={nodes} hydra.launcher.rdzv_endpoint=HOST:29400" if nodes > 1 else ""
     ranks = f"hydra.launcher.nproc_per_node={world_size // nodes}"

@@ -105,8 +105,12 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Known words, those most like ``word`` first, of these the ones that it begins; empty when none is alike."""
+    """Known words, those most like ``word`` first, of these the ones that it begins; empty when none is alike.
+
+    Capitals make no difference.
+    """
     import difflib  # only for a refusal; every Hydra app of the environment imports this module
 
-    found = difflib.get_close_matches(str(word), [str(k) for k in known], n=3, cutoff=cutoff)
-    return sorted(found, key=lambda name: not name.startswith(str(word)))
+    small, names = str(word).lower(), {str(name).lower(): str(name) for name in known}
+    found = difflib.get_close_matches(small, names, n=3, cutoff=cutoff)
+    return [names[name] for name in sorted(found, key=lambda name: not name.startswith(small))]

@@ -91,6 +91,15 @@ def optimizer_problems(values: Mapping[str, Any], paths: Paths = Paths()) -> lis
         problems.append(
             Problem(what, f"optimizer.name={name}", _LR.allowed, "++" + paths.set("optimizer.lr", _LR.example))
         )
+    if values.get("fused") is True and values.get("foreach") is True:
+        problems.append(
+            Problem(
+                "optimizer.fused=true and optimizer.foreach=true ask for two ways of one update",
+                f"{paths.set('optimizer.fused', True)} {paths.set('optimizer.foreach', True)}",
+                "one of them; null for both: the fastest that these parameters allow",
+                paths.set("optimizer.foreach", None),
+            )
+        )
     nesterov_alone = values.get("nesterov") is True and (not values.get("momentum") or values.get("dampening"))
     if not problems and nesterov_alone:
         problems.append(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
+import shlex
 from typing import Any, Callable, Iterable
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.typed_line import WITHOUT, raw_words
 
-__all__ = ["text_problems", "told_as_texts"]
+__all__ = ["text_problems", "told_as_texts", "unread_problems"]
 
 
 def told_as_texts(error: ConfigError, cfg: Any, check: Callable[[Any], Any]) -> ConfigError:
@@ -30,10 +33,12 @@ def told_as_texts(error: ConfigError, cfg: Any, check: Callable[[Any], Any]) -> 
         check(read)
     except ConfigError as other:  # what these values hid may be texts again
         rest = told_as_texts(other, read, check).problems
-    still = set(map(_key_of, rest))
+    before = {problem.what for problem in error.problems}
+    still = {_key_of(problem) for problem in rest if problem.what in before}  # that they are texts is not what is wrong
     allowed = dict(zip(reversed(asked), (problem.allowed for problem in reversed(error.problems))))
     told = [_problem(cfg, key, *found, allowed[key]) for key, found in texts.items() if key not in still]
-    return ConfigError(*told, *rest) if told else error
+    others = [problem for problem in rest if _key_of(problem) not in texts or _key_of(problem) in still]
+    return ConfigError(*told, *others) if told else error
 
 
 def _key_of(problem: Problem) -> str:
@@ -59,10 +64,38 @@ def text_problems(node: Any) -> Iterable[Problem]:
             yield _problem(node, key, *found, "a value that is read: a number, true, false, null")
 
 
+def unread_problems(node: DictConfig, names: Iterable[str] | None = None) -> Iterable[Problem]:
+    """Of values below a node, those that refer to what is not there. names: of its keys; None: all."""
+    for name in map(str, node) if names is None else names:
+        child = node._get_node(name) if name in node else None
+        if isinstance(child, DictConfig) and not child._is_interpolation() and not child._is_none():
+            yield from unread_problems(child)
+            continue
+        try:
+            if OmegaConf.is_config(child):
+                OmegaConf.to_container(child, resolve=True)
+            elif child is not None and child._is_interpolation():
+                node[name]
+        except OmegaConfBaseException as error:
+            yield _unread(node, str(node._get_full_key(name)), str(error).splitlines()[0])
+
+
+def _unread(node: DictConfig, key: str, why: str) -> Problem:
+    holder: Any = OmegaConf.to_container(node)
+    raw = holder[key.rpartition(".")[2]]
+    words = raw_words(OmegaConf.select(node._get_root(), "hydra.overrides.task"))
+    typed = [word for word in words if f"{key}.".startswith(word.lstrip("+").partition("=")[0] + ".")]
+    variable = re.search(r"\$\{oc\.env:(\w+)\}", str(raw))
+    way_out = f"export {variable[1]}=VALUE" if variable else f"{key}=null"
+    asked = shlex.join(typed) if typed else f"'{key}={raw}'"
+    allowed = "values, and references to what is there"
+    return Problem(f"{key} cannot be read: {why}", asked, allowed, f"{WITHOUT}{asked}" if typed else way_out)
+
+
 def _problem(node: DictConfig, key: str, raw: str, text: str, allowed: str) -> Problem:
     what = f"{key} is the text {text!r}"
-    overrides = OmegaConf.select(node._get_root(), "hydra.overrides.task") or []
-    key = f"+{key}" if any(str(word).startswith(f"+{key}=") for word in overrides) else key
+    overrides = raw_words(OmegaConf.select(node._get_root(), "hydra.overrides.task"))
+    key = f"+{key}" if any(word.startswith(f"+{key}=") for word in overrides) else key
     if "${" not in raw:
         return Problem(what, f"'{key}=\"{text}\"'", allowed, f"{key}={text}")
     if "oc.env:" in raw:

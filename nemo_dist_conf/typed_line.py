@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["WITHOUT", "as_typed_here", "is_chosen"]
+__all__ = ["WITHOUT", "as_typed_here", "is_chosen", "raw_words"]
 
 #: What is offered where words only have to go.
 WITHOUT = "the same without "
@@ -30,8 +30,14 @@ def is_chosen(config: Any, group: str) -> bool:
 
 def as_typed_here(error: ConfigError, config: Any) -> ConfigError:
     """The error with offers that fit the command line which this config, or that it is part of, was composed from."""
-    words = [str(word) for word in _hydra(config, "overrides.task") or ()]
+    words = raw_words(_hydra(config, "overrides.task"))
     return type(error)(*(replace(problem, type=_fitted(problem, words)) for problem in error.problems))
+
+
+def raw_words(overrides: Any) -> list[str]:
+    """Hydra's list of overrides as it was typed: the tree that it stands in reads a ``${...}`` in a word as its own."""
+    words: Any = OmegaConf.to_container(overrides) if OmegaConf.is_config(overrides) else overrides
+    return [str(word) for word in words or ()]
 
 
 def _hydra(config: Any, key: str) -> Any:

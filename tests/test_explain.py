@@ -43,6 +43,22 @@ def test_an_unknown_name_is_refused_with_the_nearest(capsys):
     assert "type     strategy=ddp" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("ddp", "strategy=ddp"), ("strategy=DDP", "strategy=ddp"), ("tp_size", "parallelism"), ("moe.mp_policy", "moe")],
+)
+def test_a_name_without_its_section_leads_to_it(word, meant):
+    with pytest.raises(ConfigError) as caught:
+        explain(word)
+    assert caught.value.type == meant
+    assert explain(meant)
+
+
+def test_help_says_how_it_is_asked(capsys):
+    assert main(["--help"]) == 0
+    assert "strategy=ddp" in capsys.readouterr().out
+
+
 def test_an_explained_default_is_the_one_that_is_composed():
     """Of every option of every strategy, of the groups beside it, and of the launcher."""
     composed = {}

@@ -87,6 +87,17 @@ def test_a_launcher_without_a_sweep_is_not_ignored(app):
     assert "type     python app.py -m hydra/launcher=torchrun strategy=ddp" in done.stderr
 
 
+def test_a_sweeper_without_a_sweep_is_not_ignored(app):
+    done = app("hydra/sweeper=layouts", "hydra.sweeper.top=1", "strategy=ddp")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "type     python app.py -m hydra/sweeper=layouts hydra.sweeper.top=1 strategy=ddp\n" in done.stderr
+
+
+def test_an_option_that_is_not_there_is_told_once_in_a_sweep(app):
+    done = app("-m", "strategy=ddp,fsdp3")
+    assert done.returncode == 1 and done.stderr.count("Could not find 'strategy/fsdp3'") == 1, done.stderr
+
+
 def first_of_two_ranks():
     """Variables of rank 0 of two; it needs no answer of the other one before the task runs."""
     with socket.socket() as free:
@@ -215,6 +226,13 @@ def test_a_folder_name_that_is_too_long_is_refused_with_another(app, tmp_path):
 
 
 @pytest.mark.parametrize("app", [False], indirect=True, ids=["plain"])
+def test_a_folder_below_a_file_is_refused_with_another(app, tmp_path):
+    (tmp_path / "taken").write_text("")
+    done = app("hydra.run.dir=taken/here", "strategy=ddp")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "taken is a file" in done.stderr
+    assert "type     hydra.run.dir='outputs/" in done.stderr
+
+
 def test_a_callback_of_the_apps_own_composes_the_jobs_of_a_sweep(app, tmp_path):
     """While Hydra calls its callbacks, its node is composed, and what stands in our place there is merged over ours."""
     (tmp_path / "config.yaml").write_text(EXTENDED)

@@ -136,3 +136,18 @@ def test_texts_in_an_app_of_ones_own(monkeypatch):
 
         build_optimizer(app.optimizer, [("weight", torch.nn.Parameter(torch.ones(1)))])
     assert caught.value.type == "'optimizer.lr=\"${oc.decode:${oc.env:VALUE}}\"'"
+
+
+def test_a_text_that_does_not_fit_once_it_is_read_is_told_once_for_each_step(monkeypatch):
+    """It is a text, which is told first; that eight heads do not share two columns shows when it is read."""
+    monkeypatch.setenv("WIDTH", "2")
+    words = ["model.config.hidden_size=${oc.env:WIDTH}", "model.config.hidden_size=${oc.decode:${oc.env:WIDTH}}"]
+    told = []
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        for word in words:
+            cfg = compose("train", [word.replace("=", '="') + '"'], return_hydra_config=True)
+            with pytest.raises(ConfigError) as caught:
+                check_recipe(cfg)
+            told.append([problem.what for problem in caught.value.problems])
+    assert [len(whats) for whats in told] == [1, 1]
+    assert "is the text '2'" in told[0][0] and "does not split" in told[1][0]

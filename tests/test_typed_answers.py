@@ -40,6 +40,43 @@ def test_what_a_folder_says_is_not_offered_to_be_typed(tmp_path: Path, family: s
     assert findings(line) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "strategy=ddp strategy.bucket_cap_mb=inf",
+        "optimizer.fused=true optimizer.foreach=true",
+        "seed=99999999999999999999",
+        "+model.hidden_size=64",
+        "model=mixtral_tiny model.config.num_experts_per_tok=100",
+        "+model.config.attention_dropout=2",
+        "'seed=${oc.env:NOT_SET}'",
+        "'train={steps:${nothing.there}}'",
+        "'parallelism.tp_size=${oc.env:NOT_SET}'",
+        "'activation_checkpointing=${nothing.there}'",
+    ],
+)
+def test_what_would_end_in_a_traceback_is_refused(words: str) -> None:
+    line = Line.of(1, words)
+    text, error = line.outcome()
+    assert error is not None, text
+    assert findings(line) == []
+
+
+def test_a_plan_that_is_offered_is_known_to_fit() -> None:
+    """Of tensor parallelism: one matrix alone is split where the code beside it takes the whole."""
+    entries = ("gate_proj:colwise", "up_proj:colwise", "down_proj:rowwise")
+    mlp = ",".join(f"model.layers.*.mlp.{entry}" for entry in entries)
+    for plan, offered in {
+        "{a:colwise}": "strategy.tp_plan=null",
+        "{model.layers.9.mlp.up_proj:colwise}": "strategy.tp_plan=null",
+        f"{{{mlp.replace('up_proj', 'up_prj')}}}": f"'strategy.tp_plan={{{mlp}}}'",
+    }.items():
+        line = Line.of(2, f"parallelism.tp_size=2 'strategy.tp_plan={plan}'")
+        error = line.outcome()[1]
+        assert error is not None and error.type == offered
+        assert findings(line) == []
+
+
 def test_there_are_hundreds_of_every_kind() -> None:
     refused = [line for line in LINES[::5] if line.outcome()[1] is not None]
     assert len(LINES) > 700 and len(refused) > 0.8 * len(LINES[::5])

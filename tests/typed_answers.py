@@ -266,6 +266,21 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (1, "checkpoint.resume=no/such/folder"),
     (1, "model.name_or_path=no/such/folder"),
     (1, "data.path=no/such/file.txt"),
+    # What torch would die of in the first step, or what nobody would read.
+    *((2, f"strategy=ddp strategy.bucket_cap_mb={value}") for value in ("inf", "nan")),
+    (1, "optimizer.fused=true optimizer.foreach=true"),
+    (1, "seed=99999999999999999999"),
+    (1, "+model.hidden_size=64"),
+    *((1, f"model=mixtral_tiny model.config.num_experts_per_tok={value}") for value in (0, 100, "two")),
+    *((1, f"+model.config.attention_dropout={value}") for value in (2, "-0.5", "none")),
+    # References to what is not there.
+    *((1, f"'{key}=${{{there}}}'")
+      for key in ("seed", "train.dtype", "optimizer.lr", "checkpoint.every", "model.config.hidden_size")
+      for there in ("oc.env:NOT_SET", "nothing.there")),
+    *((1, f"'{key}=${{oc.env:NOT_SET}}'") for key in ("parallelism.tp_size", "strategy.reshard_after_forward")),
+    *((1, f"'{key}=${{nothing.there}}'") for key in ("activation_checkpointing", "batch_statistics", "train")),
+    (1, "'train={steps:${nothing.there}}'"),
+    (1, "'optimizer.betas=[${nothing.there},0.9]'"),
 )
 
 #: What stands beside a fault and is right by itself, on any number of ranks.

@@ -18,6 +18,7 @@ from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema.launcher import StartMethod, TorchrunConf
 from nemo_dist_conf.topology.device import cuda_count
 from nemo_dist_conf.topology.world import Start, set_by_elastic
+from nemo_dist_conf.typed_line import WITHOUT
 
 __all__ = ["Settings", "read_settings"]
 
@@ -100,7 +101,7 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
         if set_by_elastic(name):
             what = f"hydra.launcher.env.{name} would be overwritten: the launcher sets it for each rank"
             asked = f"+hydra.launcher.env.{name}={conf.env[name]}"
-            problems.append(Problem(what, asked, "any other variable", f"~hydra.launcher.env.{name}"))
+            problems.append(Problem(what, asked, "any other variable", f"{WITHOUT}{asked}"))
     problems += _preload_problems(conf)
     if conf.resume is not None and not (Path(conf.resume) / "multirun.yaml").is_file():
         what = "is not a sweep's folder"
@@ -113,7 +114,7 @@ def _stray(name: str, value: Any, known: list[str]) -> Problem:
     """A key that ``+`` added."""
     likely = nearest(name, known) or [option for option in known if option.startswith(name)]
     asked = f"+hydra.launcher.{name}={_word(_plain(value))}"
-    instead = f"hydra.launcher.{likely[0]}={_word(_plain(value))}" if likely else f"~hydra.launcher.{name}"
+    instead = f"hydra.launcher.{likely[0]}={_word(_plain(value))}" if likely else f"{WITHOUT}{asked}"
     ordered = likely + [option for option in known if option not in likely]
     return Problem(f"hydra.launcher.{name} is not an option", asked, ", ".join(ordered), instead)
 

@@ -36,6 +36,7 @@ from nemo_dist_conf.ranks.drawn import find_drawn, put_drawn
 from nemo_dist_conf.ranks.logs import rank_file
 from nemo_dist_conf.ranks.tree import as_ranks_read, same_now
 from nemo_dist_conf.topology.world import about_to_start
+from nemo_dist_conf.typed_line import raw_words
 
 __all__ = ["TorchrunSweep"]
 
@@ -141,7 +142,7 @@ class TorchrunSweep:
             return
         try:
             mine = [f"{job.words or 'no overrides'}{' (completed)' if self._completed(job) else ''}" for job in jobs]
-            typed = " ".join(map(str, self.config.hydra.overrides.task)) or "no overrides"
+            typed = " ".join(raw_words(self.config.hydra.overrides.task)) or "no overrides"
             leads, *others = self.nodes.gather(f"batch{first}", (typed, mine))
             for other in others:
                 if other[1] != leads[1]:
@@ -367,8 +368,8 @@ def _continue_sweep(config: DictConfig, resume: str) -> None:
         what = f"{sweeper.rpartition('.')[2]} chooses its jobs as it goes, so only the sweeper itself can go on"
         raise ConfigError(Problem(what, asked, "the sweeper's own storage", "hydra.sweeper.storage=sqlite:///sweep.db"))
     saved: Any = OmegaConf.select(OmegaConf.load(Path(resume) / "multirun.yaml"), "hydra.overrides.task")
-    before = [str(word) for word in saved or []]
-    typed = [str(word) for word in config.hydra.overrides.task]
+    before = raw_words(saved)
+    typed = raw_words(config.hydra.overrides.task)
     if typed and typed != before:
         raise ConfigError(
             Problem(

@@ -9,7 +9,7 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.models.facts import ModelFacts
-from nemo_dist_conf.models.plans import FAMILIES, STYLES, match_pattern, unalias
+from nemo_dist_conf.models.plans import FAMILIES, STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.models.shapes import SHAPED_FAMILIES
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.topology.paths import Paths
@@ -50,7 +50,8 @@ def plan_problems(plan: Any, facts: ModelFacts, paths: Paths = Paths()) -> list[
         if name:
             fixed[name] = better
     entries = ",".join(f"{pattern}:{style}" for pattern, style in fixed.items())
-    way_out = f"'{paths.key(_KEY)}={{{entries}}}'" if fixed else paths.set(_KEY, None)
+    # A family's own plan is known to fit; of any other only a run could tell.
+    way_out = f"'{paths.key(_KEY)}={{{entries}}}'" if _fits(fixed, facts) else paths.set(_KEY, None)
     return [Problem(what, asked, allowed, way_out) for what, asked, allowed in found]
 
 
@@ -59,6 +60,29 @@ def style_names(style: object) -> tuple[list[str], str]:
     near = nearest(str(style), STYLES)
     known = (*near, *(name for name in STYLES if name not in near))
     return near, f"{', '.join(known)}; in Python also a torch ParallelStyle"
+
+
+def _fits(plan: Mapping[str, Any], facts: ModelFacts) -> bool:
+    """Whether a plan is known to compute the same: each attention and each MLP is split as its family's, or not at all.
+
+    A matrix that is split without those beside it gives a part where the code between them takes the whole.
+    """
+    family = FAMILIES.get(facts.model_type or "")
+    if not plan or family is None:
+        return False
+    modules, split = _matching(_modules(facts), facts), set()
+    own = complete_plan(facts.model_type) or {}
+    for module in dict.fromkeys(modules):
+        style = next((unalias(its) for pattern, its in plan.items() if match_pattern(pattern, module)), "replicated")
+        usual = next((style for pattern, style in own.items() if match_pattern(pattern, module)), "replicated")
+        if style not in ("replicated", usual):
+            return False
+        parts = module.split(".")
+        if usual == "gather_input":  # may be left out: each layer inside then gathers for itself
+            split |= {(module, True)} if style == usual else set()
+        elif usual != "replicated" and any(part.isdigit() for part in parts):
+            split.add((".".join(parts[:-1]), style == usual))
+    return not any((holder, not whole) in split for holder, whole in split)
 
 
 def _modules(facts: ModelFacts) -> list[str]:

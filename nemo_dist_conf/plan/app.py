@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
@@ -15,8 +16,10 @@ from nemo_dist_conf.plan.from_config import job_of, planned_start
 from nemo_dist_conf.plan.plan import make_plan
 from nemo_dist_conf.plan.report import found_table
 from nemo_dist_conf.plan.search import search
-from nemo_dist_conf.recipe.checks import RecipeCallback
+from nemo_dist_conf.recipe.checks import RecipeCallback, check_recipe
+from nemo_dist_conf.sections import inline_text
 from nemo_dist_conf.topology.world import about_to_start
+from nemo_dist_conf.typed_line import WITHOUT, raw_words
 
 __all__ = ["PlanCallback", "run"]
 
@@ -75,13 +78,20 @@ def _check_nodes(cfg: DictConfig) -> None:
 
 def _recipe_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     """The config without what is the plan's own, as the recipe would have it; typed words stay known."""
-    recipe = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:  # the recipe's check tells which of its values it is
+        values = OmegaConf.to_container(cfg)
+    recipe = OmegaConf.create(values)
     assert isinstance(recipe, DictConfig)
     for key in _OWN:
         recipe.pop(key, None)
-    words = OmegaConf.select(hydra, "overrides.task") if hydra is not None else None
+    words = raw_words(OmegaConf.select(hydra, "overrides.task") if hydra is not None else None)
     with open_dict(recipe):
-        recipe.hydra = {"overrides": {"task": list(words or [])}}
+        recipe.hydra = {"overrides": {"task": words}}
+    if OmegaConf.is_interpolation(recipe, "device"):
+        recipe.device = cfg.hardware.device
+        check_recipe(recipe)
     return recipe
 
 
@@ -100,9 +110,10 @@ def _check_knobs(node: Any) -> None:
     problems = []
     for key in map(str, node):
         if key not in _KNOBS:
-            likely = nearest(key, _KNOBS) or ["search"]
-            what = f"plan.{key} is not an option of the plan"
-            problems.append(Problem(what, f"+plan.{key}={node[key]}", ", ".join(_KNOBS), f"plan.{likely[0]}=..."))
+            likely, value = nearest(key, _KNOBS), inline_text(node[key])
+            what, asked = f"plan.{key} is not an option of the plan", f"plan.{key}={value}"
+            instead = f"plan.{likely[0]}={value}" if likely else f"{WITHOUT}+{asked}"
+            problems.append(Problem(what, f"+{asked}", ", ".join(_KNOBS), instead))
     for key in ("search", "formulas"):
         if not isinstance(node.get(key), bool):
             what = f"plan.{key}={node.get(key)} is not true or false"

@@ -19,6 +19,7 @@ from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
+from nemo_dist_conf.typed_line import WITHOUT, raw_words
 from nemo_dist_conf.typed_path import typed_path
 
 __all__ = ["batch_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
@@ -107,6 +108,11 @@ def hardware_of(node: Any) -> HardwareConf:
                 )
             )
         return HardwareConf(**PROFILES[node])
+    known = [item.name for item in dataclasses.fields(HardwareConf)]
+    for key in (str(key) for key in node if key not in known):
+        likely, asked = nearest(key, known), f"hardware.{key}={node[key]}"
+        instead = f"hardware.{likely[0]}={node[key]}" if likely else f"{WITHOUT}+{asked}"
+        raise ConfigError(Problem(f"hardware.{key} is no figure of a machine", f"+{asked}", ", ".join(known), instead))
     try:
         typed = OmegaConf.merge(OmegaConf.structured(HardwareConf), node)
         missing = sorted(str(key) for key in OmegaConf.missing_keys(typed))
@@ -119,7 +125,7 @@ def hardware_of(node: Any) -> HardwareConf:
         raise ConfigError(Problem(what, "hardware", "every figure, or defaults: [h100] above them", "hardware=h100"))
     numbers = {key: value for key, value in vars(values).items() if isinstance(value, (int, float))}
     may_be_0 = ("reserved_gib", "kernel_launch_us", "intra_node_latency_us", "inter_node_latency_us")
-    wrong = [key for key, value in numbers.items() if value < 0 or (value == 0 and key not in may_be_0)]
+    wrong = [key for key, value in numbers.items() if not value >= 0 or (value == 0 and key not in may_be_0)]
     if wrong:
         what = "a figure of the hardware is not above 0"
         asked = " ".join(f"hardware.{key}={numbers[key]:g}" for key in wrong)
@@ -146,7 +152,7 @@ def model_config(cfg: Any) -> dict[str, Any]:
         what = f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not JSON'})"
         asked = f"model.name_or_path={model['name_or_path']}"
         raise ConfigError(Problem(what, asked, "a folder with a config.json", "model.name_or_path=null")) from None
-    overrides = OmegaConf.select(cfg, "hydra.overrides.task") or []
+    overrides = raw_words(OmegaConf.select(cfg, "hydra.overrides.task"))
     return {**config, **typed_model_config(model.get("config"), overrides)}
 
 

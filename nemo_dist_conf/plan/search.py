@@ -28,6 +28,7 @@ from nemo_dist_conf.topology.paths import Paths
 from nemo_dist_conf.topology.pipeline import pipeline_problems
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.topology.world import about_to_start
+from nemo_dist_conf.typed_line import raw_words
 
 __all__ = ["Found", "Result", "search"]
 
@@ -81,7 +82,7 @@ def search(
     Raises ConfigError where no layout is allowed, with the nearest number of ranks that one is, where none fits, and
     for typed words that the search would overrule.
     """
-    typed = [str(word) for word in OmegaConf.select(cfg, "hydra.overrides.task") or []]
+    typed = raw_words(OmegaConf.select(cfg, "hydra.overrides.task"))
     taken = [word for word in typed if word.lstrip("+~").startswith(_CHOSEN)]
     if taken:
         what, allowed = "a search chooses layouts itself", "words for the model, the data, the batch and the optimizer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -18,8 +19,10 @@ from nemo_dist_conf.names import HARDWARE, nearest
 from nemo_dist_conf.plan.report import columns, duration
 from nemo_dist_conf.plan.search import Found, search
 from nemo_dist_conf.ranks.telling import end
+from nemo_dist_conf.schema.sweeper import LayoutsConf
 from nemo_dist_conf.topology.device import cuda_present
 from nemo_dist_conf.topology.world import planned_world_size
+from nemo_dist_conf.typed_line import WITHOUT
 
 __all__ = ["LayoutsSweep"]
 
@@ -50,6 +53,10 @@ class LayoutsSweep:
         return results
 
     def _search(self, arguments: list[str]) -> Sequence[Found]:
+        known = [item.name for item in dataclasses.fields(LayoutsConf)]
+        for key in (key for key in self.options if key not in known):
+            what, asked = f"hydra.sweeper.{key} is not an option", f"+hydra.sweeper.{key}={self.options[key]}"
+            raise ConfigError(Problem(what, asked, ", ".join(known), f"{WITHOUT}{asked}"))
         top = self.options.get("top")
         if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             what = f"hydra.sweeper.top={top} is not a number of layouts"

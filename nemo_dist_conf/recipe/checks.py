@@ -7,6 +7,7 @@ import sys
 from typing import Any, Iterable
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.compose import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -21,7 +22,7 @@ from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
 from nemo_dist_conf.texts import told_as_texts
 from nemo_dist_conf.topology.world import launched, planned_world_size
-from nemo_dist_conf.typed_line import as_typed_here
+from nemo_dist_conf.typed_line import as_typed_here, raw_words
 
 __all__ = [
     "RecipeCallback",
@@ -74,7 +75,7 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
     facts = None
     model = config.model
     if "_target_" not in model:
-        overrides = OmegaConf.select(config, "hydra.overrides.task") or []
+        overrides = raw_words(OmegaConf.select(config, "hydra.overrides.task"))
         if model.get("name_or_path"):
             facts = facts_from_folder(model.name_or_path)
             fields = typed_model_config(model.get("config"), overrides)
@@ -93,7 +94,7 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
         if checked.sizes["pp_size"] > 1 and not problems:
             problems += _pipeline_batch_problems(config.train, checked.pipeline["pp_batch_size"], data_size)
     except ConfigError as error:
-        problems += [_in_recipe_words(problem, config, world_size) for problem in error.problems]
+        problems += filter(None, (_in_recipe_words(problem, config, world_size) for problem in error.problems))
     ConfigError.raise_if(problems)
     if checked is None:
         raise AssertionError("not checked, but no problem either")
@@ -132,13 +133,19 @@ def _unscaled_problems(dtype: Any, checked: Checked) -> list[Problem]:
     return [Problem(what, asked, "auto, float32, bfloat16; or strategy=fsdp2", "train.dtype=bfloat16")]
 
 
-def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem:
-    """A way out that sets ``pipeline.pp_batch_size`` said by the keys that it follows from in the recipe."""
+def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem | None:
+    """A way out that sets ``pipeline.pp_batch_size`` said by the keys that it follows from in the recipe.
+
+    None: one of these cannot be read, which is a problem of its own.
+    """
     key, _, rows = problem.type.partition("=")
     if key != "pipeline.pp_batch_size":
         return problem
     sizes = config.parallelism
-    data_ranks = (world_size or planned_world_size()) // (sizes.pp_size * sizes.cp_size * sizes.tp_size)
+    try:
+        data_ranks = (world_size or planned_world_size()) // (sizes.pp_size * sizes.cp_size * sizes.tp_size)
+    except OmegaConfBaseException:
+        return None
     words = f"train.global_batch_size={int(rows) * max(1, data_ranks)}"
     if config.train.micro_batch_size:
         words = f"train.micro_batch_size={rows} {words}"
@@ -172,6 +179,8 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
         known[section] = [str(key) for key in own[section]]
     if "_target_" not in (config.get("data") or {}):
         known["data"] = [str(key) for key in OmegaConf.load(config_folder() / "data" / "text.yaml")]
+    if "_target_" not in (config.get("model") or {}):
+        known["model"] = [str(key) for key in OmegaConf.load(config_folder() / "model" / "llama_tiny.yaml")]
     for section, names in known.items():
         node = config if not section else config.get(section)
         if not isinstance(node, DictConfig):

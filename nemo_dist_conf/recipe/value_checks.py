@@ -45,8 +45,9 @@ def value_problems(config: DictConfig) -> Iterable[Problem]:
     if str(device).partition(":")[0] not in _DEVICES:
         near = nearest("cuda" if str(device) == "gpu" else str(device), _DEVICES) or ["auto"]
         yield Problem(f"device={device} is not supported", f"device={device}", ", ".join(_DEVICES), f"device={near[0]}")
-    if not _is_whole(seed, 0):
-        yield Problem(f"seed={as_typed(seed)} does not fit", f"seed={as_typed(seed)}", "0, 1, 2, ...", "seed=0")
+    if not (_is_whole(seed, 0) and seed < 2**63):  # what torch and numpy both take
+        allowed = "0 to 2**63 - 1" if _is_whole(seed, 0) else "0, 1, 2, ..."
+        yield Problem(f"seed={as_typed(seed)} does not fit", f"seed={as_typed(seed)}", allowed, "seed=0")
     if isinstance(config.get("train"), DictConfig):
         yield from train_problems(config.train)
         steps, warmup = config.train.get("steps"), config.train.get("warmup_steps")
@@ -140,6 +141,11 @@ def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
     for key in wrong:
         asked = f"model.config.{key}={as_typed(fields[key])}"
         yield Problem(f"{asked} does not fit", asked, "1, 2, 3, ...", f"~model.config.{key}")
+    yield from _expert_problems(fields)
+    dropout = fields.get("attention_dropout")
+    if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
+        asked = f"model.config.attention_dropout={as_typed(dropout)}"
+        yield Problem(f"{asked} does not fit", asked, "0 to below 1", "++model.config.attention_dropout=0.0")
     if wrong:
         return
     hidden, heads, shared = (fields.get(key) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
@@ -158,6 +164,19 @@ def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
         best = max(size for size in legal if size <= max(1, shared))
         allowed = f"num_key_value_heads: {', '.join(map(str, legal))}"
         yield Problem(what, asked, allowed, f"model.config.num_key_value_heads={best}")
+
+
+def _expert_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
+    """A token that asks for no expert, or for more than there are, which only the first forward would tell."""
+    chosen = fields.get("num_experts_per_tok")
+    there = next((fields[key] for key in ("num_local_experts", "num_experts") if fields.get(key) is not None), None)
+    most = there if _is_whole(there, 1) else None
+    if chosen is None or (_is_whole(chosen, 1) and (most is None or chosen <= most)):
+        return
+    asked = f"model.config.num_experts_per_tok={as_typed(chosen)}"
+    allowed = "1, 2, 3, ..." if most is None else f"1 to {most}, the number of experts"
+    best = min(most or chosen, chosen) if _is_whole(chosen, 1) else 1
+    yield Problem(f"{asked} does not fit", asked, allowed, f"++model.config.num_experts_per_tok={best}")
 
 
 def as_typed(value: Any) -> str:

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from nemo_dist_conf.compose import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.models.facts import plain_floats
+from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.construct import Record, construct, record, record_resets
 from nemo_dist_conf.runtime.load import check_weights
 from nemo_dist_conf.runtime.materialise import materialise, tied_names
@@ -265,6 +266,13 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
         if model_type is None:
             asked, known = "model.config without model_type", "llama, qwen3, mistral, ..."
             raise ConfigError(Problem("no model_type", asked, known, "model.config.model_type=llama"))
+        if model_type not in transformers.CONFIG_MAPPING:
+            families = list(transformers.CONFIG_MAPPING.keys())
+            likely = nearest(str(model_type), families)
+            allowed = f"{', '.join(likely)}{', ' if likely else ''}llama, qwen3, mistral, ...: {len(families)} families"
+            best = f"model.config.model_type={likely[0]}" if likely else "model=llama_tiny"
+            what = f"transformers has no model family {model_type}"
+            raise ConfigError(Problem(what, f"model.config.model_type={model_type}", allowed, best))
         config = transformers.AutoConfig.for_model(model_type, **fields)
         _tell_unread(config, fields)
         return config

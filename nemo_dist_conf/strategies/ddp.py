@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
 
@@ -62,7 +63,7 @@ class DDPManager:
 def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
     problems = autocast_problems(conf, paths)
     bucket = conf["bucket_cap_mb"]
-    if bucket is not None and bucket <= 0:
+    if bucket is not None and not 0 < bucket < math.inf:
         problems.append(
             Problem(
                 f"strategy.bucket_cap_mb={bucket:g} is not a size",

@@ -26,13 +26,14 @@ def main(cfg: DictConfig) -> float:
     from nemo_dist_conf.ranks.telling import end
     from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
     from nemo_dist_conf.topology.world import launched
-    from nemo_dist_conf.train.ctrl_c import hear_once, was_heard
+    from nemo_dist_conf.train.ctrl_c import BEFORE, hear_once, was_heard
+    from nemo_dist_conf.typed_line import raw_words
 
     hear_once()
     try:
         check_recipe(cfg)
         if cfg.model.get("name_or_path"):
-            overrides = HydraConfig.get().overrides.task
+            overrides = raw_words(HydraConfig.get().overrides.task)
             with open_dict(cfg.model):
                 cfg.model.config = typed_model_config(cfg.model.get("config"), overrides)
         from nemo_dist_conf.train.loop import run
@@ -46,7 +47,7 @@ def main(cfg: DictConfig) -> float:
         if was_heard():
             logging.disable()  # what modules that are half imported log at their end
             if launched().rank == 0:
-                print("stopped by Ctrl-C before the first step", file=sys.stderr, flush=True)
+                print(BEFORE, file=sys.stderr, flush=True)
             raise SystemExit(128 + signal.SIGINT) from None
         if isinstance(error, NemoDistConfError):
             end(error)
@@ -56,7 +57,9 @@ def main(cfg: DictConfig) -> float:
 def checked_main() -> None:
     """``main``, once Hydra can read the words."""
     from nemo_dist_conf.recipe.words import refuse_words
+    from nemo_dist_conf.train.ctrl_c import end_at_once
 
+    end_at_once()
     try:
         refuse_words(sys.argv[1:])
     except NemoDistConfError as error:

@@ -194,7 +194,14 @@ REFUSED = {
     "world_size=0": "world_size=8",
     "world_size=many": "world_size=8",
     "plan.top=0 plan.search=true": "plan.top=10",
-    "+plan.serch=true": "plan.search=",
+    "+plan.serch=true": "plan.search=true",
+    "+plan.zzz=true": "the same without +plan.zzz=true",
+    "+hardware.zzz=1": "the same without +hardware.zzz=1",
+    "+hardware.memory_gibs=1": "hardware.memory_gib=1",
+    "hardware.memory_gib=nan": "hardware=h100",
+    "train.dtype=fp16": "train.dtype=auto",
+    "model.config.hidden_size=${oc.env:NOT_SET}": "the same without",
+    "data.seq_len=${nothing.there}": "the same without",
     "plan.search=3": "plan.search=true",
     "model.config.model_type=gpt2": "model=llama3_8b",
     "model.name_or_path=/nowhere": "model.name_or_path=null",
@@ -434,6 +441,7 @@ def test_the_sweeper_runs_the_best_and_compares(tmp_path: Path) -> None:
         (["strategy=ddp"], "hydra/sweeper=basic"),
         (["hydra.sweeper.top=0"], "hydra.sweeper.top=3"),
         (["hydra.sweeper.hardware=h10"], "hydra.sweeper.hardware=h100"),
+        (["+hydra.sweeper.zzz=1"], "the same without +hydra.sweeper.zzz=1"),
     ],
 )
 def test_the_sweeper_refuses(words: list[str], instead: str, tmp_path: Path) -> None:

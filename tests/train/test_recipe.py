@@ -131,7 +131,7 @@ BAD = {
     "a checkpoint of another architecture": (["model.name_or_path=bert"], "model.name_or_path"),
     "weights of another model": (["model.name_or_path=other"], "missing in the folder"),
     "only pickled weights": (["model.name_or_path=pickled"], "unpickled"),
-    "an unknown model type": (["model.config.model_type=llamma"], "llamma"),
+    "an unknown model type": (["model.config.model_type=llamma"], "type     model.config.model_type=llama\n"),
     "a field the model lacks a value for": (["model.config.hidden_size=31"], "model.config"),
     "an optimizer setting": (["optimizer.lr=-1"], "optimizer.lr"),
     "a stray key": (["+train.epochs=3"], "train.epochs"),
