@@ -96,7 +96,7 @@ def judge(jobs: list[Job], check: Callable[[DictConfig], Checked | None] | None 
 
 
 def folder_problems(config: DictConfig, mode: str) -> Iterable[Problem]:
-    """Where the folder of a job gets a name that its file system does not take. mode: ``run`` or ``sweep``."""
+    """Where the folder of a job cannot be made, by its name or its place. mode: ``run`` or ``sweep``."""
     keys = ["hydra.run.dir"] if mode == "run" else ["hydra.sweep.dir", "hydra.sweep.subdir"]
     try:
         with warnings.catch_warnings():
@@ -104,21 +104,21 @@ def folder_problems(config: DictConfig, mode: str) -> Iterable[Problem]:
             folder = Path(*(str(OmegaConf.select(config, key)) for key in keys)).absolute()
         there = next(parent for parent in folder.parents if parent.is_dir())
         longest, most = max(len(os.fsencode(part)) for part in folder.parts), os.pathconf(there, "PC_NAME_MAX")
+        typed = [config.hydra[mode]._get_node(key.rpartition(".")[2])._value() for key in keys]
     except Exception:  # what cannot be resolved, or asked of this system, Hydra will tell of
         return
-    written = config.hydra[mode]._get_node(keys[-1].rpartition(".")[2])._value()
     names = "${hydra.job.num}" if mode == "sweep" else "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
     file = next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None)
     if longest > most:
         yield Problem(
             f"the name of the output folder has {longest} bytes, and the file system takes {most}",
-            f"{keys[-1]}='{written}'",
+            f"{keys[-1]}='{typed[-1]}'",
             f"names of at most {most} bytes; hydra.job.config.override_dirname.exclude_keys leaves words out",
             f"{keys[-1]}='{names}'",
         )
-    elif file is not None or not os.access(there, os.W_OK | os.X_OK):
+    elif file is not None or not (folder.is_dir() or os.access(there, os.W_OK | os.X_OK)):
         reason = f"nothing may be written in {there}" if file is None else f"{file} is a file"
-        asked = f"{keys[0]}='{config.hydra[mode]._get_node('dir')._value()}'"
+        asked = f"{keys[0]}='{typed[0]}'"
         best = f"{keys[0]}='{'multirun' if mode == 'sweep' else 'outputs'}/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}'"
         yield Problem(f"the output folder cannot be made: {reason}", asked, "a folder that can be written", best)
 

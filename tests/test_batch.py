@@ -147,3 +147,14 @@ def test_a_folder_name_that_the_file_system_does_not_take_is_refused_before_anyt
     assert (problem.asked, problem.type) == (LONG, "hydra.sweep.subdir='${hydra.job.num}'")
     assert "has 262 bytes" in jobs[2].refused[0].what
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_not_asked_for_a_place_to_make_it(sweep, tmp_path, monkeypatch):
+    """A job may have its folder below one that is not its own."""
+    monkeypatch.setattr("os.access", lambda *_: False)
+    (tmp_path / "own").mkdir()
+    master = sweep(f"hydra.sweep.dir={tmp_path}/own", "hydra.sweep.subdir=.")
+    assert not judge(compose_jobs(master, [["+x=b"]]), lambda config: None)[0].refused
+    master = sweep(f"hydra.sweep.dir={tmp_path}/new", "hydra.sweep.subdir=.")
+    (problem,) = judge(compose_jobs(master, [["+x=b"]]), lambda config: None)[0].refused
+    assert problem.what == f"the output folder cannot be made: nothing may be written in {tmp_path}"

@@ -269,7 +269,8 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
         if model_type not in transformers.CONFIG_MAPPING:
             families = list(transformers.CONFIG_MAPPING.keys())
             likely = nearest(str(model_type), families)
-            allowed = f"{', '.join(likely)}{', ' if likely else ''}llama, qwen3, mistral, ...: {len(families)} families"
+            shown = ", ".join(dict.fromkeys([*likely, "llama", "qwen3", "mistral"]))
+            allowed = f"{shown}, ...: {len(families)} families"
             best = f"model.config.model_type={likely[0]}" if likely else "model=llama_tiny"
             what = f"transformers has no model family {model_type}"
             raise ConfigError(Problem(what, f"model.config.model_type={model_type}", allowed, best))

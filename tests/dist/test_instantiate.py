@@ -337,7 +337,7 @@ def test_no_rank_ever_holds_more_than_its_share_and_one_layer(ranks: int, words:
     """Built on meta, sharded there, and filled layer by layer (a layer is 1/32 of this model); a plan is tried on few blocks."""
     for peak, kept in run_ranks(ranks, peak_of_build, False, *words):
         assert kept == pytest.approx(share, abs=0.05)
-        assert kept <= peak < share + 0.15
+        assert kept <= peak < share + 0.2
 
 
 def test_the_measure_sees_a_model_that_was_built_whole() -> None:
@@ -475,7 +475,7 @@ def returns_no_module() -> Any:
         ({"_target_": "tests.dist.test_instantiate.returns_no_module"}, "returned dict, not a torch.nn.Module"),
         ({"width": 3}, "does not say which model to build"),
         ({"config": {"hidden_size": 8}}, "no model_type"),
-        ({"config": {"model_type": "lama"}}, "transformers does not accept this config"),
+        ({"config": {"model_type": "lama"}}, "transformers has no model family"),
         ("llama", "does not say which model to build"),
     ],
     ids=["no module", "no key of ours", "no model_type", "unknown model_type", "word"],

@@ -116,7 +116,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "vit"}, "vit is no causal language model of transformers"),
     ({"model_type": "clip"}, "clip is no causal language model of transformers"),
     ({"model_type": "t5"}, "t5 is no causal language model of transformers"),
-    ({"model_type": "llamma"}, "transformers does not accept this config"),
+    ({"model_type": "llamma"}, "transformers has no model family"),
     ({"model_type": "gemma3n_text", "num_hidden_layers": 2, "hidden_size": 32}, "transformers"),
     ({"model_type": "dbrx", "n_layers": 2, "d_model": 32, "n_heads": 4}, "transformers cannot build dbrx"),
     ({"model_type": "musicgen"}, "transformers cannot build musicgen from this config: .*dropout"),
