@@ -10,6 +10,8 @@ import pytest
 from tests.command_lines import COMMAND_LINES
 from tests.typed_answers import APPS, Line, bad_lines, findings
 
+pytestmark = pytest.mark.slow
+
 #: All of them: python -m tests.typed_answers.
 LINES = bad_lines()
 #: Lines of one app after the other, and each offer that is met again is known by then.
