@@ -4,8 +4,10 @@ import os
 import sys
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.version import VersionBase
 
@@ -35,3 +37,14 @@ def close_hydra() -> None:
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
     Singleton._instances.pop(VersionBase, None)
+
+
+@pytest.fixture
+def store():
+    """The ConfigStore, put back as it was."""
+    GlobalHydra.instance().clear()
+    Plugins.instance()  # Hydra's own entries come with its plugins
+    instance = ConfigStore.instance()
+    before = {key: dict(value) if isinstance(value, dict) else value for key, value in instance.repo.items()}
+    yield instance
+    instance.repo = before

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
@@ -38,15 +35,7 @@ main()
 """
 
 
-@pytest.fixture(autouse=True)
-def store():
-    """The ConfigStore, put back as it was."""
-    GlobalHydra.instance().clear()
-    Plugins.instance()  # Hydra's own entries come with its plugins
-    instance = ConfigStore.instance()
-    before = {key: dict(value) if isinstance(value, dict) else value for key, value in instance.repo.items()}
-    yield instance
-    instance.repo = before
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

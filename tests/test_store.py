@@ -6,23 +6,10 @@ import dataclasses
 import pytest
 from hydra import compose, initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.groups import config_groups
 from nemo_dist_conf.store import PROVIDER
-
-
-@pytest.fixture
-def store():
-    """The ConfigStore, put back as it was."""
-    GlobalHydra.instance().clear()
-    Plugins.instance()  # Hydra's own entries come with its plugins
-    instance = ConfigStore.instance()
-    before = {key: dict(value) if isinstance(value, dict) else value for key, value in instance.repo.items()}
-    yield instance
-    instance.repo = before
 
 
 def _registered(folder=None):

@@ -18,16 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.build import build_model
 from tests.dist.layouts import ADAMW, LLAMA, MODELS, Net, batch, composed, full_state, loss_sum
 from tests.dist.pool import run_ranks
+from tests.live import Live
 
 pytestmark = pytest.mark.dist
 
@@ -291,25 +289,6 @@ def test_without_a_model_there_is_a_setup_alone() -> None:
 
 
 # ---------------------------------------------------------------------------------- no rank holds it all
-
-
-class Live(TorchDispatchMode):
-    """Bytes of all tensors with storage that were made inside and are still alive; ``peak`` is their maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) and not leaf.is_meta:
-                storage = leaf.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return output
 
 
 DEEP = {"width": 64, "depth": 16}

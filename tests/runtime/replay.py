@@ -1,4 +1,7 @@
-"""Whether a tape is what a constructor did: played back in its order, from one generator, it gives the same bits."""
+"""Models of constructors for tests: recorded, given their values, on meta.
+
+Whether a tape is what a constructor did: played back in its order, from one generator, it gives the same bits.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from nemo_dist_conf.runtime.materialise import materialise
 from nemo_dist_conf.runtime.playback import _Run
 from nemo_dist_conf.runtime.tape import Op
 
-__all__ = ["CPU", "differences", "misfits", "recorded"]
+__all__ = ["CPU", "NoInitialiser", "differences", "filled", "misfits", "on_meta", "recorded", "tensors"]
 
 CPU = torch.device("cpu")
 
@@ -92,3 +95,33 @@ def misfits(factory: Callable[[], Any], seed: int = 5) -> list[str]:
 def _bits(tensor: Tensor) -> Tensor:
     """NaN is equal to itself here."""
     return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+
+
+def on_meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return kind(*args, **kwargs)
+
+
+def filled(kind: Any, *args: Any, seed: int = 0, **kwargs: Any) -> nn.Module:
+    """A model built without values and materialised without any sharding."""
+    model, record = recorded(lambda: kind(*args, **kwargs), seed)
+    materialise(model, record)
+    return model
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers, also those that are not saved."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: value.detach() for name, value in named}
+
+
+class NoInitialiser(nn.Module):
+    """Owns a parameter, and says nowhere how it starts but in its constructor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.full((4,), 7.0))
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        return self.fc(x_BH) * self.gain

@@ -13,10 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from nemo_dist_conf.instantiate import instantiate
@@ -24,31 +20,12 @@ from nemo_dist_conf.runtime import build, order
 from nemo_dist_conf.runtime.boxes import local_values
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.build import build_model
-from nemo_dist_conf.runtime.construct import record_resets
 from nemo_dist_conf.runtime.materialise import materialise, tied_names
-from nemo_dist_conf.runtime.recorder import NotRecorded
 from tests.dist.layouts import LLAMA, MODELS, ROWS, SGD, Net, composed, full_state, plain_model, train
 from tests.dist.pool import run_ranks
+from tests.live import Live
 from tests.runtime.constructors import CONSTRUCTORS, Attributes, table_of
-from tests.runtime.replay import CPU, recorded
-
-
-def on_meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    with torch.device("meta"):
-        return kind(*args, **kwargs)
-
-
-def filled(kind: Any, *args: Any, seed: int = 0, **kwargs: Any) -> nn.Module:
-    """A model built without values and materialised without any sharding."""
-    model, record = recorded(lambda: kind(*args, **kwargs), seed)
-    materialise(model, record)
-    return model
-
-
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers, also those that are not saved."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: value.detach() for name, value in named}
+from tests.runtime.replay import CPU, NoInitialiser, filled, on_meta, recorded, tensors
 
 
 class Tied(nn.Module):
@@ -58,37 +35,6 @@ class Tied(nn.Module):
         self.body = nn.Linear(4, 4)
         self.head = nn.Linear(4, 8, bias=False)
         self.head.weight = self.embed.weight
-
-
-class Forgetful(nn.Module):
-    """Its initialiser leaves one of its own tensors alone."""
-
-    def __init__(self, forgets: str) -> None:
-        super().__init__()
-        self.forgets = forgets
-        self.weight = nn.Parameter(torch.empty(3, 3))
-        self.bias = nn.Parameter(torch.empty(3))
-        self.register_buffer("scale", torch.empty(3))
-        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
-        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for name in ("weight", "bias", "scale", "steps", "mask"):
-            if name != self.forgets:
-                nn.init.ones_(getattr(self, name))
-
-
-class NoInitialiser(nn.Module):
-    """Owns a parameter, and says nowhere how it starts but in its constructor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.gain = nn.Parameter(torch.full((4,), 7.0))
-
-    def forward(self, x_BH: Tensor) -> Tensor:
-        return self.fc(x_BH) * self.gain
 
 
 # ------------------------------------------------------------------------- a function of seed and name
@@ -461,24 +407,6 @@ def test_buffers_that_are_not_saved_are_filled_too(words: tuple[str, ...]) -> No
 # ------------------------------------------------------------------------------------------ memory
 
 
-class Live(TorchDispatchMode):
-    """The most bytes of storages that were alive at once, of those that an operator met inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak, self._known = 0, {}  # type: ignore[var-annotated]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves((args, kwargs, found)):
-            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) and type(leaf) is not DTensor else leaf
-            if isinstance(storage, torch.UntypedStorage) and storage.device.type == "cpu":
-                self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._known = {key: value for key, value in self._known.items() if not value[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._known.values()))
-        return found
-
-
 class Wide(nn.Module):
     """Eight megabytes, one of them drawn twice as large, and turned round on the way."""
 
@@ -534,71 +462,6 @@ def ties_under(words: tuple[str, ...]) -> tuple[bool, int]:
 def test_wrapped_models_keep_their_ties(words: tuple[str, ...]) -> None:
     count = len(list(plain_model("tied").parameters()))
     assert run_ranks(2, ties_under, words) == [(True, count)] * 2
-
-
-# ----------------------------------------------------------------------------- modules that came on meta
-
-
-def test_a_module_on_meta_starts_as_its_modules_reset_themselves() -> None:
-    """The same numbers as those of its class, which does nothing else."""
-    expected = tensors(filled(Net, seed=3))
-    model = on_meta(Net)
-    materialise(model, record_resets(model, 3, CPU))
-    assert all(torch.equal(value, expected[name]) for name, value in tensors(model).items())
-    record_resets(on_meta(nn.MultiheadAttention, 4, 2), 0, CPU)  # spelt _reset_parameters
-    record_resets(nn.Identity(), 0, CPU)
-
-
-def test_a_transformers_model_on_meta_starts_as_it_initialises_itself() -> None:
-    expected = tensors(filled(plain_model, "llama", seed=3))
-    model = on_meta(plain_model, "llama")
-    materialise(model, record_resets(model, 3, CPU))
-    assert all(torch.equal(value, expected[name]) for name, value in tensors(model).items())
-
-
-@pytest.mark.parametrize("forgets", ["weight", "bias", "scale", "steps", "mask"])
-def test_a_tensor_that_nothing_sets_is_found(forgets: str) -> None:
-    """Left alone it would hold whatever the memory held; among whole numbers and masks there is no NaN to tell."""
-    with pytest.raises(NotRecorded, match=f"nothing sets {forgets}"):
-        record_resets(on_meta(Forgetful, forgets), 0, CPU)
-    record_resets(on_meta(Forgetful, "nothing"), 0, CPU)
-
-
-def test_a_module_that_cannot_reset_itself_is_refused() -> None:
-    with pytest.raises(ConfigError, match="NoInitialiser has no reset_parameters"):
-        build_model(None, on_meta(NoInitialiser), 0, CPU)
-    partly = on_meta(Net)
-    partly.head = nn.Linear(32, 97)
-    with pytest.raises(ConfigError, match="other tensors of it have values"):
-        build_model(None, partly, 0, CPU)
-
-
-class Tabled(nn.Linear):
-    """Computes a table whenever it is reset; or never."""
-
-    def __init__(self, resets: bool) -> None:
-        super().__init__(3, 3)
-        self.resets, self.table = resets, [torch.arange(3.0)]
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if getattr(self, "resets", False):
-            self.table = [torch.arange(3.0)]
-
-
-def test_tables_of_a_module_on_meta() -> None:
-    model = build_model(None, on_meta(Tabled, True), 0, CPU, math.inf).model
-    assert torch.equal(model.table[0], torch.arange(3.0)) and not model.weight.is_meta
-    with pytest.raises(ConfigError, match="nothing sets table/0"):
-        build_model(None, on_meta(Tabled, False), 0, CPU)
-
-
-def test_a_layer_that_never_ran_is_refused() -> None:
-    with pytest.raises(ConfigError, match="weight of LazyLinear has no shape yet"):
-        build_model(None, lambda: nn.LazyLinear(3), 0, CPU)
-    with pytest.raises(ConfigError, match="running_mean of LazyBatchNorm1d has no shape yet"):
-        build_model(None, lambda: nn.LazyBatchNorm1d(affine=False), 0, CPU)
 
 
 class Unfinished(nn.Module):
