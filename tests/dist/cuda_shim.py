@@ -5,8 +5,8 @@
 
 Streams do nothing, because a CPU rank computes in order, and a collective that need not be waited for has ended when it
 was called: the library may free a buffer that is still being filled, which a stream would keep for so long and gloo's
-threads would write to. The current device is 0; moving to it leaves a tensor where it is. Fusing the division into the reduction is switched off, which gloo cannot do. Our own refusals of a machine without
-CUDA are silent inside.
+threads would write to. The current device is 0; moving to it leaves a tensor where it is. Fusing the division into the
+reduction is switched off, which gloo cannot do. Our own refusals of a machine without CUDA are silent inside.
 """
 
 from __future__ import annotations

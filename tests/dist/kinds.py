@@ -181,7 +181,8 @@ def wav2vec2(**changed: Any) -> Made:
             **changed,
         },
     )
-    return transformers_model("Wav2Vec2ForCTC", config), {"input_values": torch.randn(ROWS, 800), "labels": ids(tokens=5)}
+    batch = {"input_values": torch.randn(ROWS, 800), "labels": ids(tokens=5)}
+    return transformers_model("Wav2Vec2ForCTC", config), batch
 
 
 @kind
@@ -196,7 +197,8 @@ def modernbert() -> Made:
 def bert_decoder() -> Made:
     from transformers import BertConfig
 
-    return transformers_model("BertLMHeadModel", BertConfig(**BERT, is_decoder=True)), {"input_ids": ids(), "labels": ids()}
+    batch = {"input_ids": ids(), "labels": ids()}
+    return transformers_model("BertLMHeadModel", BertConfig(**BERT, is_decoder=True)), batch
 
 
 @kind
@@ -223,7 +225,8 @@ def gemma3_with_images() -> Made:
     x_BS = ids()
     x_BS[:, 2:6] = 90
     batch = {"input_ids": x_BS, "pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": ids()}
-    return transformers_model("Gemma3ForConditionalGeneration", config), {**batch, "token_type_ids": (x_BS == 90).long()}
+    batch["token_type_ids"] = (x_BS == 90).long()
+    return transformers_model("Gemma3ForConditionalGeneration", config), batch
 
 
 @kind
@@ -231,7 +234,8 @@ def opt_with_layerdrop() -> Made:
     """Each layer is skipped in every second step; a rank's random numbers are its own."""
     from transformers import OPTConfig
 
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes["vocab_size"] = VOCABULARY
     config = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=32, dropout=0.0, layerdrop=0.5)
     return transformers_model("OPTForCausalLM", config), {"input_ids": ids(), "labels": ids()}
 

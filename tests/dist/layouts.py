@@ -210,7 +210,8 @@ def train(
 ) -> Trajectory:
     """Steps on this rank as a user writes them: the hook, ``accumulate`` and ``clip_grad_norm_``.
 
-    length: tokens of a row. whole: also gather weights and gradients, which takes longer than the steps; only rank 0's travel back.
+    length: tokens of a row. whole: also gather weights and gradients, which takes longer than the steps; only rank 0's
+    travel back.
     """
     setup, model, optimizer = instantiate(cfg)
     context = setup.mesh_context

@@ -1,4 +1,6 @@
-"""Every layout that the rules allow, each held against one process: ``python -m tests.dist.matrix`` writes docs/parity.md.
+"""Every layout that the rules allow, each held against one process.
+
+``python -m tests.dist.matrix`` writes docs/parity.md.
 
     python -m tests.dist.matrix              every layout on 2, 4 and 8 ranks, then the table
     python -m tests.dist.matrix --ranks 2    those of 2 ranks only, and no table
@@ -146,7 +148,7 @@ def _alone(layout: Layout) -> Trajectory:
 
 
 def run(layout: Layout) -> float:
-    """Train on this layout and on one process; the worst relative difference of a loss or a gradient norm of any rank."""
+    """Train here and on one process; the worst relative difference of a loss or a gradient norm of any rank."""
     want = _one_process(str(model_of(layout)))
     found = run_ranks(layout.ranks, _train, layout, STEPS, timeout_s=300)
     if layout.ranks > 2 and next(_RUNS) % 4 == 0:
@@ -165,10 +167,10 @@ def table(rows: dict[Layout, float], seconds: float) -> str:
     lines = [
         "# Every layout against one process",
         "",
-        f"Llama (hidden {LLAMA['hidden_size']}, 8 heads, two layers for each pipeline rank), with `ep` Mixtral (8 experts, "
-        f"2 a token), float32, {ROWS} rows of {LENGTH} tokens, {STEPS} AdamW steps with gradient clipping, against plain "
-        "transformers and torch on one process with the same initial weights. Difference: the worst relative one of any "
-        "loss or gradient norm, on any rank. `sp`: sequence parallelism.",
+        f"Llama (hidden {LLAMA['hidden_size']}, 8 heads, two layers for each pipeline rank), with `ep` Mixtral "
+        f"(8 experts, 2 a token), float32, {ROWS} rows of {LENGTH} tokens, {STEPS} AdamW steps with gradient clipping, "
+        "against plain transformers and torch on one process with the same initial weights. Difference: the worst "
+        "relative one of any loss or gradient norm, on any rank. `sp`: sequence parallelism.",
         "",
         f"{len(rows)} layouts: all that the rules allow on {', '.join(map(str, RANKS))} ranks (with ep, one schedule). "
         f"Worst difference {worst:.1e} (allowed {TOLERANCE:.0e}).",
@@ -186,7 +188,7 @@ def table(rows: dict[Layout, float], seconds: float) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.dist.matrix", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=None, help="only these world sizes, and no file")
-    parser.add_argument("--keep", type=Path, help="results, a JSON object a line; those that are there are not run again")
+    parser.add_argument("--keep", type=Path, help="results, a JSON object a line; what is there is not run again")
     options = parser.parse_args(arguments)
     chosen, keep = options.ranks, options.keep
     kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
@@ -210,7 +212,8 @@ def main(arguments: list[str]) -> int:
                 wrong.append(layout)
             took = time.monotonic() - began
             seconds += took
-            print(f"{ranks} ranks  {layout!s:40}  {layout.schedule or '':24}{rows[layout]:.1e}  {took:.1f} s", flush=True)
+            shown = f"{ranks} ranks  {layout!s:40}  {layout.schedule or '':24}"
+            print(f"{shown}{rows[layout]:.1e}  {took:.1f} s", flush=True)
             if keep and rows[layout] < TOLERANCE:
                 row = dict(zip(("ranks", "layout", "schedule"), name)) | {"worst": rows[layout], "seconds": took}
                 with keep.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Batch statistics: over all data ranks where asked to, said by name where not, equal on all ranks once they are saved."""
+"""Batch statistics: over all data ranks where asked to, said by name where not, equal on all once they are saved."""
 
 from __future__ import annotations
 
@@ -74,8 +74,10 @@ class RoundAboutNorm(nn.Module):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        norms = (nn.BatchNorm2d(8), OwnNorm(8, momentum=None), BareNorm(), nn.InstanceNorm2d(8, track_running_stats=True))
-        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), n) for c, n in zip((3, 8, 8, 8), norms))
+        instances = nn.InstanceNorm2d(8, track_running_stats=True)
+        norms = (nn.BatchNorm2d(8), OwnNorm(8, momentum=None), BareNorm(), instances)
+        widths = (3, 8, 8, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), n) for c, n in zip(widths, norms))
         self.flat = nn.BatchNorm1d(8, affine=False)
         self.head = nn.Linear(8, 4)
 
@@ -96,7 +98,8 @@ class Every(Net):
 def images() -> tuple[Tensor, Tensor]:
     """Rows that differ, so that statistics of some are not those of all; the first rank gets more of them."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 3, 6, 6, generator=generator) * torch.arange(1, 13).view(-1, 1, 1, 1) + torch.arange(12).view(-1, 1, 1, 1)
+    row = torch.arange(12).view(-1, 1, 1, 1)
+    x = torch.randn(12, 3, 6, 6, generator=generator) * (row + 1) + row
     return x, torch.randint(0, 4, (12,), generator=generator)
 
 

@@ -11,7 +11,7 @@ from nemo_dist_conf.config import DDPConfig
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
 from tests.dist.fields import net, shows
-from tests.dist.layouts import Net, Operators, batch, composed, loss_sum
+from tests.dist.layouts import Operators, batch, composed, loss_sum
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist

@@ -47,7 +47,8 @@ def run(words: tuple[str, ...], decay: float | None, gathers: bool = True) -> di
         return {"output": averaged}
     other = nemo_dist_conf.EMA(model, decay)
     other.load_state_dict(copy.deepcopy({**state, "averages": whole(state)}))
-    assert all(torch.equal(full_tensor(a), b) for a, b in zip(other.state_dict()["averages"].values(), whole(state).values()))
+    averages = other.state_dict()["averages"].values()
+    assert all(torch.equal(full_tensor(a), b) for a, b in zip(averages, whole(state).values()))
     ema.load_state_dict(state)
     return {**whole(state), "output": averaged, "updates": torch.tensor(ema.updates)}
 
@@ -101,7 +102,8 @@ def under_a_pipeline() -> tuple[list[str], bool]:
     optimizer.step()
     with ema.applied():
         again = model.step(ids, ids)
-    return list(ema.state_dict()["averages"]), bool(torch.isclose(first, again)) and not torch.isclose(first, model.step(ids, ids))
+    is_same = bool(torch.isclose(first, again)) and not torch.isclose(first, model.step(ids, ids))
+    return list(ema.state_dict()["averages"]), is_same
 
 
 def test_each_stage_has_its_own() -> None:

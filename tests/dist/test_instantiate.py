@@ -313,7 +313,7 @@ def peak_of_build(given: bool, *words: str, **nodes: Any) -> tuple[float, float]
     ids=["fsdp2 2", "fsdp2 4", "tp 2"],
 )
 def test_no_rank_ever_holds_more_than_its_share_and_one_layer(ranks: int, words: tuple[str, ...], share: float) -> None:
-    """Built on meta, sharded there, and filled layer by layer (a layer is 1/32 of this model); a plan is tried on few blocks."""
+    """Built on meta, sharded there, and filled layer by layer (1/32 of this model); a plan is tried on few blocks."""
     for peak, kept in run_ranks(ranks, peak_of_build, False, *words):
         assert kept == pytest.approx(share, abs=0.05)
         assert kept <= peak < share + 0.2

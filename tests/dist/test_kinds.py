@@ -253,12 +253,14 @@ def told(*words: str) -> list[str]:
     [
         (
             (),
-            "fsdp2: computes in bfloat16, reduces gradients in float32, keeps parameters in float32 (strategy.mp_policy)",
+            "fsdp2: computes in bfloat16, reduces gradients in float32, keeps parameters in float32 "
+            "(strategy.mp_policy)",
         ),
         ((FP32,), "fsdp2: computes in float32, reduces gradients in float32, keeps parameters in float32"),
         (
             ("strategy=ddp", "strategy.autocast_dtype=bfloat16"),
-            "ddp: computes in bfloat16, reduces gradients in float32, keeps parameters in float32 (strategy.autocast_dtype)",
+            "ddp: computes in bfloat16, reduces gradients in float32, keeps parameters in float32 "
+            "(strategy.autocast_dtype)",
         ),
     ],
     ids=["fsdp2", "fsdp2 in float32", "ddp"],

@@ -17,7 +17,7 @@ from torch import nn
 
 from nemo_dist_conf.config import MegatronFSDPConfig
 from nemo_dist_conf.errors import ConfigError, TrainingError
-from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
+from nemo_dist_conf.gradients import accumulate
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.megatron_fsdp import ARGUMENTS
 from tests.dist.cuda_shim import cuda_shim

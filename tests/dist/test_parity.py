@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.dist.layouts import ADAMW, FEWER_STEPS, MAX_NORM, MODELS, SGD, STEPS, Trajectory, composed, single_process, train
+from tests.dist.layouts import ADAMW, FEWER_STEPS, MAX_NORM, MODELS, SGD, STEPS, Trajectory
+from tests.dist.layouts import composed, single_process, train
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist

@@ -201,7 +201,8 @@ def test_stages_are_rounded_to_a_multiple_of_the_ranks() -> None:
 
 def _losses(path: str | None, *words: str) -> list[float]:
     csv = [f"pipeline.pp_schedule_csv={path}"] if path else []
-    return train(composed(FP32, PP, rows(4), *csv, *words, model=MODEL, optimizer=SGD), 4, FEWER_STEPS, length=LENGTH).losses
+    cfg = composed(FP32, PP, rows(4), *csv, *words, model=MODEL, optimizer=SGD)
+    return train(cfg, 4, FEWER_STEPS, length=LENGTH).losses
 
 
 def test_a_schedule_from_a_file_runs(tmp_path: Path) -> None:

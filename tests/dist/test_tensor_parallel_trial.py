@@ -87,13 +87,15 @@ def apply(model: nn.Module, plan: Any, example: Any = None) -> list[str]:
     before = [(id(p), p.detach().clone()) for p in model.parameters()]
     state = torch.random.get_rng_state()
     try:
-        return list(apply_tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan=plan, example=example))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return list(apply_tensor_parallel(model, mesh, plan=plan, example=example))
     except ConfigError:
         assert all(id(p) == was and torch.equal(p, value) for p, (was, value) in zip(model.parameters(), before))
         raise
     finally:
         assert torch.equal(state, torch.random.get_rng_state())
-        assert all(layer.calls == 0 for layer in model.layers) and float(model.steps) == 0  # type: ignore[union-attr, arg-type]
+        layers: Any = model.layers
+        assert all(layer.calls == 0 for layer in layers) and not model.steps
 
 
 def test_a_model_that_takes_vectors_is_tried_and_stays_as_it_was() -> None:
