@@ -129,8 +129,8 @@ def plain_recipe(folder: Path) -> None:
     """The recipe's config as two apps of plain Hydra would hold it: everything in YAML, and with its groups typed."""
     from omegaconf import OmegaConf
 
-    from nemo_dist_conf.groups import config_groups
-    from nemo_dist_conf.recipe.folder import config_folder
+    from nemo_dist_conf.composition.groups import config_groups
+    from nemo_dist_conf.recipe.yaml_folder import config_folder
 
     app = textwrap.dedent(APP).replace('"conf"', '"recipe"').replace('"config"', '"train"')
     tree = folder / "recipe"

@@ -32,7 +32,7 @@ def rule_of(kind: str, length: int) -> tuple[Any, dict[str, Any]]:
     """The rule, and what else the attention function is given."""
     import torch
 
-    from nemo_dist_conf.runtime.mask_rules import Behind, Both, Causal, Chunks, Documents, Packed
+    from nemo_dist_conf.runtime.techniques.context.mask_rules import Behind, Both, Causal, Chunks, Documents, Packed
 
     if kind.startswith("a window"):
         return Both((Behind(512), Causal())), {}
@@ -70,8 +70,8 @@ def measure(rank: int, folder: str, kinds: list[str], lengths: list[int]) -> Non
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.distributed.device_mesh import init_device_mesh
 
-    from nemo_dist_conf.runtime.context_parallel import split_sequence
-    from nemo_dist_conf.runtime.exchange import Exchange, chunks_of, exchanged_attention
+    from nemo_dist_conf.runtime.techniques.context.parallel import split_sequence
+    from nemo_dist_conf.runtime.techniques.context.exchange import Exchange, chunks_of, exchanged_attention
 
     with joined(rank, folder, WORLD_SIZE):
         mesh = init_device_mesh("cpu", (WORLD_SIZE,))

@@ -21,7 +21,7 @@ from typing import Any
 
 import report
 
-from nemo_dist_conf.models.shapes import shape_of
+from nemo_dist_conf.families.shapes import shape_of
 from nemo_dist_conf.plan import Job, Plan, Update, make_plan
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.strategies import find_strategy

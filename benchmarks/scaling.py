@@ -63,8 +63,8 @@ def ours(layers: int, ranks: int, words: str) -> dict[str, float]:
     from hydra import compose, initialize
     from omegaconf import open_dict
 
-    from nemo_dist_conf.compose import check
-    from nemo_dist_conf.runtime.setup import setup_from_checked
+    from nemo_dist_conf.composition.check import check
+    from nemo_dist_conf.runtime.distributed_setup import setup_from_checked
     from nemo_dist_conf.strategies.fsdp2 import FSDP2Manager
 
     with initialize(config_path=None, version_base="1.3"):

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Any
 
-from nemo_dist_conf.groups import config_groups
+from nemo_dist_conf.composition.groups import config_groups
 
 __all__ = ["typed_groups"]
 

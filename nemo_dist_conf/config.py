@@ -1,7 +1,7 @@
 """Strategy configs and the resolved setup, by the names of the API page."""
 
-from nemo_dist_conf.runtime.configs import DDPConfig, FSDP2Config, MegatronFSDPConfig, MoEParallelizerConfig
-from nemo_dist_conf.runtime.setup import (
+from nemo_dist_conf.runtime.typed_configs import DDPConfig, FSDP2Config, MegatronFSDPConfig, MoEParallelizerConfig
+from nemo_dist_conf.runtime.distributed_setup import (
     _STRATEGY_MAP,
     ActivationCheckpointingMode,
     DistributedConfig,

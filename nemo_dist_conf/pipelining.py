@@ -1,5 +1,5 @@
 """Pipeline settings, by the name of the API page."""
 
-from nemo_dist_conf.runtime.configs import PipelineConfig
+from nemo_dist_conf.runtime.typed_configs import PipelineConfig
 
 __all__ = ["PipelineConfig"]

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.topology.solve import LAUNCH
-from nemo_dist_conf.topology.world import Start, about_to_start
+from nemo_dist_conf.topology.launched_ranks import Start, about_to_start
 from nemo_dist_conf.recipe.checks import check_recipe
-from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.recipe.yaml_folder import config_folder
 
 #: (world size, overrides as typed); the outcome of each is in golden/command_lines.txt.
 COMMAND_LINES: tuple[tuple[int, str], ...] = (

@@ -1,7 +1,7 @@
 """How often a good run ends badly: ``python -m tests.end_of_run [times] [without]`` starts one that ends on a
-checkpoint, on 2 ranks, and counts those that torchrun takes for failed. without: as without runtime/ending.py.
+checkpoint, on 2 ranks, and counts those that torchrun takes for failed. without: as without runtime/interpreter_exit.py.
 
-Some 15 minutes for 200 on a machine without other work, so not in the suite, which has tests/runtime/test_ending.py.
+Some 15 minutes for 200 on a machine without other work, so not in the suite, which has tests/runtime/test_interpreter_exit.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROGRAM = textwrap.dedent(
     from torch import nn
     import nemo_dist_conf
     from nemo_dist_conf.checkpoint import Checkpoints
-    from nemo_dist_conf.runtime.ending import let_gloo_rest
+    from nemo_dist_conf.runtime.interpreter_exit import let_gloo_rest
 
     if "without" in sys.argv:
         atexit.unregister(let_gloo_rest)

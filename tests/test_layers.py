@@ -28,7 +28,7 @@ def test_imports_go_down_the_layers_only() -> None:
     "module, line, contract",
     [
         ("topology/solve.py", "from nemo_dist_conf.strategies import STRATEGIES", "Layers of nemo_dist_conf"),
-        ("compose.py", "import nemo_dist_conf.runtime", "Layers of nemo_dist_conf"),
+        ("composition/check.py", "import nemo_dist_conf.runtime", "Layers of nemo_dist_conf"),
         ("stray.py", "", "Layers of nemo_dist_conf"),
         ("schema/moe.py", "def later():\n    import torch", "Names, schemas and topology"),
     ],
@@ -52,7 +52,8 @@ def test_composing_loads_neither_torch_nor_the_runtime() -> None:
     script = """
 import importlib, pkgutil, sys
 import nemo_dist_conf
-for layer in ("errors", "names", "schema", "topology", "models", "strategies", "compose", "groups", "hooks"):
+layers = "errors names wording schema topology families strategies composition compose hooks".split()
+for layer in layers:
     module = importlib.import_module("nemo_dist_conf." + layer)
     for found in pkgutil.walk_packages(getattr(module, "__path__", []), module.__name__ + "."):
         importlib.import_module(found.name)

@@ -27,10 +27,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.compose import check
+from nemo_dist_conf.composition.check import check
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.topology.solve import LAUNCH
-from nemo_dist_conf.topology.world import Start, about_to_start
+from nemo_dist_conf.topology.launched_ranks import Start, about_to_start
 from tests.command_lines import outcome
 
 __all__ = ["Line", "bad_lines", "findings", "typed"]

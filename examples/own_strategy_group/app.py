@@ -6,7 +6,7 @@ python app.py strategy=ddp nemo_dist/strategy@dist.strategy=ddp
 import hydra
 from omegaconf import DictConfig
 
-from nemo_dist_conf.compose import check
+from nemo_dist_conf.composition.check import check
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -14,6 +14,6 @@ class NemoDistConfSearchPath(SearchPathPlugin):
     """Hydra calls it before it composes, for @hydra.main, compose(), help, completion and sweeps alike."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        from nemo_dist_conf.groups import register_groups
+        from nemo_dist_conf.composition.groups import register_groups
 
         register_groups(search_path)

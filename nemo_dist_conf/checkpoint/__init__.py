@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_dist_conf.checkpoint.export import export_hf
-    from nemo_dist_conf.checkpoint.folder import find_checkpoint
+    from nemo_dist_conf.checkpoint.manifest import find_checkpoint
+    from nemo_dist_conf.checkpoint.save_and_load import Restored, load, save
     from nemo_dist_conf.checkpoint.series import Checkpoints
-    from nemo_dist_conf.checkpoint.whole import Restored, load, save
 
 __all__ = ["Checkpoints", "Restored", "export_hf", "find_checkpoint", "load", "save"]
 
 _HOMES = {
     "Checkpoints": "series",
-    "Restored": "whole",
+    "Restored": "save_and_load",
     "export_hf": "export",
-    "find_checkpoint": "folder",
-    "load": "whole",
-    "save": "whole",
+    "find_checkpoint": "manifest",
+    "load": "save_and_load",
+    "save": "save_and_load",
 }
 
 

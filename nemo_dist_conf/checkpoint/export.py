@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_dist_conf.checkpoint.folder import (
+from nemo_dist_conf.checkpoint.manifest import (
     STATE,
     Manifest,
     damaged,
@@ -30,11 +30,11 @@ from nemo_dist_conf.checkpoint.folder import (
 from nemo_dist_conf.checkpoint.storage import FolderReader, Index
 from nemo_dist_conf.checkpoint.tensor_file import write_tensors
 from nemo_dist_conf.errors import DataError, Problem, TrainingError
-from nemo_dist_conf.models.facts import plain_floats
-from nemo_dist_conf.runtime.agree import together
-from nemo_dist_conf.runtime.boxes import Box
-from nemo_dist_conf.runtime.materialise import tied_names
-from nemo_dist_conf.runtime.stored_names import Part, stored_parts
+from nemo_dist_conf.families.config_facts import plain_floats
+from nemo_dist_conf.runtime.rank_agreement import together
+from nemo_dist_conf.runtime.model.shard_boxes import Box
+from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.model.stored_names import Part, stored_parts
 
 __all__ = ["export_hf"]
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nemo_dist_conf.checkpoint.folder import Manifest, anew
+from nemo_dist_conf.checkpoint.manifest import Manifest, anew
 from nemo_dist_conf.checkpoint.objects import (
     BY_NAME,
     EXTRA_OF,
@@ -30,7 +30,7 @@ from nemo_dist_conf.checkpoint.objects import (
     shard_box,
     tensors_at,
 )
-from nemo_dist_conf.checkpoint.pieces import (
+from nemo_dist_conf.checkpoint.rank_state import (
     Piece,
     Stored,
     optimizer_pieces,
@@ -41,10 +41,10 @@ from nemo_dist_conf.checkpoint.pieces import (
 )
 from nemo_dist_conf.checkpoint.storage import FolderReader
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES
-from nemo_dist_conf.checkpoint.values import LEFT_OUT, from_json, tensors_in
+from nemo_dist_conf.checkpoint.json_values import LEFT_OUT, from_json, tensors_in
 from nemo_dist_conf.errors import DataError, Problem
-from nemo_dist_conf.runtime.agree import together
-from nemo_dist_conf.runtime.boxes import local_values
+from nemo_dist_conf.runtime.rank_agreement import together
+from nemo_dist_conf.runtime.model.shard_boxes import local_values
 
 __all__ = ["Loading", "Saved", "SavedObjects", "compare"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from nemo_dist_conf.checkpoint.pieces import (
+from nemo_dist_conf.checkpoint.rank_state import (
     EXTRA,
     Piece,
     group_settings,
@@ -32,12 +32,12 @@ from nemo_dist_conf.checkpoint.pieces import (
     whole_piece,
 )
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, bytes_of
-from nemo_dist_conf.checkpoint.values import merged, refuse_tensor, renamed_keys, step_to, to_json
+from nemo_dist_conf.checkpoint.json_values import merged, refuse_tensor, renamed_keys, step_to, to_json
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName
-from nemo_dist_conf.runtime.boxes import Box, box_of, local_values
+from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
 from nemo_dist_conf.runtime.torch_inside import root_mesh
-from nemo_dist_conf.runtime.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.unwrap import unwrapped
 
 __all__ = [
     "Agreed",

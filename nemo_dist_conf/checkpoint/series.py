@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nemo_dist_conf.checkpoint.again import difference, run_of
-from nemo_dist_conf.checkpoint.folder import checkpoints_in, elsewhere, find_checkpoint, read_manifest, step_folder
-from nemo_dist_conf.checkpoint.whole import PARTIAL, Restored, Snapshot, load, take_snapshot, write_snapshot
+from nemo_dist_conf.checkpoint.repeated_save import difference, run_of
+from nemo_dist_conf.checkpoint.manifest import checkpoints_in, elsewhere, find_checkpoint, read_manifest, step_folder
+from nemo_dist_conf.checkpoint.save_and_load import PARTIAL, Restored, Snapshot, load, take_snapshot, write_snapshot
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.runtime.agree import together
+from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.process_group import host_group
 
 __all__ = ["Checkpoints"]

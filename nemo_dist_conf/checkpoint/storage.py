@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from nemo_dist_conf.checkpoint.folder import INDEX, Manifest, damaged, read_json, write_file
-from nemo_dist_conf.checkpoint.pieces import Stored
+from nemo_dist_conf.checkpoint.manifest import INDEX, Manifest, damaged, read_json, write_file
+from nemo_dist_conf.checkpoint.rank_state import Stored
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, TensorFile, write_tensors
 from nemo_dist_conf.errors import DataError
-from nemo_dist_conf.runtime.boxes import Box
+from nemo_dist_conf.runtime.model.shard_boxes import Box
 
 __all__ = ["FolderReader", "FolderWriter", "Index", "LoadPieces", "SavePieces"]
 

@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from nemo_dist_conf.errors import ConfigError, DataError, TrainingError
 from nemo_dist_conf.launch.failure import Failure, Interrupted
-from nemo_dist_conf.launch.rank import RankExit, run_rank
+from nemo_dist_conf.launch.rank_process import RankExit, run_rank
 from nemo_dist_conf.launch.settings import Settings
 
 __all__ = ["run_ranks"]

@@ -11,7 +11,7 @@ __all__ = ["start_forkserver"]
 
 _OURS = (
     "torch.distributed.elastic.multiprocessing.api",
-    "nemo_dist_conf.launch.rank",
+    "nemo_dist_conf.launch.rank_process",
     "nemo_dist_conf.instantiate",
     "hydra.core.utils",
 )

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema.launcher import StartMethod, TorchrunConf
-from nemo_dist_conf.topology.device import cuda_count
-from nemo_dist_conf.topology.world import Start, set_by_elastic
-from nemo_dist_conf.typed_line import WITHOUT
+from nemo_dist_conf.topology.gpu_presence import cuda_count
+from nemo_dist_conf.topology.launched_ranks import Start, set_by_elastic
+from nemo_dist_conf.composition.command_line import WITHOUT
 
 __all__ = ["Settings", "read_settings"]
 

@@ -22,21 +22,21 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict, read_write
 
-from nemo_dist_conf.batch import Job, SweepRefused, compose_jobs, judge, refusal
+from nemo_dist_conf.composition.sweep_check import Job, SweepRefused, compose_jobs, judge, refusal
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.hooks import check_of
+from nemo_dist_conf.composition.callback import check_of
 from nemo_dist_conf.launch.failure import Failure, Interrupted, JobFailed
-from nemo_dist_conf.launch.folder import SweepFolder
+from nemo_dist_conf.launch.sweep_folder import SweepFolder
 from nemo_dist_conf.launch.forkserver import start_forkserver
 from nemo_dist_conf.launch.nodes import Nodes
 from nemo_dist_conf.launch.records import Record, Records, text_table
 from nemo_dist_conf.launch.settings import Settings, read_settings
 from nemo_dist_conf.launch.task import Payload, pack, refuse_unguarded
-from nemo_dist_conf.ranks.drawn import find_drawn, put_drawn
-from nemo_dist_conf.ranks.logs import rank_file
-from nemo_dist_conf.ranks.tree import as_ranks_read, same_now
-from nemo_dist_conf.topology.world import about_to_start
-from nemo_dist_conf.typed_line import raw_words
+from nemo_dist_conf.composition.agreement.drawn_values import find_drawn, put_drawn
+from nemo_dist_conf.composition.agreement.rank_logs import rank_file
+from nemo_dist_conf.composition.agreement.config_tree import as_ranks_read, same_now
+from nemo_dist_conf.topology.launched_ranks import about_to_start
+from nemo_dist_conf.composition.command_line import raw_words
 
 __all__ = ["TorchrunSweep"]
 

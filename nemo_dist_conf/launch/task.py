@@ -15,8 +15,8 @@ from typing import Any, Callable
 from omegaconf import DictConfig
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.ranks.drawn import Drawn
-from nemo_dist_conf.topology.world import set_by_elastic
+from nemo_dist_conf.composition.agreement.drawn_values import Drawn
+from nemo_dist_conf.topology.launched_ranks import set_by_elastic
 
 __all__ = ["Payload", "Reference", "pack", "refer", "refuse_unguarded"]
 

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from nemo_dist_conf.errors import NemoDistConfError
-from nemo_dist_conf.recipe.folder import config_folder, main_options
+from nemo_dist_conf.recipe.yaml_folder import config_folder, main_options
 
 __all__ = ["checked_main", "main"]
 
@@ -17,8 +17,8 @@ __all__ = ["checked_main", "main"]
 @hydra.main(config_path=str(config_folder()), config_name="plan", **main_options())
 def main(cfg: DictConfig) -> None:
     """Print the plan of the config."""
-    from nemo_dist_conf.ranks.telling import end
-    from nemo_dist_conf.plan.app import run
+    from nemo_dist_conf.composition.agreement.shared_failure import end
+    from nemo_dist_conf.plan.command import run
 
     try:
         print(run(cfg, HydraConfig.get()))
@@ -28,12 +28,12 @@ def main(cfg: DictConfig) -> None:
 
 def checked_main() -> None:
     """``main``, once Hydra can read the words."""
-    from nemo_dist_conf.recipe.words import refuse_words
+    from nemo_dist_conf.recipe.group_words import refuse_words
 
     try:
         refuse_words(sys.argv[1:])
     except NemoDistConfError as error:
-        from nemo_dist_conf.hooks import end
+        from nemo_dist_conf.composition.callback import end
 
         end(error)
     main()

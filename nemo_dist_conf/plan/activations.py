@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_dist_conf.models.shapes import block_weights
+from nemo_dist_conf.families.shapes import block_weights
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = ["Kept", "block_bytes", "kept_by_stage", "loss_bytes", "stage_bytes"]

@@ -9,18 +9,18 @@ from typing import Any, Mapping
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.compose import Checked
+from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.models.facts import plain_floats
-from nemo_dist_conf.models.shapes import ModelShape, shape_of
+from nemo_dist_conf.families.config_facts import plain_floats
+from nemo_dist_conf.families.shapes import ModelShape, shape_of
 from nemo_dist_conf.names import HARDWARE, nearest
 from nemo_dist_conf.plan.job import Job, Update
 from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
-from nemo_dist_conf.topology.world import Start, about_to_start, launch_command
-from nemo_dist_conf.typed_line import WITHOUT, raw_words
-from nemo_dist_conf.typed_path import typed_path
+from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
+from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
+from nemo_dist_conf.wording import typed_path
 
 __all__ = ["batch_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
 
@@ -65,7 +65,7 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
     autocast = checked.strategy_values.get("autocast_dtype")
     name = getattr(autocast, "name", autocast)
     if checked.strategy.name == "megatron_fsdp":  # the strategy has no option for it; the recipe runs it so
-        from nemo_dist_conf.resolvers import autocast_dtype
+        from nemo_dist_conf.composition.resolvers import autocast_dtype
 
         name = autocast_dtype(OmegaConf.select(cfg, "train.dtype") or "auto", machine.device)
     return Job(

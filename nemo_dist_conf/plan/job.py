@@ -7,14 +7,14 @@ from functools import cached_property, lru_cache
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.models.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
-from nemo_dist_conf.models.shapes import ModelShape
+from nemo_dist_conf.families.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
+from nemo_dist_conf.families.shapes import ModelShape
 from nemo_dist_conf.names import SCHEDULES, nearest
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.topology.solve import MeshSpec
-from nemo_dist_conf.topology.pipeline import find_schedule, stage_count
+from nemo_dist_conf.topology.schedule_rules import find_schedule, stage_count
 from nemo_dist_conf.topology.schedule_file import read_schedule
-from nemo_dist_conf.topology.stages import rank_of_stage, spread_layers
+from nemo_dist_conf.topology.stage_layers import rank_of_stage, spread_layers
 
 __all__ = ["DTYPE_BYTES", "Job", "Stage", "Styles", "Update", "unknown_schedule"]
 

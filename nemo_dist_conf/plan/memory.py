@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from nemo_dist_conf.plan.activations import Kept, loss_bytes, stage_bytes
-from nemo_dist_conf.plan.held import EMBEDDING, HEAD, Place, gathered_bytes, held_elements, units_of
+from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Place, gathered_bytes, held_elements, units_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = ["Memory", "memory_of", "resting_bytes"]

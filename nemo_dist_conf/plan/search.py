@@ -9,26 +9,26 @@ from typing import Any, Iterator, Mapping
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.compose import check_values
+from nemo_dist_conf.composition.check import check_values
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.models.facts import facts_from_config
+from nemo_dist_conf.families.config_facts import facts_from_config
 from nemo_dist_conf.plan.activations import stage_bytes
 from nemo_dist_conf.plan.from_config import hardware_of, model_config, model_shape, planned_start, update_of
-from nemo_dist_conf.plan.held import Place
+from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import memory_of, resting_bytes
 from nemo_dist_conf.plan.plan import NO, Plan, make_plan
-from nemo_dist_conf.plan.time import quick_seconds
+from nemo_dist_conf.plan.step_time import quick_seconds
 from nemo_dist_conf.recipe.checks import batch_problems
-from nemo_dist_conf.resolvers import autocast_dtype, compute_dtype
+from nemo_dist_conf.composition.resolvers import autocast_dtype, compute_dtype
 from nemo_dist_conf.schema.hardware import HardwareConf
-from nemo_dist_conf.sections import SECTIONS
+from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.strategies import STRATEGIES, Strategy
 from nemo_dist_conf.topology.paths import Paths
-from nemo_dist_conf.topology.pipeline import pipeline_problems
+from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import divisors
-from nemo_dist_conf.topology.world import about_to_start
-from nemo_dist_conf.typed_line import raw_words
+from nemo_dist_conf.topology.launched_ranks import about_to_start
+from nemo_dist_conf.composition.command_line import raw_words
 
 __all__ = ["Found", "Result", "search"]
 

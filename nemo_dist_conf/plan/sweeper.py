@@ -16,13 +16,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.launch.settings import read_settings
 from nemo_dist_conf.names import HARDWARE, nearest
-from nemo_dist_conf.plan.report import columns, duration
+from nemo_dist_conf.plan.text_report import columns, duration
 from nemo_dist_conf.plan.search import Found, search
-from nemo_dist_conf.ranks.telling import end
+from nemo_dist_conf.composition.agreement.shared_failure import end
 from nemo_dist_conf.schema.sweeper import LayoutsConf
-from nemo_dist_conf.topology.device import cuda_present
-from nemo_dist_conf.topology.world import planned_world_size
-from nemo_dist_conf.typed_line import WITHOUT
+from nemo_dist_conf.topology.gpu_presence import cuda_present
+from nemo_dist_conf.topology.launched_ranks import planned_world_size
+from nemo_dist_conf.composition.command_line import WITHOUT
 
 __all__ = ["LayoutsSweep"]
 

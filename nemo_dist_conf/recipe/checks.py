@@ -9,20 +9,20 @@ from typing import Any, Iterable
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.compose import Checked, check
+from nemo_dist_conf.composition.check import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.hooks import DistributedCallback
-from nemo_dist_conf.models.facts import facts_from_config, facts_from_folder
+from nemo_dist_conf.composition.callback import DistributedCallback
+from nemo_dist_conf.families.config_facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.recipe.earlier import keep_snapshot
-from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.recipe.node_checks import node_problems
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
-from nemo_dist_conf.sections import SECTIONS, section_of, typed_words
-from nemo_dist_conf.texts import told_as_texts
-from nemo_dist_conf.topology.world import launched, planned_world_size
-from nemo_dist_conf.typed_line import as_typed_here, raw_words
+from nemo_dist_conf.composition.sections import SECTIONS, section_of, typed_words
+from nemo_dist_conf.composition.text_values import told_as_texts
+from nemo_dist_conf.topology.launched_ranks import launched, planned_world_size
+from nemo_dist_conf.composition.command_line import as_typed_here, raw_words
 
 __all__ = [
     "RecipeCallback",

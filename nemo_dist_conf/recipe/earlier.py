@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.checkpoint.folder import ROOT, checkpoints_in
+from nemo_dist_conf.checkpoint.manifest import ROOT, checkpoints_in
 
 __all__ = ["keep_snapshot", "next_number", "set_aside"]
 

@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.errors import Problem
-from nemo_dist_conf.sections import inline_text
-from nemo_dist_conf.texts import unread_problems
+from nemo_dist_conf.composition.sections import inline_text
+from nemo_dist_conf.composition.text_values import unread_problems
 
 __all__ = ["model_problems", "node_problems"]
 

@@ -7,9 +7,9 @@ from typing import Any, Iterable, Mapping
 
 from omegaconf import DictConfig
 
-from nemo_dist_conf.checkpoint.folder import damaged, find_checkpoint, read_manifest, wrong_sizes
+from nemo_dist_conf.checkpoint.manifest import damaged, find_checkpoint, read_manifest, wrong_sizes
 from nemo_dist_conf.errors import DataError, Problem
-from nemo_dist_conf.typed_path import typed_path
+from nemo_dist_conf.wording import typed_path
 
 __all__ = ["saving_problems"]
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.optimizers import optimizer_problems
+from nemo_dist_conf.schema.optimizers import optimizer_problems
 from nemo_dist_conf.topology.paths import Paths
 
 __all__ = [

@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.runtime.boxes import local_part, local_values
-from nemo_dist_conf.runtime.megatron_fsdp import is_wrapped, show_shards, take_over_weights
-from nemo_dist_conf.runtime.unwrap import unwrapped
+from nemo_dist_conf.runtime.model.shard_boxes import local_part, local_values
+from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards, take_over_weights
+from nemo_dist_conf.runtime.engines.unwrap import unwrapped
 
 __all__ = ["EMA"]
 

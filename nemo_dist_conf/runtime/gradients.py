@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nemo_dist_conf.runtime.ddp import check_reduced
-from nemo_dist_conf.runtime.megatron_fsdp import finish_gradients, is_wrapped, microbatch, remember_norm
+from nemo_dist_conf.runtime.engines.ddp_wrappers import check_reduced
+from nemo_dist_conf.runtime.engines.megatron_library import finish_gradients, is_wrapped, microbatch, remember_norm
 
 __all__ = ["accumulate", "clip_grad_norm_", "scale_gradients"]
 

@@ -9,9 +9,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.optimizers import optimizer_problems
-from nemo_dist_conf.runtime.targets import build_target
-from nemo_dist_conf.texts import told_as_texts
+from nemo_dist_conf.schema.optimizers import optimizer_problems
+from nemo_dist_conf.runtime.config_targets import build_target
+from nemo_dist_conf.composition.text_values import told_as_texts
 from nemo_dist_conf.topology.paths import Paths
 
 __all__ = ["an_optimizer", "build_optimizer", "refuse_given"]
@@ -27,7 +27,7 @@ class _Kind:
     fuses: bool = True
 
 
-#: What ``optimizer.name`` accepts; nemo_dist_conf/optimizers.py has their settings.
+#: What ``optimizer.name`` accepts; nemo_dist_conf/schema/optimizers.py has their settings.
 _OPTIMIZERS: Mapping[str, _Kind] = {
     "adamw": _Kind(torch.optim.AdamW),
     "adam": _Kind(torch.optim.Adam),

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.ranks.meeting import all_have_come, is_started_by_agent, rank_store
+from nemo_dist_conf.composition.agreement.rendezvous import all_have_come, is_started_by_agent, rank_store
 from nemo_dist_conf.runtime.torch_inside import group_timeout
-from nemo_dist_conf.topology.world import Launched, launched
+from nemo_dist_conf.topology.launched_ranks import Launched, launched
 
 __all__ = ["DistInfo", "choose_device", "host_group", "initialize_distributed", "shutdown_distributed"]
 

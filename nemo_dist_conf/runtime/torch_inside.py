@@ -44,7 +44,7 @@ __all__ = [
 
 #: torch 2.11 to 2.13: the kernel that scaled_dot_product_attention runs on a CPU, and its backward. The published
 #: function does not give the log-sum-exp, without which attention over some of the keys cannot be added to that over
-#: the others. Test: tests/runtime/test_whole_attention.py.
+#: the others. Test: tests/runtime/techniques/test_whole_attention.py.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
@@ -190,7 +190,7 @@ def gloo_threads() -> list[Path]:
 
     torch 2.11 to 2.13 name them so (ProcessGroupGloo.cpp, runLoop) and give no other way to them: a process group
     lives on in meshes and models after ``destroy_process_group``, and gloo's has no ``shutdown``.
-    Test: tests/runtime/test_ending.py.
+    Test: tests/runtime/test_interpreter_exit.py.
     """
     found = []
     try:
@@ -234,7 +234,7 @@ def storage_id(tensor: Tensor) -> int:
     """A number that all views of one storage share, and no other storage as long as this one lives.
 
     torch 2.11 to 2.13: storages without memory (meta) all have the data pointer 0, which is the published answer.
-    Test: tests/runtime/test_recorder.py, test_views_and_aliases.
+    Test: tests/runtime/model/test_recorder.py, test_views_and_aliases.
     """
     if is_lazy(tensor):
         with torch._C.DisableTorchFunctionSubclass():
@@ -246,7 +246,7 @@ def schema_of(operator: Any) -> Any:
     """What an operator takes, writes and returns.
 
     torch 2.11 to 2.13: a dispatch mode is given the operator, and nothing else that says this of it.
-    Test: tests/runtime/test_recorder.py, test_the_tape_is_what_the_constructor_did.
+    Test: tests/runtime/model/test_recorder.py, test_the_tape_is_what_the_constructor_did.
     """
     return operator._schema
 
@@ -255,7 +255,7 @@ def generator_of(device: torch.device) -> torch.Generator:
     """The device's default generator.
 
     torch 2.11 to 2.13: torch.manual_seed would also queue a seed, and a stack trace, for each kind of device to come.
-    Test: tests/runtime/test_materialise.py, test_the_global_random_state_is_neither_read_nor_moved.
+    Test: tests/runtime/model/test_materialise.py, test_the_global_random_state_is_neither_read_nor_moved.
     """
     if device.type == "cpu":
         return torch.default_generator
@@ -266,7 +266,7 @@ def is_plain(kind: type) -> bool:
     """Whether a class of tensors leaves operators to torch; one that has its own way with them has no storage.
 
     torch 2.11 to 2.13: nothing else tells DTensors and quantized tensors from classes that only have a name.
-    Test: tests/runtime/test_recorder.py, test_what_cannot_be_recorded.
+    Test: tests/runtime/model/test_recorder.py, test_what_cannot_be_recorded.
     """
     return kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
 
@@ -275,7 +275,7 @@ def replace_trunc_normal(function: Callable[..., Tensor]) -> Callable[..., Tenso
     """What nn.init.trunc_normal_ calls, now; it becomes the function.
 
     torch 2.13 looks at what it drew and draws again, which takes values, and on meta it draws nothing.
-    Test: tests/runtime/test_recorder.py, test_the_tape_is_what_the_constructor_did.
+    Test: tests/runtime/model/test_recorder.py, test_the_tape_is_what_the_constructor_did.
     """
     init: Any = torch.nn.init
     before, init._no_grad_trunc_normal_ = init._no_grad_trunc_normal_, function
@@ -323,7 +323,7 @@ def maker_of_mask(function: Callable[..., Any]) -> tuple[str, dict[str, Any]] | 
 
     transformers 5.23 hands mask functions of (batch, head, query, key) to the registered mask interface; what they are
     (causal, a window of so many keys) is in the closure that masking_utils makes them with, and nowhere else. One that
-    is not recognised is evaluated block by block, which is as right and slower. Test: tests/runtime/test_mask_rules.py.
+    is not recognised is evaluated block by block, which is as right and slower. Test: tests/runtime/techniques/test_mask_rules.py.
     """
     if getattr(function, "__module__", None) != "transformers.masking_utils":
         return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from nemo_dist_conf.runtime.configs import DDPConfig
+    from nemo_dist_conf.runtime.typed_configs import DDPConfig
 
 __all__ = ["DDPConf", "DDPManager", "STRATEGY"]
 
@@ -54,7 +54,7 @@ class DDPManager:
 
         Meta parameters must be materialised first (``instantiate`` does): DDP copies rank 0's values at once.
         """
-        from nemo_dist_conf.runtime.order import parallelize_ddp
+        from nemo_dist_conf.runtime.parallelize import parallelize_ddp
 
         wrapped = parallelize_ddp(model, self.config, self.device_mesh)
         return wrapped if optimizer is None else (wrapped, optimizer)
@@ -80,7 +80,7 @@ _WHOLE = "keeps the whole model on every rank"
 STRATEGY = Strategy(
     name="ddp",
     schema=DDPConf,
-    typed="nemo_dist_conf.runtime.configs:DDPConfig",
+    typed="nemo_dist_conf.runtime.typed_configs:DDPConfig",
     axes=AxisRules(
         strategy="ddp",
         allowed=frozenset({"dp"}),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from nemo_dist_conf.runtime.configs import FSDP2Config
+    from nemo_dist_conf.runtime.typed_configs import FSDP2Config
 
 __all__ = ["FSDP2Conf", "FSDP2Manager", "STRATEGY"]
 
@@ -75,7 +75,7 @@ class FSDP2Manager:
         A model on the meta device stays there; ``instantiate`` materialises it afterwards, shard by shard.
         A materialised model is first made equal to rank 0's, as DDP does.
         """
-        from nemo_dist_conf.runtime.order import parallelize_fsdp2
+        from nemo_dist_conf.runtime.parallelize import parallelize_fsdp2
 
         return parallelize_fsdp2(model, self.config, self.device_mesh, self.moe_mesh, optimizer)
 
@@ -179,7 +179,7 @@ def _async_tp_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths:
 STRATEGY = Strategy(
     name="fsdp2",
     schema=FSDP2Conf,
-    typed="nemo_dist_conf.runtime.configs:FSDP2Config",
+    typed="nemo_dist_conf.runtime.typed_configs:FSDP2Config",
     axes=AxisRules(
         strategy="fsdp2",
         allowed=frozenset({"dp", "dp_replicate", "tp", "pp", "cp", "ep"}),

@@ -11,15 +11,15 @@ from nemo_dist_conf.strategies.common import has_module, unknown_class
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.topology.paths import Paths
-from nemo_dist_conf.topology.device import cuda_present
-from nemo_dist_conf.topology.world import runs_here
+from nemo_dist_conf.topology.gpu_presence import cuda_present
+from nemo_dist_conf.topology.launched_ranks import runs_here
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from nemo_dist_conf.runtime.configs import MegatronFSDPConfig
+    from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 
 __all__ = ["MegatronFSDPConf", "MegatronFSDPManager", "STRATEGY", "library_problems"]
 
@@ -68,7 +68,7 @@ class MegatronFSDPManager:
 
         Raises ConfigError without CUDA or the library, and for what the model cannot do.
         """
-        from nemo_dist_conf.runtime.order import parallelize_megatron_fsdp
+        from nemo_dist_conf.runtime.parallelize import parallelize_megatron_fsdp
 
         return parallelize_megatron_fsdp(model, self.config, self.device_mesh, optimizer)
 
@@ -192,7 +192,7 @@ _SHARDS = "shards over one data-parallel group"
 STRATEGY = Strategy(
     name="megatron_fsdp",
     schema=MegatronFSDPConf,
-    typed="nemo_dist_conf.runtime.configs:MegatronFSDPConfig",
+    typed="nemo_dist_conf.runtime.typed_configs:MegatronFSDPConfig",
     axes=AxisRules(
         strategy="megatron_fsdp",
         allowed=frozenset({"dp", "tp", "cp"}),

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_dist_conf.typed_path import typed_path
+from nemo_dist_conf.wording import typed_path
 
 __all__ = ["Action", "ScheduleFile", "read_schedule"]
 

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import NemoDistConfError, Preempted
-from nemo_dist_conf.recipe.folder import config_folder, main_options
+from nemo_dist_conf.recipe.yaml_folder import config_folder, main_options
 
 __all__ = ["checked_main", "main"]
 
@@ -23,11 +23,11 @@ __all__ = ["checked_main", "main"]
 @hydra.main(config_path=str(config_folder()), config_name="train", **main_options())
 def main(cfg: DictConfig) -> float:
     """Train as the config says; the last loss is the job's value for sweepers."""
-    from nemo_dist_conf.ranks.telling import end
+    from nemo_dist_conf.composition.agreement.shared_failure import end
     from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
-    from nemo_dist_conf.topology.world import launched
+    from nemo_dist_conf.topology.launched_ranks import launched
     from nemo_dist_conf.train.ctrl_c import BEFORE, hear_once, was_heard
-    from nemo_dist_conf.typed_line import raw_words
+    from nemo_dist_conf.composition.command_line import raw_words
 
     hear_once()
     try:
@@ -56,14 +56,14 @@ def main(cfg: DictConfig) -> float:
 
 def checked_main() -> None:
     """``main``, once Hydra can read the words."""
-    from nemo_dist_conf.recipe.words import refuse_words
+    from nemo_dist_conf.recipe.group_words import refuse_words
     from nemo_dist_conf.train.ctrl_c import end_at_once
 
     end_at_once()
     try:
         refuse_words(sys.argv[1:])
     except NemoDistConfError as error:
-        from nemo_dist_conf.hooks import end
+        from nemo_dist_conf.composition.callback import end
 
         end(error)
     main()

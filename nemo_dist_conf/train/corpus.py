@@ -17,7 +17,7 @@ from torch import Tensor
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.recipe.value_checks import PATH_ALLOWED, TOKENIZER_ALLOWED, as_typed
-from nemo_dist_conf.typed_path import typed_path
+from nemo_dist_conf.wording import typed_path
 
 __all__ = [
     "BYTE_VOCABULARY",

@@ -28,7 +28,7 @@ def end_at_once() -> None:
     What else a KeyboardInterrupt meets there (imports, Hydra, ranks that wait for each other) has words of its own.
     """
     from nemo_dist_conf.errors import ConfigError
-    from nemo_dist_conf.topology.world import launched
+    from nemo_dist_conf.topology.launched_ranks import launched
 
     global _is_first
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_dist_conf.errors import DataError
 from nemo_dist_conf.recipe.value_checks import data_problems
-from nemo_dist_conf.runtime.targets import build_target
+from nemo_dist_conf.runtime.config_targets import build_target
 from nemo_dist_conf.train.corpus import Corpus, data_error, load_corpus
 
 __all__ = ["DataSource", "TextData", "build_data", "mix_seed", "split_microbatches"]

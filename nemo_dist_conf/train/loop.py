@@ -17,19 +17,19 @@ from torch.optim import Optimizer
 from nemo_dist_conf.checkpoint import Restored
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.models.facts import facts_from_config, fields_of
-from nemo_dist_conf.resolvers import autocast_dtype
-from nemo_dist_conf.runtime.agree import together
-from nemo_dist_conf.runtime.configs import MegatronFSDPConfig
-from nemo_dist_conf.runtime.lower import lower_dtype
-from nemo_dist_conf.runtime.loss import IGNORED
-from nemo_dist_conf.runtime.order import autocast_forward
+from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
+from nemo_dist_conf.composition.resolvers import autocast_dtype
+from nemo_dist_conf.runtime.rank_agreement import together
+from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
+from nemo_dist_conf.runtime.typed_values import lower_dtype
+from nemo_dist_conf.runtime.techniques.loss import IGNORED
+from nemo_dist_conf.runtime.parallelize import autocast_forward
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
-from nemo_dist_conf.runtime.routing import ExpertLoad
-from nemo_dist_conf.runtime.unwrap import unwrapped
+from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad
+from nemo_dist_conf.runtime.engines.unwrap import unwrapped
 from nemo_dist_conf.strategies import strategy_of_target
 from nemo_dist_conf.topology.paths import Paths
-from nemo_dist_conf.topology.world import launched
+from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.recipe.value_checks import train_problems
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
@@ -40,7 +40,7 @@ from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.train.estimate import measured, plan_of_run
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
 from nemo_dist_conf.train.preemption import Preemption
-from nemo_dist_conf.train.report import header, not_finite, summary
+from nemo_dist_conf.train.run_report import header, not_finite, summary
 from nemo_dist_conf.train.saving import Saving
 from nemo_dist_conf.train.step import Microbatches, StepResult, settle, train_step
 

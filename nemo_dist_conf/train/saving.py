@@ -15,17 +15,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from nemo_dist_conf.checkpoint.folder import ROOT, anew, checkpoints_in, step_folder
+from nemo_dist_conf.checkpoint.manifest import ROOT, anew, checkpoints_in, step_folder
 from nemo_dist_conf.checkpoint.series import Checkpoints
-from nemo_dist_conf.checkpoint.whole import Restored
+from nemo_dist_conf.checkpoint.save_and_load import Restored
 from nemo_dist_conf.errors import DataError, Preempted, Problem
-from nemo_dist_conf.ranks.tree import different_keys, flat_config
+from nemo_dist_conf.composition.agreement.config_tree import different_keys, flat_config
 from nemo_dist_conf.recipe.earlier import set_aside
-from nemo_dist_conf.runtime.agree import together
-from nemo_dist_conf.topology.world import launched, program
+from nemo_dist_conf.runtime.rank_agreement import together
+from nemo_dist_conf.topology.launched_ranks import launched, program
 from nemo_dist_conf.train.data import DataSource, TextData
 from nemo_dist_conf.train.loss_scale import LossScale
-from nemo_dist_conf.typed_path import typed_path
+from nemo_dist_conf.wording import typed_path
 
 __all__ = ["Saving", "SavingSettings"]
 

@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.runtime.gradients import scale_gradients
-from nemo_dist_conf.runtime.loss import token_loss_sum
-from nemo_dist_conf.runtime.routing import ExpertLoad, balancing_loss, routed
-from nemo_dist_conf.runtime.unwrap import unwrapped
+from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
+from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad, balancing_loss, routed
+from nemo_dist_conf.runtime.engines.unwrap import unwrapped
 
 if TYPE_CHECKING:
-    from nemo_dist_conf.runtime.pipeline import Pipeline
+    from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
     from nemo_dist_conf.train.loss_scale import LossScale
 
 __all__ = [

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from nemo_dist_conf.checkpoint.folder import ROOT, checkpoints_in, read_manifest
+from nemo_dist_conf.checkpoint.manifest import ROOT, checkpoints_in, read_manifest
 from nemo_dist_conf.checkpoint.tensor_file import TensorFile
-from nemo_dist_conf.checkpoint.whole import PARTIAL
-from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.checkpoint.save_and_load import PARTIAL
+from nemo_dist_conf.recipe.yaml_folder import config_folder
 from tests.dist.pool import PRELOAD
 
 __all__ = ["EVERY", "Tally", "disturb"]

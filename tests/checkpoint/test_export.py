@@ -19,7 +19,7 @@ from nemo_dist_conf.checkpoint import export_hf, load, save
 from nemo_dist_conf.errors import DataError, TrainingError
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.plan.from_config import model_config
-from nemo_dist_conf.runtime.build import build_model
+from nemo_dist_conf.runtime.model.build import build_model
 from tests.checkpoint.exchange import DENSE, EXPERTS, FSDP2, Layout
 from tests.checkpoint.small import make
 from tests.dist.cuda_shim import cuda_shim

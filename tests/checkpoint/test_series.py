@@ -13,8 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 
-from nemo_dist_conf.checkpoint import Checkpoints, load, series, storage, whole
-from nemo_dist_conf.checkpoint.folder import anew, checkpoints_in, read_manifest
+from nemo_dist_conf.checkpoint import Checkpoints, load, series, storage
+
+from nemo_dist_conf.checkpoint import save_and_load as whole
+from nemo_dist_conf.checkpoint.manifest import anew, checkpoints_in, read_manifest
 from nemo_dist_conf.errors import DataError, TrainingError
 from tests.checkpoint.beside import LAYOUTS, named_parameters, two
 from tests.checkpoint.small import bits, make, train

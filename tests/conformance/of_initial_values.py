@@ -1,7 +1,7 @@
 """Initial values: what a constructor gives, bit for bit, played back in the order in which it drew its numbers.
 
 As a run draws them, each from the seed and its name, constants are those of the constructor and the rest is distributed
-as there. That they are the same on every layout is tested beside (tests/runtime/test_materialise.py).
+as there. That they are the same on every layout is tested beside (tests/runtime/model/test_materialise.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from tests.conformance.case import Case
 from tests.conformance.tiny_configs import families, tiny_config
 from tests.dist.layouts import plain_model
-from tests.runtime.replay import differences, misfits
+from tests.runtime.model.replay import differences, misfits
 
 __all__ = ["CASES"]
 

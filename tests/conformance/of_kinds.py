@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.pipeline import Pipeline
+from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
 from tests.conformance.case import Case
 from tests.dist import test_batch_statistics, test_entries
 from tests.dist.kinds import KINDS, Block, Scale, difference

@@ -1,7 +1,7 @@
 """Apps that use none of our groups, under launchers: what their configs read, and how their runs end.
 
-What they are compared with is the same app in one process. The tests of these cases are in tests/ranks, tests/topology
-and tests/runtime/test_ending.py, so the suite runs none of them twice.
+What they are compared with is the same app in one process. The tests of these cases are in tests/composition/agreement, tests/topology
+and tests/runtime/test_interpreter_exit.py, so the suite runs none of them twice.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable
 
-from nemo_dist_conf.topology.world import Launched, launched
+from nemo_dist_conf.topology.launched_ranks import Launched, launched
 from tests import warm
 from tests.conformance.case import Case
-from tests.ranks.test_agreement import APP, CONFIG, FOREIGN, assert_as_in_one_process
-from tests.runtime.test_ending import PROGRAM
+from tests.composition.agreement.test_config_agreement import APP, CONFIG, FOREIGN, assert_as_in_one_process
+from tests.runtime.test_interpreter_exit import PROGRAM
 
 __all__ = ["CASES"]
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import nemo_dist_conf
 from nemo_dist_conf import ConfigError, DistributedSetup, MeshContext, config, pipelining
-from nemo_dist_conf.compose import check
+from nemo_dist_conf.composition.check import check
 from nemo_dist_conf.instantiate import instantiate as hook
 from nemo_dist_conf.strategies import STRATEGIES
 
@@ -103,7 +103,7 @@ def test_hydra_zen_builds_a_setup_from_built_configs():
     assert OmegaConf.create(hydra_zen.to_yaml(built)).strategy.find_unused_parameters is True
 
 
-@pytest.mark.parametrize("path", ["nemo_dist_conf", "nemo_dist_conf.config", "nemo_dist_conf.runtime.configs"])
+@pytest.mark.parametrize("path", ["nemo_dist_conf", "nemo_dist_conf.config", "nemo_dist_conf.runtime.typed_configs"])
 def test_a_strategy_is_known_by_any_path_of_its_class(path):
     tree = {"strategy": {"_target_": f"{path}.DDPConfig"}, "parallelism": {"tp_size": 2}}
     with pytest.raises(ConfigError, match="strategy=ddp: tp_size=2 is not possible"):

@@ -75,5 +75,5 @@ def cuda_shim() -> Iterator[None]:
         stack.enter_context(mock.patch("megatron_fsdp.param_and_grad_buffer._coalescing_manager", _waited_for))
         stack.enter_context(mock.patch.object(library, "DistributedDataParallelConfig", unfused))
         stack.enter_context(mock.patch("nemo_dist_conf.strategies.megatron_fsdp.cuda_present", lambda: True))
-        stack.enter_context(mock.patch("nemo_dist_conf.runtime.megatron_fsdp._require_cuda", lambda mesh: None))
+        stack.enter_context(mock.patch("nemo_dist_conf.runtime.engines.megatron_library._require_cuda", lambda mesh: None))
         yield

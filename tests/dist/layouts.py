@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.pipeline import Pipeline
+from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
 
 __all__ = [
     "ADAMW",

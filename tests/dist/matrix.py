@@ -25,7 +25,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_dist_conf.compose import check
+from nemo_dist_conf.composition.check import check
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.topology.solve import divisors

@@ -219,7 +219,7 @@ def _join(rank: int, world_size: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from nemo_dist_conf.runtime import build
+    from nemo_dist_conf.runtime.model import build
 
     build._SMALL_ELEMENTS = 0  # the tests' models are small, and are to be built as large ones are
     torch.set_num_threads(1)

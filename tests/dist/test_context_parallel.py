@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from nemo_dist_conf.compose import check
+from nemo_dist_conf.composition.check import check
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.runtime.context_parallel import apply_context_parallel, local_positions, split_sequence
+from nemo_dist_conf.runtime.techniques.context.parallel import apply_context_parallel, local_positions, split_sequence
 from tests.conformance.of_context import built, compared, on_megatron
 from tests.dist.layouts import (
     ADAMW,

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.routing import ExpertLoad
+from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad
 from nemo_dist_conf.train.step import train_step
 from tests.dist.layouts import (
     FEWER_STEPS,

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.build import build_model
+from nemo_dist_conf.runtime.model.build import build_model
 from tests.dist.layouts import ADAMW, LLAMA, MODELS, Net, batch, composed, full_state, loss_sum
 from tests.dist.pool import run_ranks
 from tests.live import Live

@@ -238,7 +238,7 @@ def test_a_block_that_runs_again_is_given_what_fsdp_cast(mode: str) -> None:
 
 def told(*words: str) -> list[str]:
     lines: list[str] = []
-    logger = logging.getLogger("nemo_dist_conf.runtime.precision")
+    logger = logging.getLogger("nemo_dist_conf.runtime.techniques.precision")
     logger.setLevel(logging.INFO)
     logger.addFilter(lambda record: bool(lines.append(record.getMessage())))
     try:

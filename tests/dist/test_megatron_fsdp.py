@@ -19,7 +19,7 @@ from nemo_dist_conf.config import MegatronFSDPConfig
 from nemo_dist_conf.errors import ConfigError, TrainingError
 from nemo_dist_conf.gradients import accumulate
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.megatron_fsdp import ARGUMENTS
+from nemo_dist_conf.runtime.engines.megatron_library import ARGUMENTS
 from tests.dist.cuda_shim import cuda_shim
 from tests.dist.layouts import (
     ADAMW,
@@ -393,7 +393,7 @@ def _recipe(folder: str, *words: str) -> list[float]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from nemo_dist_conf.recipe.folder import config_folder
+    from nemo_dist_conf.recipe.yaml_folder import config_folder
     from nemo_dist_conf.train.loop import run
 
     GlobalHydra.instance().clear()

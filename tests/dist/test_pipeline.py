@@ -16,7 +16,7 @@ from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.gradients import clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.names import SCHEDULES
-from nemo_dist_conf.runtime.pipeline import Pipeline
+from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
 from tests.dist.layouts import (
     ADAMW,
     FEWER_STEPS,

@@ -215,7 +215,7 @@ def test_a_context_around_meshes_that_somebody_else_has_built():
 
 def flattened_sizes():
     mesh = DistributedSetup.build("fsdp2", ParallelismSizes(cp_size=2)).mesh_context.device_mesh
-    from nemo_dist_conf.runtime.mesh import fsdp_mesh
+    from nemo_dist_conf.runtime.device_meshes import fsdp_mesh
 
     hsdp = DistributedSetup.build("fsdp2", ParallelismSizes(dp_replicate_size=2)).mesh_context.device_mesh
     return fsdp_mesh(mesh).size(), fsdp_mesh(mesh).ndim, fsdp_mesh(hsdp).mesh_dim_names

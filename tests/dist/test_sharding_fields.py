@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.config import FSDP2Config
 from nemo_dist_conf.gradients import accumulate
-from nemo_dist_conf.runtime.blocks import find_blocks
-from nemo_dist_conf.runtime.fsdp_units import shard_blocks
+from nemo_dist_conf.runtime.model.blocks import find_blocks
+from nemo_dist_conf.runtime.engines.fsdp2_units import shard_blocks
 from tests.dist.fields import FP32, net, shows
 from tests.dist.layouts import Net, Operators, batch, loss_sum
 from tests.dist.pool import run_ranks

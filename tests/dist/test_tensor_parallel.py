@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.models.plans import FAMILIES, STYLES, complete_plan
-from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
-from nemo_dist_conf.runtime.tensor_parallel_styles import STYLE_OBJECTS
+from nemo_dist_conf.families.plans import FAMILIES, STYLES, complete_plan
+from nemo_dist_conf.runtime.techniques.tensor.parallel import apply_tensor_parallel
+from nemo_dist_conf.runtime.techniques.tensor.styles import STYLE_OBJECTS
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.tensor_parallel import apply_tensor_parallel
+from nemo_dist_conf.runtime.techniques.tensor.parallel import apply_tensor_parallel
 from tests.dist.layouts import composed
 from tests.dist.pool import run_ranks
 

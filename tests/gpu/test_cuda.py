@@ -157,7 +157,7 @@ def test_the_recipe_trains_and_goes_on(strategy, tmp_path):
 
 
 def test_auto_means_bfloat16_where_there_is_a_gpu():
-    from nemo_dist_conf.resolvers import compute_dtype
+    from nemo_dist_conf.composition.resolvers import compute_dtype
 
     assert compute_dtype("auto", "auto") == "bfloat16"
     assert compute_dtype("auto", "cpu") == "float32"
@@ -167,8 +167,8 @@ def test_auto_means_bfloat16_where_there_is_a_gpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_over_whole_rows_is_that_of_a_cpu_and_makes_no_mask(kind, dtype):
     """Of context parallelism; the queries are the third quarter of the row, and memory grows with the row."""
-    from nemo_dist_conf.runtime.mask_rules import Behind, Both, Causal, Chunks
-    from nemo_dist_conf.runtime.whole_attention import Scores, attend
+    from nemo_dist_conf.runtime.techniques.context.mask_rules import Behind, Both, Causal, Chunks
+    from nemo_dist_conf.runtime.techniques.context.whole_attention import Scores, attend
 
     rule = {"window": Both((Behind(300), Causal())), "chunks": Both((Chunks(512), Causal()))}.get(kind, Causal())
     scores = Scores(cap=2.0 if kind == "soft cap" else None)

@@ -7,8 +7,8 @@ import torch
 import yaml
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.models.shapes import SHAPED_FAMILIES, shape_of, weights
-from nemo_dist_conf.recipe.folder import config_folder
+from nemo_dist_conf.families.shapes import SHAPED_FAMILIES, shape_of, weights
+from nemo_dist_conf.recipe.yaml_folder import config_folder
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
 VARIANTS = {

@@ -18,9 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.plan import job_of
 from nemo_dist_conf.recipe.checks import check_recipe
-from nemo_dist_conf.recipe.folder import config_folder
-from nemo_dist_conf.recipe.words import refuse_words
-from nemo_dist_conf.sections import SECTIONS
+from nemo_dist_conf.recipe.yaml_folder import config_folder
+from nemo_dist_conf.recipe.group_words import refuse_words
+from nemo_dist_conf.composition.sections import SECTIONS
 from tests.typed_answers import Line, typed
 
 GROUPS = ("strategy", "parallelism", "pipeline", "moe", "model", "data", "optimizer")

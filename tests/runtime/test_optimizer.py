@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.optimizers import SETTINGS
+from nemo_dist_conf.schema.optimizers import SETTINGS
 from nemo_dist_conf.runtime.optimizer import build_optimizer
 from nemo_dist_conf.topology.paths import Paths
 

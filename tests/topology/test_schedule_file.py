@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_dist_conf.names import SCHEDULES
-from nemo_dist_conf.topology.pipeline import pipeline_problems
+from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.schedule_file import read_schedule
-from nemo_dist_conf.topology.stages import rank_of_stage
-from tests.topology.test_pipeline import settings
+from nemo_dist_conf.topology.stage_layers import rank_of_stage
+from tests.topology.test_schedule_rules import settings
 
 GOOD = "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
 

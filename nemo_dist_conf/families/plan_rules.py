@@ -1,0 +1,103 @@
+"""What can be wrong with a typed plan of tensor parallelism, told without building the model; no torch.
+
+runtime/techniques/tensor/parallel.py asks the built module the rest: a user's own module, and whether a style fits its layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.families.config_facts import ModelFacts
+from nemo_dist_conf.families.plans import FAMILIES, STYLES, complete_plan, match_pattern, unalias
+from nemo_dist_conf.families.shapes import SHAPED_FAMILIES
+from nemo_dist_conf.names import nearest
+from nemo_dist_conf.topology.paths import Paths
+
+__all__ = ["plan_problems", "style_names"]
+
+_KEY = "strategy.tp_plan"
+#: Modules of a decoder that hold no weights, relative to its base model.
+_WITHOUT_WEIGHTS = ("layers", "rotary_emb", "layers.*.mlp.act_fn")
+
+
+def plan_problems(plan: Any, facts: ModelFacts, paths: Paths = Paths()) -> list[Problem]:
+    """Entries whose style has no such name, or whose pattern is no module of a known family's model.
+
+    plan: value of ``strategy.tp_plan``; styles that are objects are left to the runtime.
+    """
+    if plan is None:
+        return []
+    asked = f"{paths.key(_KEY)}={plan}"
+    if not isinstance(plan, Mapping) or not plan:
+        what = f"{paths.key(_KEY)} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
+        allowed = "a mapping from module names (* allowed) to styles, or null for the model's own"
+        return [Problem(what, asked, allowed, paths.set(_KEY, None))]
+    known = _modules(facts)
+    found: list[tuple[str, str, str]] = []
+    fixed: dict[str, Any] = {}
+    for pattern, style in ((str(pattern), style) for pattern, style in plan.items()):
+        better, name = style, pattern
+        if isinstance(style, str) and unalias(style) not in STYLES:
+            near, allowed = style_names(style)
+            found.append((f"tp_plan: {style!r} is not the name of a style", f"{pattern}: {style}", allowed))
+            better = near[0] if near else "replicated"
+        if known and not any(match_pattern(pattern, module) for module in _matching(known, facts)):
+            close = nearest(pattern, known) or known[:5]
+            what = f"tp_plan: no module of {facts.model_type} is named {pattern}"
+            found.append((what, f"{pattern}: {style}", ", ".join(close)))
+            name = next((other for other in close if other not in plan), "")
+        if name:
+            fixed[name] = better
+    entries = ",".join(f"{pattern}:{style}" for pattern, style in fixed.items())
+    # A family's own plan is known to fit; of any other only a run could tell.
+    way_out = f"'{paths.key(_KEY)}={{{entries}}}'" if _fits(fixed, facts) else paths.set(_KEY, None)
+    return [Problem(what, asked, allowed, way_out) for what, asked, allowed in found]
+
+
+def style_names(style: object) -> tuple[list[str], str]:
+    """(style names that look like this one, all of them as a list for a reader)."""
+    near = nearest(str(style), STYLES)
+    known = (*near, *(name for name in STYLES if name not in near))
+    return near, f"{', '.join(known)}; in Python also a torch ParallelStyle"
+
+
+def _fits(plan: Mapping[str, Any], facts: ModelFacts) -> bool:
+    """Whether a plan is known to compute the same: each attention and each MLP is split as its family's, or not at all.
+
+    A matrix that is split without those beside it gives a part where the code between them takes the whole.
+    """
+    family = FAMILIES.get(facts.model_type or "")
+    if not plan or family is None:
+        return False
+    modules, split = _matching(_modules(facts), facts), set()
+    own = complete_plan(facts.model_type) or {}
+    for module in dict.fromkeys(modules):
+        style = next((unalias(its) for pattern, its in plan.items() if match_pattern(pattern, module)), "replicated")
+        usual = next((style for pattern, style in own.items() if match_pattern(pattern, module)), "replicated")
+        if style not in ("replicated", usual):
+            return False
+        parts = module.split(".")
+        if usual == "gather_input":  # may be left out: each layer inside then gathers for itself
+            split |= {(module, True)} if style == usual else set()
+        elif usual != "replicated" and any(part.isdigit() for part in parts):
+            split.add((".".join(parts[:-1]), style == usual))
+    return not any((holder, not whole) in split for holder, whole in split)
+
+
+def _modules(facts: ModelFacts) -> list[str]:
+    """Patterns of all modules of a causal language model of a known family; empty for any other."""
+    family = FAMILIES.get(facts.model_type or "")
+    if family is None or facts.num_layers is None:
+        return []
+    has_norms = bool(SHAPED_FAMILIES.get(facts.model_type or "", {}).get("qk_norm"))
+    layers = [name for name in family.layers if has_norms or not name.endswith(("q_norm", "k_norm"))]
+    inside = [*layers, *family.inputs, *family.norms]
+    names = [f"{family.block}.{name}" for name in inside] + [family.embedding, family.final_norm, family.block]
+    return [*(f"model.{name}" for name in (*names, *_WITHOUT_WEIGHTS)), family.head, "model"]
+
+
+def _matching(patterns: list[str], facts: ModelFacts) -> list[str]:
+    """The modules behind the patterns, of the first and the last block and all between."""
+    layers = [str(index) for index in range(facts.num_layers or 0)]
+    return [pattern.replace(".*", f".{index}", 1) for pattern in patterns for index in layers]

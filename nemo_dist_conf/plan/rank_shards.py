@@ -1,0 +1,174 @@
+"""Which part of every parameter a rank holds: exact, for any rank, without building anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Iterator
+
+from nemo_dist_conf.families.shapes import ModelShape, Weight, block_weights, outer_weights
+from nemo_dist_conf.plan.job import Job, Stage, Styles
+
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "Place",
+    "Unit",
+    "chunk",
+    "gathered_bytes",
+    "held_elements",
+    "padded",
+    "tp_shape",
+    "units_of",
+]
+
+#: Layers of units that are outside of layers: the root, or in its place an embedding and a head with the final norm.
+_ROOT, EMBEDDING, HEAD = -1, -2, -3
+#: Elements from which FSDP2 gathers embedding and head on their own (runtime/engines/fsdp2_units.py, which imports torch).
+_OUTER_UNIT_ELEMENTS = 2**18
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's index along the axes that split parameters: tp, shards of the dense part, ep and ep_shard."""
+
+    tp: int = 0
+    shard: int = 0
+    ep: int = 0
+    ep_shard: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Parameters that are gathered and reduced together. layer: _ROOT, EMBEDDING or HEAD for what is outside of layers.
+
+    count: how many such units a stage has. weights: (name in the whole model of one of them, weight).
+    expert: split over ep first, then over ep_shard along the second dimension.
+    """
+
+    title: str
+    layer: int
+    count: int
+    weights: tuple[tuple[str, Weight], ...]
+    expert: bool = False
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How a job splits parameters: ranks of each kind, and whether the dense part rests in shards."""
+
+    styles: Styles
+    tp: int
+    shards: int
+    ep: int
+    ep_shard: int
+    rests_sharded: bool
+
+
+def chunk(size: int, parts: int, index: int) -> int:
+    """Rows of part ``index`` when torch cuts ``size`` rows into ``parts``: the first ones are full, the last may be 0.
+
+    Source: torch.chunk, which DTensor and fully_shard follow.
+    """
+    each = -(-size // parts)
+    return max(0, min(each, size - each * index))
+
+
+def padded(size: int, parts: int) -> int:
+    """The same size made divisible, as collectives need it."""
+    return -(-size // parts) * parts
+
+
+def units_of(job: Job, stage: Stage) -> tuple[Unit, ...]:
+    """The units of a stage: one for each block, of its experts where they are split apart, and for the rest.
+
+    That is one unit, or two where FSDP2 shards a large embedding by itself: without stages and split experts.
+    """
+    model = job.model
+    is_large = not model.tied and model.vocab * model.hidden >= _OUTER_UNIT_ELEMENTS
+    splits_outer = is_large and job.strategy == "fsdp2" and job.pp == 1 and job.ep == 1
+    return _units(model, stage, job.ep > 1, splits_outer)
+
+
+@lru_cache(maxsize=4096)
+def _units(model: ModelShape, stage: Stage, splits_experts: bool, splits_outer: bool) -> tuple[Unit, ...]:
+    found: list[Unit] = []
+    for sparse, count in model.kinds(stage.first, stage.last).items():
+        layer = next(i for i in range(stage.first, stage.last) if model.sparse[i] is sparse)
+        held = tuple((f"model.layers.{layer}.{w.name}", w) for w in block_weights(model, sparse))
+        experts = tuple(entry for entry in held if entry[1].expert and splits_experts)
+        title = "sparse block" if sparse else "block"
+        found.append(Unit(title, layer, count, tuple(entry for entry in held if entry not in experts)))
+        if experts:
+            found.append(Unit("experts", layer, count, experts, expert=True))
+    outer = tuple((w.name, w) for w in outer_weights(model) if w.part in stage.outer)
+    if splits_outer:
+        return (*found, Unit("embedding", EMBEDDING, 1, outer[:1]), Unit("head", HEAD, 1, outer[1:]))
+    return (*found, Unit("root", _ROOT, 1, outer)) if outer else tuple(found)
+
+
+def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:
+    """A weight's shape on rank ``index`` of an axis of ``tp`` ranks. name: in the whole model.
+
+    colwise splits the first dimension of a Linear and the second of an Embedding, rowwise the other one.
+    """
+    shape = weight.shape
+    style = styles.of(name.rpartition(".")[0]) if tp > 1 else "replicated"
+    if style.startswith("embedding_rowwise"):
+        return (chunk(shape[0], tp, index), *shape[1:])
+    if style.startswith("colwise"):
+        dim = 1 if weight.part == "embedding" else 0
+    elif style.startswith("rowwise") and len(shape) > 1:
+        dim = 1
+    else:
+        return shape
+    return tuple(chunk(size, tp, index) if d == dim else size for d, size in enumerate(shape))
+
+
+def _split_of(job: Job) -> _Split:
+    zero = job.options.get("zero_dp_strategy") if job.strategy == "megatron_fsdp" else None
+    rests_sharded = job.strategy == "fsdp2" or zero == 3
+    return _Split(job.styles, job.tp, job.shards, job.ep, job.ep_shard, rests_sharded)
+
+
+def held_elements(job: Job, unit: Unit, place: Place) -> int:
+    """Elements of one such unit on a rank, sharded as they rest between steps."""
+    return _held(unit, _split_of(job), place)
+
+
+@lru_cache(maxsize=65536)
+def _held(unit: Unit, split: _Split, place: Place) -> int:
+    index = place.ep_shard if unit.expert else place.shard
+    rests_whole = not unit.expert and not split.rests_sharded
+    return sum(
+        outer * (size if rests_whole else chunk(size, parts, index))
+        for outer, size, parts in _dimensions(unit, split, place.tp, place.ep)
+    )
+
+
+def _dimensions(unit: Unit, split: _Split, tp: int, ep: int) -> Iterator[tuple[int, int, int]]:
+    """Of each weight after tp and ep: elements beside the dimension that shards cut, its size, and the shards.
+
+    Shards cut experts along the second dimension, because ep cuts the first, and everything else along the first.
+    """
+    for name, weight in unit.weights:
+        if unit.expert:
+            experts, size, *rest = weight.shape
+            yield chunk(experts, split.ep, ep) * prod(rest), size, split.ep_shard
+        else:
+            size, *rest = tp_shape(split.styles, split.tp, name, weight, tp)
+            yield prod(rest), size, split.shards
+
+
+def gathered_bytes(job: Job, unit: Unit, item: int, tp: int = 0) -> int:
+    """Bytes of one such unit when it is gathered, padded for equal parts.
+
+    item: bytes of an element; tp: the rank's index on that axis.
+    """
+    return item * _gathered(unit, _split_of(job), tp)
+
+
+@lru_cache(maxsize=65536)
+def _gathered(unit: Unit, split: _Split, tp: int) -> int:
+    return sum(outer * padded(size, parts) for outer, size, parts in _dimensions(unit, split, tp, 0))

@@ -1,0 +1,184 @@
+"""DistributedSetup: sizes and policies, resolved into meshes and typed configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Dict, Literal, Union
+
+from nemo_dist_conf.composition.check import Checked
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import checkpointing_mode, nearest
+from nemo_dist_conf.runtime.typed_configs import (
+    DDPConfig,
+    FSDP2Config,
+    MegatronFSDPConfig,
+    MoEParallelizerConfig,
+    ParallelismSizes,
+    PipelineConfig,
+    typed_config,
+)
+from nemo_dist_conf.runtime.device_meshes import MeshContext
+from nemo_dist_conf.composition.sections import strategy_of
+from nemo_dist_conf.strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ActivationCheckpointingMode",
+    "DistributedConfig",
+    "DistributedSetup",
+    "DistributedStrategyConfig",
+    "setup_from_checked",
+]
+
+ActivationCheckpointingMode = Union[bool, Literal["selective"]]
+DistributedStrategyConfig = Union["FSDP2Config", "MegatronFSDPConfig", "DDPConfig"]
+DistributedConfig = DistributedStrategyConfig
+
+_StrategyConfigClass = type[FSDP2Config] | type[MegatronFSDPConfig] | type[DDPConfig]
+_STRATEGY_MAP: Dict[str, _StrategyConfigClass] = {name: s.config for s in STRATEGIES for name in s.names}
+
+
+def _resolve_strategy_config(
+    strategy: str | DistributedStrategyConfig, **strategy_kwargs: Any
+) -> DistributedStrategyConfig:
+    """The typed config for a name (with its options), a config object, which is passed through, or a composed node.
+
+    Raises ConfigError for an unknown name or option, and for options beside an object.
+    """
+    if isinstance(strategy, (FSDP2Config, MegatronFSDPConfig, DDPConfig)):
+        if strategy_kwargs:
+            given = ", ".join(strategy_kwargs)
+            what = "options were given beside a strategy config object"
+            raise ConfigError(Problem(what, given, "the object alone, or a name and options", type(strategy).__name__))
+        return strategy
+    found = strategy_of(strategy)
+    if found is not None and not strategy_kwargs:
+        return typed_config(strategy, found.config, "strategy")
+    name = str(strategy).lower()
+    if not isinstance(strategy, str) or name not in _STRATEGY_MAP:
+        likely = nearest(name, _STRATEGY_MAP) or ["fsdp2"]
+        known = likely + [n for n in _STRATEGY_MAP if n not in likely]
+        what = f"there is no strategy {strategy!r}"
+        raise ConfigError(Problem(what, f"strategy={strategy}", ", ".join(known), f"strategy={likely[0]}"))
+    fields = [item.name for item in dataclasses.fields(_STRATEGY_MAP[name])]
+    unknown = [key for key in strategy_kwargs if key not in fields]
+    if unknown:
+        likely = nearest(unknown[0], fields) or fields[:1]
+        what = f"strategy={name} has no option {', '.join(unknown)}"
+        asked = f"strategy.{unknown[0]}={strategy_kwargs[unknown[0]]}"
+        raise ConfigError(
+            Problem(what, asked, ", ".join(fields), f"strategy.{likely[0]}={strategy_kwargs[unknown[0]]}")
+        )
+    return _STRATEGY_MAP[name](**strategy_kwargs)
+
+
+@dataclass(frozen=True)
+class DistributedSetup:
+    """The resolved topology and execution policies of a run.
+
+    activation_checkpointing: as it was given to ``build``. strategy_config.activation_checkpointing is what is
+    executed: the same where it was given, else the strategy's own answer.
+    """
+
+    mesh_context: MeshContext
+    strategy_config: DistributedStrategyConfig | None = None
+    pipeline_config: PipelineConfig | None = None
+    moe_parallel_config: MoEParallelizerConfig | None = None
+    activation_checkpointing: ActivationCheckpointingMode = False
+
+    @classmethod
+    def build(
+        cls,
+        strategy: str | DistributedStrategyConfig = "fsdp2",
+        parallelism_sizes: ParallelismSizes | None = None,
+        pipeline_config: PipelineConfig | dict | None = None,
+        moe_parallel_config: MoEParallelizerConfig | dict | None = None,
+        activation_checkpointing: ActivationCheckpointingMode = False,
+        world_size: int | None = None,
+    ) -> DistributedSetup:
+        """Meshes and typed configs from sizes and policies, on the current process group (started if there is none).
+
+        strategy: a name, an alias, a typed config or a composed node. Mappings are accepted for sizes, pipeline and
+        MoE configs. A config that is given stays that object, but for a strategy's whose own answer to
+        activation_checkpointing is another.
+        pipeline_config and moe_parallel_config belong to pp_size and ep_size above 1 and are then filled with
+        their defaults when None. world_size None: that of the process group or the launcher.
+        Raises ConfigError with every problem that can be told from these values.
+        """
+        return cls._build(
+            strategy, parallelism_sizes, pipeline_config, moe_parallel_config, activation_checkpointing, world_size
+        )
+
+    @classmethod
+    def _build(
+        cls,
+        strategy: Any,
+        sizes: Any,
+        pipeline: Any,
+        moe: Any,
+        mode: Any,
+        world_size: int | None,
+        device: str | torch.device = "auto",
+    ) -> DistributedSetup:
+        strategy_config = _resolve_strategy_config(strategy)
+        sizes = typed_config(sizes, ParallelismSizes, "parallelism") or ParallelismSizes()
+        pipeline = typed_config(pipeline, PipelineConfig, "pipeline")
+        moe = typed_config(moe, MoEParallelizerConfig, "moe")
+        problems = _belongs("pipeline_config", pipeline, "pp_size", sizes.pp_size)
+        problems += _belongs("moe_parallel_config", moe, "ep_size", sizes.ep_size)
+        problems += _mode_problems(mode, strategy_config)
+        ConfigError.raise_if(problems)
+        if sizes.pp_size > 1 and pipeline is None:
+            pipeline = PipelineConfig()
+        if sizes.ep_size > 1 and moe is None:
+            moe = MoEParallelizerConfig()
+        executed: Any = checkpointing_mode(mode) or strategy_config.activation_checkpointing
+        if strategy_config.activation_checkpointing != executed:
+            strategy_config = dataclasses.replace(strategy_config, activation_checkpointing=executed)
+        context = MeshContext.build(strategy_config, sizes, world_size=world_size, device=device)
+        return cls(context, strategy_config, pipeline, moe, mode)
+
+
+def setup_from_checked(checked: Checked, device: str | torch.device = "auto") -> DistributedSetup:
+    """DistributedSetup for a config that passed ``check``. Starts the process group if there is none."""
+    values = dict(checked.strategy_values) | {"activation_checkpointing": checked.activation_checkpointing}
+    sizes = dict(checked.sizes)
+    return DistributedSetup._build(
+        checked.strategy.config(**values),
+        ParallelismSizes(**sizes),
+        PipelineConfig(**checked.pipeline) if sizes["pp_size"] > 1 else None,
+        MoEParallelizerConfig(**checked.moe) if sizes["ep_size"] > 1 else None,
+        checked.activation_checkpointing,
+        None,
+        device,
+    )
+
+
+def _belongs(name: str, config: Any, size_name: str, size: int) -> list[Problem]:
+    if config is None or size > 1:
+        return []
+    what = f"{name} was given, but {size_name} is 1, so it would do nothing"
+    return [Problem(what, name, f"{name}=None, or {size_name} of 2 or more", f"{name}=None")]
+
+
+def _mode_problems(mode: Any, config: DistributedStrategyConfig) -> list[Problem]:
+    inner = config.activation_checkpointing
+    strategy = next(s for s in STRATEGIES if isinstance(config, s.config))
+    problems = []
+    for value in [mode] if mode is inner or mode == inner else [mode, inner]:
+        meant = checkpointing_mode(value)
+        if meant is None or meant not in strategy.activation_checkpointing:
+            allowed = ", ".join(map(str, strategy.activation_checkpointing))
+            what = f"activation_checkpointing={value!r} is not a mode of strategy={strategy.name}"
+            problems.append(
+                Problem(what, f"activation_checkpointing={value}", allowed, "activation_checkpointing=true")
+            )
+    outer = checkpointing_mode(mode)
+    if not problems and outer and inner and outer != inner:
+        what = "activation checkpointing has two different answers"
+        asked = f"activation_checkpointing={mode} strategy.activation_checkpointing={inner}"
+        problems.append(Problem(what, asked, "one of them, or both the same", f"activation_checkpointing={mode}"))
+    return problems

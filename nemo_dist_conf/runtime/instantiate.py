@@ -1,0 +1,146 @@
+"""The hook: a composed tree becomes a DistributedSetup, the wrapped model and its optimizer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from nemo_dist_conf.composition.check import Checked, check
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.rank_agreement import agree_on_config, agree_on_model, config_mark, together
+from nemo_dist_conf.runtime.techniques.batch_statistics import use_global_statistics
+from nemo_dist_conf.runtime.model.build import Built, build_model, refuse_given_model, whole_up_to
+from nemo_dist_conf.runtime.engines.ddp_wrappers import SeveralRanksDDP, check_reduced
+from nemo_dist_conf.runtime.model.load_weights import load_weights
+from nemo_dist_conf.runtime.model.materialise import initialise_in_turn, materialise
+from nemo_dist_conf.runtime.engines.megatron_library import adopt_optimizer
+from nemo_dist_conf.runtime.optimizer import an_optimizer, build_optimizer, refuse_given
+from nemo_dist_conf.runtime.parallelize import parallelize_ddp, parallelize_fsdp2, parallelize_megatron_fsdp
+from nemo_dist_conf.runtime.process_group import initialize_distributed
+from nemo_dist_conf.runtime.distributed_setup import DistributedSetup, setup_from_checked
+
+__all__ = ["instantiate"]
+
+log = logging.getLogger(__name__)
+
+
+def instantiate(
+    cfg: Any,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    *,
+    blocks: str | Iterable[str] | None = None,
+    example: Mapping[str, Any] | None = None,
+) -> tuple[DistributedSetup, Any, Any]:
+    """(setup, wrapped model, optimizer) for a composed config.
+
+    The config is checked, the process group started or joined, the meshes built, and the model built, wrapped as
+    the strategy says and filled: with what its constructor gives, drawn from (``cfg.seed``, name), the same under
+    every layout, or with the weights of ``cfg.model.name_or_path``. A rank holds its shards, the largest tensor and
+    what that is made of, unless a warning says otherwise. With pp_size above 1 the model is a Pipeline: its ``step``
+    runs forward and backward.
+
+    cfg: a composed tree, or what hydra.utils.instantiate makes of one, whose nodes are typed configs by then and whose
+    model and optimizer may be objects: so a node ``_target_: nemo_dist_conf.instantiate`` needs nothing else.
+    model: a module (its weights are kept; FSDP2 and DDP take rank 0's), a factory of one, or None for ``cfg.model``.
+    Without either, the model and the optimizer returned are None.
+    optimizer: called with the wrapped parameters; None: built from ``cfg.optimizer``, or None where that is absent.
+    blocks: path of the model's blocks, where they are not found by themselves (``runtime.blocks.find_blocks``).
+    example: what the model's forward takes, by keyword, where that cannot be guessed: on it is tried, before anything
+    is wrapped, whether tensor parallelism by a plan that nobody has proven computes what the plain model does.
+    Raises ConfigError for whatever cannot work, before anything is started where that can be told.
+    """
+    if model is not None:
+        refuse_given_model(model)
+    if optimizer is not None:
+        refuse_given(optimizer)
+    checked = check(cfg)
+    device = _value(cfg, "device", "auto")
+    info = initialize_distributed(device=device)
+    node = _value(cfg, "model", None)
+    if model is None and callable(node):  # Hydra made it already
+        model = node
+    seed = int(_value(cfg, "seed", 0))
+
+    def build() -> Built | None:
+        nothing = model is None and node is None
+        return None if nothing else build_model(node, model, seed, info.device, whole_up_to(checked))
+
+    built, marks = together(build, lambda built: (config_mark(cfg), built.mark if built is not None else ""))
+    agree_on_config(cfg, [config for config, _ in marks])  # before the meshes: others would be made, and hang
+    agree_on_model([mark for _, mark in marks], built.sums if built is not None else None)
+    setup = setup_from_checked(checked, device)
+    for note in checked.notes:
+        if info.is_main:
+            log.warning(note)
+    if built is None:
+        return setup, None, None
+    if checked.batch_statistics == "global":
+        groups = [group for group in setup.mesh_context.data_groups() if group is not None]  # there is a mesh
+        use_global_statistics(built.model, groups)
+    wrapped = _wrap(checked, setup, built, blocks if blocks is not None else built.blocks, example)
+    settings = _value(cfg, "optimizer", None)
+    if optimizer is not None:
+        made: torch.optim.Optimizer | None = an_optimizer(optimizer(wrapped.parameters()))
+    else:
+        made = build_optimizer(settings, wrapped.named_parameters())
+    if made is not None and checked.strategy.name == "megatron_fsdp":
+        made = adopt_optimizer(wrapped, made)
+    elif made is not None and isinstance(wrapped, SeveralRanksDDP):
+        made.register_step_pre_hook(lambda *_: check_reduced(wrapped))
+    return setup, wrapped, made
+
+
+def _value(cfg: Any, key: str, default: Any) -> Any:
+    value = cfg.get(key, default) if hasattr(cfg, "get") else default
+    return default if value is None else value
+
+
+def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any, example: Any) -> Any:
+    config: Any = setup.strategy_config
+    offload = getattr(config, "offload_policy", None) is not None
+
+    def fill(model: nn.Module) -> None:
+        if built.record is not None:
+            materialise(model, built.record, torch.device("cpu") if offload else None, built.loaded)
+        if built.weights is not None:
+            load_weights(model, built.weights, built.ties, built.parts)
+
+    if checked.strategy.name == "ddp":
+        return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
+    mesh: Any = setup.mesh_context
+    if checked.strategy.name == "megatron_fsdp":
+        prepare = _initialiser(built) if config.init_fsdp_with_meta_device else fill
+        return parallelize_megatron_fsdp(
+            built.model, config, mesh.device_mesh, blocks=blocks, fill=prepare, example=example
+        )
+    return parallelize_fsdp2(
+        built.model,
+        config,
+        mesh.device_mesh,
+        mesh.moe_mesh,
+        blocks=blocks,
+        fill=fill,
+        pipeline=setup.pipeline_config,
+        moe=setup.moe_parallel_config,
+        example=example,
+    )
+
+
+def _initialiser(built: Built) -> Callable[[nn.Module], None]:
+    """What prepares a model on meta for a library that fills it module by module."""
+    record = built.record
+    reason = "its weights are read from a folder, which is done before it is sharded" if built.weights else None
+    if record is None:
+        reason = f"{type(built.model).__name__} was built with values, which a module of it cannot give again"
+    elif built.ties:
+        reason = f"{' and '.join(built.ties[0])} are one parameter, and the library makes two of it there"
+    if record is None or reason is not None:
+        key = "strategy.init_fsdp_with_meta_device"
+        what = f"the model cannot be built on the meta device: {reason}"
+        raise ConfigError(Problem(what, f"{key}=true", "false: each rank holds the whole model once", f"{key}=false"))
+    return functools.partial(initialise_in_turn, record=record)

@@ -1,0 +1,1 @@
+"""A constructor recorded without values, and the values played back tensor by tensor."""

@@ -1,0 +1,1 @@
+"""One module, or one folder, a technique: what it does to a model, whatever the strategy."""

@@ -1,0 +1,1 @@
+"""Expert parallelism, and how tokens spread over experts."""

@@ -1,0 +1,382 @@
+"""Tensor and sequence parallelism: a model's layers sharded in place over one mesh axis, by style names.
+
+Between modules activations are plain tensors, equal on every rank, but for two cases: what a ``colwise`` layer gives
+is the rank's own part, and under sequence parallelism the residual stream is a DTensor split over the sequence. It
+stays a DTensor because that knows its full length, so that lengths which the ranks do not divide are exact.
+Tensors are [batch, seq, hidden].
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Mapping
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
+
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
+from nemo_dist_conf.families.plan_rules import style_names
+from nemo_dist_conf.families.plans import FAMILIES, SEQUENCE_STYLES, STYLES, complete_plan, match_pattern, unalias
+from nemo_dist_conf.families.model_rules import model_problems
+from nemo_dist_conf.names import nearest
+from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
+from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
+from nemo_dist_conf.topology.solve import divisors
+
+__all__ = ["apply_tensor_parallel"]
+
+log = logging.getLogger(__name__)
+
+#: Kinds of rows of layers that are tried for an offer; each takes a run of the twin.
+_MOST_OFFERS = 6
+
+_Plan = Mapping[str, Any]
+
+
+def apply_tensor_parallel(
+    model: nn.Module,
+    tp_mesh: DeviceMesh,
+    *,
+    plan: _Plan | None = None,
+    sequence_parallel: bool = False,
+    example: Mapping[str, Any] | None = None,
+) -> dict[str, ParallelStyle]:
+    """Style of each module that was sharded, by name; the model is changed in place.
+
+    Parameters become DTensors on tp_mesh (1-D), each rank keeping its part of the values it has, which must be the
+    same on all ranks; on the meta device nothing is read. Outputs of the model are plain tensors, equal on every rank.
+    Tied parameters stay tied. Call it before activation checkpointing, compile and fully_shard.
+    plan: pattern -> style name (families/plans.py) or torch ParallelStyle, relative to ``model``. None: the model's
+    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its transformers family. But for families in
+    families/plans.py, whose plans the tests hold against one process, a plan is tried on a small input first.
+    sequence_parallel: norms and the residual stream are split over the sequence, of any length.
+    example: what the model's forward takes, by keyword, for that trial; None: ids or vectors are tried.
+    Raises ConfigError, with every problem found, where there is no plan, an entry matches no module or names no
+    style, a layer or the heads do not split into this many ranks, tied parameters would be sharded apart, or the
+    model split by the plan computes something else.
+    """
+    tp_size, ties = tp_mesh.size(), tied_names(model)
+    own = plan is None and _is_transformers(model)
+    offers = _Offers(model, tp_mesh, example)
+    entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, sequence_parallel, offers)
+    named, problems = _resolve(model, entries, own, offers)
+    if sequence_parallel and not any(map(_splits_sequence, named.values())):
+        problems.append(_no_sequence_style(entries))
+    ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
+    if not (own and _is_proven(model)):
+        ConfigError.raise_if(_trial_problems(model, entries, named, plan is None, offers))
+    styles = apply_styles(model, named, tp_mesh)
+    kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
+    log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_size, len(styles), type(model).__name__)
+    return styles
+
+
+def _is_proven(model: nn.Module) -> bool:
+    """Whether a family's plan meets the family's own code, and not that of a class made of it."""
+    config: Any = model.config
+    return config.model_type in FAMILIES and type(model).__module__.startswith("transformers.models.")
+
+
+def _trial_problems(
+    model: nn.Module, entries: _Plan, named: Mapping[str, Any], declared: bool, offers: _Offers
+) -> list[Problem]:
+    where = f"the tensor-parallel plan of {type(model).__name__}" if declared else "tp_plan"
+    asked = f"parallelism.tp_size={offers.mesh.size()}" if declared else _set(entries)
+    try:
+        finding = offers.trial().finding(named)
+    except CannotTry as error:
+        what = f"{where} cannot be tried before it is used: {error}"
+        allowed = "a plan that was seen to compute what the plain model does; example: a small input of the model's"
+        return [Problem(what, asked, allowed, "nemo_dist_conf.instantiate(cfg, model, example={'x': tensor})")]
+    if finding is None:
+        return []
+    what = f"{where} computes something else than the plain model: {finding}"
+    return [Problem(what, asked, "a plan that computes the same, or tp_size=1", offers.plan(other_than=entries))]
+
+
+# From a plan's patterns to the model's modules.
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "base_model_tp_plan")
+
+
+def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
+    """The plan that a model comes with; ConfigError with the way out where it has none."""
+    if not _is_transformers(model):
+        for name in ("tp_plan", "_tp_plan"):
+            declared = getattr(model, name, None)
+            if declared:
+                return _checked_plan(model, declared, offers, f"{type(model).__name__}.{name}")
+        raise ConfigError(_no_plan(model, offers))
+    config: Any = model.config
+    inner = getattr(model, "base_model", model)
+    prefix = "" if inner is model else str(model.base_model_prefix)
+    base, head = config.base_model_tp_plan, getattr(type(model), "_tp_plan", None)
+    found = complete_plan(config.model_type, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
+    if found is None and sequence_parallel and base:
+        what = f"no sequence-parallel plan is known for the model family {config.model_type}"
+        allowed = f"the families {', '.join(FAMILIES)}; a tp_plan of your own"
+        off = "strategy.sequence_parallel=false"
+        raise ConfigError(Problem(what, "strategy.sequence_parallel=true", allowed, off))
+    if found is None:
+        raise ConfigError(_no_plan(model, offers))
+    unknown = sorted({style for style in found.values() if unalias(style) not in STYLES})
+    if unknown:
+        what = f"the tp_plan of {config.model_type} asks for what is not supported: {', '.join(unknown)}"
+        asked = f"parallelism.tp_size={offers.mesh.size()}"
+        allowed = f"tp_size=1, or the families {', '.join(FAMILIES)}"
+        raise ConfigError(Problem(what, asked, allowed, "parallelism.tp_size=1"))
+    if config.model_type not in FAMILIES:
+        # transformers leaves the embedding out; tied to a head in the plan, it has to be laid out alike.
+        names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
+        if any(match_pattern(pattern, name) for pattern in found for name in names):
+            tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
+            found = {**tied, **found}
+    return found
+
+
+def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "strategy.tp_plan") -> _Plan:
+    if isinstance(plan, Mapping) and plan:
+        return {str(pattern): style for pattern, style in plan.items()}
+    what = f"{where} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
+    own = f"{where}=null" if _is_transformers(model) else offers.plan()
+    raise ConfigError(Problem(what, f"{where}={plan}", "a mapping from module names (* allowed) to styles", own))
+
+
+def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple[dict[str, Any], list[Problem]]:
+    """Style (name or object) by the full name of each module meant, and what is wrong with the entries.
+
+    An entry that names one module overrules a pattern. A module that stands in several places has the first one's name
+    in what is returned, whichever an entry means. own: a family's plan, some of whose entries mean nothing here.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    first = _first_names(model)
+    patterns = [pattern for pattern in plan if _is_pattern(pattern)]
+    named: dict[str, Any] = {}
+    single: dict[str, str] = {}
+    wrong: list[tuple[str, str, str]] = []
+    fixed = dict(plan)
+    for pattern in (*patterns, *(pattern for pattern in plan if pattern not in patterns)):
+        style = plan[pattern]
+        if isinstance(style, str) and unalias(style) in STYLES:
+            style = unalias(style)
+        elif not isinstance(style, ParallelStyle):
+            near, allowed = style_names(style)
+            wrong.append((f"tp_plan: {style!r} is not the name of a style", f"{pattern}: {style}", allowed))
+            fixed[pattern] = style = near[0] if near else "replicated"
+        matched = list(dict.fromkeys(name for other, name in first.items() if match_pattern(pattern, other)))
+        if not matched and not own:
+            fit = [_pattern_of(name) for name, module in modules.items() if _takes(style, module)]
+            free = [name for name in dict.fromkeys(fit) if name not in fixed]
+            near = nearest(pattern, free)
+            allowed = ", ".join(near) or ", ".join((*free[:5], "... (model.named_modules())"))
+            wrong.append((f"tp_plan: no module is named {pattern}", f"{pattern}: {_words(style)}", allowed))
+            fixed.pop(pattern)
+            fixed |= {near[0]: style} if near else {}
+        twice = [name for name in matched if name in named and pattern in patterns]
+        if twice:
+            others = [other for other in patterns if other != pattern and match_pattern(other, twice[0])]
+            what = f"two entries of tp_plan mean the module {twice[0]}"
+            wrong.append((what, f"{', '.join(others)} and {pattern}", f"one of them, or {twice[0]} by its full name"))
+            fixed.pop(pattern, None)
+        if pattern not in patterns:
+            same = next((single[name] for name in matched if name in single and named[name] != style), None)
+            if same is not None:
+                what = f"{same} and {pattern} are one module, and tp_plan gives it two styles"
+                wrong.append((what, f"{same}: {_words(plan[same])}, {pattern}: {_words(style)}", "one of them"))
+                fixed.pop(pattern, None)
+            single |= dict.fromkeys(matched, pattern)
+        named |= {name: style for name in matched if name not in twice}
+    for name, style in named.items():
+        if not _takes(style, modules[name]):
+            kinds = " or ".join(kind.__name__ for kind in _kinds(style))
+            what = f"tp_plan: the style {style} is for {kinds}, and {name} is {type(modules[name]).__name__}"
+            wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
+            fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
+    by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
+    way_out = (_set(fixed) if fixed else offers.plan()) if by_kind else ""
+    problems = [Problem(what, asked, allowed, way_out) for what, (asked, allowed) in by_kind.items()]
+    if not named and not problems:
+        problems = [_no_plan(model, offers)]
+    return {name: named[name] for name in modules if name in named}, problems
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """The name of every place in the model -> the first name of the module that stands there."""
+    first = {id(module): name for name, module in model.named_modules()}
+    return {name: first[id(module)] for name, module in model.named_modules(remove_duplicate=False) if name}
+
+
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def _kinds(style: Any) -> tuple[type[nn.Module], ...]:
+    """Module classes that a style name is for; empty: any."""
+    if not isinstance(style, str) or not ("colwise" in style or "rowwise" in style):
+        return ()
+    if style.startswith("embedding"):
+        return (nn.Embedding,)
+    return (nn.Linear,) if style.startswith("rowwise") else (nn.Linear, nn.Embedding)
+
+
+def _takes(style: Any, module: nn.Module) -> bool:
+    kinds = _kinds(style)
+    return not kinds or isinstance(module, kinds)
+
+
+def _splits_sequence(style: Any) -> bool:
+    if isinstance(style, str):
+        return style in SEQUENCE_STYLES
+    if isinstance(style, SequenceParallel):
+        return True
+    layouts = [p for name, value in vars(style).items() if "layouts" in name for p in _flat(value)]
+    return Shard(SEQUENCE_DIM) in layouts
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[Problem]:
+    """Heads and widths that tp_size does not divide; torch would fail at the first step, without naming the cause.
+
+    Only where ranks keep their parts to themselves: what is gathered or summed may be split unevenly.
+    """
+    leaves = {name.rpartition(".")[2] for name, style in named.items() if style == "colwise"}
+    config: Any = getattr(model, "config", None)
+    if leaves & {"q_proj", "k_proj", "v_proj"} and hasattr(config, "to_dict"):
+        problems = model_problems(facts_from_config(fields_of(config)), {"tp_size": tp_size}, dist.get_world_size())
+        if problems:
+            return problems
+    widths: dict[str, int] = {}
+    for name, style in named.items():
+        module: Any = model.get_submodule(name)
+        if style == "colwise":
+            widths[name] = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
+        elif style in ("rowwise", "rowwise_scatter_output"):
+            widths[name] = module.in_features
+    odd = [f"{name} ({width})" for name, width in widths.items() if width % tp_size]
+    if not odd:
+        return []
+    legal = [d for d in divisors(min(widths.values())) if all(width % d == 0 for width in widths.values())]
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+    what = f"tp_size={tp_size} does not divide the width of {', '.join(odd[:3])}{more}"
+    sizes = ", ".join(map(str, legal))
+    fits = max(d for d in legal if d <= tp_size and dist.get_world_size() % d == 0)
+    return [Problem(what, f"parallelism.tp_size={tp_size}", f"tp_size: {sizes}", f"parallelism.tp_size={fits}")]
+
+
+def _tie_problems(model: nn.Module, plan: _Plan, named: Mapping[str, Any], ties: list[list[str]]) -> list[Problem]:
+    """Ties between modules whose styles lay the shared parameter out differently."""
+    problems, first = [], _first_names(model)
+    for group in ties:
+        places = [name.rpartition(".")[0] for name in group]
+        owners = list(dict.fromkeys(first.get(place, place) for place in places))
+        styles = {owner: named.get(owner) for owner in owners}
+        if len({_layout(model.get_submodule(owner), style) for owner, style in styles.items()}) == 1:
+            continue
+        what = f"{' and '.join(group)} are one parameter, and the plan lays it out in different ways"
+        asked = ", ".join(f"{owner}: {_words(style) if style else 'no style'}" for owner, style in styles.items())
+        embeddings = {owner for owner in owners if isinstance(model.get_submodule(owner), nn.Embedding)}
+        fix = {o: "embedding_rowwise" if o in embeddings else "colwise_gather_output" for o in owners}
+        allowed = ", ".join(f"{owner}: {style}" for owner, style in fix.items())
+        problems.append(Problem(what, asked, allowed, _set({**plan, **fix})))
+    return problems
+
+
+def _layout(module: nn.Module, style: Any) -> str:
+    """Which dimension of a weight [out, in] or [vocabulary, hidden] a style splits."""
+    if style is None:
+        return "plain"
+    kind = style if isinstance(style, str) else type(style).__name__.lower()
+    if "colwise" not in kind and "rowwise" not in kind:
+        return "replicated"
+    return "first" if isinstance(module, nn.Linear) == ("colwise" in kind) else "second"
+
+
+# What to say.
+
+
+class _Offers:
+    """What can be typed instead: plans that were tried, made only when they are asked for."""
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, example: Mapping[str, Any] | None) -> None:
+        self.model, self.mesh, self.example = model, mesh, example
+        self._trial: Trial | None = None
+
+    def trial(self) -> Trial:
+        """Raises CannotTry."""
+        if self._trial is None:
+            self._trial = Trial(self.model, self.mesh, self.example)
+        return self._trial
+
+    def plan(self, other_than: _Plan | None = None) -> str:
+        """The word that sets a plan for all rows of linear layers that split and compute the same; without any, the
+        way without tensor parallelism."""
+        good: dict[str, str] = {}
+        try:
+            for plan in _rows_of_linears(self.model):
+                named, problems = _resolve(self.model, plan, False, self)
+                if not problems and not _misfits(self.model, named, self.mesh.size()):
+                    if self.trial().finding(named) is None:
+                        good |= plan
+        except CannotTry:
+            pass
+        return _set(good) if good and good != other_than else "parallelism.tp_size=1"
+
+
+def _rows_of_linears(model: nn.Module) -> list[dict[str, str]]:
+    """Plans for linear layers in a row, their widths the input of the last one, for each place in a block."""
+    groups: dict[str, list[tuple[str, nn.Linear]]] = {}
+    for name, module in model.named_modules():
+        if name and isinstance(module, nn.Linear):
+            groups.setdefault(name.rpartition(".")[0], []).append((name, module))
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for layers in groups.values():
+        *before, (last, narrow) = layers
+        if before and all(wide.out_features == narrow.in_features for _, wide in before):
+            plan = {_pattern_of(name): "colwise" for name, _ in before} | {_pattern_of(last): "rowwise"}
+            found.setdefault(tuple(plan), plan)
+    return list(found.values())[:_MOST_OFFERS]
+
+
+def _words(style: Any) -> str:
+    return style if isinstance(style, str) else f"{type(style).__name__}()"
+
+
+def _set(plan: Mapping[str, Any]) -> str:
+    """The plan as one word of a command line, quoted for a shell."""
+    entries = ",".join(f"{pattern}:{_words(style)}" for pattern, style in plan.items())
+    return f"'strategy.tp_plan={{{entries}}}'"
+
+
+def _pattern_of(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _no_plan(model: nn.Module, offers: _Offers) -> Problem:
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    return Problem(
+        f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
+        f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",
+        f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {', '.join(FAMILIES)}",
+        offers.plan(),
+    )
+
+
+def _no_sequence_style(plan: _Plan) -> Problem:
+    return Problem(
+        "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence",
+        f"strategy.sequence_parallel=true {_set(plan)}",
+        f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
+        "strategy.sequence_parallel=false",
+    )

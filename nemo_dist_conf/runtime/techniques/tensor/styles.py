@@ -1,0 +1,240 @@
+"""What each tensor-parallel style name does to a module, as torch ParallelStyle objects.
+
+They differ from torch's own in what they take: a DTensor of any layout, because it says its own, and a plain tensor
+as one that every rank has in full (``rowwise``: the rank's own part, as ``colwise`` gives it).
+Tensors are [batch, seq, hidden].
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping
+
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from nemo_dist_conf.runtime.model.materialise import retie, tied_names
+
+__all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles", "plain_outputs"]
+
+#: [batch, seq, hidden]
+SEQUENCE_DIM = 1
+
+
+def _as_dtensor(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    """x laid out as asked; a plain tensor is one that every rank has in full."""
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    if x.placements == (placement,):
+        return x
+    if not _GATHERS_VIEWS or torch.compiler.is_compiling():
+        return x.redistribute(placements=[placement], async_op=True)
+    return _contiguous(_ContiguousGradient.apply(x).redistribute(placements=[placement], async_op=True))
+
+
+#: torch 2.11 gathers uneven shards into a view that its own linear cannot take, forward or backward.
+_GATHERS_VIEWS = torch.__version__ < "2.13"
+
+
+def _contiguous(x: DTensor) -> DTensor:
+    contiguous: Any = x if x._local_tensor.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    return contiguous
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: DTensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> DTensor:
+        return _contiguous(gradient)
+
+
+def _laid_out(x: DTensor, mesh: DeviceMesh, placement: Placement, local: bool) -> torch.Tensor:
+    found = _as_dtensor(x, mesh, placement)
+    return found.to_local() if local else found
+
+
+class _Colwise(ColwiseParallel):
+    @staticmethod
+    def _prepare_input_fn(input_layouts: Any, desired_input_layouts: Any, mod: Any, inputs: Any, mesh: Any) -> DTensor:
+        return _as_dtensor(inputs[0], mesh, desired_input_layouts[0])
+
+    @staticmethod
+    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, mesh: Any) -> Any:
+        return _laid_out(outputs, mesh, output_layouts[0], use_local_output)
+
+
+class _Rowwise(RowwiseParallel):
+    @staticmethod
+    def _prepare_input_fn(input_layouts: Any, desired_input_layouts: Any, mod: Any, inputs: Any, mesh: Any) -> DTensor:
+        x = inputs[0]
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, input_layouts, run_check=False)
+        return _as_dtensor(x, mesh, desired_input_layouts[0])
+
+    @staticmethod
+    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, mesh: Any) -> Any:
+        return _laid_out(outputs, mesh, output_layouts[0], use_local_output)
+
+
+class _Input(ParallelStyle):
+    """The module's first tensor becomes a DTensor of this layout: one collective for all layers inside.
+
+    In backward their partial gradients meet as one sum, in one reduction.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return _map_first(args, kwargs, lambda x: _as_dtensor(x, device_mesh, self.placement))
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        return module
+
+
+class _Replicated(ParallelStyle):
+    """Parameters are replicated DTensors that the module itself sees as plain tensors while it runs.
+
+    So any module will do, and parameters of a whole model share one mesh, which torch's clip_grad_norm_ asks for.
+    gradient: Replicate() where all ranks compute the same; Partial() where each has its own part, summed in backward.
+    sequence: the input is split over the sequence, the output is a DTensor of that layout.
+    """
+
+    def __init__(self, gradient: Placement, sequence: bool = False) -> None:
+        self.gradient = gradient
+        self.sequence = sequence
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        mine = [(owner, key) for owner in module.modules() for key in owner._parameters if _is_plain(owner, key)]
+        for owner, key in mine:
+            whole: Any = owner._parameters[key]
+            replica = DTensor.from_local(whole.detach(), device_mesh, [Replicate()], run_check=False)
+            owner._parameters[key] = nn.Parameter(replica, requires_grad=whole.requires_grad)
+
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if self.sequence:
+                args, kwargs = _map_first(args, kwargs, split)
+            kept = []
+            for owner, key in mine:
+                parameter: Any = owner._parameters[key]
+                kept.append((owner, key, parameter))
+                if not isinstance(parameter, DTensor):  # kept as a local tensor, see local_shards.py
+                    parameter = DTensor.from_local(parameter, device_mesh, [Replicate()], run_check=False)
+                # Through redistribute, whose backward sums partial gradients before they reach parameter.grad:
+                # a norm over gradients that are still partial would be wrong.
+                replica = parameter.redistribute(placements=[Replicate()])
+                owner._parameters[key] = replica.to_local(grad_placements=[self.gradient])
+            module.__dict__["_tp_kept"] = kept
+            return args, kwargs
+
+        def split(x: torch.Tensor) -> torch.Tensor:
+            x = _as_dtensor(x, device_mesh, Shard(SEQUENCE_DIM))
+            module.__dict__["_tp_shape"] = x.shape
+            return x.to_local()
+
+        def leave(_: nn.Module, args: tuple, output: Any) -> Any:
+            for owner, key, parameter in module.__dict__.pop("_tp_kept", ()):
+                owner._parameters[key] = parameter
+            if not self.sequence or not isinstance(output, torch.Tensor):
+                return output
+            shape = module.__dict__.pop("_tp_shape")
+            stride = torch.empty(shape, device="meta").stride()
+            placements = [Shard(SEQUENCE_DIM)]
+            return DTensor.from_local(output, device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave, always_call=True)
+        return module
+
+
+#: Style name -> torch's object; the keys are those of families/plans.py.
+STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": _Colwise,
+    "colwise_gather_output": lambda: _Colwise(output_layouts=Replicate()),
+    "rowwise": _Rowwise,
+    "rowwise_split_input": lambda: _Rowwise(input_layouts=Replicate()),
+    "rowwise_scatter_output": lambda: _Rowwise(output_layouts=Shard(SEQUENCE_DIM), use_local_output=False),
+    "embedding_rowwise": lambda: _Rowwise(input_layouts=Replicate()),
+    "embedding_rowwise_scatter_output": lambda: _Rowwise(
+        input_layouts=Replicate(), output_layouts=Shard(SEQUENCE_DIM), use_local_output=False
+    ),
+    "replicated": lambda: _Replicated(Replicate()),
+    "replicated_with_grad_allreduce": lambda: _Replicated(Partial()),
+    "sequence_parallel": lambda: _Replicated(Partial(), sequence=True),
+    "gather_input": lambda: _Input(Replicate()),
+    "scatter_input": lambda: _Input(Shard(SEQUENCE_DIM)),
+}
+
+
+def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, ParallelStyle]:
+    """Split the named modules over ``mesh`` in place, each by its style (a name or an object); ties stay ties.
+
+    Outputs of the model are then full, plain tensors. Returns the objects.
+    """
+    ties = tied_names(model)
+    objects = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in styles.items()}
+    # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
+    # values, so none is sent.
+    for name, style in sorted(objects.items(), key=lambda entry: -entry[0].count(".")):
+        parallelize_module(model.get_submodule(name), mesh, style, src_data_rank=None)
+    retie(model, ties)
+    model.register_forward_hook(plain_outputs)
+    return objects
+
+
+def _is_plain(owner: nn.Module, key: str) -> bool:
+    """Whether a parameter is there and no style of a module further inside has taken it."""
+    return owner._parameters[key] is not None and not isinstance(owner._parameters[key], DTensor)
+
+
+def _map_first(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:
+    """The arguments with fn applied to the first tensor, which keyword arguments call hidden_states if not first."""
+    if args and isinstance(args[0], torch.Tensor):
+        return (fn(args[0]), *args[1:]), kwargs
+    tensors = [key for key, value in kwargs.items() if isinstance(value, torch.Tensor)]
+    if not tensors:
+        return args, kwargs
+    key = "hidden_states" if "hidden_states" in tensors else tensors[0]
+    return args, {**kwargs, key: fn(kwargs[key])}
+
+
+class _OwnTensor(torch.autograd.Function):
+    """The same memory as a torch.Tensor that is no view and that no collective is still writing.
+
+    Layers give views of their DTensors. fully_shard warns of a view as the model's output, because changing it in
+    place would drop its hook on backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return (x.wait() if isinstance(x, AsyncCollectiveTensor) else x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+def plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of the whole model: what leaves it is full, plain tensors (a new container where one changed)."""
+    if isinstance(output, DTensor):
+        output = output.full_tensor()
+    if isinstance(output, torch.Tensor):
+        return _OwnTensor.apply(output) if output._is_view() or type(output) is AsyncCollectiveTensor else output
+    if isinstance(output, dict):
+        for key, value in list(output.items()):
+            plain = plain_outputs(module, args, value)
+            if plain is not value:
+                output[key] = plain  # in place: transformers' outputs have attributes too
+        return output
+    if isinstance(output, (tuple, list)):
+        parts = [plain_outputs(module, args, value) for value in output]
+        if any(new is not old for new, old in zip(parts, output)):
+            return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output

@@ -1,0 +1,186 @@
+"""A plan of tensor parallelism tried on a small input, against the plain model, before anything is sharded.
+
+A style says what happens to one layer; whether the code between the layers takes what they then give (heads counted
+from a config, a scale per head, a fused projection that is cut up again) only a run can tell.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from nemo_dist_conf.runtime.model.blocks import find_blocks
+from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
+from nemo_dist_conf.runtime.model.trial import Seen, keep_generators, observed, parted, small_input, twin
+
+__all__ = ["CannotTry", "Trial"]
+
+_TOKENS = 8
+#: Up to so many, 1 GiB in float32, a model whose blocks cannot be left out is tried whole.
+_WHOLE_ELEMENTS = 2**28
+#: Of a gradient's largest value, and of a thousandth of the model's largest, below which all is rounding.
+_TOLERANCE, _NOISE = 1e-3, 1e-3
+
+
+class CannotTry(Exception):
+    """No small input is known that the model takes, or it cannot be copied."""
+
+
+class Trial:
+    """What the plain model gives on a small input, to hold plans against. Every rank of ``mesh`` makes it and asks it.
+
+    Raises CannotTry.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, example: Mapping[str, Any] | None = None) -> None:
+        """model: not wrapped yet, with values or on meta. example: keyword arguments of its forward."""
+        self._model, self._mesh = model, mesh
+        self._blocks, self._inputs = find_blocks(model), {} if example is None else example
+        self._trained: list[Seen] | None = None
+        why = self._run_plain(example)
+        if why is not None and self._blocks and sum(p.numel() for p in model.parameters()) <= _WHOLE_ELEMENTS:
+            self._blocks = {}  # its forward may reach into its blocks, so that none can be left out
+            why = self._run_plain(example)
+        if why is not None:
+            raise CannotTry(why)
+
+    def _run_plain(self, example: Mapping[str, Any] | None) -> str | None:
+        """Run the plain model on the first input that it takes; why it takes none."""
+        try:
+            plain = self._twin()
+        except Exception as error:  # whatever a model's own code raises when it is copied
+            return f"it cannot be copied: {_first_line(error)}"
+        why = "no input is known that its forward takes"
+        for self._inputs in _inputs(plain, example, self._mesh.device_type):
+            try:
+                self._outputs = observed(plain, self._inputs)
+                self._gradients = _gradients(plain, self._inputs)
+                trained = _in_training(plain, self._inputs)
+                same = trained is not None and parted(self._outputs, trained) is None
+                self._trained = self._outputs if same else trained  # kept once
+                return None
+            except Exception as error:
+                why = f"its forward does not run on {_described(self._inputs)}: {_first_line(error)}"
+        return why
+
+    def finding(self, styles: Mapping[str, Any]) -> str | None:
+        """Where a model that is split so parts from the plain one, in words, the same on every rank; None: nowhere.
+
+        styles: name of a module -> its style, a name of families/plans.py or a ParallelStyle.
+        """
+        split = self._twin()
+        # Blocks that only hand their input on have no values.
+        run = {name: copy.deepcopy(style) for name, style in styles.items() if not _is_empty(split.get_submodule(name))}
+        place: list[str] = []
+        try:
+            apply_styles(split, run, self._mesh)
+            _follow(split, place)
+            mine = self._difference(split)
+        except Exception as error:
+            mine = f"it ends in an error in {place[-1] if place else 'a layer'}: {_first_line(error)}"
+        found: list[str | None] = [None] * self._mesh.size()
+        dist.all_gather_object(found, mine, group=self._mesh.get_group())
+        return next((text for text in found if text is not None), None)
+
+    def _twin(self) -> nn.Module:
+        with keep_generators():
+            return twin(self._model, self._blocks, self._mesh.device_type)
+
+    def _difference(self, split: nn.Module) -> str | None:
+        seen: Seen | None = parted(self._outputs, observed(split, self._inputs, _full))
+        if seen is not None:
+            return f"what {seen} returns is not what it returns in the plain model"
+        gradients = _gradients(split, self._inputs)
+        largest = max((float(g.abs().max()) for g in self._gradients.values() if g.numel()), default=0.0)
+        for name, plain in self._gradients.items():
+            other = gradients.get(name)
+            if isinstance(other, DTensor):
+                if any(placement.is_partial() for placement in other.placements):
+                    return f"the gradient of {name} is left in parts on each rank"
+                other = other.full_tensor()
+            allowed = _TOLERANCE * max(float(plain.abs().max()) if plain.numel() else 0.0, _NOISE * largest)
+            if other is None or other.shape != plain.shape or not float((other - plain).abs().max()) <= allowed:
+                return f"the gradient of {name} is not that of the plain model"
+        if self._trained is not None:
+            seen = parted(self._trained, observed(split.train(), self._inputs, _full))
+        return None if seen is None else f"what {seen} returns in training is not what it returns in the plain model"
+
+
+def _inputs(model: nn.Module, example: Mapping[str, Any] | None, device: str) -> Iterator[Mapping[str, Any]]:
+    """What the model may take, the likeliest first: the example alone, else ids, else vectors for its first layer."""
+    known = small_input(model, _TOKENS, example, device)
+    if known is not None:
+        yield known
+    layer = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
+    taken = inspect.signature(model.forward).parameters.values()
+    first = next((p.name for p in taken if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)), None)
+    if example is None and layer is not None and first is not None:
+        generator = torch.Generator().manual_seed(0)
+        for shape in ((2, _TOKENS, layer.in_features), (2, layer.in_features)):
+            yield {first: torch.randn(shape, generator=generator).to(device)}
+
+
+def _described(inputs: Mapping[str, Any]) -> str:
+    shown = [f"{k} {list(v.shape)} {str(v.dtype)[6:]}" for k, v in inputs.items() if isinstance(v, Tensor)]
+    return ", ".join(shown) or "nothing"
+
+
+def _gradients(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a sum over all outputs, each element with a weight of its own, by the parameter's name."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return {}
+    output = model(**inputs)
+    generator, total = torch.Generator().manual_seed(1), None
+    for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            weighted = (leaf * torch.randn(leaf.shape, generator=generator).to(leaf.device)).sum()
+            total = weighted if total is None else total + weighted
+    if total is None:
+        return {}
+    total.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _in_training(model: nn.Module, inputs: Mapping[str, Any]) -> list[Seen] | None:
+    """``observed`` in training mode; None of a model that draws random numbers there, or does not run."""
+    runs = []
+    with keep_generators():
+        for seed in range(2):
+            torch.manual_seed(seed)
+            try:
+                runs.append(observed(model.train(), inputs))
+            except Exception:  # one of a batch's statistics, of one value a channel for instance
+                return None
+            finally:
+                model.eval()
+    return runs[0] if parted(runs[0], runs[1]) is None else None
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _follow(model: nn.Module, place: list[str]) -> None:
+    """Keep in ``place`` the modules whose forward has begun and not ended, the innermost last."""
+    for name, module in model.named_modules():
+        shown = f"{name or 'the model'} ({type(module).__name__})"
+        module.register_forward_pre_hook(lambda *_, shown=shown: place.append(shown), prepend=True)
+        module.register_forward_hook(lambda *_: place.pop() and None)
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,311 @@
+"""Rules of pipeline schedules: names, stages per rank, microbatches. Integers and names only."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.names import SCHEDULES, Schedule, nearest
+from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.topology.schedule_file import ScheduleFile, read_schedule
+from nemo_dist_conf.topology.stage_layers import stages_for
+
+__all__ = ["find_schedule", "pipeline_problems", "stage_count"]
+
+#: Words that others use for several of torch's schedules at once, with what they can mean.
+_AMBIGUOUS = {
+    "zero_bubble": ("interleaved_zero_bubble", "zbv_zero_bubble"),
+    "v_schedule": ("zbv_zero_bubble", "dualpipe_v"),
+    "dfs": ("1f1b", "interleaved_1f1b"),
+}
+
+
+def find_schedule(name: str) -> Schedule | None:
+    """The schedule for an option name or for torch's class name, case ignored as torch does."""
+    lowered = name.lower()
+    for option, schedule in SCHEDULES.items():
+        if lowered in (option, schedule.torch_name.lower(), f"schedule{schedule.torch_name.lower()}"):
+            return schedule
+    return None
+
+
+def pipeline_problems(
+    pipeline: Mapping[str, Any],
+    pp_size: int,
+    num_layers: int | None = None,
+    paths: Paths = Paths(),
+    strategy: Mapping[str, Any] | None = None,
+) -> list[Problem]:
+    """What cannot work in the pipeline settings for pp_size > 1.
+
+    num_layers None: the model is not known, so rules about stages are left to a later check. strategy: the values of
+    the strategy node, of moe, and ep_size, for the options that a schedule excludes.
+    """
+    problems: list[Problem] = []
+    schedule, file = _schedule(pipeline, paths, problems)
+    for name in ("pp_batch_size", "pp_microbatch_size", "layers_per_stage", "pp_seq_len"):
+        value = pipeline[name]
+        if value is not None and value < 1:
+            problems.append(
+                Problem(
+                    f"pipeline.{name}={value} is not positive",
+                    paths.set(f"pipeline.{name}", value),
+                    "1 or more",
+                    paths.set(f"pipeline.{name}", 1),
+                )
+            )
+    parts = pipeline["module_fqns_per_model_part"]
+    if parts is not None and not _are_names(parts):
+        problems.append(
+            Problem(
+                "pipeline.module_fqns_per_model_part is not a list of lists of names, with a name or more in each",
+                paths.set("pipeline.module_fqns_per_model_part", parts),
+                "[[model.embed_tokens,model.layers.0],[model.layers.1,model.norm,lm_head]], or null",
+                paths.set("pipeline.module_fqns_per_model_part", None),
+            )
+        )
+    if problems:
+        return problems
+    problems += _option_problems(pipeline, schedule, file, strategy or {}, paths)
+    stages = stage_count(pipeline, pp_size, num_layers)
+    problems += _microbatch_problems(pipeline, schedule, file, stages, pp_size, paths)
+    if file is not None:
+        problems += _file_problems(pipeline, file, pp_size, num_layers, paths)
+    elif schedule is not None and stages is not None and (parts is not None or pipeline["layers_per_stage"]):
+        problems += _stage_problems(pipeline, schedule, stages, pp_size, num_layers, paths)
+    elif schedule is not None and num_layers is not None and num_layers < pp_size * (2 if schedule.multi else 1):
+        problems.append(
+            Problem(
+                f"{num_layers} layers are too few for {pp_size} pipeline ranks with {schedule.torch_name}",
+                paths.set("parallelism.pp_size", pp_size),
+                f"one layer a stage or more, {2 if schedule.multi else 1} stage(s) a rank",
+                paths.set("parallelism.pp_size", max(1, num_layers // (2 if schedule.multi else 1))),
+            )
+        )
+    return problems
+
+
+def stage_count(pipeline: Mapping[str, Any], pp_size: int, num_layers: int | None) -> int | None:
+    """Stages of the whole pipeline; None where only the model's layers, which are not known, could tell.
+
+    The settings have passed ``pipeline_problems``, or are about to: a name that no schedule has counts one a rank.
+    """
+    if pipeline["module_fqns_per_model_part"] is not None:
+        return len(pipeline["module_fqns_per_model_part"])
+    if pipeline["pp_schedule_csv"] is not None:
+        return len(read_schedule(pipeline["pp_schedule_csv"]).ranks)
+    if pipeline["layers_per_stage"] is None:
+        schedule = find_schedule(pipeline["pp_schedule"] or "")
+        return pp_size * (2 if schedule is not None and schedule.multi else 1)
+    if num_layers is None:
+        return None
+    rounding = pipeline["round_virtual_stages_to_pp_multiple"]
+    return stages_for(num_layers, pipeline["layers_per_stage"], pp_size, getattr(rounding, "name", rounding))
+
+
+def _are_names(parts: Any) -> bool:
+    return (
+        isinstance(parts, (list, tuple))
+        and bool(parts)
+        and all(isinstance(part, (list, tuple)) and part and all(isinstance(n, str) for n in part) for part in parts)
+    )
+
+
+def _microbatch_problems(
+    pipeline: Mapping[str, Any],
+    schedule: Schedule | None,
+    file: ScheduleFile | None,
+    stages: int | None,
+    pp_size: int,
+    paths: Paths,
+) -> list[Problem]:
+    batch, micro = pipeline["pp_batch_size"], pipeline["pp_microbatch_size"]
+    if batch % micro:
+        return [
+            Problem(
+                f"pp_microbatch_size={micro} does not divide pp_batch_size={batch}",
+                paths.set("pipeline.pp_microbatch_size", micro),
+                f"a divisor of {batch}",
+                paths.set("pipeline.pp_microbatch_size", max(d for d in range(1, micro + 1) if batch % d == 0)),
+            )
+        ]
+    count = batch // micro
+    asked = f"{paths.set('pipeline.pp_batch_size', batch)} {paths.set('pipeline.pp_microbatch_size', micro)}"
+    if file is not None and count != file.microbatches:
+        return [
+            Problem(
+                f"the schedule file runs {file.microbatches} microbatches, and a batch has {count}",
+                asked,
+                f"pp_batch_size / pp_microbatch_size = {file.microbatches}",
+                paths.set("pipeline.pp_batch_size", file.microbatches * micro),
+            )
+        ]
+    if schedule is None:
+        return []
+    needed = {"1F1B": pp_size, "DualPipeV": stages or 2 * pp_size}.get(schedule.torch_name, 1)
+    if count < needed:
+        return [
+            Problem(
+                f"{count} microbatches are too few for {schedule.torch_name} on {pp_size} pipeline ranks",
+                asked,
+                f"{needed} microbatches or more (pp_batch_size / pp_microbatch_size)",
+                paths.set("pipeline.pp_batch_size", needed * micro),
+            )
+        ]
+    rounds = max(1, count // pp_size)
+    if schedule.rounds and count % rounds:
+        legal = [n for n in (count // rounds * rounds, count - count % pp_size + pp_size) if n != count]
+        return [
+            Problem(
+                f"{schedule.torch_name} on {pp_size} pipeline ranks runs equal rounds, and {count} microbatches "
+                f"do not divide into {rounds}",
+                asked,
+                f"{' or '.join(map(str, legal))} microbatches (pp_batch_size / pp_microbatch_size)",
+                paths.set("pipeline.pp_batch_size", legal[-1] * micro),
+            )
+        ]
+    return []
+
+
+def _option_problems(
+    pipeline: Mapping[str, Any],
+    schedule: Schedule | None,
+    file: ScheduleFile | None,
+    strategy: Mapping[str, Any],
+    paths: Paths,
+) -> list[Problem]:
+    """Options that a schedule excludes, because it computes the gradients of inputs and of weights apart."""
+    splits = file.splits_backward if file is not None else schedule is not None and schedule.splits_backward
+    if not splits:
+        return []
+    name = schedule.torch_name if schedule is not None else "this schedule file"
+    apart = f"{name} computes gradients of inputs and of weights apart"
+    found: list[tuple[str, Any, bool, str]] = []
+    if strategy.get("enable_compile"):
+        key, off = "strategy.enable_compile", False
+        found.append((key, True, off, f"{apart}, which compiled blocks cannot"))
+    if strategy.get("defer_fsdp_grad_sync") is False:
+        key, off = "strategy.defer_fsdp_grad_sync", True
+        found.append((key, False, off, f"{apart}, so FSDP can reduce gradients only once, at the end of a step"))
+    if strategy.get("activation_checkpointing") == "selective":
+        key, off = "activation_checkpointing", True
+        found.append((key, "selective", off, f"{apart}, and torch lets a selective checkpoint run backward only once"))
+    if strategy.get("ep_size", 1) > 1 and strategy.get("activation_checkpointing") is True:
+        if strategy["ignore_router_for_ac"]:
+            key, off = "moe.ignore_router_for_ac", False
+            found.append((key, True, off, f"{apart}, and torch lets a checkpoint that keeps routing run backward once"))
+    if pipeline["patch_stage_backward_maybe_with_nosync"]:
+        key, off = "pipeline.patch_stage_backward_maybe_with_nosync", False
+        found.append((key, True, off, f"{apart}, so there is no last backward in which FSDP could reduce them"))
+    others = [option for option, other in SCHEDULES.items() if not other.splits_backward]
+    return [
+        Problem(what, paths.set(key, value), f"{key}={str(off).lower()}, or {', '.join(others)}", paths.set(key, off))
+        for key, value, off, what in found
+    ]
+
+
+def _file_problems(
+    pipeline: Mapping[str, Any], file: ScheduleFile, pp_size: int, num_layers: int | None, paths: Paths
+) -> list[Problem]:
+    asked, stages = paths.set("pipeline.pp_schedule_csv", pipeline["pp_schedule_csv"]), len(file.ranks)
+    parts, per_stage = pipeline["module_fqns_per_model_part"], pipeline["layers_per_stage"]
+    if len(file.rows) != pp_size:
+        what = f"the schedule file has rows for {len(file.rows)} ranks, and pp_size is {pp_size}"
+        return [Problem(what, asked, f"pp_size={len(file.rows)}", paths.set("parallelism.pp_size", len(file.rows)))]
+    wanted = stage_count(pipeline, pp_size, num_layers) if parts is not None else stages
+    if per_stage is not None:
+        what = f"the schedule file has {stages} stages, so layers_per_stage would do nothing"
+        key = "pipeline.layers_per_stage"
+        return [Problem(what, paths.set(key, per_stage), "null with a schedule file", paths.set(key, None))]
+    if wanted != stages:
+        what = f"the schedule file has {stages} stages, and module_fqns_per_model_part has {wanted}"
+        return [
+            Problem(what, asked, "as many parts as stages", paths.set("pipeline.module_fqns_per_model_part", None))
+        ]
+    if num_layers is not None and parts is None and num_layers < stages:
+        what = f"{num_layers} layers are too few for the {stages} stages of the schedule file"
+        return [Problem(what, asked, "one layer a stage or more", paths.set("pipeline.pp_schedule_csv", None))]
+    return []
+
+
+def _schedule(
+    pipeline: Mapping[str, Any], paths: Paths, problems: list[Problem]
+) -> tuple[Schedule | None, ScheduleFile | None]:
+    """The named schedule or the one of the file; neither, and a problem more, where it cannot be told."""
+    name, csv = pipeline["pp_schedule"], pipeline["pp_schedule_csv"]
+    if csv is not None and name is not None and find_schedule(name) is not SCHEDULES["1f1b"]:
+        problems.append(
+            Problem(
+                "a schedule's name and a schedule file were both given",
+                f"{paths.set('pipeline.pp_schedule', name)} {paths.set('pipeline.pp_schedule_csv', csv)}",
+                "one of the two",
+                paths.set("pipeline.pp_schedule", None),
+            )
+        )
+    if csv is not None:
+        try:
+            return None, read_schedule(csv)
+        except ValueError as error:
+            asked = paths.set("pipeline.pp_schedule_csv", csv)
+            allowed = "a row of actions for every pipeline rank, such as 0F0,0F1,0B0,0B1"
+            what = f"pp_schedule_csv={csv} is not a schedule: {error}"
+            problems.append(Problem(what, asked, allowed, paths.set("pipeline.pp_schedule_csv", None)))
+            return None, None
+    if name is None:
+        problems.append(
+            Problem(
+                "no pipeline schedule",
+                paths.set("pipeline.pp_schedule", None),
+                ", ".join(SCHEDULES),
+                paths.choose("pipeline", "1f1b"),
+            )
+        )
+        return None, None
+    schedule = find_schedule(name)
+    if schedule is None:
+        likely = _AMBIGUOUS.get(name.lower()) or nearest(name, SCHEDULES) or ["1f1b"]
+        rest = [option for option in SCHEDULES if option not in likely]
+        problems.append(
+            Problem(
+                f"pp_schedule={name} is not a schedule of torch",
+                paths.set("pipeline.pp_schedule", name),
+                ", ".join([*likely, *rest]),
+                paths.choose("pipeline", likely[0]),
+            )
+        )
+    return schedule, None
+
+
+def _stage_problems(
+    pipeline: Mapping[str, Any], schedule: Schedule, stages: int, pp_size: int, num_layers: int | None, paths: Paths
+) -> list[Problem]:
+    by_name = pipeline["module_fqns_per_model_part"] is not None
+    asked = (
+        f"{paths.key('pipeline.module_fqns_per_model_part')} with {stages} parts"
+        if by_name
+        else paths.set("pipeline.layers_per_stage", pipeline["layers_per_stage"])
+    )
+    per_rank = "2" if schedule.v_shaped else "2 or more" if schedule.multi else "1"
+    fits = stages % pp_size == 0 and (
+        stages == 2 * pp_size if schedule.v_shaped else stages >= 2 * pp_size if schedule.multi else stages == pp_size
+    )
+    if fits and (num_layers is None or by_name or stages <= num_layers):
+        return []
+    if stages == pp_size and schedule.multi:
+        instead = paths.choose("pipeline", "1f1b")
+    elif stages % pp_size == 0 and stages >= 2 * pp_size and not schedule.multi:
+        instead = paths.choose("pipeline", "interleaved_1f1b")
+    elif by_name:
+        instead = paths.set("pipeline.module_fqns_per_model_part", None)
+    else:
+        wanted = pp_size * (2 if schedule.multi else 1)
+        exact = num_layers and num_layers % wanted == 0
+        instead = paths.set("pipeline.layers_per_stage", num_layers // wanted if exact and num_layers else None)
+    return [
+        Problem(
+            f"{stages} stages do not fit {schedule.torch_name} on {pp_size} pipeline ranks",
+            asked,
+            f"{per_rank} stage(s) a rank, so a multiple of {pp_size}, each with a layer",
+            instead,
+        )
+    ]
