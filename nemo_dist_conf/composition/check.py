@@ -29,7 +29,7 @@ from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.composition.text_values import text_problems, told_as_texts, unread_problems
 from nemo_dist_conf.topology.axes import AXES, Axis
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import MeshSpec, solve
 from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
@@ -53,7 +53,7 @@ class Checked:
     moe: Mapping[str, Any]
     activation_checkpointing: bool | str
     mesh: MeshSpec
-    paths: Paths = Paths()
+    spelling: Spelling = Spelling()
     facts: ModelFacts = ModelFacts()
     notes: tuple[str, ...] = field(default=())
     batch_statistics: str = "local"
@@ -94,23 +94,23 @@ def check(
 
 def _check(cfg: Any, world_size: int | None, facts: ModelFacts | None, seq_len: int | None) -> Checked:
     root = _single_root(cfg)
-    paths = Paths(_prefix(root))
-    problems = misspelt_sections(root, paths)
+    spelling = Spelling(_prefix(root))
+    problems = misspelt_sections(root, spelling)
     strategy = strategy_of(root.strategy)
     if strategy is None:
         raise AssertionError(f"{root.strategy} was found as a strategy node")
-    values = read_section(root, "strategy", strategy.schema, paths, problems)
-    sections = {name: read_section(root, name, schema, paths, problems) for name, schema in SECTIONS.items()}
+    values = read_section(root, "strategy", strategy.schema, spelling, problems)
+    sections = {name: read_section(root, name, schema, spelling, problems) for name, schema in SECTIONS.items()}
     problems += _model_texts(cfg, root)
     problems += unread_problems(root, ("activation_checkpointing", "batch_statistics"))
     ConfigError.raise_if(problems)  # the rules below need well-typed values
     facts = facts or _facts(cfg, root) or ModelFacts()
-    mode, mode_problems = _activation_checkpointing(root, values, strategy, paths)
-    checked, found = check_values(strategy, values, sections, mode, world_size, facts, seq_len, paths)
-    statistics, statistics_problems = _batch_statistics(root, paths)
+    mode, mode_problems = _activation_checkpointing(root, values, strategy, spelling)
+    checked, found = check_values(strategy, values, sections, mode, world_size, facts, seq_len, spelling)
+    statistics, statistics_problems = _batch_statistics(root, spelling)
     problems += mode_problems + statistics_problems + found
     if checked is not None:
-        problems += layerdrop_problems(_model_config(cfg, root), values, checked.sizes, checked.mesh.world_size, paths)
+        problems += layerdrop_problems(_model_config(cfg, root), values, checked.sizes, checked.mesh.world_size, spelling)
     ConfigError.raise_if(problems)
     if checked is None:
         raise AssertionError("not checked, but no problem either")
@@ -125,7 +125,7 @@ def check_values(
     world_size: int | None = None,
     facts: ModelFacts = ModelFacts(),
     seq_len: int | None = None,
-    paths: Paths = Paths(),
+    spelling: Spelling = Spelling(),
 ) -> tuple[Checked | None, list[Problem]]:
     """What ``check`` does with well-typed values: the checked config, or None and every problem.
 
@@ -137,21 +137,21 @@ def check_values(
         world_size = planned_world_size()
     mesh = None
     try:
-        mesh = solve(sizes, world_size, strategy.axes, paths, launch_command())
+        mesh = solve(sizes, world_size, strategy.axes, spelling, launch_command())
     except ConfigError as error:
         problems += error.problems
     # A size that was refused already must not be refused again by each rule that it meets.
     usable = {axis.size_field: _usable(sizes[axis.size_field], axis, strategy) for axis in AXES}
-    problems += strategy.rules(values, usable, paths)
+    problems += strategy.rules(values, usable, spelling)
     answered = {**values, "activation_checkpointing": mode, "ep_size": usable["ep_size"], **moe}
-    problems += _section_problems(pipeline, moe, sizes, usable, facts, paths, answered)
-    problems += model_problems(facts, usable, world_size, seq_len, paths, moe)
-    problems += plan_problems(values.get("tp_plan"), facts, paths)
-    problems += _execution_problems(strategy, usable, paths)
+    problems += _section_problems(pipeline, moe, sizes, usable, facts, spelling, answered)
+    problems += model_problems(facts, usable, world_size, seq_len, spelling, moe)
+    problems += plan_problems(values.get("tp_plan"), facts, spelling)
+    problems += _execution_problems(strategy, usable, spelling)
     if problems or mesh is None:
         return None, problems
     notes = _notes(values, sizes)
-    return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, paths, facts, notes), []
+    return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, spelling, facts, notes), []
 
 
 def _usable(size: Any, axis: Axis, strategy: Strategy) -> Any:
@@ -178,7 +178,7 @@ def _single_root(cfg: Any) -> DictConfig:
         raise ConfigError(
             Problem(
                 f"strategy nodes stand in {len(roots)} places: {', '.join(where)}",
-                " and ".join(Paths(_prefix(root)).key("strategy") for root in roots),
+                " and ".join(Spelling(_prefix(root)).key("strategy") for root in roots),
                 "one strategy for a model; hand that part of the config to the hook",
                 f"instantiate(cfg.{where[0]})",
             )
@@ -206,8 +206,8 @@ def _single_root(cfg: Any) -> DictConfig:
 def _choice_of_a_strategy(cfg: Any) -> str:
     """The words that choose one: where the other sections stand, and by the name that the group has in this app."""
     package = _package_of_sections(cfg)
-    place = Paths(package).key("strategy")
-    choice = Paths(package).choose("strategy", "fsdp2")
+    place = Spelling(package).key("strategy")
+    choice = Spelling(package).choose("strategy", "fsdp2")
     if not is_ours("strategy"):
         return f"+nemo_dist/strategy@{place}=fsdp2"
     return choice if is_chosen(cfg, choice.partition("=")[0]) else f"+{choice}"
@@ -262,7 +262,7 @@ def _model_texts(cfg: Any, root: DictConfig) -> list[Problem]:
 
 
 def _activation_checkpointing(
-    root: DictConfig, values: Mapping[str, Any], strategy: Strategy, paths: Paths
+    root: DictConfig, values: Mapping[str, Any], strategy: Strategy, spelling: Spelling
 ) -> tuple[bool | str, list[Problem]]:
     """One answer from the two places that can hold it."""
     given = {
@@ -275,26 +275,26 @@ def _activation_checkpointing(
         if mode is None or mode not in strategy.activation_checkpointing:
             what = f"{key}={value} is not a mode" + (f" of strategy={strategy.name}" if mode is not None else "")
             allowed = ", ".join(str(m).lower() for m in strategy.activation_checkpointing)
-            problems.append(Problem(what, paths.set(key, value), allowed, paths.set(key, True)))
+            problems.append(Problem(what, spelling.set(key, value), allowed, spelling.set(key, True)))
     outer, inner = map(checkpointing_mode, given.values())
     if not problems and outer and inner and outer != inner:
         problems.append(
             Problem(
                 "activation checkpointing has two different answers",
-                " ".join(paths.set(key, value) for key, value in given.items()),
+                " ".join(spelling.set(key, value) for key, value in given.items()),
                 "one of them, or both the same",
-                " ".join(paths.set(key, outer) for key in given),
+                " ".join(spelling.set(key, outer) for key in given),
             )
         )
     return outer or inner or False, problems
 
 
-def _batch_statistics(root: DictConfig, paths: Paths) -> tuple[str, list[Problem]]:
+def _batch_statistics(root: DictConfig, spelling: Spelling) -> tuple[str, list[Problem]]:
     value, key = root.get("batch_statistics", "local"), "batch_statistics"
     if value in BATCH_STATISTICS:
         return value, []
     what, allowed = f"{key}={value} is not one of its values", ", ".join(BATCH_STATISTICS)
-    return "local", [Problem(what, paths.set(key, value), allowed, paths.set(key, "global"))]
+    return "local", [Problem(what, spelling.set(key, value), allowed, spelling.set(key, "global"))]
 
 
 def _section_problems(
@@ -303,33 +303,33 @@ def _section_problems(
     sizes: Mapping[str, Any],
     usable: Mapping[str, Any],
     facts: ModelFacts,
-    paths: Paths,
+    spelling: Spelling,
     strategy: Mapping[str, Any],
 ) -> list[Problem]:
     problems = []
     if usable["pp_size"] > 1:
-        problems += pipeline_problems(pipeline, usable["pp_size"], facts.num_layers, paths, strategy)
+        problems += pipeline_problems(pipeline, usable["pp_size"], facts.num_layers, spelling, strategy)
     elif sizes["pp_size"] == 1:
-        problems += _changed_while_off("pipeline", pipeline, PipelineConf, "pp_size", paths)
+        problems += _changed_while_off("pipeline", pipeline, PipelineConf, "pp_size", spelling)
     if usable["ep_size"] > 1:
-        problems += off_but_changed(moe["mp_policy"], MixedPrecisionConf(enabled=False), "moe.mp_policy", paths)
+        problems += off_but_changed(moe["mp_policy"], MixedPrecisionConf(enabled=False), "moe.mp_policy", spelling)
     elif sizes["ep_size"] == 1:
-        problems += _changed_while_off("moe", moe, MoEConf, "ep_size", paths)
+        problems += _changed_while_off("moe", moe, MoEConf, "ep_size", spelling)
     return problems
 
 
 def _changed_while_off(
-    section: str, values: Mapping[str, Any], schema: type, size: str, paths: Paths
+    section: str, values: Mapping[str, Any], schema: type, size: str, spelling: Spelling
 ) -> list[Problem]:
     defaults = flat_defaults(schema)
     changed = {key: value for key, value in leaves(dict(values)).items() if value != defaults.get(key)}
     if not changed:
         return []
-    shown = [paths.set(f"{section}.{key}", inline_text(value)) for key, value in changed.items()]
+    shown = [spelling.set(f"{section}.{key}", inline_text(value)) for key, value in changed.items()]
     instead = [
-        default_choice(section, paths)
+        default_choice(section, spelling)
         if key == "pp_schedule"
-        else paths.set(f"{section}.{key}", inline_text(defaults.get(key)))
+        else spelling.set(f"{section}.{key}", inline_text(defaults.get(key)))
         for key in changed
     ]
     return [
@@ -342,7 +342,7 @@ def _changed_while_off(
     ]
 
 
-def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
     """What composes and has a mesh, but is not executed by this version."""
     problems = []
     for axis in AXES:
@@ -352,9 +352,9 @@ def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], paths: Pat
             problems.append(
                 Problem(
                     f"{axis.title} composes and has a mesh, but this version does not execute it",
-                    paths.set(key, size),
+                    spelling.set(key, size),
                     f"{axis.size_field}=1",
-                    paths.set(key, axis.default),
+                    spelling.set(key, axis.default),
                 )
             )
     return problems

@@ -16,7 +16,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import DType, nearest
 from nemo_dist_conf.schema import MoEConf, ParallelismConf, PipelineConf
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, strategy_of_target
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = [
     "SECTIONS",
@@ -65,7 +65,7 @@ def _as_node(value: Any) -> Any:
     return value
 
 
-def read_section(root: DictConfig, name: str, schema: type, paths: Paths, problems: list[Problem]) -> dict[str, Any]:
+def read_section(root: DictConfig, name: str, schema: type, spelling: Spelling, problems: list[Problem]) -> dict[str, Any]:
     """The node's values by field, typed as its schema; problems are appended, defaults stand in for what is wrong."""
     node = _as_node(root.get(name)) if name in root else None
     if node is None and name not in root:
@@ -79,23 +79,23 @@ def read_section(root: DictConfig, name: str, schema: type, paths: Paths, proble
     if node is None:
         problems.append(
             Problem(
-                f"{paths.key(name)} is null",
-                f"{paths.key(name)}=null",
+                f"{spelling.key(name)} is null",
+                f"{spelling.key(name)}=null",
                 "its own defaults are the way to leave it alone",
-                default_choice(name, paths),
+                default_choice(name, spelling),
             )
         )
     elif node is not None and not isinstance(node, DictConfig):
         problems.append(
             Problem(
-                f"{paths.key(name)} is {node!r}, not a group of options",
-                f"{paths.key(name)}={node}",
+                f"{spelling.key(name)} is {node!r}, not a group of options",
+                f"{spelling.key(name)}={node}",
                 ", ".join(item.name for item in dataclasses.fields(schema)),
-                default_choice(name, paths),
+                default_choice(name, spelling),
             )
         )
     elif node is not None:
-        objects = _merge(typed, node, schema, name, paths, problems)
+        objects = _merge(typed, node, schema, name, spelling, problems)
     return {**_plain(typed), **objects}
 
 
@@ -160,7 +160,7 @@ def _is_policy(node: DictConfig) -> bool:
 
 
 def _merge(
-    typed: DictConfig, node: DictConfig, schema: type, name: str, paths: Paths, problems: list[Problem]
+    typed: DictConfig, node: DictConfig, schema: type, name: str, spelling: Spelling, problems: list[Problem]
 ) -> dict[str, Any]:
     """Put the node's values into the typed one; returns what only Python can say (functions), by key."""
     known = {item.name: item for item in dataclasses.fields(schema)}
@@ -169,7 +169,7 @@ def _merge(
         if key in _BOOKKEEPING and ("." not in name or key == "_target_"):
             continue
         if key not in known:
-            problems.append(_stray(f"{name}.{key}", _raw(node, key), known, paths))
+            problems.append(_stray(f"{name}.{key}", _raw(node, key), known, spelling))
             continue
         try:
             value = _as_node(node[key])
@@ -177,7 +177,7 @@ def _merge(
             if inner and isinstance(value, DictConfig):
                 if _is_policy(value):
                     typed[key].enabled = True
-                _merge(typed[key], value, inner, f"{name}.{key}", paths, problems)
+                _merge(typed[key], value, inner, f"{name}.{key}", spelling, problems)
             elif callable(value):
                 objects[key] = value
             else:
@@ -189,10 +189,10 @@ def _merge(
                 continue
             problems.append(
                 Problem(
-                    f"{paths.key(f'{name}.{key}')}: {str(error).splitlines()[0]}",
-                    paths.set(f"{name}.{key}", _raw(node, key)),
+                    f"{spelling.key(f'{name}.{key}')}: {str(error).splitlines()[0]}",
+                    spelling.set(f"{name}.{key}", _raw(node, key)),
                     known[key].metadata.get("help", "a value of its type"),
-                    paths.set(f"{name}.{key}", _default_text(known[key])),
+                    spelling.set(f"{name}.{key}", _default_text(known[key])),
                 )
             )
     return objects
@@ -224,9 +224,9 @@ def _default_text(item: dataclasses.Field[Any]) -> Any:
     return getattr(value, "name", value)
 
 
-def default_choice(section: str, paths: Paths) -> str:
+def default_choice(section: str, spelling: Spelling) -> str:
     """The words that choose the section's default option."""
-    return paths.choose(section, {"pipeline": "1f1b", "strategy": "fsdp2"}.get(section, "default"))
+    return spelling.choose(section, {"pipeline": "1f1b", "strategy": "fsdp2"}.get(section, "default"))
 
 
 def _plain(typed: DictConfig) -> dict[str, Any]:
@@ -236,31 +236,31 @@ def _plain(typed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _stray(path: str, value: Any, known: Mapping[str, Any], paths: Paths) -> Problem:
+def _stray(path: str, value: Any, known: Mapping[str, Any], spelling: Spelling) -> Problem:
     """A key that ``+`` or ``++`` slipped in: the nearest option, or the strategy or section that has it."""
     key = path.rsplit(".", 1)[-1]
-    asked = f"+{paths.set(path, value)}"
+    asked = f"+{spelling.set(path, value)}"
     section = path.split(".", 1)[0]
     owners = [s.name for s in STRATEGIES if key in {item.name for item in dataclasses.fields(s.schema)}]
     other = section_of(key)
     likely = nearest(key, known)
     if section == "strategy" and owners:
-        what = f"{paths.key(path)} is not an option of this strategy; {' and '.join(owners)} has it"
-        instead = f"{paths.choose('strategy', owners[0])} {paths.set(path, value)}"
+        what = f"{spelling.key(path)} is not an option of this strategy; {' and '.join(owners)} has it"
+        instead = f"{spelling.choose('strategy', owners[0])} {spelling.set(path, value)}"
     elif other and other != section:
-        what = f"{paths.key(path)} is not an option; {other} has it"
-        instead = paths.set(f"{other}.{key}", value)
+        what = f"{spelling.key(path)} is not an option; {other} has it"
+        instead = spelling.set(f"{other}.{key}", value)
     elif likely:
-        what = f"{paths.key(path)} is not an option; did you mean {likely[0]}?"
-        instead = paths.set(f"{path.rsplit('.', 1)[0]}.{likely[0]}", value)
+        what = f"{spelling.key(path)} is not an option; did you mean {likely[0]}?"
+        instead = spelling.set(f"{path.rsplit('.', 1)[0]}.{likely[0]}", value)
     else:
-        what = f"{paths.key(path)} is not an option"
-        instead = f"~{paths.key(path)}"
+        what = f"{spelling.key(path)} is not an option"
+        instead = f"~{spelling.key(path)}"
     ordered = likely + [name for name in known if name not in likely]
     return Problem(what, asked, ", ".join(ordered), instead)
 
 
-def misspelt_sections(root: DictConfig, paths: Paths) -> list[Problem]:
+def misspelt_sections(root: DictConfig, spelling: Spelling) -> list[Problem]:
     """Siblings of ours that look like one of our sections but are not, so that their values would be ignored."""
     names = ["strategy", *SECTIONS, "activation_checkpointing", "batch_statistics"]
     problems = []
@@ -271,10 +271,10 @@ def misspelt_sections(root: DictConfig, paths: Paths) -> list[Problem]:
         words = typed_words(root, key)
         problems.append(
             Problem(
-                f"{paths.key(key)} is not a section of nemo_dist_conf; did you mean {likely[0]}?",
-                " ".join(f"+{paths.key(word)}" for word in words),
+                f"{spelling.key(key)} is not a section of nemo_dist_conf; did you mean {likely[0]}?",
+                " ".join(f"+{spelling.key(word)}" for word in words),
                 ", ".join(names),
-                " ".join(paths.key(word.replace(key, likely[0], 1)) for word in words),
+                " ".join(spelling.key(word.replace(key, likely[0], 1)) for word in words),
             )
         )
     return problems
@@ -285,7 +285,7 @@ def typed_words(node: DictConfig, key: str) -> list[str]:
     value = node._get_node(key)
     if isinstance(value, DictConfig) and not value._is_none() and len(value):
         return [f"{key}.{word}" for inner in value for word in typed_words(value, str(inner))]
-    return [Paths().set(key, _raw(node, key))]
+    return [Spelling().set(key, _raw(node, key))]
 
 
 def section_of(option: str) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.families.config_facts import ModelFacts, is_dense_family
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.solve import divisors
 
 __all__ = ["layerdrop_problems", "model_problems", "tensor_parallel_sizes", "tied_head_problems"]
@@ -24,7 +24,7 @@ def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
 
 
 def layerdrop_problems(
-    config: Mapping[str, Any], strategy: Mapping[str, Any], sizes: Mapping[str, Any], world_size: int, paths: Paths
+    config: Mapping[str, Any], strategy: Mapping[str, Any], sizes: Mapping[str, Any], world_size: int, spelling: Spelling
 ) -> list[Problem]:
     """What does not go with a model that skips layers at random, where its config says so.
 
@@ -32,17 +32,17 @@ def layerdrop_problems(
     """
     skipping = {k: v for k, v in config.items() if "layerdrop" in k.replace("_", "") and _is_number(v) and v > 0}
     for key, value in skipping.items():
-        said, switch = paths.set(f"model.config.{key}", value), "strategy.find_unused_parameters"
+        said, switch = spelling.set(f"model.config.{key}", value), "strategy.find_unused_parameters"
         off = f"{key}=0: a model that runs all its layers"
         if (sizes.get("pp_size") or 1) > 1:
             what = f"{said}: the stages of a pipeline would not skip the same layers"
-            one = paths.set("parallelism.pp_size", 1)
-            asked = f"{said} {paths.set('parallelism.pp_size', sizes['pp_size'])}"
+            one = spelling.set("parallelism.pp_size", 1)
+            asked = f"{said} {spelling.set('parallelism.pp_size', sizes['pp_size'])}"
             return [Problem(what, asked, f"pp_size=1, or {off}", one)]
         if world_size > 1 and strategy.get("find_unused_parameters") is False:
             what = f"{said}: layers that a step skips get no gradient, which DDP has to be told"
-            on = paths.set(switch, True)
-            return [Problem(what, f"{said} {paths.set(switch, False)}", f"{on}, or {off}", on)]
+            on = spelling.set(switch, True)
+            return [Problem(what, f"{said} {spelling.set(switch, False)}", f"{on}, or {off}", on)]
     return []
 
 
@@ -55,7 +55,7 @@ def model_problems(
     sizes: Mapping[str, Any],
     world_size: int,
     seq_len: int | None = None,
-    paths: Paths = Paths(),
+    spelling: Spelling = Spelling(),
     moe: Mapping[str, Any] | None = None,
 ) -> list[Problem]:
     """What in the sizes does not fit the model or the sequence length [tokens]; suggestions fit the world size too.
@@ -69,9 +69,9 @@ def model_problems(
         problems.append(
             Problem(
                 f"tp_size={tp}: the experts of {facts.model_type or 'the model'} have no tensor-parallel plan",
-                paths.set("parallelism.tp_size", tp),
+                spelling.set("parallelism.tp_size", tp),
                 "tp_size=1; ep_size splits experts, cp_size and pp_size the rest",
-                paths.set("parallelism.tp_size", 1),
+                spelling.set("parallelism.tp_size", 1),
             )
         )
         tp = 1
@@ -89,9 +89,9 @@ def model_problems(
         problems.append(
             Problem(
                 f"tp_size={tp} does not divide the model's {' and '.join(odd)}",
-                paths.set("parallelism.tp_size", tp),
+                spelling.set("parallelism.tp_size", tp),
                 f"tp_size: {', '.join(map(str, legal))}",
-                paths.set("parallelism.tp_size", max(d for d in legal if d <= tp and world_size % d == 0)),
+                spelling.set("parallelism.tp_size", max(d for d in legal if d <= tp and world_size % d == 0)),
             )
         )
     if cp > 1 and seq_len is not None and seq_len % (2 * cp):
@@ -99,7 +99,7 @@ def model_problems(
         problems.append(
             Problem(
                 f"cp_size={cp} splits a sequence into {2 * cp} equal chunks, and {seq_len} tokens do not split so",
-                f"{paths.set('parallelism.cp_size', cp)} data.seq_len={seq_len}",
+                f"{spelling.set('parallelism.cp_size', cp)} data.seq_len={seq_len}",
                 f"a multiple of {2 * cp} tokens",
                 f"data.seq_len={nearest}",
             )
@@ -108,32 +108,32 @@ def model_problems(
         problems.append(
             Problem(
                 f"cp_size={cp}: {facts.model_type} has {facts.own_mixer}; on a part of a row it sees that part only",
-                paths.set("parallelism.cp_size", cp),
+                spelling.set("parallelism.cp_size", cp),
                 "cp_size=1, or a family whose layers are all attentions of the registry",
-                paths.set("parallelism.cp_size", 1),
+                spelling.set("parallelism.cp_size", 1),
             )
         )
     if pp > 1 and facts.balances_experts:
         problems.append(
             Problem(
                 "the loss that balances experts is taken over all layers at once, and a pipeline rank has only its own",
-                f"{paths.set('parallelism.pp_size', pp)} {_said(facts, 'output_router_logits')}",
+                f"{spelling.set('parallelism.pp_size', pp)} {_said(facts, 'output_router_logits')}",
                 "pp_size=1, or training without that loss",
-                paths.set("parallelism.pp_size", 1) if facts.folder else "model.config.output_router_logits=false",
+                spelling.set("parallelism.pp_size", 1) if facts.folder else "model.config.output_router_logits=false",
             )
         )
     if pp > 1 and facts.tied:
         problems.append(
             Problem(
                 "the model's embedding and head are one parameter, and a pipeline has them on its first and last stage",
-                f"{paths.set('parallelism.pp_size', pp)} {_said(facts, 'tie_word_embeddings')}",
+                f"{spelling.set('parallelism.pp_size', pp)} {_said(facts, 'tie_word_embeddings')}",
                 "pp_size=1, or a head with weights of its own",
-                paths.set("parallelism.pp_size", 1) if facts.folder else "model.config.tie_word_embeddings=false",
+                spelling.set("parallelism.pp_size", 1) if facts.folder else "model.config.tie_word_embeddings=false",
             )
         )
     if ep > 1:
-        problems += _expert_problems(facts, ep, paths)
-        problems += tied_head_problems(moe or {}, paths) if facts.tied else []
+        problems += _expert_problems(facts, ep, spelling)
+        problems += tied_head_problems(moe or {}, spelling) if facts.tied else []
     return problems
 
 
@@ -142,14 +142,14 @@ def _said(facts: ModelFacts, field: str) -> str:
     return f"model.name_or_path={facts.folder}" if facts.folder else f"model.config.{field}=true"
 
 
-def tied_head_problems(moe: Mapping[str, Any], paths: Paths = Paths()) -> list[Problem]:
+def tied_head_problems(moe: Mapping[str, Any], spelling: Spelling = Spelling()) -> list[Problem]:
     """What of the group moe would make a unit of a head whose weights are the embedding's."""
     together = {"lm_head_precision": None, "wrap_outer_model": True}
     apart = [key for key, value in together.items() if moe.get(key, value) != value]
     if not apart:
         return []
-    asked = [paths.set(f"moe.{key}", getattr(moe[key], "name", moe[key])) for key in apart]
-    instead = " ".join(paths.set(f"moe.{key}", together[key]) for key in apart)
+    asked = [spelling.set(f"moe.{key}", getattr(moe[key], "name", moe[key])) for key in apart]
+    instead = " ".join(spelling.set(f"moe.{key}", together[key]) for key in apart)
     return [
         Problem(
             "the model's embedding and head are one parameter, which cannot be sharded in two units",
@@ -160,8 +160,8 @@ def tied_head_problems(moe: Mapping[str, Any], paths: Paths = Paths()) -> list[P
     ]
 
 
-def _expert_problems(facts: ModelFacts, ep: int, paths: Paths) -> list[Problem]:
-    asked = paths.set("parallelism.ep_size", ep)
+def _expert_problems(facts: ModelFacts, ep: int, spelling: Spelling) -> list[Problem]:
+    asked = spelling.set("parallelism.ep_size", ep)
     if facts.num_experts is None and not is_dense_family(facts.model_type or ""):
         return []  # the model is asked itself when it is built
     if not facts.num_experts:
@@ -170,7 +170,7 @@ def _expert_problems(facts: ModelFacts, ep: int, paths: Paths) -> list[Problem]:
                 f"ep_size={ep}, but the model ({facts.model_type}) has no experts",
                 asked,
                 "ep_size=1, or a mixture-of-experts model",
-                paths.set("parallelism.ep_size", 1),
+                spelling.set("parallelism.ep_size", 1),
             )
         ]
     if facts.num_experts % ep == 0:
@@ -181,6 +181,6 @@ def _expert_problems(facts: ModelFacts, ep: int, paths: Paths) -> list[Problem]:
             f"ep_size={ep} does not divide the model's {facts.num_experts} experts",
             asked,
             f"ep_size: {', '.join(map(str, legal))}",
-            paths.set("parallelism.ep_size", max(d for d in legal if d <= ep)),
+            spelling.set("parallelism.ep_size", max(d for d in legal if d <= ep)),
         )
     ]

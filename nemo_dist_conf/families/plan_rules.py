@@ -12,7 +12,7 @@ from nemo_dist_conf.families.config_facts import ModelFacts
 from nemo_dist_conf.families.plans import FAMILIES, STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.families.shapes import SHAPED_FAMILIES
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["plan_problems", "style_names"]
 
@@ -21,18 +21,18 @@ _KEY = "strategy.tp_plan"
 _WITHOUT_WEIGHTS = ("layers", "rotary_emb", "layers.*.mlp.act_fn")
 
 
-def plan_problems(plan: Any, facts: ModelFacts, paths: Paths = Paths()) -> list[Problem]:
+def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling()) -> list[Problem]:
     """Entries whose style has no such name, or whose pattern is no module of a known family's model.
 
     plan: value of ``strategy.tp_plan``; styles that are objects are left to the runtime.
     """
     if plan is None:
         return []
-    asked = f"{paths.key(_KEY)}={plan}"
+    asked = f"{spelling.key(_KEY)}={plan}"
     if not isinstance(plan, Mapping) or not plan:
-        what = f"{paths.key(_KEY)} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
+        what = f"{spelling.key(_KEY)} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
         allowed = "a mapping from module names (* allowed) to styles, or null for the model's own"
-        return [Problem(what, asked, allowed, paths.set(_KEY, None))]
+        return [Problem(what, asked, allowed, spelling.set(_KEY, None))]
     known = _modules(facts)
     found: list[tuple[str, str, str]] = []
     fixed: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def plan_problems(plan: Any, facts: ModelFacts, paths: Paths = Paths()) -> list[
             fixed[name] = better
     entries = ",".join(f"{pattern}:{style}" for pattern, style in fixed.items())
     # A family's own plan is known to fit; of any other only a run could tell.
-    way_out = f"'{paths.key(_KEY)}={{{entries}}}'" if _fits(fixed, facts) else paths.set(_KEY, None)
+    way_out = f"'{spelling.key(_KEY)}={{{entries}}}'" if _fits(fixed, facts) else spelling.set(_KEY, None)
     return [Problem(what, asked, allowed, way_out) for what, asked, allowed in found]
 
 

@@ -24,7 +24,7 @@ from nemo_dist_conf.composition.resolvers import autocast_dtype, compute_dtype
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.strategies import STRATEGIES, Strategy
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.topology.launched_ranks import about_to_start
@@ -241,7 +241,7 @@ class _Search:
         size = 1
         while size <= job.microbatches and job.microbatches % size == 0:
             pipeline = {**job.pipeline, "pp_microbatch_size": size} if job.pp > 1 else job.pipeline
-            if job.pp == 1 or not pipeline_problems(pipeline, job.pp, self.model.layers, Paths(), asked):
+            if job.pp == 1 or not pipeline_problems(pipeline, job.pp, self.model.layers, Spelling(), asked):
                 yield dataclasses.replace(
                     job, rows=size, microbatches=job.microbatches // size, pipeline=pipeline, checkpointing=mode
                 )

@@ -129,7 +129,7 @@ def _unscaled_problems(dtype: Any, checked: Checked) -> list[Problem]:
     if dtype != "float16":
         return []
     what = f"strategy={checked.strategy.name} has no loss scaling here, without which gradients in float16 become zero"
-    asked = f"{checked.paths.choose('strategy', checked.strategy.name)} train.dtype=float16"
+    asked = f"{checked.spelling.choose('strategy', checked.strategy.name)} train.dtype=float16"
     return [Problem(what, asked, "auto, float32, bfloat16; or strategy=fsdp2", "train.dtype=bfloat16")]
 
 

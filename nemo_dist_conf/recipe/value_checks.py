@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema.optimizers import optimizer_problems
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = [
     "PATH_ALLOWED",
@@ -75,7 +75,7 @@ def train_problems(node: Any) -> list[Problem]:
     problems: list[Problem] = []
 
     def wrong(key: str, allowed: str, example: str) -> None:
-        asked = Paths().set(f"train.{key}", node.get(key))
+        asked = Spelling().set(f"train.{key}", node.get(key))
         problems.append(Problem(f"{asked} does not fit", asked, allowed, f"train.{key}={example}"))
 
     if not _is_whole(node.get("steps"), 1):
@@ -95,11 +95,11 @@ def schedule_problems(schedule: Any, warmup_steps: Any, steps: Any) -> list[Prob
     problems = []
     if schedule not in _SCHEDULES:
         best = nearest(schedule or "", _SCHEDULES) or ["constant"]
-        asked = Paths().set("train.schedule", schedule)
+        asked = Spelling().set("train.schedule", schedule)
         what = f"{asked} is not a schedule"
         problems.append(Problem(what, asked, ", ".join(_SCHEDULES), f"train.schedule={best[0]}"))
     if not _is_whole(warmup_steps, 0):
-        asked = Paths().set("train.warmup_steps", warmup_steps)
+        asked = Spelling().set("train.warmup_steps", warmup_steps)
         allowed = "0, 1, 2, ...; longer than the run: the rate rises to its end"
         example = steps // 10 if _is_whole(steps, 1) else 0
         problems.append(Problem(f"{asked} does not fit", asked, allowed, f"train.warmup_steps={example}"))

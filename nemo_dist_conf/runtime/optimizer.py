@@ -12,7 +12,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.schema.optimizers import optimizer_problems
 from nemo_dist_conf.runtime.config_targets import build_target
 from nemo_dist_conf.composition.text_values import told_as_texts
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["an_optimizer", "build_optimizer", "refuse_given"]
 
@@ -36,7 +36,7 @@ _OPTIMIZERS: Mapping[str, _Kind] = {
 
 
 def build_optimizer(
-    node: Any, named_parameters: _NamedParameters, *, paths: Paths = Paths()
+    node: Any, named_parameters: _NamedParameters, *, spelling: Spelling = Spelling()
 ) -> torch.optim.Optimizer | None:
     """The optimizer that a config node describes, over the trainable parameters of a wrapped model.
 
@@ -50,31 +50,31 @@ def build_optimizer(
         return None
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trainable:
-        raise _nothing_to_train(paths)
+        raise _nothing_to_train(spelling)
     if callable(node) or isinstance(node, torch.optim.Optimizer):
         return _from_factory(node, trainable)
-    values = _plain(node, paths)
+    values = _plain(node, spelling)
     if "_target_" in values:
-        values, instead = {**values, "_convert_": "all"}, paths.choose("optimizer", "adamw")
+        values, instead = {**values, "_convert_": "all"}, spelling.choose("optimizer", "adamw")
         if values.get("_partial_"):
             return _from_factory(build_target(values, "optimizer", instead=instead), trainable)
         parameters = [parameter for _, parameter in trainable]
         return an_optimizer(build_target(values, "optimizer", parameters, instead=instead))
-    _check(node, paths)
+    _check(node, spelling)
     kind = _OPTIMIZERS[values["name"]]
     options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    _refuse_impossible(kind, options, trainable, paths)
+    _refuse_impossible(kind, options, trainable, spelling)
     if kind.fuses and options.get("foreach") is None and options.get("fused") is None and _can_fuse(trainable):
         options["fused"] = True
     groups = _groups(trainable, options.get("weight_decay"), values.get("decay_1d", False))
     return kind.build([part for group in groups for part in _of_one_kind(group)], **options)
 
 
-def _check(node: Any, paths: Paths) -> None:
+def _check(node: Any, spelling: Spelling) -> None:
     def once(read: Any) -> None:
-        ConfigError.raise_if(optimizer_problems(_plain(read, paths), paths))
+        ConfigError.raise_if(optimizer_problems(_plain(read, spelling), spelling))
 
     try:
         once(node)
@@ -82,7 +82,7 @@ def _check(node: Any, paths: Paths) -> None:
         raise told_as_texts(error, node, once) from None
 
 
-def _plain(node: Any, paths: Paths) -> dict[str, Any]:
+def _plain(node: Any, spelling: Spelling) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -91,7 +91,7 @@ def _plain(node: Any, paths: Paths) -> dict[str, Any]:
     raise ConfigError(
         Problem(
             f"optimizer: expected a group of settings, got {values!r}",
-            paths.set("optimizer", values),
+            spelling.set("optimizer", values),
             "optimizer=adamw, optimizer=sgd, or a node with name or _target_",
             "optimizer=adamw",
         )
@@ -137,13 +137,13 @@ def an_optimizer(built: Any) -> torch.optim.Optimizer:
     )
 
 
-def _nothing_to_train(paths: Paths) -> ConfigError:
+def _nothing_to_train(spelling: Spelling) -> ConfigError:
     return ConfigError(
         Problem(
             "optimizer: the model has no parameter that requires a gradient",
             "an optimizer over 0 parameters",
             "a model with at least one trainable parameter, or no optimizer",
-            paths.set("optimizer", None),
+            spelling.set("optimizer", None),
         )
     )
 
@@ -167,12 +167,12 @@ def _on_mesh(parameter: torch.nn.Parameter) -> str | None:
 
 
 def _refuse_impossible(
-    kind: _Kind, options: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]], paths: Paths
+    kind: _Kind, options: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]], spelling: Spelling
 ) -> None:
     """Refuse a fused update that was asked for where torch has none: fused SGD has no sharding strategy (2.13)."""
     if options.get("fused") and not kind.fuses and any(isinstance(parameter, DTensor) for _, parameter in trainable):
         what, key = "optimizer.fused=true cannot update distributed parameters with this optimizer", "optimizer.fused"
-        raise ConfigError(Problem(what, paths.set(key, True), "null, false", paths.set(key, None)))
+        raise ConfigError(Problem(what, spelling.set(key, True), "null, false", spelling.set(key, None)))
 
 
 def _groups(

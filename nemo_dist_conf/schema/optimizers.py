@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["SETTINGS", "Setting", "optimizer_problems"]
 
@@ -61,7 +61,7 @@ SETTINGS: Mapping[str, Mapping[str, Setting]] = {
 }
 
 
-def optimizer_problems(values: Mapping[str, Any], paths: Paths = Paths()) -> list[Problem]:
+def optimizer_problems(values: Mapping[str, Any], spelling: Spelling = Spelling()) -> list[Problem]:
     """Everything wrong with a node ``{name: ..., lr: ..., ...}``."""
     name = values.get("name")
     settings = SETTINGS.get(name) if isinstance(name, str) else None
@@ -70,9 +70,9 @@ def optimizer_problems(values: Mapping[str, Any], paths: Paths = Paths()) -> lis
         return [
             Problem(
                 f"optimizer.name={_text(name)} is not an optimizer",
-                paths.set("optimizer.name", _text(name)),
+                spelling.set("optimizer.name", _text(name)),
                 f"{', '.join(SETTINGS)}; any other: a node with _target_",
-                paths.set("optimizer.name", best[0]),
+                spelling.set("optimizer.name", best[0]),
             )
         ]
     problems: list[Problem] = []
@@ -80,24 +80,24 @@ def optimizer_problems(values: Mapping[str, Any], paths: Paths = Paths()) -> lis
         if key == "name":
             continue
         setting = settings.get(key)
-        asked = paths.set(f"optimizer.{key}", _text(value))
+        asked = spelling.set(f"optimizer.{key}", _text(value))
         if setting is None:
-            problems.append(_unknown(str(key), value, str(name), settings, asked, paths))
+            problems.append(_unknown(str(key), value, str(name), settings, asked, spelling))
         elif not setting.fits(value):
             what = f"optimizer.{key}={_text(value)} does not fit"
-            problems.append(Problem(what, asked, setting.allowed, paths.set(f"optimizer.{key}", setting.example)))
+            problems.append(Problem(what, asked, setting.allowed, spelling.set(f"optimizer.{key}", setting.example)))
     if "lr" not in values:
         what = "optimizer.lr is missing"
         problems.append(
-            Problem(what, f"optimizer.name={name}", _LR.allowed, "++" + paths.set("optimizer.lr", _LR.example))
+            Problem(what, f"optimizer.name={name}", _LR.allowed, "++" + spelling.set("optimizer.lr", _LR.example))
         )
     if values.get("fused") is True and values.get("foreach") is True:
         problems.append(
             Problem(
                 "optimizer.fused=true and optimizer.foreach=true ask for two ways of one update",
-                f"{paths.set('optimizer.fused', True)} {paths.set('optimizer.foreach', True)}",
+                f"{spelling.set('optimizer.fused', True)} {spelling.set('optimizer.foreach', True)}",
                 "one of them; null for both: the fastest that these parameters allow",
-                paths.set("optimizer.foreach", None),
+                spelling.set("optimizer.foreach", None),
             )
         )
     nesterov_alone = values.get("nesterov") is True and (not values.get("momentum") or values.get("dampening"))
@@ -105,25 +105,25 @@ def optimizer_problems(values: Mapping[str, Any], paths: Paths = Paths()) -> lis
         problems.append(
             Problem(
                 "optimizer.nesterov=true needs a momentum and no dampening",
-                paths.set("optimizer.nesterov", True),
+                spelling.set("optimizer.nesterov", True),
                 "true with optimizer.momentum above 0 and optimizer.dampening=0; false",
-                paths.set("optimizer.nesterov", False),
+                spelling.set("optimizer.nesterov", False),
             )
         )
     return problems
 
 
 def _unknown(
-    key: str, value: Any, name: str, settings: Mapping[str, Setting], asked: str, paths: Paths
+    key: str, value: Any, name: str, settings: Mapping[str, Setting], asked: str, spelling: Spelling
 ) -> Problem:
     others = [other for other, its in SETTINGS.items() if key in its]
     alike = nearest(key, settings)
-    type_ = f"~{paths.key(f'optimizer.{key}')}"
+    type_ = f"~{spelling.key(f'optimizer.{key}')}"
     if alike:
         meant = settings[alike[0]]
-        type_ = paths.set(f"optimizer.{alike[0]}", _text(value) if meant.fits(value) else meant.example)
+        type_ = spelling.set(f"optimizer.{alike[0]}", _text(value) if meant.fits(value) else meant.example)
     elif others:
-        type_ = paths.choose("optimizer", others[0])
+        type_ = spelling.choose("optimizer", others[0])
     hint = f" ({', '.join(others)} has it)" if others else ""
     return Problem(f"optimizer.{key}: {name} has no such setting{hint}", asked, ", ".join(settings), type_)
 

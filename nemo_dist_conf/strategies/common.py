@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["autocast_problems", "has_module", "off_but_changed", "unknown_class"]
 
 
-def autocast_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def autocast_problems(conf: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
     """torch.autocast in float32 does nothing, so asking for it is a mistake."""
     if getattr(conf["autocast_dtype"], "name", conf["autocast_dtype"]) != "float32":
         return []
     return [
         Problem(
             "strategy.autocast_dtype=float32 would change nothing",
-            paths.set("strategy.autocast_dtype", "float32"),
+            spelling.set("strategy.autocast_dtype", "float32"),
             "bfloat16, float16, or null for no autocast",
-            paths.set("strategy.autocast_dtype", None),
+            spelling.set("strategy.autocast_dtype", None),
         )
     ]
 
 
-def off_but_changed(node: Mapping[str, Any] | None, default: Any, name: str, paths: Paths) -> list[Problem]:
+def off_but_changed(node: Mapping[str, Any] | None, default: Any, name: str, spelling: Spelling) -> list[Problem]:
     """A policy that is off while one of its values was changed: which of the two was meant?"""
     if node is None or node["enabled"]:
         return []
@@ -39,9 +39,9 @@ def off_but_changed(node: Mapping[str, Any] | None, default: Any, name: str, pat
     return [
         Problem(
             f"{key} was changed, but the policy is off",
-            paths.set(key, value),
-            f"{paths.set(f'{name}.enabled', True)} with it, or its default",
-            f"{paths.set(f'{name}.enabled', True)} {paths.set(key, value)}",
+            spelling.set(key, value),
+            f"{spelling.set(f'{name}.enabled', True)} with it, or its default",
+            f"{spelling.set(f'{name}.enabled', True)} {spelling.set(key, value)}",
         )
     ]
 

@@ -12,7 +12,7 @@ from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.strategies.common import autocast_problems
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
     import torch
@@ -60,16 +60,16 @@ class DDPManager:
         return wrapped if optimizer is None else (wrapped, optimizer)
 
 
-def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
-    problems = autocast_problems(conf, paths)
+def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
+    problems = autocast_problems(conf, spelling)
     bucket = conf["bucket_cap_mb"]
     if bucket is not None and not 0 < bucket < math.inf:
         problems.append(
             Problem(
                 f"strategy.bucket_cap_mb={bucket:g} is not a size",
-                paths.set("strategy.bucket_cap_mb", f"{bucket:g}"),
+                spelling.set("strategy.bucket_cap_mb", f"{bucket:g}"),
                 "MiB above 0, or null for torch's 25",
-                paths.set("strategy.bucket_cap_mb", None),
+                spelling.set("strategy.bucket_cap_mb", None),
             )
         )
     return problems

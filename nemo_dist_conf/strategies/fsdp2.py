@@ -12,7 +12,7 @@ from nemo_dist_conf.schema.policies import MixedPrecisionConf, OffloadConf
 from nemo_dist_conf.strategies.common import autocast_problems, off_but_changed
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
     import torch
@@ -80,46 +80,46 @@ class FSDP2Manager:
         return parallelize_fsdp2(model, self.config, self.device_mesh, self.moe_mesh, optimizer)
 
 
-def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
-    problems = autocast_problems(conf, paths)
-    problems += off_but_changed(conf["offload_policy"], OffloadConf(), "strategy.offload_policy", paths)
-    problems += _prefetch_problems(conf, paths)
+def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
+    problems = autocast_problems(conf, spelling)
+    problems += off_but_changed(conf["offload_policy"], OffloadConf(), "strategy.offload_policy", spelling)
+    problems += _prefetch_problems(conf, spelling)
     if conf["enable_compile"] and (sizes.get("ep_size") or 1) > 1:
         problems.append(
             Problem(
                 "how many tokens go to which expert is known in each step only, so blocks with split experts cannot be "
                 "compiled",
-                f"{paths.set('strategy.enable_compile', True)} {paths.set('parallelism.ep_size', sizes['ep_size'])}",
+                f"{spelling.set('strategy.enable_compile', True)} {spelling.set('parallelism.ep_size', sizes['ep_size'])}",
                 "enable_compile=false, or ep_size=1",
-                paths.set("strategy.enable_compile", False),
+                spelling.set("strategy.enable_compile", False),
             )
         )
     if conf["enable_compile"] and conf["sequence_parallel"] and (sizes.get("tp_size") or 1) > 1:
-        problems += _older_torch_problems(paths)
+        problems += _older_torch_problems(spelling)
     if conf["enable_async_tensor_parallel"]:
-        problems += _async_tp_problems(conf, sizes, paths)
+        problems += _async_tp_problems(conf, sizes, spelling)
     return problems
 
 
-def _older_torch_problems(paths: Paths) -> list[Problem]:
+def _older_torch_problems(spelling: Spelling) -> list[Problem]:
     """torch 2.11's backward of a compiled block ends in an error of its own where the sequence is split."""
     import importlib.metadata
 
     version = importlib.metadata.version("torch")
     if tuple(map(int, version.split(".")[:2])) >= (2, 13):
         return []
-    compiled = paths.set("strategy.enable_compile", True)
+    compiled = spelling.set("strategy.enable_compile", True)
     return [
         Problem(
             f"torch {version} cannot compile blocks whose sequence is split",
-            f"{compiled} {paths.set('strategy.sequence_parallel', True)}",
+            f"{compiled} {spelling.set('strategy.sequence_parallel', True)}",
             "one of the two, or torch 2.13",
-            paths.set("strategy.enable_compile", False),
+            spelling.set("strategy.enable_compile", False),
         )
     ]
 
 
-def _prefetch_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def _prefetch_problems(conf: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
     problems = []
     for name, default in (("fsdp2_backward_prefetch_depth", 2), ("fsdp2_forward_prefetch_depth", 1)):
         key, depth = f"strategy.{name}", conf[name]
@@ -127,35 +127,35 @@ def _prefetch_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
             problems.append(
                 Problem(
                     f"{name}={depth} is not a number of blocks",
-                    paths.set(key, depth),
+                    spelling.set(key, depth),
                     "0 (none ahead) or more",
-                    paths.set(key, default),
+                    spelling.set(key, default),
                 )
             )
         elif depth != default and not conf["enable_fsdp2_prefetch"]:
-            switch = paths.set("strategy.enable_fsdp2_prefetch", True)
+            switch = spelling.set("strategy.enable_fsdp2_prefetch", True)
             problems.append(
                 Problem(
                     f"{name} was changed, but explicit prefetch is off",
-                    paths.set(key, depth),
+                    spelling.set(key, depth),
                     f"with {switch}",
-                    f"{switch} {paths.set(key, depth)}",
+                    f"{switch} {spelling.set(key, depth)}",
                 )
             )
     return problems
 
 
-def _async_tp_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def _async_tp_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
     needs = [
         ("sequence_parallel", conf["sequence_parallel"], "it overlaps the gathers of sequence parallelism"),
         ("enable_compile", conf["enable_compile"], "inductor does the overlapping"),
     ]
     missing = [(name, why) for name, on, why in needs if not on]
-    asked = paths.set("strategy.enable_async_tensor_parallel", True)
+    asked = spelling.set("strategy.enable_async_tensor_parallel", True)
     problems = []
     if missing:
         names = " and ".join(f"{name}=true ({why})" for name, why in missing)
-        also = " ".join(paths.set(f"strategy.{name}", True) for name, _ in missing)
+        also = " ".join(spelling.set(f"strategy.{name}", True) for name, _ in missing)
         problems.append(
             Problem(
                 f"enable_async_tensor_parallel needs {' and '.join(name for name, _ in missing)}",
@@ -170,7 +170,7 @@ def _async_tp_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths:
                 "enable_async_tensor_parallel without tensor parallelism would do nothing",
                 asked,
                 "tp_size of 2 or more",
-                paths.set("strategy.enable_async_tensor_parallel", False),
+                spelling.set("strategy.enable_async_tensor_parallel", False),
             )
         )
     return problems

@@ -10,7 +10,7 @@ from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.strategies.common import has_module, unknown_class
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.gpu_presence import cuda_present
 from nemo_dist_conf.topology.launched_ranks import runs_here
 
@@ -73,7 +73,7 @@ class MegatronFSDPManager:
         return parallelize_megatron_fsdp(model, self.config, self.device_mesh, optimizer)
 
 
-def library_problems(paths: Paths = Paths()) -> list[Problem]:
+def library_problems(spelling: Spelling = Spelling()) -> list[Problem]:
     """That the megatron-fsdp package is there, in a version whose arguments are known. Imports nothing of it."""
     import importlib.metadata  # longer than all of our modules, and most configs are of other strategies
 
@@ -86,7 +86,7 @@ def library_problems(paths: Paths = Paths()) -> list[Problem]:
     what = "strategy=megatron_fsdp needs the package megatron-fsdp"
     if version is not None:
         what = f"megatron-fsdp {version} is installed, whose options and results are not those of 0.6"
-    asked, allowed = paths.choose("strategy", "megatron_fsdp"), "megatron-fsdp 0.6; or fsdp2, which needs no package"
+    asked, allowed = spelling.choose("strategy", "megatron_fsdp"), "megatron-fsdp 0.6; or fsdp2, which needs no package"
     return [Problem(what, asked, allowed, "pip install 'nemo_dist_conf[megatron]'")]
 
 
@@ -94,49 +94,49 @@ def library_problems(paths: Paths = Paths()) -> list[Problem]:
 _ALLOCATORS = {"megatron.core.nccl_allocator": "megatron-core", "apex.contrib.nccl_allocator": "apex"}
 
 
-def _allocator_problems(conf: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def _allocator_problems(conf: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
     if not conf["nccl_ub"] or any(has_module(path) for path in _ALLOCATORS):
         return []
     return [
         Problem(
             "buffers registered with NCCL need an allocator of another package, and neither is installed",
-            paths.set("strategy.nccl_ub", True),
+            spelling.set("strategy.nccl_ub", True),
             f"false, or {' or '.join(_ALLOCATORS.values())} installed",
-            paths.set("strategy.nccl_ub", False),
+            spelling.set("strategy.nccl_ub", False),
         )
     ]
 
 
-def _cuda_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def _cuda_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
     """The library runs on CUDA only. What comes closest elsewhere depends on what was to be sharded."""
     if not runs_here() or cuda_present():
         return []
     model_axes = any((sizes.get(name) or 1) > 1 for name in ("tp_size", "cp_size"))
-    closest = paths.choose("strategy", "fsdp2")
+    closest = spelling.choose("strategy", "fsdp2")
     if conf["zero_dp_strategy"] in (0, 1) and not model_axes:
-        closest = paths.choose("strategy", "ddp")
+        closest = spelling.choose("strategy", "ddp")
     elif conf["zero_dp_strategy"] == 2:
-        closest = f"{closest} {paths.set('strategy.reshard_after_forward', False)}"
+        closest = f"{closest} {spelling.set('strategy.reshard_after_forward', False)}"
     return [
         Problem(
             "megatron-fsdp runs on CUDA devices only, and there is none here",
-            paths.choose("strategy", "megatron_fsdp"),
+            spelling.choose("strategy", "megatron_fsdp"),
             "a machine with GPUs; fsdp2 and ddp run anywhere",
             closest,
         )
     ]
 
 
-def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
     problems = []
     zero = conf["zero_dp_strategy"]
     if isinstance(zero, bool) or zero not in (0, 1, 2, 3):
         problems.append(
             Problem(
                 f"zero_dp_strategy={zero} is not a ZeRO stage",
-                paths.set("strategy.zero_dp_strategy", zero),
+                spelling.set("strategy.zero_dp_strategy", zero),
                 "0 (nothing sharded), 1 (optimizer state), 2 (also gradients), 3 (also parameters)",
-                paths.set("strategy.zero_dp_strategy", 3),
+                spelling.set("strategy.zero_dp_strategy", 3),
             )
         )
     units = conf["megatron_fsdp_unit_modules"]
@@ -146,26 +146,26 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> l
             problems.append(
                 Problem(
                     f"megatron_fsdp_unit_modules: {path!r} {why}",
-                    paths.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
+                    spelling.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
                     "package.module.Class of a repeated layer; the default: the model's own blocks",
-                    paths.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
+                    spelling.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
                 )
             )
     if not problems:
-        problems += _contradictions(conf, sizes, paths)
-    return problems + library_problems(paths) + _allocator_problems(conf, paths) + _cuda_problems(conf, sizes, paths)
+        problems += _contradictions(conf, sizes, spelling)
+    return problems + library_problems(spelling) + _allocator_problems(conf, spelling) + _cuda_problems(conf, sizes, spelling)
 
 
-def _contradictions(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Paths) -> list[Problem]:
+def _contradictions(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
     """Options that the library would override without a word, or refuse in the middle of wrapping."""
     zero = conf["zero_dp_strategy"]
-    stage = paths.set("strategy.zero_dp_strategy", zero)
+    stage = spelling.set("strategy.zero_dp_strategy", zero)
     problems = []
 
     def contradict(name: str, why: str, allowed: str, *also: str) -> None:
         key, value = f"strategy.{name}", conf[name]
-        asked = " ".join([paths.set(key, value), *also])
-        problems.append(Problem(why, asked, allowed, paths.set(key, not value)))
+        asked = " ".join([spelling.set(key, value), *also])
+        problems.append(Problem(why, asked, allowed, spelling.set(key, not value)))
 
     if not conf["overlap_grad_reduce"] and zero >= 2:
         why = f"with zero_dp_strategy={zero} gradients are always reduced while backward goes on"
@@ -178,11 +178,11 @@ def _contradictions(conf: Mapping[str, Any], sizes: Mapping[str, Any], paths: Pa
         contradict("init_fsdp_with_meta_device", why, "false, or zero_dp_strategy of 1 to 3", stage)
     if conf["init_fsdp_with_meta_device"] and (sizes.get("tp_size") or 1) > 1:
         why = "tensor parallelism splits the model before the library sees it, so the library cannot fill it"
-        also = paths.set("parallelism.tp_size", sizes["tp_size"])
+        also = spelling.set("parallelism.tp_size", sizes["tp_size"])
         contradict("init_fsdp_with_meta_device", why, "false, or tp_size=1", also)
     if conf["average_in_collective"] and conf["calculate_per_token_loss"]:
         why = "gradients are either averaged over ranks or summed, for a loss that is divided by tokens elsewhere"
-        also = paths.set("strategy.calculate_per_token_loss", True)
+        also = spelling.set("strategy.calculate_per_token_loss", True)
         contradict("average_in_collective", why, "one of the two", also)
     return problems
 

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import STRATEGY_NAMES, nearest
 from nemo_dist_conf.strategies.spec import Strategy
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["STRATEGIES", "find_strategy", "strategy_names", "strategy_of_target"]
 
@@ -35,7 +35,7 @@ def strategy_names() -> list[str]:
     return [name for strategy, aliases in STRATEGY_NAMES.items() for name in (strategy, *aliases)]
 
 
-def find_strategy(name: str, paths: Paths = Paths()) -> Strategy:
+def find_strategy(name: str, spelling: Spelling = Spelling()) -> Strategy:
     """The strategy of this name or alias. Raises ConfigError, the nearest name first."""
     for strategy, aliases in STRATEGY_NAMES.items():
         if name in (strategy, *aliases):
@@ -46,9 +46,9 @@ def find_strategy(name: str, paths: Paths = Paths()) -> Strategy:
     raise ConfigError(
         Problem(
             f"there is no strategy {name!r}",
-            paths.choose("strategy", name),
+            spelling.choose("strategy", name),
             ", ".join(ordered),
-            paths.choose("strategy", (likely or ["fsdp2"])[0]),
+            spelling.choose("strategy", (likely or ["fsdp2"])[0]),
         )
     )
 

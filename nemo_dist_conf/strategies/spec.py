@@ -9,12 +9,12 @@ from typing import Any, Callable, Mapping
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, STRATEGY_NAMES
 from nemo_dist_conf.topology.axes import AxisRules
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["Rules", "Strategy"]
 
 #: (the strategy node as plain values, the sizes, spelling of keys) -> what cannot work
-Rules = Callable[[Mapping[str, Any], Mapping[str, Any], Paths], list[Problem]]
+Rules = Callable[[Mapping[str, Any], Mapping[str, Any], Spelling], list[Problem]]
 
 
 @dataclass(frozen=True)

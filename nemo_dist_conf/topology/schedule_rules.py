@@ -6,7 +6,7 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import SCHEDULES, Schedule, nearest
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.schedule_file import ScheduleFile, read_schedule
 from nemo_dist_conf.topology.stage_layers import stages_for
 
@@ -33,7 +33,7 @@ def pipeline_problems(
     pipeline: Mapping[str, Any],
     pp_size: int,
     num_layers: int | None = None,
-    paths: Paths = Paths(),
+    spelling: Spelling = Spelling(),
     strategy: Mapping[str, Any] | None = None,
 ) -> list[Problem]:
     """What cannot work in the pipeline settings for pp_size > 1.
@@ -42,16 +42,16 @@ def pipeline_problems(
     the strategy node, of moe, and ep_size, for the options that a schedule excludes.
     """
     problems: list[Problem] = []
-    schedule, file = _schedule(pipeline, paths, problems)
+    schedule, file = _schedule(pipeline, spelling, problems)
     for name in ("pp_batch_size", "pp_microbatch_size", "layers_per_stage", "pp_seq_len"):
         value = pipeline[name]
         if value is not None and value < 1:
             problems.append(
                 Problem(
                     f"pipeline.{name}={value} is not positive",
-                    paths.set(f"pipeline.{name}", value),
+                    spelling.set(f"pipeline.{name}", value),
                     "1 or more",
-                    paths.set(f"pipeline.{name}", 1),
+                    spelling.set(f"pipeline.{name}", 1),
                 )
             )
     parts = pipeline["module_fqns_per_model_part"]
@@ -59,27 +59,27 @@ def pipeline_problems(
         problems.append(
             Problem(
                 "pipeline.module_fqns_per_model_part is not a list of lists of names, with a name or more in each",
-                paths.set("pipeline.module_fqns_per_model_part", parts),
+                spelling.set("pipeline.module_fqns_per_model_part", parts),
                 "[[model.embed_tokens,model.layers.0],[model.layers.1,model.norm,lm_head]], or null",
-                paths.set("pipeline.module_fqns_per_model_part", None),
+                spelling.set("pipeline.module_fqns_per_model_part", None),
             )
         )
     if problems:
         return problems
-    problems += _option_problems(pipeline, schedule, file, strategy or {}, paths)
+    problems += _option_problems(pipeline, schedule, file, strategy or {}, spelling)
     stages = stage_count(pipeline, pp_size, num_layers)
-    problems += _microbatch_problems(pipeline, schedule, file, stages, pp_size, paths)
+    problems += _microbatch_problems(pipeline, schedule, file, stages, pp_size, spelling)
     if file is not None:
-        problems += _file_problems(pipeline, file, pp_size, num_layers, paths)
+        problems += _file_problems(pipeline, file, pp_size, num_layers, spelling)
     elif schedule is not None and stages is not None and (parts is not None or pipeline["layers_per_stage"]):
-        problems += _stage_problems(pipeline, schedule, stages, pp_size, num_layers, paths)
+        problems += _stage_problems(pipeline, schedule, stages, pp_size, num_layers, spelling)
     elif schedule is not None and num_layers is not None and num_layers < pp_size * (2 if schedule.multi else 1):
         problems.append(
             Problem(
                 f"{num_layers} layers are too few for {pp_size} pipeline ranks with {schedule.torch_name}",
-                paths.set("parallelism.pp_size", pp_size),
+                spelling.set("parallelism.pp_size", pp_size),
                 f"one layer a stage or more, {2 if schedule.multi else 1} stage(s) a rank",
-                paths.set("parallelism.pp_size", max(1, num_layers // (2 if schedule.multi else 1))),
+                spelling.set("parallelism.pp_size", max(1, num_layers // (2 if schedule.multi else 1))),
             )
         )
     return problems
@@ -117,27 +117,27 @@ def _microbatch_problems(
     file: ScheduleFile | None,
     stages: int | None,
     pp_size: int,
-    paths: Paths,
+    spelling: Spelling,
 ) -> list[Problem]:
     batch, micro = pipeline["pp_batch_size"], pipeline["pp_microbatch_size"]
     if batch % micro:
         return [
             Problem(
                 f"pp_microbatch_size={micro} does not divide pp_batch_size={batch}",
-                paths.set("pipeline.pp_microbatch_size", micro),
+                spelling.set("pipeline.pp_microbatch_size", micro),
                 f"a divisor of {batch}",
-                paths.set("pipeline.pp_microbatch_size", max(d for d in range(1, micro + 1) if batch % d == 0)),
+                spelling.set("pipeline.pp_microbatch_size", max(d for d in range(1, micro + 1) if batch % d == 0)),
             )
         ]
     count = batch // micro
-    asked = f"{paths.set('pipeline.pp_batch_size', batch)} {paths.set('pipeline.pp_microbatch_size', micro)}"
+    asked = f"{spelling.set('pipeline.pp_batch_size', batch)} {spelling.set('pipeline.pp_microbatch_size', micro)}"
     if file is not None and count != file.microbatches:
         return [
             Problem(
                 f"the schedule file runs {file.microbatches} microbatches, and a batch has {count}",
                 asked,
                 f"pp_batch_size / pp_microbatch_size = {file.microbatches}",
-                paths.set("pipeline.pp_batch_size", file.microbatches * micro),
+                spelling.set("pipeline.pp_batch_size", file.microbatches * micro),
             )
         ]
     if schedule is None:
@@ -149,7 +149,7 @@ def _microbatch_problems(
                 f"{count} microbatches are too few for {schedule.torch_name} on {pp_size} pipeline ranks",
                 asked,
                 f"{needed} microbatches or more (pp_batch_size / pp_microbatch_size)",
-                paths.set("pipeline.pp_batch_size", needed * micro),
+                spelling.set("pipeline.pp_batch_size", needed * micro),
             )
         ]
     rounds = max(1, count // pp_size)
@@ -161,7 +161,7 @@ def _microbatch_problems(
                 f"do not divide into {rounds}",
                 asked,
                 f"{' or '.join(map(str, legal))} microbatches (pp_batch_size / pp_microbatch_size)",
-                paths.set("pipeline.pp_batch_size", legal[-1] * micro),
+                spelling.set("pipeline.pp_batch_size", legal[-1] * micro),
             )
         ]
     return []
@@ -172,7 +172,7 @@ def _option_problems(
     schedule: Schedule | None,
     file: ScheduleFile | None,
     strategy: Mapping[str, Any],
-    paths: Paths,
+    spelling: Spelling,
 ) -> list[Problem]:
     """Options that a schedule excludes, because it computes the gradients of inputs and of weights apart."""
     splits = file.splits_backward if file is not None else schedule is not None and schedule.splits_backward
@@ -199,37 +199,37 @@ def _option_problems(
         found.append((key, True, off, f"{apart}, so there is no last backward in which FSDP could reduce them"))
     others = [option for option, other in SCHEDULES.items() if not other.splits_backward]
     return [
-        Problem(what, paths.set(key, value), f"{key}={str(off).lower()}, or {', '.join(others)}", paths.set(key, off))
+        Problem(what, spelling.set(key, value), f"{key}={str(off).lower()}, or {', '.join(others)}", spelling.set(key, off))
         for key, value, off, what in found
     ]
 
 
 def _file_problems(
-    pipeline: Mapping[str, Any], file: ScheduleFile, pp_size: int, num_layers: int | None, paths: Paths
+    pipeline: Mapping[str, Any], file: ScheduleFile, pp_size: int, num_layers: int | None, spelling: Spelling
 ) -> list[Problem]:
-    asked, stages = paths.set("pipeline.pp_schedule_csv", pipeline["pp_schedule_csv"]), len(file.ranks)
+    asked, stages = spelling.set("pipeline.pp_schedule_csv", pipeline["pp_schedule_csv"]), len(file.ranks)
     parts, per_stage = pipeline["module_fqns_per_model_part"], pipeline["layers_per_stage"]
     if len(file.rows) != pp_size:
         what = f"the schedule file has rows for {len(file.rows)} ranks, and pp_size is {pp_size}"
-        return [Problem(what, asked, f"pp_size={len(file.rows)}", paths.set("parallelism.pp_size", len(file.rows)))]
+        return [Problem(what, asked, f"pp_size={len(file.rows)}", spelling.set("parallelism.pp_size", len(file.rows)))]
     wanted = stage_count(pipeline, pp_size, num_layers) if parts is not None else stages
     if per_stage is not None:
         what = f"the schedule file has {stages} stages, so layers_per_stage would do nothing"
         key = "pipeline.layers_per_stage"
-        return [Problem(what, paths.set(key, per_stage), "null with a schedule file", paths.set(key, None))]
+        return [Problem(what, spelling.set(key, per_stage), "null with a schedule file", spelling.set(key, None))]
     if wanted != stages:
         what = f"the schedule file has {stages} stages, and module_fqns_per_model_part has {wanted}"
         return [
-            Problem(what, asked, "as many parts as stages", paths.set("pipeline.module_fqns_per_model_part", None))
+            Problem(what, asked, "as many parts as stages", spelling.set("pipeline.module_fqns_per_model_part", None))
         ]
     if num_layers is not None and parts is None and num_layers < stages:
         what = f"{num_layers} layers are too few for the {stages} stages of the schedule file"
-        return [Problem(what, asked, "one layer a stage or more", paths.set("pipeline.pp_schedule_csv", None))]
+        return [Problem(what, asked, "one layer a stage or more", spelling.set("pipeline.pp_schedule_csv", None))]
     return []
 
 
 def _schedule(
-    pipeline: Mapping[str, Any], paths: Paths, problems: list[Problem]
+    pipeline: Mapping[str, Any], spelling: Spelling, problems: list[Problem]
 ) -> tuple[Schedule | None, ScheduleFile | None]:
     """The named schedule or the one of the file; neither, and a problem more, where it cannot be told."""
     name, csv = pipeline["pp_schedule"], pipeline["pp_schedule_csv"]
@@ -237,27 +237,27 @@ def _schedule(
         problems.append(
             Problem(
                 "a schedule's name and a schedule file were both given",
-                f"{paths.set('pipeline.pp_schedule', name)} {paths.set('pipeline.pp_schedule_csv', csv)}",
+                f"{spelling.set('pipeline.pp_schedule', name)} {spelling.set('pipeline.pp_schedule_csv', csv)}",
                 "one of the two",
-                paths.set("pipeline.pp_schedule", None),
+                spelling.set("pipeline.pp_schedule", None),
             )
         )
     if csv is not None:
         try:
             return None, read_schedule(csv)
         except ValueError as error:
-            asked = paths.set("pipeline.pp_schedule_csv", csv)
+            asked = spelling.set("pipeline.pp_schedule_csv", csv)
             allowed = "a row of actions for every pipeline rank, such as 0F0,0F1,0B0,0B1"
             what = f"pp_schedule_csv={csv} is not a schedule: {error}"
-            problems.append(Problem(what, asked, allowed, paths.set("pipeline.pp_schedule_csv", None)))
+            problems.append(Problem(what, asked, allowed, spelling.set("pipeline.pp_schedule_csv", None)))
             return None, None
     if name is None:
         problems.append(
             Problem(
                 "no pipeline schedule",
-                paths.set("pipeline.pp_schedule", None),
+                spelling.set("pipeline.pp_schedule", None),
                 ", ".join(SCHEDULES),
-                paths.choose("pipeline", "1f1b"),
+                spelling.choose("pipeline", "1f1b"),
             )
         )
         return None, None
@@ -268,22 +268,22 @@ def _schedule(
         problems.append(
             Problem(
                 f"pp_schedule={name} is not a schedule of torch",
-                paths.set("pipeline.pp_schedule", name),
+                spelling.set("pipeline.pp_schedule", name),
                 ", ".join([*likely, *rest]),
-                paths.choose("pipeline", likely[0]),
+                spelling.choose("pipeline", likely[0]),
             )
         )
     return schedule, None
 
 
 def _stage_problems(
-    pipeline: Mapping[str, Any], schedule: Schedule, stages: int, pp_size: int, num_layers: int | None, paths: Paths
+    pipeline: Mapping[str, Any], schedule: Schedule, stages: int, pp_size: int, num_layers: int | None, spelling: Spelling
 ) -> list[Problem]:
     by_name = pipeline["module_fqns_per_model_part"] is not None
     asked = (
-        f"{paths.key('pipeline.module_fqns_per_model_part')} with {stages} parts"
+        f"{spelling.key('pipeline.module_fqns_per_model_part')} with {stages} parts"
         if by_name
-        else paths.set("pipeline.layers_per_stage", pipeline["layers_per_stage"])
+        else spelling.set("pipeline.layers_per_stage", pipeline["layers_per_stage"])
     )
     per_rank = "2" if schedule.v_shaped else "2 or more" if schedule.multi else "1"
     fits = stages % pp_size == 0 and (
@@ -292,15 +292,15 @@ def _stage_problems(
     if fits and (num_layers is None or by_name or stages <= num_layers):
         return []
     if stages == pp_size and schedule.multi:
-        instead = paths.choose("pipeline", "1f1b")
+        instead = spelling.choose("pipeline", "1f1b")
     elif stages % pp_size == 0 and stages >= 2 * pp_size and not schedule.multi:
-        instead = paths.choose("pipeline", "interleaved_1f1b")
+        instead = spelling.choose("pipeline", "interleaved_1f1b")
     elif by_name:
-        instead = paths.set("pipeline.module_fqns_per_model_part", None)
+        instead = spelling.set("pipeline.module_fqns_per_model_part", None)
     else:
         wanted = pp_size * (2 if schedule.multi else 1)
         exact = num_layers and num_layers % wanted == 0
-        instead = paths.set("pipeline.layers_per_stage", num_layers // wanted if exact and num_layers else None)
+        instead = spelling.set("pipeline.layers_per_stage", num_layers // wanted if exact and num_layers else None)
     return [
         Problem(
             f"{stages} stages do not fit {schedule.torch_name} on {pp_size} pipeline ranks",

@@ -9,7 +9,7 @@ from typing import Any, Mapping
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.topology.axes import AXES, AxisRules
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["LAUNCH", "MeshSpec", "divisors", "size_problems", "solve"]
 
@@ -53,7 +53,7 @@ def divisors(number: int) -> list[int]:
 
 
 def size_problems(
-    sizes: Mapping[str, Any], world_size: int, rules: AxisRules, paths: Paths = Paths(), launch: str = LAUNCH
+    sizes: Mapping[str, Any], world_size: int, rules: AxisRules, spelling: Spelling = Spelling(), launch: str = LAUNCH
 ) -> list[Problem]:
     """What is wrong with the sizes alone: not whole and positive, or an axis that the strategy lacks."""
     problems = []
@@ -67,17 +67,17 @@ def size_problems(
             problems.append(
                 Problem(
                     f"{key}={value} is not a number of ranks",
-                    paths.set(key, value),
+                    spelling.set(key, value),
                     f"a whole number, 1 or more{optional}",
-                    paths.set(key, default),
+                    spelling.set(key, default),
                 )
             )
         elif axis.name not in rules.allowed and value > 1:
             why = rules.why_not.get(axis.name, f"it has no {axis.title}")
-            asked = f"{paths.choose('strategy', rules.strategy)} {paths.set(key, value)}"
-            instead = f"{paths.choose('strategy', rules.instead)} {paths.set(key, value)}"
+            asked = f"{spelling.choose('strategy', rules.strategy)} {spelling.set(key, value)}"
+            instead = f"{spelling.choose('strategy', rules.instead)} {spelling.set(key, value)}"
             if axis.name not in rules.instead_for:
-                instead = paths.set(key, axis.default)
+                instead = spelling.set(key, axis.default)
             elif world_size == 1:
                 # HSDP needs two ranks or more in each replica.
                 ranks = 2 * value if axis.name == "dp_replicate" else value
@@ -94,7 +94,7 @@ def size_problems(
 
 
 def solve(
-    sizes: Mapping[str, Any], world_size: int, rules: AxisRules, paths: Paths = Paths(), launch: str = LAUNCH
+    sizes: Mapping[str, Any], world_size: int, rules: AxisRules, spelling: Spelling = Spelling(), launch: str = LAUNCH
 ) -> MeshSpec:
     """Mesh shape for these sizes, without touching torch.
 
@@ -103,24 +103,24 @@ def solve(
     Raises ConfigError with all problems: a size that is not a positive whole number, an axis that the
     strategy lacks, or no product that equals world_size.
     """
-    problems = size_problems(sizes, world_size, rules, paths, launch)
+    problems = size_problems(sizes, world_size, rules, spelling, launch)
     ConfigError.raise_if(problems)
     tp, pp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "pp_size", "cp_size", "ep_size"))
     dp_asked, replicate = sizes.get("dp_size"), sizes.get("dp_replicate_size") or 1
     model_ranks = pp * cp * tp
     if model_ranks > world_size or world_size % model_ranks:
-        problems.append(_product_problem(sizes, world_size, model_ranks, paths, launch))
+        problems.append(_product_problem(sizes, world_size, model_ranks, spelling, launch))
         ConfigError.raise_if(problems)
     dp = world_size // model_ranks
     if dp_asked is not None and dp_asked != dp:
         problems.append(
             Problem(
                 f"{_factors(sizes)} = {dp_asked * model_ranks} ranks, but there are {world_size}",
-                paths.set("parallelism.dp_size", dp_asked),
+                spelling.set("parallelism.dp_size", dp_asked),
                 f"dp_size={dp} or null (world size {world_size} / (pp {pp} x cp {cp} x tp {tp}))",
-                launch.format(n=dp_asked * model_ranks, asked=_typed(sizes, paths))
+                launch.format(n=dp_asked * model_ranks, asked=_typed(sizes, spelling))
                 if world_size == 1
-                else paths.set("parallelism.dp_size", None),
+                else spelling.set("parallelism.dp_size", None),
             )
         )
         dp = dp_asked  # further findings should speak of what was asked
@@ -129,9 +129,9 @@ def solve(
         problems.append(
             Problem(
                 f"dp_replicate_size={replicate} does not divide dp_size={dp} into groups of two ranks or more",
-                paths.set("parallelism.dp_replicate_size", replicate),
+                spelling.set("parallelism.dp_replicate_size", replicate),
                 f"dp_replicate_size: {', '.join(map(str, legal)) or 1}",
-                paths.set("parallelism.dp_replicate_size", legal[-1] if legal else 1),
+                spelling.set("parallelism.dp_replicate_size", legal[-1] if legal else 1),
             )
         )
     stage_ranks = dp * cp * tp
@@ -140,9 +140,9 @@ def solve(
             Problem(
                 f"ep_size={ep} does not divide the {stage_ranks} ranks of a pipeline stage "
                 f"(dp {dp} x cp {cp} x tp {tp})",
-                paths.set("parallelism.ep_size", ep),
+                spelling.set("parallelism.ep_size", ep),
                 f"ep_size: {', '.join(map(str, divisors(stage_ranks)))}",
-                paths.set("parallelism.ep_size", max(d for d in divisors(stage_ranks) if d <= ep)),
+                spelling.set("parallelism.ep_size", max(d for d in divisors(stage_ranks) if d <= ep)),
             )
         )
     ConfigError.raise_if(problems)
@@ -164,22 +164,22 @@ def _factors(sizes: Mapping[str, Any]) -> str:
     return " x ".join(f"{name} {size}" for name, size in sorted(named, key=lambda n: "pp dp cp tp".index(n[0])) if size)
 
 
-def _typed(sizes: Mapping[str, Any], paths: Paths) -> str:
+def _typed(sizes: Mapping[str, Any], spelling: Spelling) -> str:
     """The sizes that differ from their defaults, as they are typed."""
     given = [(axis, sizes.get(axis.size_field)) for axis in AXES]
     changed = [(axis.size_field, size) for axis, size in given if size not in (None, axis.default)]
-    return " ".join(paths.set(f"parallelism.{name}", size) for name, size in changed)
+    return " ".join(spelling.set(f"parallelism.{name}", size) for name, size in changed)
 
 
 def _product_problem(
-    sizes: Mapping[str, Any], world_size: int, model_ranks: int, paths: Paths, launch: str
+    sizes: Mapping[str, Any], world_size: int, model_ranks: int, spelling: Spelling, launch: str
 ) -> Problem:
     asked_sizes = {f: sizes[f] for f in ("pp_size", "cp_size", "tp_size") if (sizes.get(f) or 1) > 1}
-    asked = " ".join(paths.set(f"parallelism.{name}", size) for name, size in asked_sizes.items())
+    asked = " ".join(spelling.set(f"parallelism.{name}", size) for name, size in asked_sizes.items())
     needed = model_ranks * (sizes.get("dp_size") or 1)
     what = f"pp x cp x tp = {model_ranks} does not divide the world size {world_size}"
     if world_size == 1:
-        start = launch.format(n=needed, asked=_typed(sizes, paths))
+        start = launch.format(n=needed, asked=_typed(sizes, spelling))
         return Problem(what, asked, f"{model_ranks} ranks or a multiple of it", start)
     # Shrink the innermost axis that can be shrunk: it is the one a user varies most.
     for name in reversed(asked_sizes):
@@ -188,7 +188,7 @@ def _product_problem(
         if legal:
             best = max((d for d in legal if d <= asked_sizes[name]), default=1)
             allowed = f"{name}: {', '.join(map(str, legal))} with {world_size} ranks"
-            return Problem(what, asked, allowed, paths.set(f"parallelism.{name}", best))
+            return Problem(what, asked, allowed, spelling.set(f"parallelism.{name}", best))
     legal = divisors(world_size)
-    reset = " ".join(paths.set(f"parallelism.{name}", 1) for name in asked_sizes)
+    reset = " ".join(spelling.set(f"parallelism.{name}", 1) for name in asked_sizes)
     return Problem(what, asked, f"pp x cp x tp: {', '.join(map(str, legal))}", reset)

@@ -28,7 +28,7 @@ from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdow
 from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
 from nemo_dist_conf.strategies import strategy_of_target
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.recipe.value_checks import train_problems
@@ -141,7 +141,7 @@ def _same_data(cfg: Any, settings: _Settings) -> DataSource:
             Problem(
                 f"data.path: rank {others[0]} reads another text than rank 0 "
                 f"({marks[others[0]][1]:,} and {marks[0][1]:,} tokens)",
-                Paths().set("data.path", cfg.data.get("path")),
+                Spelling().set("data.path", cfg.data.get("path")),
                 "a path that holds the same files on every machine; null needs the same Python on all",
                 "data.path=/a/folder/that/all/machines/share",
             )

@@ -9,14 +9,14 @@ import pytest
 
 from nemo_dist_conf.strategies import find_strategy
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Conf
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 
 SPLIT = {"enable_compile": True, "sequence_parallel": True}
 
 
 def types(tp_size: int, **changed: object) -> list[str]:
     conf = {**dataclasses.asdict(FSDP2Conf()), **changed}
-    return [problem.type for problem in find_strategy("fsdp2").rules(conf, {"tp_size": tp_size}, Paths())]
+    return [problem.type for problem in find_strategy("fsdp2").rules(conf, {"tp_size": tp_size}, Spelling())]
 
 
 @pytest.mark.parametrize("version, refused", [("2.11.0+cu130", True), ("2.13.0+cpu", False), ("3.0.0", False)])

@@ -7,7 +7,7 @@ import pytest
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.strategies import STRATEGIES, find_strategy
-from nemo_dist_conf.topology.paths import Paths
+from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.solve import solve
 
 FSDP2, MEGATRON, DDP = (find_strategy(name).axes for name in ("fsdp2", "megatron_fsdp", "ddp"))
@@ -91,7 +91,7 @@ def test_all_wrong_sizes_are_told_at_once():
 
 def test_words_are_relocated_below_a_package():
     with pytest.raises(ConfigError) as caught:
-        solve(sizes(tp_size=2), 2, DDP, Paths("dist"))
+        solve(sizes(tp_size=2), 2, DDP, Spelling("dist"))
     assert caught.value.type == "strategy@dist.strategy=fsdp2 dist.parallelism.tp_size=2"
 
 
