@@ -145,13 +145,13 @@ What each measure means stands at the top of [checkpoint.py](../checkpoint.py).
 
 {shown(report)}
 
-{report['megabytes']:.0f} MB of weights and AdamW state under fully_shard, {RANKS} gloo ranks,
+{report["megabytes"]:.0f} MB of weights and AdamW state under fully_shard, {RANKS} gloo ranks,
 {report["rounds"]} rounds.
 In "load", ours also compares the SHA-256 of every file before any value is used, which plain DCP does not do.
-Measured {report['date']} on {hardware['cpu']}, {hardware['cores']} cores, {hardware['ram_gib']} GiB;
-load before the run {hardware['load_before']}. Versions: {used(report)}.
+Measured {report["date"]} on {hardware["cpu"]}, {hardware["cores"]} cores, {hardware["ram_gib"]} GiB;
+load before the run {hardware["load_before"]}. Versions: {used(report)}.
 
-    {report['command']}
+    {report["command"]}
 """
 
 

@@ -70,8 +70,8 @@ def measure(rank: int, folder: str, kinds: list[str], lengths: list[int]) -> Non
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.distributed.device_mesh import init_device_mesh
 
-    from nemo_dist_conf.runtime.techniques.context.parallel import split_sequence
     from nemo_dist_conf.runtime.techniques.context.exchange import Exchange, chunks_of, exchanged_attention
+    from nemo_dist_conf.runtime.techniques.context.parallel import split_sequence
 
     with joined(rank, folder, WORLD_SIZE):
         mesh = init_device_mesh("cpu", (WORLD_SIZE,))

@@ -1,6 +1,5 @@
 """Strategy configs and the resolved setup, by the names of the API page."""
 
-from nemo_dist_conf.runtime.typed_configs import DDPConfig, FSDP2Config, MegatronFSDPConfig, MoEParallelizerConfig
 from nemo_dist_conf.runtime.distributed_setup import (
     _STRATEGY_MAP,
     ActivationCheckpointingMode,
@@ -10,6 +9,7 @@ from nemo_dist_conf.runtime.distributed_setup import (
     _resolve_strategy_config,
     _StrategyConfigClass,
 )
+from nemo_dist_conf.runtime.typed_configs import DDPConfig, FSDP2Config, MegatronFSDPConfig, MoEParallelizerConfig
 
 __all__ = [
     "DDPConfig",

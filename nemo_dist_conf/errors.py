@@ -8,21 +8,21 @@ from typing import Iterable
 __all__ = ["ConfigError", "DataError", "NemoDistConfError", "Preempted", "Problem", "TrainingError"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """One thing that cannot work.
 
     what: the finding in one sentence; asked: the words that the user typed (or would have);
-    allowed: the values that work; type: the command-line words that replace what was asked.
+    allowed: the values that work; instead: the words to type in place of what was asked, shown after ``type``.
     """
 
     what: str
     asked: str
     allowed: str
-    type: str
+    instead: str
 
     def __str__(self) -> str:
-        return f"{self.what}\n  asked    {self.asked}\n  allowed  {self.allowed}\n  type     {self.type}"
+        return f"{self.what}\n  asked    {self.asked}\n  allowed  {self.allowed}\n  type     {self.instead}"
 
 
 class NemoDistConfError(Exception):
@@ -32,7 +32,8 @@ class NemoDistConfError(Exception):
 class ConfigError(NemoDistConfError, ValueError):
     """What was asked for cannot work; carries every problem found, not only the first.
 
-    The attributes what, asked, allowed and type are those of the first problem.
+    The attributes what, asked, allowed and instead are those of the first problem; ``type`` is the earlier name of
+    ``instead``.
     """
 
     def __init__(self, *problems: Problem) -> None:
@@ -61,8 +62,12 @@ class ConfigError(NemoDistConfError, ValueError):
         return self.problems[0].allowed
 
     @property
+    def instead(self) -> str:
+        return self.problems[0].instead
+
+    @property
     def type(self) -> str:
-        return self.problems[0].type
+        return self.problems[0].instead
 
     @classmethod
     def raise_if(cls, problems: Iterable[Problem]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Iterable
 
 __all__ = [

@@ -31,6 +31,7 @@ class Spelling:
         """``strategy=fsdp2``, or ``strategy@dist.strategy=fsdp2`` below a package."""
         return f"{group}@{self.key(group)}={option}" if self.prefix else f"{group}={option}"
 
+
 def typed_path(path: str | os.PathLike[str]) -> Path:
     """The absolute path of one that was typed: ``~`` is the home, and a relative one belongs to the folder in which the
     command was typed, also inside a job that runs in a folder of its own (``hydra.job.chdir=true``).

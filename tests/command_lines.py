@@ -14,10 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.topology.solve import LAUNCH
-from nemo_dist_conf.topology.launched_ranks import Start, about_to_start
 from nemo_dist_conf.recipe.checks import check_recipe
 from nemo_dist_conf.recipe.yaml_folder import config_folder
+from nemo_dist_conf.topology.launched_ranks import Start, about_to_start
+from nemo_dist_conf.topology.solve import LAUNCH
 
 #: (world size, overrides as typed); the outcome of each is in golden/command_lines.txt.
 COMMAND_LINES: tuple[tuple[int, str], ...] = (
@@ -41,10 +41,16 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (1, "activation_checkpointing=full"),
     (1, "activation_checkpointing=true strategy.activation_checkpointing=true"),
     (1, "strategy.enable_fsdp2_prefetch=true strategy.fsdp2_backward_prefetch_depth=0"),
-    (2, "'strategy.tp_plan={model.layers.*.mlp.up_proj:colwise,model.layers.*.mlp.down_proj:rowwise}'"
-        " parallelism.tp_size=2"),
-    (2, "strategy.sequence_parallel=true strategy.enable_async_tensor_parallel=true strategy.enable_compile=true"
-        " parallelism.tp_size=2"),
+    (
+        2,
+        "'strategy.tp_plan={model.layers.*.mlp.up_proj:colwise,model.layers.*.mlp.down_proj:rowwise}'"
+        " parallelism.tp_size=2",
+    ),
+    (
+        2,
+        "strategy.sequence_parallel=true strategy.enable_async_tensor_parallel=true strategy.enable_compile=true"
+        " parallelism.tp_size=2",
+    ),
     (1, "strategy=ddp strategy.bucket_cap_mb=1.5 strategy.autocast_dtype=bfloat16"),
     (1, "model=qwen3_tiny data.seq_len=64"),
     (1, "model.config.num_hidden_layers=2"),
@@ -132,24 +138,36 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (2, "parallelism.pp_size=2 model.config.tie_word_embeddings=true"),
     (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble strategy.enable_compile=true"),
     (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble activation_checkpointing=selective"),
-    (2, "parallelism.pp_size=2 pipeline=dualpipe_v strategy.defer_fsdp_grad_sync=false"
-        " pipeline.patch_stage_backward_maybe_with_nosync=true"),
+    (
+        2,
+        "parallelism.pp_size=2 pipeline=dualpipe_v strategy.defer_fsdp_grad_sync=false"
+        " pipeline.patch_stage_backward_maybe_with_nosync=true",
+    ),
     # Experts.
     (2, "model=mixtral_tiny parallelism.ep_size=2"),
     (8, "model=qwen3_moe_tiny parallelism.ep_size=4 parallelism.dp_replicate_size=2 moe.mp_policy.enabled=true"),
-    (8, "model=mixtral_tiny parallelism.ep_size=2 parallelism.cp_size=2 parallelism.pp_size=2"
-        " model.config.output_router_logits=false"),
+    (
+        8,
+        "model=mixtral_tiny parallelism.ep_size=2 parallelism.cp_size=2 parallelism.pp_size=2"
+        " model.config.output_router_logits=false",
+    ),
     (2, "parallelism.ep_size=2"),
     (3, "model=mixtral_tiny parallelism.ep_size=3 train.global_batch_size=6"),
     (2, "model=mixtral_tiny parallelism.tp_size=2"),
     (4, "model=mixtral_tiny parallelism.tp_size=2 parallelism.ep_size=2"),
     (2, "model=mixtral_tiny parallelism.pp_size=2"),
     (2, "model=mixtral_tiny parallelism.ep_size=2 strategy.enable_compile=true"),
-    (4, "model=mixtral_tiny parallelism.ep_size=2 parallelism.pp_size=2 pipeline=zbv_zero_bubble"
-        " activation_checkpointing=true model.config.output_router_logits=false"),
+    (
+        4,
+        "model=mixtral_tiny parallelism.ep_size=2 parallelism.pp_size=2 pipeline=zbv_zero_bubble"
+        " activation_checkpointing=true model.config.output_router_logits=false",
+    ),
     (2, "model=mixtral_tiny parallelism.ep_size=2 moe.mp_policy.param_dtype=float32"),
-    (2, "model=mixtral_tiny parallelism.ep_size=2 moe.lm_head_precision=float32 moe.wrap_outer_model=false"
-        " model.config.tie_word_embeddings=true"),
+    (
+        2,
+        "model=mixtral_tiny parallelism.ep_size=2 moe.lm_head_precision=float32 moe.wrap_outer_model=false"
+        " model.config.tie_word_embeddings=true",
+    ),
     # Options of a strategy.
     (1, "activation_checkpointing=some"),
     (1, "strategy.activation_checkpointing=fully"),

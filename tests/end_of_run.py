@@ -1,7 +1,9 @@
 """How often a good run ends badly: ``python -m tests.end_of_run [times] [without]`` starts one that ends on a
-checkpoint, on 2 ranks, and counts those that torchrun takes for failed. without: as without runtime/interpreter_exit.py.
+checkpoint, on 2 ranks, and counts those that torchrun takes for failed. without: as without runtime/
+interpreter_exit.py.
 
-Some 15 minutes for 200 on a machine without other work, so not in the suite, which has tests/runtime/test_interpreter_exit.py.
+Some 15 minutes for 200 on a machine without other work, so not in the suite, which has tests/runtime/
+test_interpreter_exit.py.
 """
 
 from __future__ import annotations

@@ -43,4 +43,4 @@ def test_outcome_is_the_golden_one(world_size, line):
     assert text == EXPECTED[world_size, line]
     if error is not None:
         for problem in error.problems:
-            assert problem.what and problem.asked and problem.allowed and problem.type
+            assert problem.what and problem.asked and problem.allowed and problem.instead

@@ -90,7 +90,9 @@ def test_an_offer_that_leads_nowhere_is_found(monkeypatch: pytest.MonkeyPatch) -
 
     def circle(self: Line) -> tuple[str, ConfigError | None]:
         other = "train.steps=2" if "train.steps=1" in self.words else "train.steps=1"
-        return "refused", ConfigError(Problem(f"not {self.words}", self.words[0], "other steps", other))
+        return "refused", ConfigError(
+            Problem(what=f"not {self.words}", asked=self.words[0], allowed="other steps", instead=other)
+        )
 
     monkeypatch.setattr(Line, "outcome", circle)
     (found,) = findings(Line.of(1, "train.steps=1"))
@@ -101,7 +103,9 @@ def test_an_offer_after_which_nothing_has_changed_is_found(monkeypatch: pytest.M
     from nemo_dist_conf.errors import ConfigError, Problem
 
     def still(self: Line) -> tuple[str, ConfigError | None]:
-        return "refused", ConfigError(Problem("no", self.words[0], "others", f"{self.words[0]}0"))
+        return "refused", ConfigError(
+            Problem(what="no", asked=self.words[0], allowed="others", instead=f"{self.words[0]}0")
+        )
 
     monkeypatch.setattr(Line, "outcome", still)
     assert any("still so" in found for found in findings(Line.of(1, "train.steps=1")))

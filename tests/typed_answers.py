@@ -29,8 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.check import check
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.topology.solve import LAUNCH
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start
+from nemo_dist_conf.topology.solve import LAUNCH
 from tests.command_lines import outcome
 
 __all__ = ["Line", "bad_lines", "findings", "typed"]
@@ -135,8 +135,11 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (1, "strategy=mfsdp 'strategy.megatron_fsdp_unit_modules=[absent.Block,torch.nn.Liniar]'"),
     (1, "strategy=mfsdp activation_checkpointing=selective"),
     # Activation checkpointing.
-    *((1, f"{key}={mode}") for key in ("activation_checkpointing", "strategy.activation_checkpointing")
-      for mode in ("some", "partial", "3")),
+    *(
+        (1, f"{key}={mode}")
+        for key in ("activation_checkpointing", "strategy.activation_checkpointing")
+        for mode in ("some", "partial", "3")
+    ),
     (1, "activation_checkpointing=selective strategy.activation_checkpointing=true"),
     (1, "activation_checkpointing=true strategy.activation_checkpointing=selective"),
     # Sections that would do nothing, or are gone.
@@ -157,8 +160,11 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (2, "parallelism.pp_size=2 pipeline.pp_schedule=null"),
     (2, "parallelism.pp_size=2 pipeline.pp_schedule_csv=no/such/file.csv"),
     (2, "parallelism.pp_size=2 pipeline=gpipe pipeline.pp_schedule_csv=no/such/file.csv"),
-    *((2, f"parallelism.pp_size=2 pipeline.{key}={value}")
-      for key in ("pp_batch_size", "pp_microbatch_size", "layers_per_stage", "pp_seq_len") for value in (0, -1)),
+    *(
+        (2, f"parallelism.pp_size=2 pipeline.{key}={value}")
+        for key in ("pp_batch_size", "pp_microbatch_size", "layers_per_stage", "pp_seq_len")
+        for value in (0, -1)
+    ),
     (2, "parallelism.pp_size=2 pipeline.pp_microbatch_size=3"),
     (2, "parallelism.pp_size=2 pipeline.pp_batch_size=4"),
     (2, "parallelism.pp_size=2 train.micro_batch_size=2 pipeline.pp_microbatch_size=4"),
@@ -189,10 +195,16 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (4, "model=qwen3_moe_tiny parallelism.tp_size=2 parallelism.ep_size=2"),
     (2, "model=mixtral_tiny parallelism.pp_size=2"),
     (2, "model=mixtral_tiny parallelism.ep_size=2 strategy.enable_compile=true"),
-    (4, "model=mixtral_tiny parallelism.ep_size=2 parallelism.pp_size=2 pipeline=zbv_zero_bubble"
-        " activation_checkpointing=true model.config.output_router_logits=false"),
-    (2, "model=mixtral_tiny parallelism.ep_size=2 moe.lm_head_precision=float32 moe.wrap_outer_model=false"
-        " model.config.tie_word_embeddings=true"),
+    (
+        4,
+        "model=mixtral_tiny parallelism.ep_size=2 parallelism.pp_size=2 pipeline=zbv_zero_bubble"
+        " activation_checkpointing=true model.config.output_router_logits=false",
+    ),
+    (
+        2,
+        "model=mixtral_tiny parallelism.ep_size=2 moe.lm_head_precision=float32 moe.wrap_outer_model=false"
+        " model.config.tie_word_embeddings=true",
+    ),
     # The model and the sequence.
     (3, "parallelism.tp_size=3"),
     (8, "parallelism.tp_size=8"),
@@ -204,9 +216,11 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (1, "model.config.num_attention_heads=7"),
     (1, "model.config.hidden_size=72"),
     (1, "model.config.num_key_value_heads=3"),
-    *((1, f"model.config.{key}={value}")
-      for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
-      for value in (0, -1, "two", "1.5")),
+    *(
+        (1, f"model.config.{key}={value}")
+        for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
+        for value in (0, -1, "two", "1.5")
+    ),
     # Plans of tensor parallelism.
     (2, "parallelism.tp_size=2 'strategy.tp_plan={model.layers.*.mlp.up_proj:columns}'"),
     (2, "parallelism.tp_size=2 'strategy.tp_plan={model.layer.*.up_proj:colwise,lm_head:colwise_gather_output}'"),
@@ -221,19 +235,28 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (4, "train.global_batch_size=6"),
     (2, "train.global_batch_size=12 train.micro_batch_size=4"),
     (3, "train.global_batch_size=16"),
-    *((1, f"train.{key}={value}")
-      for key in ("global_batch_size", "micro_batch_size")
-      for value in (0, -1, "many", "2.5")),
+    *(
+        (1, f"train.{key}={value}")
+        for key in ("global_batch_size", "micro_batch_size")
+        for value in (0, -1, "many", "2.5")
+    ),
     # Values of the recipe.
     *((1, f"{key}={value}") for key in ("device", "seed") for value in ("gpu", "-1", "null", "1.5", "true", "[1]")),
-    *((1, f"train.{key}={value}")
-      for key in ("steps", "log_every", "warmup_steps", "max_grad_norm", "schedule", "tensorboard", "dtype")
-      for value in ("0", "-1", "maybe", "[1]")),
-    *((1, f"data.{key}={value}")
-      for key in ("seq_len", "max_mb", "path", "tokenizer")
-      for value in ("0", "-1", "[1]", "true")),
-    *((1, f"optimizer.{key}={value}") for key in ("name", "lr", "betas", "eps", "weight_decay", "decay_1d")
-      for value in ("-1", "fast", "[0.9]", "null")),
+    *(
+        (1, f"train.{key}={value}")
+        for key in ("steps", "log_every", "warmup_steps", "max_grad_norm", "schedule", "tensorboard", "dtype")
+        for value in ("0", "-1", "maybe", "[1]")
+    ),
+    *(
+        (1, f"data.{key}={value}")
+        for key in ("seq_len", "max_mb", "path", "tokenizer")
+        for value in ("0", "-1", "[1]", "true")
+    ),
+    *(
+        (1, f"optimizer.{key}={value}")
+        for key in ("name", "lr", "betas", "eps", "weight_decay", "decay_1d")
+        for value in ("-1", "fast", "[0.9]", "null")
+    ),
     (1, "optimizer=sgd optimizer.nesterov=true optimizer.momentum=0"),
     (1, "optimizer=sgd optimizer.momentum=2"),
     (1, "+optimizer.momentum=0.9"),
@@ -244,21 +267,45 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     *((1, f"~{key}") for key in ("model", "data", "optimizer", "train", "checkpoint")),
     *((1, f"{key}=3") for key in ("model", "data", "optimizer", "train", "checkpoint")),
     # Keys that + slipped in.
-    *((1, f"+{key}") for key in (
-        "strategy.reshard_after_foward=true", "strategy.tp_size=2", "strategy.mp_policy.grad_dtype=float32",
-        "strategy.zzz=1", "parallelism.tensor_parallel=2", "parallelism.zzz=1", "paralelism.tp_size=1",
-        "distributed.tp_size=1", "train.stepz=3", "train.zzz=3", "foo=1", "foo.bar=1", "strateg=ddp", "moe.zzz=2",
-        "pipeline.schedule=gpipe", "checkpoint.evry=3", "checkpoint.zzz=3", "data.zzz=1", "data.seqlen=32",
-        "model.config.num_hiden_layers=2", "model.zzz=2", "tp_size=2", "lr=0.1",
-    )),
+    *(
+        (1, f"+{key}")
+        for key in (
+            "strategy.reshard_after_foward=true",
+            "strategy.tp_size=2",
+            "strategy.mp_policy.grad_dtype=float32",
+            "strategy.zzz=1",
+            "parallelism.tensor_parallel=2",
+            "parallelism.zzz=1",
+            "paralelism.tp_size=1",
+            "distributed.tp_size=1",
+            "train.stepz=3",
+            "train.zzz=3",
+            "foo=1",
+            "foo.bar=1",
+            "strateg=ddp",
+            "moe.zzz=2",
+            "pipeline.schedule=gpipe",
+            "checkpoint.evry=3",
+            "checkpoint.zzz=3",
+            "data.zzz=1",
+            "data.seqlen=32",
+            "model.config.num_hiden_layers=2",
+            "model.zzz=2",
+            "tp_size=2",
+            "lr=0.1",
+        )
+    ),
     (1, "++pipeline.schedule=gpipe"),
     (1, "++foo=1"),
     (1, "strategy=ddp +strategy.reshard_after_forward=true"),
     (1, "strategy=ddp +strategy.zero_dp_strategy=2"),
     (1, "strategy=mfsdp +strategy.sequence_parallel=true"),
     # Checkpoints.
-    *((1, f"checkpoint.{key}={value}") for key in ("every", "keep", "async", "export", "resume")
-      for value in ("0", "-1", "later", "[1]", "true")),
+    *(
+        (1, f"checkpoint.{key}={value}")
+        for key in ("every", "keep", "async", "export", "resume")
+        for value in ("0", "-1", "later", "[1]", "true")
+    ),
     (1, "checkpoint.every=10 checkpoint.keep=0"),
     (1, "checkpoint.async=true"),
     (1, "checkpoint.keep=5"),
@@ -274,9 +321,11 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     *((1, f"model=mixtral_tiny model.config.num_experts_per_tok={value}") for value in (0, 100, "two")),
     *((1, f"+model.config.attention_dropout={value}") for value in (2, "-0.5", "none")),
     # References to what is not there.
-    *((1, f"'{key}=${{{there}}}'")
-      for key in ("seed", "train.dtype", "optimizer.lr", "checkpoint.every", "model.config.hidden_size")
-      for there in ("oc.env:NOT_SET", "nothing.there")),
+    *(
+        (1, f"'{key}=${{{there}}}'")
+        for key in ("seed", "train.dtype", "optimizer.lr", "checkpoint.every", "model.config.hidden_size")
+        for there in ("oc.env:NOT_SET", "nothing.there")
+    ),
     *((1, f"'{key}=${{oc.env:NOT_SET}}'") for key in ("parallelism.tp_size", "strategy.reshard_after_forward")),
     *((1, f"'{key}=${{nothing.there}}'") for key in ("activation_checkpointing", "batch_statistics", "train")),
     (1, "'train={steps:${nothing.there}}'"),
@@ -338,7 +387,7 @@ def _says_a_key_twice(line: Line) -> bool:
 
 def typed(line: Line, problem: Problem) -> Line | None:
     """The line after its words were replaced by what is offered; None where that is nothing to type on this line."""
-    offered = problem.type
+    offered = problem.instead
     if offered.startswith(_WITHOUT):
         gone = set(shlex.split(offered.removeprefix(_WITHOUT)))
         if not gone <= set(line.words):
@@ -412,7 +461,7 @@ def _step(line: Line, problem: Problem, found: list[str]) -> Line | None:
         return None
     text, error = after.outcome()
     if error is not None and any(other.what == problem.what for other in error.problems):
-        found.append(f"{line}: offers {problem.type}, after which it is still so: {problem.what}")
+        found.append(f"{line}: offers {problem.instead}, after which it is still so: {problem.what}")
     return after
 
 

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
 
 __all__ = ["make_buffers_equal"]
 

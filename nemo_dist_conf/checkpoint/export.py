@@ -31,10 +31,10 @@ from nemo_dist_conf.checkpoint.storage import FolderReader, Index
 from nemo_dist_conf.checkpoint.tensor_file import write_tensors
 from nemo_dist_conf.errors import DataError, Problem, TrainingError
 from nemo_dist_conf.families.config_facts import plain_floats
-from nemo_dist_conf.runtime.rank_agreement import together
-from nemo_dist_conf.runtime.model.shard_boxes import Box
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.model.shard_boxes import Box
 from nemo_dist_conf.runtime.model.stored_names import Part, stored_parts
+from nemo_dist_conf.runtime.rank_agreement import together
 
 __all__ = ["export_hf"]
 
@@ -119,7 +119,14 @@ def _opened(source: Path) -> tuple[Manifest, Index, Any]:
     if not fields:
         what = f"{source} holds no model of transformers"
         allowed = "a checkpoint of one; the files of this one are safetensors too"
-        raise DataError(Problem(what, asked, allowed, f"safetensors.torch.load_file({str(source / _FIRST)!r})"))
+        raise DataError(
+            Problem(
+                what=what,
+                asked=asked,
+                allowed=allowed,
+                instead=f"safetensors.torch.load_file({str(source / _FIRST)!r})",
+            )
+        )
     import transformers
 
     try:
@@ -131,7 +138,7 @@ def _opened(source: Path) -> tuple[Manifest, Index, Any]:
         what = f"{source} holds a model ({fields.get('model_type')}) that is no causal language model here: {reason}"
         allowed = "a causal language model of the installed transformers; the files are safetensors too"
         instead = f"safetensors.torch.load_file({str(source / _FIRST)!r})"
-        raise DataError(Problem(what, asked, allowed, instead)) from error
+        raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead=instead)) from error
     return manifest, Index.read(manifest), model
 
 
@@ -169,7 +176,7 @@ def _refuse_others(source: Path, stored: Mapping[str, Any], wanted: set[str], mo
         what = f"{source} holds a {kind} with an adapter of peft around it, which this version does not export"
         allowed = f"a {kind} as it is, or with the adapter merged into it"
         instead = "load(folder, model) in one process, and model.merge_and_unload().save_pretrained(...)"
-    raise DataError(Problem(what, f"export_hf({str(source)!r}, ...)", allowed, instead))
+    raise DataError(Problem(what=what, asked=f"export_hf({str(source)!r}, ...)", allowed=allowed, instead=instead))
 
 
 def _box(part: Part, shape: tuple[int, ...]) -> Box:

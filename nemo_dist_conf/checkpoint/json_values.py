@@ -12,8 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, bytes_of, tensor_of
+from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = [
     "LEFT_OUT",
@@ -72,7 +72,7 @@ def to_json(
         instead = f"{path}.get_state()"
     if hasattr(value, "state_dict"):
         allowed, instead = f"{allowed}; an object with a state_dict of its own", f"objects={{'a name': {path}, ...}}"
-    raise ConfigError(Problem(what, path, allowed, instead))
+    raise ConfigError(Problem(what=what, asked=path, allowed=allowed, instead=instead))
 
 
 def renamed_keys(value: Mapping[Any, Any], rename: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -92,20 +92,31 @@ def refuse_tensor(value: torch.Tensor, path: str) -> None:
     local = value._local_tensor if isinstance(value, DTensor) else value
     if is_lazy(value):
         what = f"{path} has no shape yet: its layer takes it from the first input"
-        raise ConfigError(Problem(what, path, kept, "model(torch.zeros(...)) before it is saved"))
+        raise ConfigError(
+            Problem(what=what, asked=path, allowed=kept, instead="model(torch.zeros(...)) before it is saved")
+        )
     if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):
         what = f"{path} is a DTensor of which each rank holds a summand"
-        raise ConfigError(Problem(what, path, kept, f"{path}.redistribute(placements=[Replicate()])"))
+        raise ConfigError(
+            Problem(what=what, asked=path, allowed=kept, instead=f"{path}.redistribute(placements=[Replicate()])")
+        )
     if local.dtype not in _NAMES:
         what = f"{path} is of dtype {str(local.dtype).removeprefix('torch.')}, which a checkpoint cannot keep"
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NAMES)
         instead = f"torch.view_as_real({path})" if local.is_complex() else f"{path}.float()"
         instead = f"{path}.dequantize()" if local.is_quantized else instead
-        raise ConfigError(Problem(what, path, known, instead))
+        raise ConfigError(Problem(what=what, asked=path, allowed=known, instead=instead))
     if local.layout is not torch.strided or local.is_meta or (local.numel() and not _address(local)):
         kind = str(local.layout).removeprefix("torch.") if local.layout is not torch.strided else type(local).__name__
         what = f"{path} is a {'tensor on meta' if local.is_meta else kind}, whose values a checkpoint cannot read"
-        raise ConfigError(Problem(what, path, kept, f"a state_dict() without {path}, or with a plain tensor for it"))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=path,
+                allowed=kept,
+                instead=f"a state_dict() without {path}, or with a plain tensor for it",
+            )
+        )
 
 
 def _address(value: torch.Tensor) -> int:
@@ -120,7 +131,11 @@ def _packed(value: torch.Tensor, path: str) -> dict[str, Any]:
     refuse_tensor(value, path)
     if isinstance(value, DTensor):
         what = f"{path} is a DTensor in the middle of settings, which every rank keeps as they are"
-        raise ConfigError(Problem(what, path, "numbers, texts, lists, plain tensors", f"{path}.full_tensor()"))
+        raise ConfigError(
+            Problem(
+                what=what, asked=path, allowed="numbers, texts, lists, plain tensors", instead=f"{path}.full_tensor()"
+            )
+        )
     data = base64.b64encode(bytes_of(value.detach())).decode()
     return {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data": data}
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nemo_dist_conf.checkpoint.json_values import LEFT_OUT, from_json, tensors_in
 from nemo_dist_conf.checkpoint.manifest import Manifest, anew
 from nemo_dist_conf.checkpoint.objects import (
     BY_NAME,
@@ -41,10 +42,9 @@ from nemo_dist_conf.checkpoint.rank_state import (
 )
 from nemo_dist_conf.checkpoint.storage import FolderReader
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES
-from nemo_dist_conf.checkpoint.json_values import LEFT_OUT, from_json, tensors_in
 from nemo_dist_conf.errors import DataError, Problem
-from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.model.shard_boxes import local_values
+from nemo_dist_conf.runtime.rank_agreement import together
 
 __all__ = ["Loading", "Saved", "SavedObjects", "compare"]
 
@@ -72,7 +72,14 @@ class Saved:
         if name not in self.of_rank:
             known = ", ".join((*self.entries, *self.of_rank)) or "none"
             what = f"{self.folder} has no state of {name!r}"
-            raise DataError(Problem(what, f"objects={{{name!r}: ...}}", known, f"load(folder, ...) without {name!r}"))
+            raise DataError(
+                Problem(
+                    what=what,
+                    asked=f"objects={{{name!r}: ...}}",
+                    allowed=known,
+                    instead=f"load(folder, ...) without {name!r}",
+                )
+            )
         if self.own is None:
             ranks = f"{self.manifest.world_size} ranks"
             what = f"the state of {name!r} was another on each of the {ranks} that saved it"
@@ -80,7 +87,9 @@ class Saved:
             if self.has_stages:
                 allowed += "; any, once tensors have the names of model.named_parameters() and an optimizer its model"
             asked = f"checkpoint.resume={self.folder}"
-            raise DataError(Problem(what, asked, allowed, f"load(folder, ...) without {name!r}"))
+            raise DataError(
+                Problem(what=what, asked=asked, allowed=allowed, instead=f"load(folder, ...) without {name!r}")
+            )
         return self.own[name]
 
 
@@ -137,12 +146,16 @@ class Loading:
             what = f"objects[{name!r}] is a {type(value).__name__}, which cannot be filled"
             allowed = "what has load_state_dict; what load returns has the values of all others"
             instead = f"load(folder, model, ...).objects[{name!r}]"
-            raise DataError(Problem(what, f"objects={{{name!r}: a {type(value).__name__}}}", allowed, instead))
+            raise DataError(
+                Problem(
+                    what=what, asked=f"objects={{{name!r}: a {type(value).__name__}}}", allowed=allowed, instead=instead
+                )
+            )
         if kind != entry["kind"]:
             was, here = KEPT[entry["kind"]], KEPT[kind]
             what = f"objects[{name!r}] was {was} when it was saved, and is {here}"
             asked = f"objects={{{name!r}: {type(value).__name__}}}"
-            raise DataError(Problem(what, asked, was, f"load(folder, ...) without {name!r}"))
+            raise DataError(Problem(what=what, asked=asked, allowed=was, instead=f"load(folder, ...) without {name!r}"))
         target = _Target(name, value, kind, entry["tree"], name not in self._saved.entries)
         if kind == STATE and any(True for _ in tensors_in(target.tree)) and hasattr(value, "state_dict"):
             target.like = value.state_dict()
@@ -181,7 +194,11 @@ class Loading:
                 path = name.partition("/")[2]
                 what = f"{path} was the rank's own part {list(then)} when it was saved, here {list(now)}"
                 asked, allowed = f"objects={{{target.name!r}: ...}}", "the layout that saved it"
-                raise DataError(Problem(what, asked, allowed, f"load(folder, ...) without {target.name!r}"))
+                raise DataError(
+                    Problem(
+                        what=what, asked=asked, allowed=allowed, instead=f"load(folder, ...) without {target.name!r}"
+                    )
+                )
             if stored is not None:
                 self.pieces[own_name(name, self._rank)] = whole_piece(piece.values)
 
@@ -208,14 +225,18 @@ class Loading:
         if names is None:
             what = f"objects[{name!r}] was saved beside its model, and holds parameters of no model that is given now"
             instead = f"objects={{'its_model': model, {name!r}: ...}}"
-            raise DataError(Problem(what, asked, "its model among the objects, as when it was saved", instead))
+            raise DataError(
+                Problem(
+                    what=what, asked=asked, allowed="its model among the objects, as when it was saved", instead=instead
+                )
+            )
         if tree["class"] != kind:
             what = f"objects[{name!r}] was {tree['class']} when it was saved, and is {kind}"
-            raise DataError(Problem(what, asked, tree["class"], instead))
+            raise DataError(Problem(what=what, asked=asked, allowed=tree["class"], instead=instead))
         if tree["by"] != BY_NAME and tree["shapes"] != shapes_of(optimizer):
             what = f"objects[{name!r}] has other parameters than when it was saved, where it stood without its model"
             allowed = "the same shapes in the same order; or its model among the objects, then and now"
-            raise DataError(Problem(what, asked, allowed, instead))
+            raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
         self._optimizers.append((target, names))
 
     def make_states(self) -> None:
@@ -252,7 +273,11 @@ class Loading:
                 what = f"{path} has {len(then[path])} tensors in {self._saved.folder} and {len(places)} here, by number"
                 allowed = "the layout that saved it; or a dictionary with the names of model.named_parameters()"
                 asked = f"objects={{{target.name!r}: ...}}"
-                raise DataError(Problem(what, asked, allowed, f"load(folder, ...) without {target.name!r}"))
+                raise DataError(
+                    Problem(
+                        what=what, asked=asked, allowed=allowed, instead=f"load(folder, ...) without {target.name!r}"
+                    )
+                )
 
     def _room(self, target: _Target, reference: Mapping[str, Any], everywhere: set[str]) -> Any:
         """A tensor of the checkpoint to be filled, laid out as the object's own of that path."""
@@ -267,7 +292,7 @@ class Loading:
         if not reference["whole"] and is_split and not tells:
             what = f"{path} was sharded when it was saved, and {target.name!r} has no such tensor that says how it lies"
             allowed = "an object that holds its copies of the model's parameters before it is loaded"
-            raise DataError(Problem(what, asked, allowed, instead))
+            raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
         if not isinstance(like, DTensor):
             full = torch.empty(shape, dtype=dtype, device=like.device if like is not None else None)
             if full.numel():
@@ -278,7 +303,7 @@ class Loading:
         found = tuple(local.shape) if target.is_own else tuple(like.shape)
         if there is not None and there.shape != found:
             what = f"{path} is of the shape {list(there.shape)} in {self._saved.folder}, here {list(found)}"
-            raise DataError(Problem(what, asked, str(list(there.shape)), instead))
+            raise DataError(Problem(what=what, asked=asked, allowed=str(list(there.shape)), instead=instead))
         self._take(target, {name: Piece(local, shard_box(path, like, self._models), like.shape)})
         mesh, placements = like.device_mesh, like.placements
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
@@ -366,7 +391,7 @@ def compare(
     if found:
         what = f"the tensors of {path} are not those of {model}: {'; '.join(found)}"
         allowed = "the model that saved it, with the same sizes and dtype"
-        raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, anew(path)))
+        raise DataError(Problem(what=what, asked=f"checkpoint.resume={path}", allowed=allowed, instead=anew(path)))
 
 
 def _word(dtype: torch.dtype) -> str:

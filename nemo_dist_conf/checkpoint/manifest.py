@@ -1,12 +1,12 @@
 """What is on disk: the folder of a checkpoint, its manifest, and which of several is meant. No torch.
 
-    checkpoints/
-        step_00000100/
-            manifest.json            sizes and hashes of all other files; written last
-            index.json               every tensor: dtype, shape, and which file holds which part of it
-            state.json               step, the optimizer's settings, the caller's own objects
-            config.yaml              the composed config
-            rank_00000.safetensors   what this rank wrote
+checkpoints/
+    step_00000100/
+        manifest.json            sizes and hashes of all other files; written last
+        index.json               every tensor: dtype, shape, and which file holds which part of it
+        state.json               step, the optimizer's settings, the caller's own objects
+        config.yaml              the composed config
+        rank_00000.safetensors   what this rank wrote
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def damaged(folder: Path, finding: str) -> DataError:
     best = f"checkpoint.resume={older}" if older else anew(folder)
     allowed = f"a complete checkpoint; the one before it is {older.name}" if older else "a complete checkpoint"
     what = f"the checkpoint {folder} is damaged: {finding}"
-    return DataError(Problem(what, f"checkpoint.resume={folder}", allowed, best))
+    return DataError(Problem(what=what, asked=f"checkpoint.resume={folder}", allowed=allowed, instead=best))
 
 
 def _complete_before(folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from nemo_dist_conf.checkpoint.json_values import merged, refuse_tensor, renamed_keys, step_to, to_json
 from nemo_dist_conf.checkpoint.rank_state import (
     EXTRA,
     Piece,
@@ -32,12 +33,11 @@ from nemo_dist_conf.checkpoint.rank_state import (
     whole_piece,
 )
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, bytes_of
-from nemo_dist_conf.checkpoint.json_values import merged, refuse_tensor, renamed_keys, step_to, to_json
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName
+from nemo_dist_conf.runtime.engines.unwrap import unwrapped
 from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
 from nemo_dist_conf.runtime.torch_inside import root_mesh
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
 
 __all__ = [
     "Agreed",
@@ -285,7 +285,9 @@ def _state(name: str, value: Any, models: Models) -> Held:
     except RecursionError:
         what = f"{path_of(name)} holds itself, or values in values in values without end"
         allowed = "values in values as deep as Python follows them, and none in itself"
-        raise ConfigError(Problem(what, f"objects[{name!r}]", allowed, f"objects without {name!r}")) from None
+        raise ConfigError(
+            Problem(what=what, asked=f"objects[{name!r}]", allowed=allowed, instead=f"objects without {name!r}")
+        ) from None
     return held
 
 
@@ -320,7 +322,7 @@ def shard_box(path: str, value: DTensor, models: Models) -> Box:
     what = f"{path} is a DTensor that was cut in a way which it does not tell"
     allowed = "copies of a model's parameters in a dictionary, under the names of model.named_parameters()"
     instead = "{name: p.detach().clone() for name, p in model.named_parameters()}"
-    raise ConfigError(Problem(what, path, allowed, instead))
+    raise ConfigError(Problem(what=what, asked=path, allowed=allowed, instead=instead))
 
 
 def _last_key(path: str) -> str:
@@ -366,7 +368,14 @@ def agree(held: Mapping[str, Held], marks: list[Mapping[str, str]]) -> Agreed:
     if absent:
         without = next(rank for rank, one in enumerate(marks) if absent[0] not in one)
         what = f"objects of a checkpoint are the same on all ranks, and rank {without} has no {absent[0]!r}"
-        raise ConfigError(Problem(what, f"objects={{{absent[0]!r}: ...}}", "the same names on all ranks", "objects={}"))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=f"objects={{{absent[0]!r}: ...}}",
+                allowed="the same names on all ranks",
+                instead="objects={}",
+            )
+        )
     differing = [name for name in held if any(one[name] != marks[0][name] for one in marks)]
     found: list[dict[str, Held]] = []
     if differing:

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.checkpoint.json_values import refuse_tensor
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
 from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards, take_over_weights
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
 
 __all__ = [
     "EXTRA",
@@ -222,7 +222,9 @@ def _make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, key
     if isinstance(parameter, DTensor) and stored.shape not in ((), (1,), tuple(parameter.shape)):
         kind = type(optimizer).__name__
         what = f"{kind} keeps {key} in the shape {list(stored.shape)}, which cannot be split as its parameter is"
-        raise DataError(Problem(what, f"optimizer {kind}", "adamw, sgd; strategy=ddp", "strategy=ddp"))
+        raise DataError(
+            Problem(what=what, asked=f"optimizer {kind}", allowed="adamw, sgd; strategy=ddp", instead="strategy=ddp")
+        )
     if stored.shape == tuple(parameter.shape):
         state[key] = torch.zeros_like(parameter.detach(), dtype=stored.dtype)
     else:
@@ -250,7 +252,9 @@ def group_settings(names: Mapping[int, str], optimizer: Optimizer) -> list[dict[
         if not isinstance(key, Tensor):
             kind = type(optimizer).__name__
             what = f"{kind} keeps {key!r} in its state, which is of no parameter"
-            raise ConfigError(Problem(what, f"optimizer {kind}", "state of parameters", "optimizer=adamw"))
+            raise ConfigError(
+                Problem(what=what, asked=f"optimizer {kind}", allowed="state of parameters", instead="optimizer=adamw")
+            )
     for group in optimizer.param_groups:
         held = {names[id(parameter)]: parameter for parameter in group["params"]}
         states = {name: optimizer.state.get(parameter, {}) for name, parameter in held.items()}
@@ -285,7 +289,14 @@ def set_group_settings(
         found = [{k: v for k, v in of_name[name].items() if k not in ("params", "values")} for name in held]
         if any(other != found[0] for other in found) and not only_values:
             what = f"the optimizer has {next(iter(held))} in one group with others that had other settings when saved"
-            raise DataError(Problem(what, "load(folder, model, optimizer)", "the groups saved", "load(folder, model)"))
+            raise DataError(
+                Problem(
+                    what=what,
+                    asked="load(folder, model, optimizer)",
+                    allowed="the groups saved",
+                    instead="load(folder, model)",
+                )
+            )
         for key, value in (found[0] if found and not only_values else {}).items():
             if key in _EXECUTION:
                 continue

@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from nemo_dist_conf.checkpoint.manifest import STATE, damaged, read_json, read_manifest, wrong_bytes, wrong_sizes
 from nemo_dist_conf.checkpoint.rank_state import Piece
-from nemo_dist_conf.checkpoint.storage import FolderReader, Index
 from nemo_dist_conf.checkpoint.save_and_load import Snapshot
+from nemo_dist_conf.checkpoint.storage import FolderReader, Index
 from nemo_dist_conf.errors import DataError
-from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.model.shard_boxes import Box
+from nemo_dist_conf.runtime.rank_agreement import together
 
 __all__ = ["difference", "run_of"]
 

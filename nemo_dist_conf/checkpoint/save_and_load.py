@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from nemo_dist_conf.checkpoint.buffers import make_buffers_equal
+from nemo_dist_conf.checkpoint.json_values import from_json, random_state, set_random_state, to_json
+from nemo_dist_conf.checkpoint.loading import Loading, Saved, SavedObjects, compare
 from nemo_dist_conf.checkpoint.manifest import (
     CONFIG,
     STATE,
@@ -39,7 +41,6 @@ from nemo_dist_conf.checkpoint.manifest import (
     wrong_bytes,
     wrong_sizes,
 )
-from nemo_dist_conf.checkpoint.loading import Loading, Saved, SavedObjects, compare
 from nemo_dist_conf.checkpoint.objects import EXTRA_OF, Models, agree, hold, prefix_of
 from nemo_dist_conf.checkpoint.rank_state import (
     MODEL,
@@ -51,10 +52,9 @@ from nemo_dist_conf.checkpoint.rank_state import (
     weight_pieces,
 )
 from nemo_dist_conf.checkpoint.storage import FolderReader, FolderWriter, Index, LoadPieces, SavePieces
-from nemo_dist_conf.checkpoint.json_values import from_json, random_state, set_random_state, to_json
 from nemo_dist_conf.errors import ConfigError, DataError, Problem, TrainingError
-from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.rank_agreement import together
 
 __all__ = ["PARTIAL", "Restored", "Snapshot", "load", "save", "take_snapshot", "write_snapshot"]
 
@@ -171,7 +171,9 @@ def _own_pieces(models: Models, optimizer: Optimizer | None) -> tuple[dict[str, 
     if models.foreign:
         name, allowed = models.foreign[0], "parameters, buffers, and get_extra_state for the rest"
         what = f"{name} stands in the model's state_dict() and is none of its parameters or buffers"
-        raise ConfigError(Problem(what, f"model.{name}", allowed, "get_extra_state and set_extra_state"))
+        raise ConfigError(
+            Problem(what=what, asked=f"model.{name}", allowed=allowed, instead="get_extra_state and set_extra_state")
+        )
     if optimizer is None:
         return pieces, []
     names = _names_of(optimizer, models)
@@ -185,7 +187,9 @@ def _names_of(optimizer: Optimizer, models: Models) -> Mapping[int, str]:
         kind = type(optimizer).__name__
         what = f"{kind} holds parameters that are neither of the model nor of a module among the objects"
         allowed = "an optimizer of the model's parameters; the module that the others belong to, as an object"
-        raise ConfigError(Problem(what, f"optimizer {kind}", allowed, "objects={'a name': the_module}"))
+        raise ConfigError(
+            Problem(what=what, asked=f"optimizer {kind}", allowed=allowed, instead="objects={'a name': the_module}")
+        )
     return names
 
 
@@ -332,7 +336,14 @@ def load(
     if path is None:
         asked = f"checkpoint.resume={folder}"
         what = f"{folder} holds no checkpoint"
-        raise DataError(Problem(what, asked, "a folder of a checkpoint or of several", "checkpoint.resume=null"))
+        raise DataError(
+            Problem(
+                what=what,
+                asked=asked,
+                allowed="a folder of a checkpoint or of several",
+                instead="checkpoint.resume=null",
+            )
+        )
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     (manifest, index, state, config), _ = together(lambda: _opened(path), lambda opened: opened[0].files)
@@ -415,7 +426,7 @@ def _wanted(
             saved = state["optimizer"] or "no optimizer"
             what = f"{path} holds the state of {saved}, not of {kind}"
             allowed = "the optimizer that saved it, or the weights alone (model.name_or_path of an exported folder)"
-            raise DataError(Problem(what, f"checkpoint.resume={path}", allowed, anew(path)))
+            raise DataError(Problem(what=what, asked=f"checkpoint.resume={path}", allowed=allowed, instead=anew(path)))
         return {**weights, **optimizer_pieces(_names_of(optimizer, models), optimizer, stored)}
 
     pieces, _ = together(fits)

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nemo_dist_conf.checkpoint.repeated_save import difference, run_of
 from nemo_dist_conf.checkpoint.manifest import checkpoints_in, elsewhere, find_checkpoint, read_manifest, step_folder
+from nemo_dist_conf.checkpoint.repeated_save import difference, run_of
 from nemo_dist_conf.checkpoint.save_and_load import PARTIAL, Restored, Snapshot, load, take_snapshot, write_snapshot
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.process_group import host_group
+from nemo_dist_conf.runtime.rank_agreement import together
 
 __all__ = ["Checkpoints"]
 
@@ -94,7 +94,11 @@ class Checkpoints:
             what = f"{self.folder} holds checkpoints of another run, up to {there[0].name}"
             asked = f"checkpoint.resume={'null' if resume is None else resume}"
             allowed = "auto: go on with that run; or an output folder of its own (hydra.run.dir)"
-            raise DataError(Problem(what, asked, allowed, elsewhere(self.folder) or "checkpoint.resume=auto"))
+            raise DataError(
+                Problem(
+                    what=what, asked=asked, allowed=allowed, instead=elsewhere(self.folder) or "checkpoint.resume=auto"
+                )
+            )
         return origin, uuid.uuid4().hex, origin
 
     def _going_on(self, newest: Path) -> tuple[str, str, str | None]:
@@ -109,7 +113,9 @@ class Checkpoints:
             self._lock = open(self.folder / _LOCK, "a")
         except OSError as error:
             what = f"{self.folder} cannot be written: {error.strerror}"
-            raise DataError(Problem(what, asked, "a folder that can be written", "hydra.run.dir=FOLDER")) from None
+            raise DataError(
+                Problem(what=what, asked=asked, allowed="a folder that can be written", instead="hydra.run.dir=FOLDER")
+            ) from None
         until = time.monotonic() + _PATIENCE_S  # a restarted run may meet the end of the one before it
         while True:
             try:
@@ -118,7 +124,12 @@ class Checkpoints:
             except BlockingIOError:
                 if time.monotonic() > until:
                     what = f"another run that is still there writes its checkpoints to {self.folder}"
-                    problem = Problem(what, asked, "one run at a time, or another folder", "hydra.run.dir=FOLDER")
+                    problem = Problem(
+                        what=what,
+                        asked=asked,
+                        allowed="one run at a time, or another folder",
+                        instead="hydra.run.dir=FOLDER",
+                    )
                     raise DataError(problem) from None
                 time.sleep(0.1)
             except OSError as error:
@@ -175,9 +186,7 @@ class Checkpoints:
             return
 
         def write() -> None:
-            write_snapshot(
-                snapshot, target, run=self._run, origin=self._origin, layout=self._layout, group=self._group
-            )
+            write_snapshot(snapshot, target, run=self._run, origin=self._origin, layout=self._layout, group=self._group)
             self._prune()
 
         if self._thread is None:
@@ -213,7 +222,7 @@ class Checkpoints:
             what += f"; this run goes on from {Path(self._start).name}, which it has not loaded"
             allowed = "steps after the one that the run goes on from"
             instead = "found = checkpoints.restore(model, optimizer), and the loop from found.step on"
-        raise DataError(Problem(what, asked, allowed, instead))
+        raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
 
     def _prune(self) -> None:
         """Remove this run's oldest ones; on rank 0."""
@@ -256,5 +265,7 @@ def _existing(asked: str) -> Path:
     if found is None:
         what = f"{asked} holds no checkpoint"
         allowed = "auto, null, or a folder of a checkpoint or of several"
-        raise DataError(Problem(what, f"checkpoint.resume={asked}", allowed, "checkpoint.resume=auto"))
+        raise DataError(
+            Problem(what=what, asked=f"checkpoint.resume={asked}", allowed=allowed, instead="checkpoint.resume=auto")
+        )
     return found

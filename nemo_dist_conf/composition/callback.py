@@ -14,14 +14,21 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.composition.sweep_check import SweepRefused, compose_jobs, folder_problems, jobs_of_basic_sweep, judge, refusal
-from nemo_dist_conf.composition.check import Checked, check, find_roots
-from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
-from nemo_dist_conf.composition.hydra_inside import error_of_job
 from nemo_dist_conf.composition.agreement.rendezvous import CannotMeet, NoAddress
 from nemo_dist_conf.composition.agreement.shared_failure import another_rank_told, end, wants_everything
-from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, is_starting, launch_command, launched, program
+from nemo_dist_conf.composition.check import Checked, check, find_roots
 from nemo_dist_conf.composition.command_line import raw_words
+from nemo_dist_conf.composition.hydra_inside import error_of_job
+from nemo_dist_conf.composition.sweep_check import (
+    SweepRefused,
+    compose_jobs,
+    folder_problems,
+    jobs_of_basic_sweep,
+    judge,
+    refusal,
+)
+from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
+from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, is_starting, launch_command, launched, program
 
 __all__ = ["DistributedCallback", "callback_as_config", "check_of"]
 
@@ -167,10 +174,10 @@ def _refuse_plugins_without_sweep(config: DictConfig) -> None:
         words = [word for word in words if not word.startswith("hydra.mode=")]  # which says that there was no -m
         raise ConfigError(
             Problem(
-                f"a {name} {does} the jobs of a sweep; without -m Hydra would run this as one process",
-                " ".join(typed),
-                "-m before the overrides, also for a single job; or torchrun",
-                " ".join(["python", program(), "-m", *words, *tasks]),
+                what=f"a {name} {does} the jobs of a sweep; without -m Hydra would run this as one process",
+                asked=" ".join(typed),
+                allowed="-m before the overrides, also for a single job; or torchrun",
+                instead=" ".join(["python", program(), "-m", *words, *tasks]),
             )
         )
 
@@ -182,10 +189,10 @@ def _sweep_in_every_rank(config: DictConfig, world_size: int) -> ConfigError:
     ranks = f"hydra.launcher.nproc_per_node={world_size // nodes}"
     return ConfigError(
         Problem(
-            f"{world_size} ranks were started, and each would sweep for itself",
-            launch_command().format(n=world_size, asked=f"-m {words}").strip(),
-            "a sweep that is started once and starts the ranks of each job",
-            f"python {program()} -m hydra/launcher=torchrun {ranks}{more} {words}".strip(),
+            what=f"{world_size} ranks were started, and each would sweep for itself",
+            asked=launch_command().format(n=world_size, asked=f"-m {words}").strip(),
+            allowed="a sweep that is started once and starts the ranks of each job",
+            instead=f"python {program()} -m hydra/launcher=torchrun {ranks}{more} {words}".strip(),
         )
     )
 

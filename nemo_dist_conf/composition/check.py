@@ -8,12 +8,7 @@ from typing import Any, Iterator, Mapping
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, facts_from_folder
-from nemo_dist_conf.families.plan_rules import plan_problems
-from nemo_dist_conf.families.model_rules import layerdrop_problems, model_problems
-from nemo_dist_conf.names import BATCH_STATISTICS, checkpointing_mode
-from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
+from nemo_dist_conf.composition.command_line import as_typed_here, is_chosen
 from nemo_dist_conf.composition.sections import (
     SECTIONS,
     default_choice,
@@ -25,15 +20,20 @@ from nemo_dist_conf.composition.sections import (
     strategy_of,
 )
 from nemo_dist_conf.composition.store import is_ours
+from nemo_dist_conf.composition.text_values import text_problems, told_as_texts, unread_problems
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, facts_from_folder
+from nemo_dist_conf.families.model_rules import layerdrop_problems, model_problems
+from nemo_dist_conf.families.plan_rules import plan_problems
+from nemo_dist_conf.names import BATCH_STATISTICS, checkpointing_mode
+from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
-from nemo_dist_conf.composition.text_values import text_problems, told_as_texts, unread_problems
 from nemo_dist_conf.topology.axes import AXES, Axis
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import MeshSpec, solve
-from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
-from nemo_dist_conf.composition.command_line import as_typed_here, is_chosen
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["Checked", "check", "check_values", "find_roots", "is_root"]
 
@@ -110,7 +110,9 @@ def _check(cfg: Any, world_size: int | None, facts: ModelFacts | None, seq_len: 
     statistics, statistics_problems = _batch_statistics(root, spelling)
     problems += mode_problems + statistics_problems + found
     if checked is not None:
-        problems += layerdrop_problems(_model_config(cfg, root), values, checked.sizes, checked.mesh.world_size, spelling)
+        problems += layerdrop_problems(
+            _model_config(cfg, root), values, checked.sizes, checked.mesh.world_size, spelling
+        )
     ConfigError.raise_if(problems)
     if checked is None:
         raise AssertionError("not checked, but no problem either")
@@ -177,10 +179,10 @@ def _single_root(cfg: Any) -> DictConfig:
         where = [_prefix(root) or "the root" for root in roots]
         raise ConfigError(
             Problem(
-                f"strategy nodes stand in {len(roots)} places: {', '.join(where)}",
-                " and ".join(Spelling(_prefix(root)).key("strategy") for root in roots),
-                "one strategy for a model; hand that part of the config to the hook",
-                f"instantiate(cfg.{where[0]})",
+                what=f"strategy nodes stand in {len(roots)} places: {', '.join(where)}",
+                asked=" and ".join(Spelling(_prefix(root)).key("strategy") for root in roots),
+                allowed="one strategy for a model; hand that part of the config to the hook",
+                instead=f"instantiate(cfg.{where[0]})",
             )
         )
     value = OmegaConf.select(cfg, "strategy") if isinstance(cfg, DictConfig) else cfg
@@ -200,7 +202,9 @@ def _single_root(cfg: Any) -> DictConfig:
         allowed = "one of " + ", ".join(name for s in STRATEGIES for name in s.names)
         instead = _choice_of_a_strategy(cfg)
     shown = value if isinstance(value, (str, type(None))) else type(value).__name__
-    raise ConfigError(Problem(what, f"strategy={'null' if shown is None else shown}", allowed, instead))
+    raise ConfigError(
+        Problem(what=what, asked=f"strategy={'null' if shown is None else shown}", allowed=allowed, instead=instead)
+    )
 
 
 def _choice_of_a_strategy(cfg: Any) -> str:
@@ -275,15 +279,17 @@ def _activation_checkpointing(
         if mode is None or mode not in strategy.activation_checkpointing:
             what = f"{key}={value} is not a mode" + (f" of strategy={strategy.name}" if mode is not None else "")
             allowed = ", ".join(str(m).lower() for m in strategy.activation_checkpointing)
-            problems.append(Problem(what, spelling.set(key, value), allowed, spelling.set(key, True)))
+            problems.append(
+                Problem(what=what, asked=spelling.set(key, value), allowed=allowed, instead=spelling.set(key, True))
+            )
     outer, inner = map(checkpointing_mode, given.values())
     if not problems and outer and inner and outer != inner:
         problems.append(
             Problem(
-                "activation checkpointing has two different answers",
-                " ".join(spelling.set(key, value) for key, value in given.items()),
-                "one of them, or both the same",
-                " ".join(spelling.set(key, outer) for key in given),
+                what="activation checkpointing has two different answers",
+                asked=" ".join(spelling.set(key, value) for key, value in given.items()),
+                allowed="one of them, or both the same",
+                instead=" ".join(spelling.set(key, outer) for key in given),
             )
         )
     return outer or inner or False, problems
@@ -294,7 +300,9 @@ def _batch_statistics(root: DictConfig, spelling: Spelling) -> tuple[str, list[P
     if value in BATCH_STATISTICS:
         return value, []
     what, allowed = f"{key}={value} is not one of its values", ", ".join(BATCH_STATISTICS)
-    return "local", [Problem(what, spelling.set(key, value), allowed, spelling.set(key, "global"))]
+    return "local", [
+        Problem(what=what, asked=spelling.set(key, value), allowed=allowed, instead=spelling.set(key, "global"))
+    ]
 
 
 def _section_problems(
@@ -334,10 +342,10 @@ def _changed_while_off(
     ]
     return [
         Problem(
-            f"{section} settings were changed, but {size} is 1, so they would do nothing",
-            " ".join(shown),
-            f"the defaults while {size}=1, or {size} of 2 or more",
-            " ".join(instead),
+            what=f"{section} settings were changed, but {size} is 1, so they would do nothing",
+            asked=" ".join(shown),
+            allowed=f"the defaults while {size}=1, or {size} of 2 or more",
+            instead=" ".join(instead),
         )
     ]
 
@@ -351,10 +359,10 @@ def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], spelling: 
             key = f"parallelism.{axis.size_field}"
             problems.append(
                 Problem(
-                    f"{axis.title} composes and has a mesh, but this version does not execute it",
-                    spelling.set(key, size),
-                    f"{axis.size_field}=1",
-                    spelling.set(key, axis.default),
+                    what=f"{axis.title} composes and has a mesh, but this version does not execute it",
+                    asked=spelling.set(key, size),
+                    allowed=f"{axis.size_field}=1",
+                    instead=spelling.set(key, axis.default),
                 )
             )
     return problems

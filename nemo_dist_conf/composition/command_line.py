@@ -31,7 +31,7 @@ def is_chosen(config: Any, group: str) -> bool:
 def as_typed_here(error: ConfigError, config: Any) -> ConfigError:
     """The error with offers that fit the command line which this config, or that it is part of, was composed from."""
     words = raw_words(_hydra(config, "overrides.task"))
-    return type(error)(*(replace(problem, type=_fitted(problem, words)) for problem in error.problems))
+    return type(error)(*(replace(problem, instead=_fitted(problem, words)) for problem in error.problems))
 
 
 def raw_words(overrides: Any) -> list[str]:
@@ -52,7 +52,7 @@ def _hydra(config: Any, key: str) -> Any:
 
 
 def _fitted(problem: Problem, words: list[str]) -> str:
-    offer = problem.type
+    offer = problem.instead
     if " " in offer or not offer:
         return offer
     key = _key(offer)

@@ -6,13 +6,13 @@ import sys
 import textwrap
 from typing import Any, Mapping, Sequence
 
+from nemo_dist_conf.composition.sections import SECTIONS, section_of
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema import SwitchesConf, documented
-from nemo_dist_conf.schema.option import typed
 from nemo_dist_conf.schema.launcher import TorchrunConf
+from nemo_dist_conf.schema.option import typed
 from nemo_dist_conf.schema.sweeper import LayoutsConf
-from nemo_dist_conf.composition.sections import SECTIONS, section_of
 from nemo_dist_conf.strategies import STRATEGIES, find_strategy, strategy_names
 
 __all__ = ["explain", "main"]
@@ -46,7 +46,14 @@ def _section(word: str, values: Mapping[str, Any]) -> str:
         schema, title, section = LayoutsConf, _SWEEPER, "hydra.sweeper"
     else:
         known = ["strategy", *SECTIONS, *_SWITCHES, _LAUNCHER, _SWEEPER]
-        raise ConfigError(Problem(f"there is no section {section!r}", word, ", ".join(known), _meant(section, known)))
+        raise ConfigError(
+            Problem(
+                what=f"there is no section {section!r}",
+                asked=word,
+                allowed=", ".join(known),
+                instead=_meant(section, known),
+            )
+        )
     rows = [
         row._replace(default=typed(values[row.name])) if row.name in values else row
         for row in documented(schema, f"{section}." if section else "")

@@ -9,7 +9,6 @@ from typing import Any, Callable
 from hydra.core.config_search_path import ConfigSearchPath
 
 from nemo_dist_conf.composition.hydra_inside import asked_by_callbacks
-from nemo_dist_conf.names import HARDWARE, SCHEDULES, STRATEGY_NAMES
 from nemo_dist_conf.composition.store import (
     NODE_CLASSES,
     always_call_hooks,
@@ -19,6 +18,7 @@ from nemo_dist_conf.composition.store import (
     register_sweeper,
     typed_node,
 )
+from nemo_dist_conf.names import HARDWARE, SCHEDULES, STRATEGY_NAMES
 
 __all__ = ["config_groups", "register_groups", "register_resolvers"]
 

@@ -28,7 +28,8 @@ def resolver_calls(text: str) -> list[tuple[int, int, str]]:
     """(start, end, name) of each ``${name:...}`` in a text, inner ones before the one around them; [] where it is not
     valid.
 
-    OmegaConf 2.1 to 2.4 parse a text and resolve it in one; nothing published takes it apart. tests/composition/agreement/test_drawn_values.py
+    OmegaConf 2.1 to 2.4 parse a text and resolve it in one; nothing published takes it apart.
+    Test: tests/composition/agreement/test_drawn_values.py
     """
     try:
         tree = parse(text)
@@ -50,7 +51,8 @@ def read_in_place(text: str, container: Any, key: Any) -> tuple[Any, Any]:
     """(what the text would read as if it stood at this key, the node that resolvers are told it stands in).
 
     A node with a parent that does not hold it: OmegaConf 2.1 to 2.4 resolve texts of nodes only, and putting the text
-    there would be refused by a typed node. Raises what OmegaConf raises. tests/composition/agreement/test_drawn_values.py
+    there would be refused by a typed node. Raises what OmegaConf raises.
+    Test: tests/composition/agreement/test_drawn_values.py
     """
     node = AnyNode(text, key=key, parent=container)
     read: Any = node._dereference_node()

@@ -21,7 +21,11 @@ def compute_dtype(dtype: Any, device: str) -> str:
     if dtype not in _DTYPES:
         likely = nearest(str(dtype), _DTYPES) or ["auto"]
         what = f"train.dtype={dtype} is not a dtype to train in"
-        raise ConfigError(Problem(what, f"train.dtype={dtype}", ", ".join(_DTYPES), f"train.dtype={likely[0]}"))
+        raise ConfigError(
+            Problem(
+                what=what, asked=f"train.dtype={dtype}", allowed=", ".join(_DTYPES), instead=f"train.dtype={likely[0]}"
+            )
+        )
     if dtype != "auto":
         return str(dtype)
     return "bfloat16" if device == "cuda" or (device == "auto" and cuda_present()) else "float32"
@@ -52,8 +56,8 @@ def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: An
 def explain_target(target: str, root: Any) -> str:
     """Help texts of the composed strategy, the other sections and the switches, with their values, for ``--help``."""
     from nemo_dist_conf.composition.explain import explain
-    from nemo_dist_conf.schema import SwitchesConf, documented
     from nemo_dist_conf.composition.sections import SECTIONS, leaves
+    from nemo_dist_conf.schema import SwitchesConf, documented
     from nemo_dist_conf.strategies import strategy_of_target
 
     strategy = strategy_of_target(target)

@@ -65,7 +65,9 @@ def _as_node(value: Any) -> Any:
     return value
 
 
-def read_section(root: DictConfig, name: str, schema: type, spelling: Spelling, problems: list[Problem]) -> dict[str, Any]:
+def read_section(
+    root: DictConfig, name: str, schema: type, spelling: Spelling, problems: list[Problem]
+) -> dict[str, Any]:
     """The node's values by field, typed as its schema; problems are appended, defaults stand in for what is wrong."""
     node = _as_node(root.get(name)) if name in root else None
     if node is None and name not in root:
@@ -79,19 +81,19 @@ def read_section(root: DictConfig, name: str, schema: type, spelling: Spelling, 
     if node is None:
         problems.append(
             Problem(
-                f"{spelling.key(name)} is null",
-                f"{spelling.key(name)}=null",
-                "its own defaults are the way to leave it alone",
-                default_choice(name, spelling),
+                what=f"{spelling.key(name)} is null",
+                asked=f"{spelling.key(name)}=null",
+                allowed="its own defaults are the way to leave it alone",
+                instead=default_choice(name, spelling),
             )
         )
     elif node is not None and not isinstance(node, DictConfig):
         problems.append(
             Problem(
-                f"{spelling.key(name)} is {node!r}, not a group of options",
-                f"{spelling.key(name)}={node}",
-                ", ".join(item.name for item in dataclasses.fields(schema)),
-                default_choice(name, spelling),
+                what=f"{spelling.key(name)} is {node!r}, not a group of options",
+                asked=f"{spelling.key(name)}={node}",
+                allowed=", ".join(item.name for item in dataclasses.fields(schema)),
+                instead=default_choice(name, spelling),
             )
         )
     elif node is not None:
@@ -189,10 +191,10 @@ def _merge(
                 continue
             problems.append(
                 Problem(
-                    f"{spelling.key(f'{name}.{key}')}: {str(error).splitlines()[0]}",
-                    spelling.set(f"{name}.{key}", _raw(node, key)),
-                    known[key].metadata.get("help", "a value of its type"),
-                    spelling.set(f"{name}.{key}", _default_text(known[key])),
+                    what=f"{spelling.key(f'{name}.{key}')}: {str(error).splitlines()[0]}",
+                    asked=spelling.set(f"{name}.{key}", _raw(node, key)),
+                    allowed=known[key].metadata.get("help", "a value of its type"),
+                    instead=spelling.set(f"{name}.{key}", _default_text(known[key])),
                 )
             )
     return objects
@@ -257,7 +259,7 @@ def _stray(path: str, value: Any, known: Mapping[str, Any], spelling: Spelling) 
         what = f"{spelling.key(path)} is not an option"
         instead = f"~{spelling.key(path)}"
     ordered = likely + [name for name in known if name not in likely]
-    return Problem(what, asked, ", ".join(ordered), instead)
+    return Problem(what=what, asked=asked, allowed=", ".join(ordered), instead=instead)
 
 
 def misspelt_sections(root: DictConfig, spelling: Spelling) -> list[Problem]:
@@ -271,10 +273,10 @@ def misspelt_sections(root: DictConfig, spelling: Spelling) -> list[Problem]:
         words = typed_words(root, key)
         problems.append(
             Problem(
-                f"{spelling.key(key)} is not a section of nemo_dist_conf; did you mean {likely[0]}?",
-                " ".join(f"+{spelling.key(word)}" for word in words),
-                ", ".join(names),
-                " ".join(spelling.key(word.replace(key, likely[0], 1)) for word in words),
+                what=f"{spelling.key(key)} is not a section of nemo_dist_conf; did you mean {likely[0]}?",
+                asked=" ".join(f"+{spelling.key(word)}" for word in words),
+                allowed=", ".join(names),
+                instead=" ".join(spelling.key(word.replace(key, likely[0], 1)) for word in words),
             )
         )
     return problems

@@ -111,16 +111,21 @@ def folder_problems(config: DictConfig, mode: str) -> Iterable[Problem]:
     file = next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None)
     if longest > most:
         yield Problem(
-            f"the name of the output folder has {longest} bytes, and the file system takes {most}",
-            f"{keys[-1]}='{typed[-1]}'",
-            f"names of at most {most} bytes; hydra.job.config.override_dirname.exclude_keys leaves words out",
-            f"{keys[-1]}='{names}'",
+            what=f"the name of the output folder has {longest} bytes, and the file system takes {most}",
+            asked=f"{keys[-1]}='{typed[-1]}'",
+            allowed=f"names of at most {most} bytes; hydra.job.config.override_dirname.exclude_keys leaves words out",
+            instead=f"{keys[-1]}='{names}'",
         )
     elif file is not None or not (folder.is_dir() or os.access(there, os.W_OK | os.X_OK)):
         reason = f"nothing may be written in {there}" if file is None else f"{file} is a file"
         asked = f"{keys[0]}='{typed[0]}'"
         best = f"{keys[0]}='{'multirun' if mode == 'sweep' else 'outputs'}/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}'"
-        yield Problem(f"the output folder cannot be made: {reason}", asked, "a folder that can be written", best)
+        yield Problem(
+            what=f"the output folder cannot be made: {reason}",
+            asked=asked,
+            allowed="a folder that can be written",
+            instead=best,
+        )
 
 
 def refusal(jobs: Sequence[Job], skip: str | None) -> Problem:
@@ -133,5 +138,12 @@ def refusal(jobs: Sequence[Job], skip: str | None) -> Problem:
     valid = [job.words or "no overrides" for job in jobs if not job.refused]
     allowed = "; ".join(valid[:5]) + (f"; {len(valid) - 5} more" if len(valid) > 5 else "")
     if not valid:
-        return Problem("\n".join(lines), f"a sweep of {len(jobs)} jobs", "none of them", jobs[0].refused[0].type)
-    return Problem("\n".join(lines), f"a sweep of {len(jobs)} jobs", allowed, skip or valid[0])
+        return Problem(
+            what="\n".join(lines),
+            asked=f"a sweep of {len(jobs)} jobs",
+            allowed="none of them",
+            instead=jobs[0].refused[0].instead,
+        )
+    return Problem(
+        what="\n".join(lines), asked=f"a sweep of {len(jobs)} jobs", allowed=allowed, instead=skip or valid[0]
+    )

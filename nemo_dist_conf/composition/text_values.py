@@ -10,8 +10,8 @@ from typing import Any, Callable, Iterable
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
+from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["text_problems", "told_as_texts", "unread_problems"]
 
@@ -89,7 +89,12 @@ def _unread(node: DictConfig, key: str, why: str) -> Problem:
     way_out = f"export {variable[1]}=VALUE" if variable else f"{key}=null"
     asked = shlex.join(typed) if typed else f"'{key}={raw}'"
     allowed = "values, and references to what is there"
-    return Problem(f"{key} cannot be read: {why}", asked, allowed, f"{WITHOUT}{asked}" if typed else way_out)
+    return Problem(
+        what=f"{key} cannot be read: {why}",
+        asked=asked,
+        allowed=allowed,
+        instead=f"{WITHOUT}{asked}" if typed else way_out,
+    )
 
 
 def _problem(node: DictConfig, key: str, raw: str, text: str, allowed: str) -> Problem:
@@ -97,11 +102,11 @@ def _problem(node: DictConfig, key: str, raw: str, text: str, allowed: str) -> P
     overrides = raw_words(OmegaConf.select(node._get_root(), "hydra.overrides.task"))
     key = f"+{key}" if any(word.startswith(f"+{key}=") for word in overrides) else key
     if "${" not in raw:
-        return Problem(what, f"'{key}=\"{text}\"'", allowed, f"{key}={text}")
+        return Problem(what=what, asked=f"'{key}=\"{text}\"'", allowed=allowed, instead=f"{key}={text}")
     if "oc.env:" in raw:
         what += ": an environment variable holds nothing else"
     # Hydra's grammar takes an interpolation inside of another in quotes only, and the shell takes those away.
-    return Problem(what, f"'{key}={raw}'", allowed, f"'{key}=\"{_decoded(raw)}\"'")
+    return Problem(what=what, asked=f"'{key}={raw}'", allowed=allowed, instead=f"'{key}=\"{_decoded(raw)}\"'")
 
 
 def _decoded(raw: str) -> str:

@@ -6,8 +6,8 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.families.config_facts import ModelFacts, is_dense_family
-from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.solve import divisors
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["layerdrop_problems", "model_problems", "tensor_parallel_sizes", "tied_head_problems"]
 
@@ -24,7 +24,11 @@ def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
 
 
 def layerdrop_problems(
-    config: Mapping[str, Any], strategy: Mapping[str, Any], sizes: Mapping[str, Any], world_size: int, spelling: Spelling
+    config: Mapping[str, Any],
+    strategy: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    world_size: int,
+    spelling: Spelling,
 ) -> list[Problem]:
     """What does not go with a model that skips layers at random, where its config says so.
 
@@ -38,11 +42,13 @@ def layerdrop_problems(
             what = f"{said}: the stages of a pipeline would not skip the same layers"
             one = spelling.set("parallelism.pp_size", 1)
             asked = f"{said} {spelling.set('parallelism.pp_size', sizes['pp_size'])}"
-            return [Problem(what, asked, f"pp_size=1, or {off}", one)]
+            return [Problem(what=what, asked=asked, allowed=f"pp_size=1, or {off}", instead=one)]
         if world_size > 1 and strategy.get("find_unused_parameters") is False:
             what = f"{said}: layers that a step skips get no gradient, which DDP has to be told"
             on = spelling.set(switch, True)
-            return [Problem(what, f"{said} {spelling.set(switch, False)}", f"{on}, or {off}", on)]
+            return [
+                Problem(what=what, asked=f"{said} {spelling.set(switch, False)}", allowed=f"{on}, or {off}", instead=on)
+            ]
     return []
 
 
@@ -68,10 +74,10 @@ def model_problems(
     if tp > 1 and facts.num_experts:
         problems.append(
             Problem(
-                f"tp_size={tp}: the experts of {facts.model_type or 'the model'} have no tensor-parallel plan",
-                spelling.set("parallelism.tp_size", tp),
-                "tp_size=1; ep_size splits experts, cp_size and pp_size the rest",
-                spelling.set("parallelism.tp_size", 1),
+                what=f"tp_size={tp}: the experts of {facts.model_type or 'the model'} have no tensor-parallel plan",
+                asked=spelling.set("parallelism.tp_size", tp),
+                allowed="tp_size=1; ep_size splits experts, cp_size and pp_size the rest",
+                instead=spelling.set("parallelism.tp_size", 1),
             )
         )
         tp = 1
@@ -88,47 +94,54 @@ def model_problems(
         ]
         problems.append(
             Problem(
-                f"tp_size={tp} does not divide the model's {' and '.join(odd)}",
-                spelling.set("parallelism.tp_size", tp),
-                f"tp_size: {', '.join(map(str, legal))}",
-                spelling.set("parallelism.tp_size", max(d for d in legal if d <= tp and world_size % d == 0)),
+                what=f"tp_size={tp} does not divide the model's {' and '.join(odd)}",
+                asked=spelling.set("parallelism.tp_size", tp),
+                allowed=f"tp_size: {', '.join(map(str, legal))}",
+                instead=spelling.set("parallelism.tp_size", max(d for d in legal if d <= tp and world_size % d == 0)),
             )
         )
     if cp > 1 and seq_len is not None and seq_len % (2 * cp):
         nearest = max(2 * cp, round(seq_len / (2 * cp)) * 2 * cp)
         problems.append(
             Problem(
-                f"cp_size={cp} splits a sequence into {2 * cp} equal chunks, and {seq_len} tokens do not split so",
-                f"{spelling.set('parallelism.cp_size', cp)} data.seq_len={seq_len}",
-                f"a multiple of {2 * cp} tokens",
-                f"data.seq_len={nearest}",
+                what=f"cp_size={cp} splits a sequence into {2 * cp} equal chunks, and {seq_len} tokens do not split so",
+                asked=f"{spelling.set('parallelism.cp_size', cp)} data.seq_len={seq_len}",
+                allowed=f"a multiple of {2 * cp} tokens",
+                instead=f"data.seq_len={nearest}",
             )
         )
     if cp > 1 and facts.own_mixer is not None:
         problems.append(
             Problem(
-                f"cp_size={cp}: {facts.model_type} has {facts.own_mixer}; on a part of a row it sees that part only",
-                spelling.set("parallelism.cp_size", cp),
-                "cp_size=1, or a family whose layers are all attentions of the registry",
-                spelling.set("parallelism.cp_size", 1),
+                what=f"cp_size={cp}: {facts.model_type} has {facts.own_mixer}; on a part of a row it sees "
+                "that part only",
+                asked=spelling.set("parallelism.cp_size", cp),
+                allowed="cp_size=1, or a family whose layers are all attentions of the registry",
+                instead=spelling.set("parallelism.cp_size", 1),
             )
         )
     if pp > 1 and facts.balances_experts:
         problems.append(
             Problem(
-                "the loss that balances experts is taken over all layers at once, and a pipeline rank has only its own",
-                f"{spelling.set('parallelism.pp_size', pp)} {_said(facts, 'output_router_logits')}",
-                "pp_size=1, or training without that loss",
-                spelling.set("parallelism.pp_size", 1) if facts.folder else "model.config.output_router_logits=false",
+                what="the loss that balances experts is taken over all layers at once, and a pipeline rank has "
+                "only its own",
+                asked=f"{spelling.set('parallelism.pp_size', pp)} {_said(facts, 'output_router_logits')}",
+                allowed="pp_size=1, or training without that loss",
+                instead=spelling.set("parallelism.pp_size", 1)
+                if facts.folder
+                else "model.config.output_router_logits=false",
             )
         )
     if pp > 1 and facts.tied:
         problems.append(
             Problem(
-                "the model's embedding and head are one parameter, and a pipeline has them on its first and last stage",
-                f"{spelling.set('parallelism.pp_size', pp)} {_said(facts, 'tie_word_embeddings')}",
-                "pp_size=1, or a head with weights of its own",
-                spelling.set("parallelism.pp_size", 1) if facts.folder else "model.config.tie_word_embeddings=false",
+                what="the model's embedding and head are one parameter, and a pipeline has them on its "
+                "first and last stage",
+                asked=f"{spelling.set('parallelism.pp_size', pp)} {_said(facts, 'tie_word_embeddings')}",
+                allowed="pp_size=1, or a head with weights of its own",
+                instead=spelling.set("parallelism.pp_size", 1)
+                if facts.folder
+                else "model.config.tie_word_embeddings=false",
             )
         )
     if ep > 1:
@@ -152,10 +165,10 @@ def tied_head_problems(moe: Mapping[str, Any], spelling: Spelling = Spelling()) 
     instead = " ".join(spelling.set(f"moe.{key}", together[key]) for key in apart)
     return [
         Problem(
-            "the model's embedding and head are one parameter, which cannot be sharded in two units",
-            " ".join([*asked, "model.config.tie_word_embeddings=true"]),
-            f"{instead}, or a head with weights of its own",
-            instead,
+            what="the model's embedding and head are one parameter, which cannot be sharded in two units",
+            asked=" ".join([*asked, "model.config.tie_word_embeddings=true"]),
+            allowed=f"{instead}, or a head with weights of its own",
+            instead=instead,
         )
     ]
 
@@ -167,10 +180,10 @@ def _expert_problems(facts: ModelFacts, ep: int, spelling: Spelling) -> list[Pro
     if not facts.num_experts:
         return [
             Problem(
-                f"ep_size={ep}, but the model ({facts.model_type}) has no experts",
-                asked,
-                "ep_size=1, or a mixture-of-experts model",
-                spelling.set("parallelism.ep_size", 1),
+                what=f"ep_size={ep}, but the model ({facts.model_type}) has no experts",
+                asked=asked,
+                allowed="ep_size=1, or a mixture-of-experts model",
+                instead=spelling.set("parallelism.ep_size", 1),
             )
         ]
     if facts.num_experts % ep == 0:
@@ -178,9 +191,9 @@ def _expert_problems(facts: ModelFacts, ep: int, spelling: Spelling) -> list[Pro
     legal = divisors(facts.num_experts)
     return [
         Problem(
-            f"ep_size={ep} does not divide the model's {facts.num_experts} experts",
-            asked,
-            f"ep_size: {', '.join(map(str, legal))}",
-            spelling.set("parallelism.ep_size", max(d for d in legal if d <= ep)),
+            what=f"ep_size={ep} does not divide the model's {facts.num_experts} experts",
+            asked=asked,
+            allowed=f"ep_size: {', '.join(map(str, legal))}",
+            instead=spelling.set("parallelism.ep_size", max(d for d in legal if d <= ep)),
         )
     ]

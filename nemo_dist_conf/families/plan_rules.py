@@ -1,6 +1,7 @@
 """What can be wrong with a typed plan of tensor parallelism, told without building the model; no torch.
 
-runtime/techniques/tensor/parallel.py asks the built module the rest: a user's own module, and whether a style fits its layer.
+runtime/techniques/tensor/parallel.py asks the built module the rest: a user's own module, and whether a style
+fits its layer.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling())
         return []
     asked = f"{spelling.key(_KEY)}={plan}"
     if not isinstance(plan, Mapping) or not plan:
-        what = f"{spelling.key(_KEY)} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
+        what = (
+            f"{spelling.key(_KEY)} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
+        )
         allowed = "a mapping from module names (* allowed) to styles, or null for the model's own"
-        return [Problem(what, asked, allowed, spelling.set(_KEY, None))]
+        return [Problem(what=what, asked=asked, allowed=allowed, instead=spelling.set(_KEY, None))]
     known = _modules(facts)
     found: list[tuple[str, str, str]] = []
     fixed: dict[str, Any] = {}
@@ -52,7 +55,7 @@ def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling())
     entries = ",".join(f"{pattern}:{style}" for pattern, style in fixed.items())
     # A family's own plan is known to fit; of any other only a run could tell.
     way_out = f"'{spelling.key(_KEY)}={{{entries}}}'" if _fits(fixed, facts) else spelling.set(_KEY, None)
-    return [Problem(what, asked, allowed, way_out) for what, asked, allowed in found]
+    return [Problem(what=what, asked=asked, allowed=allowed, instead=way_out) for what, asked, allowed in found]
 
 
 def style_names(style: object) -> tuple[list[str], str]:

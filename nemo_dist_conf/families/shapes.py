@@ -138,7 +138,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         allowed = ", ".join([*likely, *(name for name in SHAPED_FAMILIES if name not in likely)])
         # Fields of one family are not those of another; a model of the recipe brings its own.
         best = f"model.config.model_type={likely[0]}" if likely else "model=llama3_8b"
-        raise ConfigError(Problem(what, f"model.config.model_type={family}", allowed, best))
+        raise ConfigError(Problem(what=what, asked=f"model.config.model_type={family}", allowed=allowed, instead=best))
     given = {key: value for key, value in config.items() if value is not None}
     if "num_local_experts" in given and family == "qwen3_moe":  # transformers has two names for it
         given.setdefault("num_experts", given["num_local_experts"])
@@ -148,10 +148,10 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         raise ConfigError(
             *(
                 Problem(
-                    f"model.config.{key}={said[key]} is not a size",
-                    f"model.config.{key}={said[key]}",
-                    "a whole number, 1 or more",
-                    f"model.config.{key}={({**_COMMON, **SHAPED_FAMILIES[family]})[key]}",
+                    what=f"model.config.{key}={said[key]} is not a size",
+                    asked=f"model.config.{key}={said[key]}",
+                    allowed="a whole number, 1 or more",
+                    instead=f"model.config.{key}={({**_COMMON, **SHAPED_FAMILIES[family]})[key]}",
                 )
                 for key in wrong
             )

@@ -141,26 +141,26 @@ class Nodes:
     def _refuse(self, what: str, instead: str = "") -> NoReturn:
         asked = f"hydra.launcher.nnodes={self.count} hydra.launcher.rdzv_endpoint={self._endpoint}"
         allowed = f"the same command running on {self.count} nodes"
-        raise ConfigError(Problem(what, asked, allowed, instead or asked)) from None
+        raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead or asked)) from None
 
     def _too_many(self, settings: Settings) -> NoReturn:
         name = settings.options.rdzv_id
         raise ConfigError(
             Problem(
-                f"{self.count} nodes have joined the sweep {name!r} at {self._endpoint} before this one",
-                f"hydra.launcher.nnodes={self.count} hydra.launcher.rdzv_id={name}",
-                "one launcher on each node, and a name of its own for each sweep at an endpoint",
-                f"hydra.launcher.rdzv_id={name}2",
+                what=f"{self.count} nodes have joined the sweep {name!r} at {self._endpoint} before this one",
+                asked=f"hydra.launcher.nnodes={self.count} hydra.launcher.rdzv_id={name}",
+                allowed="one launcher on each node, and a name of its own for each sweep at an endpoint",
+                instead=f"hydra.launcher.rdzv_id={name}2",
             )
         )
 
     def _rank_taken(self) -> NoReturn:
         raise ConfigError(
             Problem(
-                f"another node has joined this sweep as node_rank={self.number}",
-                f"hydra.launcher.node_rank={self.number}",
-                f"0 to {self.count - 1}, another one on each node",
-                f"hydra.launcher.node_rank={(self.number + 1) % self.count}",
+                what=f"another node has joined this sweep as node_rank={self.number}",
+                asked=f"hydra.launcher.node_rank={self.number}",
+                allowed=f"0 to {self.count - 1}, another one on each node",
+                instead=f"hydra.launcher.node_rank={(self.number + 1) % self.count}",
             )
         )
 
@@ -227,9 +227,9 @@ def _connect(settings: Settings) -> Any:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(
             Problem(
-                f"the nodes cannot meet at {endpoint}: {reason}",
-                f"hydra.launcher.rdzv_endpoint={endpoint}",
-                "an address of one of the nodes and a free port, and that node's launcher running",
-                "hydra.launcher.rdzv_endpoint=HOST:29400",
+                what=f"the nodes cannot meet at {endpoint}: {reason}",
+                asked=f"hydra.launcher.rdzv_endpoint={endpoint}",
+                allowed="an address of one of the nodes and a free port, and that node's launcher running",
+                instead="hydra.launcher.rdzv_endpoint=HOST:29400",
             )
         ) from None

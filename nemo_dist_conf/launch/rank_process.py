@@ -15,9 +15,9 @@ from typing import Any, Callable
 
 from omegaconf import DictConfig
 
+from nemo_dist_conf.composition.agreement.drawn_values import Drawn
 from nemo_dist_conf.errors import NemoDistConfError
 from nemo_dist_conf.launch.task import Payload
-from nemo_dist_conf.composition.agreement.drawn_values import Drawn
 from nemo_dist_conf.topology.launched_ranks import set_by_elastic
 
 __all__ = ["RankExit", "run_rank"]
@@ -104,10 +104,10 @@ def _hydra(payload: Payload, config: DictConfig, hydra: DictConfig, drawn: Drawn
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.utils import JobRuntime, configure_log, setup_globals
 
-    from nemo_dist_conf.composition.groups import register_resolvers
+    from nemo_dist_conf.composition.agreement.config_tree import same_now
     from nemo_dist_conf.composition.agreement.drawn_values import put_missing
     from nemo_dist_conf.composition.agreement.rank_logs import keep_apart
-    from nemo_dist_conf.composition.agreement.config_tree import same_now
+    from nemo_dist_conf.composition.groups import register_resolvers
 
     setup_globals()
     register_resolvers()

@@ -99,7 +99,7 @@ def _row(record: Record) -> tuple[str, ...]:
 
 def _in_one_line(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= _WIDEST else f"{line[:_WIDEST - 3]}..."
+    return line if len(line) <= _WIDEST else f"{line[: _WIDEST - 3]}..."
 
 
 def _line_end(file: BinaryIO) -> bytes:

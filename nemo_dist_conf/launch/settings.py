@@ -13,12 +13,12 @@ from typing import Any, Mapping
 
 from omegaconf import OmegaConf
 
+from nemo_dist_conf.composition.command_line import WITHOUT
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema.launcher import StartMethod, TorchrunConf
 from nemo_dist_conf.topology.gpu_presence import cuda_count
 from nemo_dist_conf.topology.launched_ranks import Start, set_by_elastic
-from nemo_dist_conf.composition.command_line import WITHOUT
 
 __all__ = ["Settings", "read_settings"]
 
@@ -59,7 +59,9 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
 
     def wrong(name: str, allowed: str, instead: Any, why: str = "does not fit") -> None:
         key, value = f"hydra.launcher.{name}", _word(getattr(conf, name))
-        problems.append(Problem(f"{key}={value} {why}", f"{key}={value}", allowed, f"{key}={instead}"))
+        problems.append(
+            Problem(what=f"{key}={value} {why}", asked=f"{key}={value}", allowed=allowed, instead=f"{key}={instead}")
+        )
 
     ranks = _ranks(conf.nproc_per_node)
     if ranks is None:
@@ -101,7 +103,7 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
         if set_by_elastic(name):
             what = f"hydra.launcher.env.{name} would be overwritten: the launcher sets it for each rank"
             asked = f"+hydra.launcher.env.{name}={conf.env[name]}"
-            problems.append(Problem(what, asked, "any other variable", f"{WITHOUT}{asked}"))
+            problems.append(Problem(what=what, asked=asked, allowed="any other variable", instead=f"{WITHOUT}{asked}"))
     problems += _preload_problems(conf)
     if conf.resume is not None and not (Path(conf.resume) / "multirun.yaml").is_file():
         what = "is not a sweep's folder"
@@ -116,7 +118,9 @@ def _stray(name: str, value: Any, known: list[str]) -> Problem:
     asked = f"+hydra.launcher.{name}={_word(_plain(value))}"
     instead = f"hydra.launcher.{likely[0]}={_word(_plain(value))}" if likely else f"{WITHOUT}{asked}"
     ordered = likely + [option for option in known if option not in likely]
-    return Problem(f"hydra.launcher.{name} is not an option", asked, ", ".join(ordered), instead)
+    return Problem(
+        what=f"hydra.launcher.{name} is not an option", asked=asked, allowed=", ".join(ordered), instead=instead
+    )
 
 
 def _ranks(asked: Any) -> int | None:
@@ -137,17 +141,28 @@ def _cores() -> int:
 def _preload_problems(conf: TorchrunConf) -> list[Problem]:
     asked = f"hydra.launcher.preload={_word(conf.preload)}"
     if not isinstance(conf.preload, list):
-        return [Problem(f"{asked} is not a list", asked, "a list of modules", "hydra.launcher.preload=[torch]")]
+        return [
+            Problem(
+                what=f"{asked} is not a list",
+                asked=asked,
+                allowed="a list of modules",
+                instead="hydra.launcher.preload=[torch]",
+            )
+        ]
     if conf.start_method is not StartMethod.forkserver and conf.preload != TorchrunConf().preload:
         what = f"{asked} has an effect with start_method=forkserver only"
         allowed = "hydra.launcher.start_method=forkserver"
-        return [Problem(what, asked, allowed, "hydra.launcher.preload=[torch]")]
+        return [Problem(what=what, asked=asked, allowed=allowed, instead="hydra.launcher.preload=[torch]")]
     missing = [str(name) for name in conf.preload if not _importable(str(name))]
     if not missing:
         return []
     rest = ",".join(str(name) for name in conf.preload if str(name) not in missing)
     what = f"{asked}: there is no module {', '.join(missing)}"
-    return [Problem(what, asked, "modules that can be imported", f"hydra.launcher.preload=[{rest}]")]
+    return [
+        Problem(
+            what=what, asked=asked, allowed="modules that can be imported", instead=f"hydra.launcher.preload=[{rest}]"
+        )
+    ]
 
 
 def _importable(name: str) -> bool:

@@ -22,21 +22,21 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict, read_write
 
+from nemo_dist_conf.composition.agreement.config_tree import as_ranks_read, same_now
+from nemo_dist_conf.composition.agreement.drawn_values import find_drawn, put_drawn
+from nemo_dist_conf.composition.agreement.rank_logs import rank_file
+from nemo_dist_conf.composition.callback import check_of
+from nemo_dist_conf.composition.command_line import raw_words
 from nemo_dist_conf.composition.sweep_check import Job, SweepRefused, compose_jobs, judge, refusal
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.composition.callback import check_of
 from nemo_dist_conf.launch.failure import Failure, Interrupted, JobFailed
-from nemo_dist_conf.launch.sweep_folder import SweepFolder
 from nemo_dist_conf.launch.forkserver import start_forkserver
 from nemo_dist_conf.launch.nodes import Nodes
 from nemo_dist_conf.launch.records import Record, Records, text_table
 from nemo_dist_conf.launch.settings import Settings, read_settings
+from nemo_dist_conf.launch.sweep_folder import SweepFolder
 from nemo_dist_conf.launch.task import Payload, pack, refuse_unguarded
-from nemo_dist_conf.composition.agreement.drawn_values import find_drawn, put_drawn
-from nemo_dist_conf.composition.agreement.rank_logs import rank_file
-from nemo_dist_conf.composition.agreement.config_tree import as_ranks_read, same_now
 from nemo_dist_conf.topology.launched_ranks import about_to_start
-from nemo_dist_conf.composition.command_line import raw_words
 
 __all__ = ["TorchrunSweep"]
 
@@ -291,9 +291,7 @@ class TorchrunSweep:
         folder = OmegaConf.select(job.config, "hydra.runtime.output_dir", throw_on_missing=False)
         where = os.path.relpath(folder, self.records.folder) if folder else ""
         ranks = self.settings.world_size
-        self.records.add(
-            Record(job.number, _task_words(job), job.layout, status, folder=where, ranks=ranks, **more)
-        )
+        self.records.add(Record(job.number, _task_words(job), job.layout, status, folder=where, ranks=ranks, **more))
 
     def _not_started(self, last: Job, jobs: list[Job]) -> None:
         for job in jobs:
@@ -352,10 +350,10 @@ def _different_jobs(leads: tuple[str, list[str]], other: tuple[str, list[str]], 
         shown.append(f"{len(leads[1])} jobs | {len(other[1])} jobs")
     return ConfigError(
         Problem(
-            f"the nodes of this sweep have different jobs: {'; '.join(shown)}",
-            other[0],
-            "one command line for all nodes, and a seed for a sweeper that draws",
-            leads[0],
+            what=f"the nodes of this sweep have different jobs: {'; '.join(shown)}",
+            asked=other[0],
+            allowed="one command line for all nodes, and a seed for a sweeper that draws",
+            instead=leads[0],
         )
     )
 
@@ -366,17 +364,24 @@ def _continue_sweep(config: DictConfig, resume: str) -> None:
     if not sweeper.endswith(".BasicSweeper"):
         asked = f"hydra.launcher.resume={resume}"
         what = f"{sweeper.rpartition('.')[2]} chooses its jobs as it goes, so only the sweeper itself can go on"
-        raise ConfigError(Problem(what, asked, "the sweeper's own storage", "hydra.sweeper.storage=sqlite:///sweep.db"))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=asked,
+                allowed="the sweeper's own storage",
+                instead="hydra.sweeper.storage=sqlite:///sweep.db",
+            )
+        )
     saved: Any = OmegaConf.select(OmegaConf.load(Path(resume) / "multirun.yaml"), "hydra.overrides.task")
     before = raw_words(saved)
     typed = raw_words(config.hydra.overrides.task)
     if typed and typed != before:
         raise ConfigError(
             Problem(
-                "the sweep in this folder was another one, and its jobs have numbers by their place in it",
-                f"hydra.launcher.resume={resume} {' '.join(typed)}",
-                " ".join(before) or "no overrides",
-                f"hydra.launcher.resume={resume}",
+                what="the sweep in this folder was another one, and its jobs have numbers by their place in it",
+                asked=f"hydra.launcher.resume={resume} {' '.join(typed)}",
+                allowed=" ".join(before) or "no overrides",
+                instead=f"hydra.launcher.resume={resume}",
             )
         )
     with flag_override(config, ["readonly", "struct"], False):

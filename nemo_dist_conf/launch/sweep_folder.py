@@ -40,7 +40,7 @@ class SweepFolder:
         if not self._take():
             asked = f"hydra.launcher.resume={resume}"
             ended, anew = "a sweep that has ended", "hydra.launcher.resume=null"
-            raise ConfigError(Problem("this sweep is still running", asked, ended, anew))
+            raise ConfigError(Problem(what="this sweep is still running", asked=asked, allowed=ended, instead=anew))
 
     def _claim(self, config: DictConfig) -> None:
         """A folder named by the time gets a number where another sweep of that second has it."""
@@ -50,7 +50,9 @@ class SweepFolder:
             if not by_time:
                 asked = f"hydra.sweep.dir={base}"
                 what = f"another sweep is running in {base}"
-                raise ConfigError(Problem(what, asked, "a folder of its own", f"hydra.sweep.dir={base}_2"))
+                raise ConfigError(
+                    Problem(what=what, asked=asked, allowed="a folder of its own", instead=f"hydra.sweep.dir={base}_2")
+                )
             number += 1
             self._use(base.with_name(f"{base.name}_{number}"))
         if self.path != base:

@@ -14,8 +14,8 @@ from typing import Any, Callable
 
 from omegaconf import DictConfig
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.composition.agreement.drawn_values import Drawn
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.topology.launched_ranks import set_by_elastic
 
 __all__ = ["Payload", "Reference", "pack", "refer", "refuse_unguarded"]
@@ -108,10 +108,10 @@ def refuse_unguarded(task: Callable[..., Any], start_method: str) -> None:
             name = Path(file).name
             raise ConfigError(
                 Problem(
-                    f"{name} calls {task.__name__}() when it is imported, which every rank would do",
-                    f"hydra.launcher.start_method={start_method}",
-                    f'the call below if __name__ == "__main__": in {name}, or fork',
-                    "hydra.launcher.start_method=fork",
+                    what=f"{name} calls {task.__name__}() when it is imported, which every rank would do",
+                    asked=f"hydra.launcher.start_method={start_method}",
+                    allowed=f'the call below if __name__ == "__main__": in {name}, or fork',
+                    instead="hydra.launcher.start_method=fork",
                 )
             )
 
@@ -128,10 +128,10 @@ def pack(task: Callable[..., Any] | None, config: DictConfig, hydra: DictConfig,
     except ImportError:
         raise ConfigError(
             Problem(
-                f"the task function or its config cannot be sent to another process: {reason}",
-                "hydra.launcher.start_method=forkserver",
-                "a function at the top level of a module; fork; or the package cloudpickle",
-                "pip install cloudpickle",
+                what=f"the task function or its config cannot be sent to another process: {reason}",
+                asked="hydra.launcher.start_method=forkserver",
+                allowed="a function at the top level of a module; fork; or the package cloudpickle",
+                instead="pip install cloudpickle",
             )
         ) from None
     try:
@@ -139,9 +139,9 @@ def pack(task: Callable[..., Any] | None, config: DictConfig, hydra: DictConfig,
     except Exception as error:
         raise ConfigError(
             Problem(
-                f"the task function or its config cannot be sent to another process: {error}",
-                "hydra.launcher.start_method=forkserver",
-                "a config of values that pickle can send; any task function with fork",
-                "hydra.launcher.start_method=fork",
+                what=f"the task function or its config cannot be sent to another process: {error}",
+                asked="hydra.launcher.start_method=forkserver",
+                allowed="a config of values that pickle can send; any task function with fork",
+                instead="hydra.launcher.start_method=fork",
             )
         ) from None

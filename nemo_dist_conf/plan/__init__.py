@@ -1,7 +1,7 @@
 """A run on paper: meshes, memory, traffic, time, schedule and the best layout, without torch, processes or GPUs.
 
-    from nemo_dist_conf.plan import job_of, make_plan
-    print(make_plan(job_of(cfg, world_size=64)).table())
+from nemo_dist_conf.plan import job_of, make_plan
+print(make_plan(job_of(cfg, world_size=64)).table())
 """
 
 from nemo_dist_conf.plan.from_config import job_of

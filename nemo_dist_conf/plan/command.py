@@ -10,16 +10,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.check import Checked
+from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
+from nemo_dist_conf.composition.sections import inline_text
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.plan.from_config import job_of, planned_start
 from nemo_dist_conf.plan.plan import make_plan
-from nemo_dist_conf.plan.text_report import found_table
 from nemo_dist_conf.plan.search import search
+from nemo_dist_conf.plan.text_report import found_table
 from nemo_dist_conf.recipe.checks import RecipeCallback, check_recipe
-from nemo_dist_conf.composition.sections import inline_text
 from nemo_dist_conf.topology.launched_ranks import about_to_start
-from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
 
 __all__ = ["PlanCallback", "run"]
 
@@ -72,7 +72,14 @@ def _check_nodes(cfg: DictConfig) -> None:
         node = cfg.get(key)
         if not isinstance(node, DictConfig):
             asked = f"{key}={'null' if node is None else node}" if key in cfg else f"~{key}"
-            problems.append(Problem(f"{key} is not a group of options", asked, f"the plan's own group {key}", best))
+            problems.append(
+                Problem(
+                    what=f"{key} is not a group of options",
+                    asked=asked,
+                    allowed=f"the plan's own group {key}",
+                    instead=best,
+                )
+            )
     ConfigError.raise_if(problems)
 
 
@@ -101,7 +108,12 @@ def _whole(node: Any, key: str, prefix: str = "") -> int:
         example = 10 if key == "top" else 8
         what = f"{prefix}{key}={value} is not a number of {'layouts' if key == 'top' else 'ranks'}"
         raise ConfigError(
-            Problem(what, f"{prefix}{key}={value}", "a whole number, 1 or more", f"{prefix}{key}={example}")
+            Problem(
+                what=what,
+                asked=f"{prefix}{key}={value}",
+                allowed="a whole number, 1 or more",
+                instead=f"{prefix}{key}={example}",
+            )
         )
     return value
 
@@ -113,20 +125,33 @@ def _check_knobs(node: Any) -> None:
             likely, value = nearest(key, _KNOBS), inline_text(node[key])
             what, asked = f"plan.{key} is not an option of the plan", f"plan.{key}={value}"
             instead = f"plan.{likely[0]}={value}" if likely else f"{WITHOUT}+{asked}"
-            problems.append(Problem(what, f"+{asked}", ", ".join(_KNOBS), instead))
+            problems.append(Problem(what=what, asked=f"+{asked}", allowed=", ".join(_KNOBS), instead=instead))
     for key in ("search", "formulas"):
         if not isinstance(node.get(key), bool):
             what = f"plan.{key}={node.get(key)} is not true or false"
-            problems.append(Problem(what, f"plan.{key}={node.get(key)}", "true, false", f"plan.{key}=true"))
+            problems.append(
+                Problem(
+                    what=what, asked=f"plan.{key}={node.get(key)}", allowed="true, false", instead=f"plan.{key}=true"
+                )
+            )
     if not isinstance(node.get("json"), (str, type(None))):
         what = f"plan.json={node.get('json')} is not a file"
-        problems.append(Problem(what, f"plan.json={node.get('json')}", "a file; - for output alone", "plan.json=-"))
+        problems.append(
+            Problem(
+                what=what,
+                asked=f"plan.json={node.get('json')}",
+                allowed="a file; - for output alone",
+                instead="plan.json=-",
+            )
+        )
     picture = node.get("picture")
     if picture is not None and _suffix(picture) not in _PICTURES:
         what = f"plan.picture={picture} ends in nothing that the plan can draw"
         stem = Path(str(picture)).with_suffix("")
         allowed = f"a file whose name ends in {', '.join(_PICTURES)}"
-        problems.append(Problem(what, f"plan.picture={picture}", allowed, f"plan.picture={stem}.html"))
+        problems.append(
+            Problem(what=what, asked=f"plan.picture={picture}", allowed=allowed, instead=f"plan.picture={stem}.html")
+        )
     ConfigError.raise_if(problems)
 
 
@@ -142,6 +167,11 @@ def _write(key: str, path: Any, text: str) -> Path:
         what = f"{file} cannot be written ({error.strerror})"
         suffix = "html" if key == "picture" else "json"
         raise DataError(
-            Problem(what, f"plan.{key}={path}", "a file in a folder that is there", f"plan.{key}=plan.{suffix}")
+            Problem(
+                what=what,
+                asked=f"plan.{key}={path}",
+                allowed="a file in a folder that is there",
+                instead=f"plan.{key}=plan.{suffix}",
+            )
         ) from None
     return file

@@ -13,8 +13,8 @@ from typing import Iterable, Iterator, Sequence
 from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.plan import FITS, NO, Plan
 from nemo_dist_conf.plan.rank_groups import Groups
-from nemo_dist_conf.plan.text_report import amount, count_of, counted, duration, percent, table
 from nemo_dist_conf.plan.schedule_timeline import Slot
+from nemo_dist_conf.plan.text_report import amount, count_of, counted, duration, percent, table
 
 __all__ = ["page", "svg"]
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.check import Checked
+from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import plain_floats
 from nemo_dist_conf.families.shapes import ModelShape, shape_of
@@ -19,7 +20,6 @@ from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
-from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
 from nemo_dist_conf.wording import typed_path
 
 __all__ = ["batch_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
@@ -53,7 +53,7 @@ def model_shape(cfg: DictConfig) -> ModelShape:
             raise
         # What the folder's config says cannot be typed.
         asked, best = f"model.name_or_path={folder}", "model=llama3_8b"
-        raise ConfigError(*(dataclasses.replace(each, asked=asked, type=best) for each in error.problems)) from None
+        raise ConfigError(*(dataclasses.replace(each, asked=asked, instead=best) for each in error.problems)) from None
 
 
 def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelShape) -> Job:
@@ -101,10 +101,12 @@ def hardware_of(node: Any) -> HardwareConf:
             likely = nearest(str(node), HARDWARE) or ["h100"]
             raise ConfigError(
                 Problem(
-                    f"there is no hardware profile {node!r}",
-                    f"hardware={node}",
-                    ", ".join([*likely, *(name for name in HARDWARE if name not in likely), "or a file of your own"]),
-                    f"hardware={likely[0]}",
+                    what=f"there is no hardware profile {node!r}",
+                    asked=f"hardware={node}",
+                    allowed=", ".join(
+                        [*likely, *(name for name in HARDWARE if name not in likely), "or a file of your own"]
+                    ),
+                    instead=f"hardware={likely[0]}",
                 )
             )
         return HardwareConf(**PROFILES[node])
@@ -112,24 +114,40 @@ def hardware_of(node: Any) -> HardwareConf:
     for key in (str(key) for key in node if key not in known):
         likely, asked = nearest(key, known), f"hardware.{key}={node[key]}"
         instead = f"hardware.{likely[0]}={node[key]}" if likely else f"{WITHOUT}+{asked}"
-        raise ConfigError(Problem(f"hardware.{key} is no figure of a machine", f"+{asked}", ", ".join(known), instead))
+        raise ConfigError(
+            Problem(
+                what=f"hardware.{key} is no figure of a machine",
+                asked=f"+{asked}",
+                allowed=", ".join(known),
+                instead=instead,
+            )
+        )
     try:
         typed = OmegaConf.merge(OmegaConf.structured(HardwareConf), node)
         missing = sorted(str(key) for key in OmegaConf.missing_keys(typed))
         values: Any = None if missing else OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         what = f"hardware: {str(error).splitlines()[0]}"
-        raise ConfigError(Problem(what, "hardware", "numbers as in hardware=h100", "hardware=h100")) from None
+        raise ConfigError(
+            Problem(what=what, asked="hardware", allowed="numbers as in hardware=h100", instead="hardware=h100")
+        ) from None
     if missing:
         what = f"the hardware profile lacks {', '.join(missing)}"
-        raise ConfigError(Problem(what, "hardware", "every figure, or defaults: [h100] above them", "hardware=h100"))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked="hardware",
+                allowed="every figure, or defaults: [h100] above them",
+                instead="hardware=h100",
+            )
+        )
     numbers = {key: value for key, value in vars(values).items() if isinstance(value, (int, float))}
     may_be_0 = ("reserved_gib", "kernel_launch_us", "intra_node_latency_us", "inter_node_latency_us")
     wrong = [key for key, value in numbers.items() if not value >= 0 or (value == 0 and key not in may_be_0)]
     if wrong:
         what = "a figure of the hardware is not above 0"
         asked = " ".join(f"hardware.{key}={numbers[key]:g}" for key in wrong)
-        raise ConfigError(Problem(what, asked, "numbers above 0", "hardware=h100"))
+        raise ConfigError(Problem(what=what, asked=asked, allowed="numbers above 0", instead="hardware=h100"))
     return values
 
 
@@ -137,11 +155,18 @@ def model_config(cfg: Any) -> dict[str, Any]:
     """The fields of ``cfg.model``: its config, or that of its folder with the fields that were typed."""
     model = cfg.get("model")
     if not isinstance(model, Mapping) and not isinstance(model, DictConfig):
-        raise ConfigError(Problem("there is no model to plan", "model=null", "model=llama3_8b, ...", "model=llama3_8b"))
+        raise ConfigError(
+            Problem(
+                what="there is no model to plan",
+                asked="model=null",
+                allowed="model=llama3_8b, ...",
+                instead="model=llama3_8b",
+            )
+        )
     if "_target_" in model:
         what = "a plan needs a model's config, and a module of your own has none"
         asked = f"model._target_={model['_target_']}"
-        raise ConfigError(Problem(what, asked, "a model of transformers", "model=llama3_8b"))
+        raise ConfigError(Problem(what=what, asked=asked, allowed="a model of transformers", instead="model=llama3_8b"))
     ConfigError.raise_if(model_problems(model if isinstance(model, DictConfig) else OmegaConf.create(dict(model))))
     if not model.get("name_or_path"):
         return dict(OmegaConf.to_container(model["config"], resolve=True))  # type: ignore[arg-type]
@@ -151,7 +176,9 @@ def model_config(cfg: Any) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         what = f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not JSON'})"
         asked = f"model.name_or_path={model['name_or_path']}"
-        raise ConfigError(Problem(what, asked, "a folder with a config.json", "model.name_or_path=null")) from None
+        raise ConfigError(
+            Problem(what=what, asked=asked, allowed="a folder with a config.json", instead="model.name_or_path=null")
+        ) from None
     overrides = raw_words(OmegaConf.select(cfg, "hydra.overrides.task"))
     return {**config, **typed_model_config(model.get("config"), overrides)}
 

@@ -11,9 +11,9 @@ from nemo_dist_conf.families.plans import SEQUENCE_STYLES, complete_plan, match_
 from nemo_dist_conf.families.shapes import ModelShape
 from nemo_dist_conf.names import SCHEDULES, nearest
 from nemo_dist_conf.schema.hardware import HardwareConf
-from nemo_dist_conf.topology.solve import MeshSpec
-from nemo_dist_conf.topology.schedule_rules import find_schedule, stage_count
 from nemo_dist_conf.topology.schedule_file import read_schedule
+from nemo_dist_conf.topology.schedule_rules import find_schedule, stage_count
+from nemo_dist_conf.topology.solve import MeshSpec
 from nemo_dist_conf.topology.stage_layers import rank_of_stage, spread_layers
 
 __all__ = ["DTYPE_BYTES", "Job", "Stage", "Styles", "Update", "unknown_schedule"]
@@ -280,7 +280,7 @@ def unknown_schedule(name: str) -> ConfigError:
     likely = nearest(name, SCHEDULES) or ["1f1b"]
     known = [*likely, *(option for option in SCHEDULES if option not in likely)]
     what, asked = f"the plan knows no schedule {name!r}", f"pipeline.pp_schedule={name}"
-    return ConfigError(Problem(what, asked, ", ".join(known), f"pipeline={likely[0]}"))
+    return ConfigError(Problem(what=what, asked=asked, allowed=", ".join(known), instead=f"pipeline={likely[0]}"))
 
 
 def _named_stage(index: int, rank: int, names: list[str]) -> Stage:

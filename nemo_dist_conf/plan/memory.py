@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Callable
 
 from nemo_dist_conf.plan.activations import Kept, loss_bytes, stage_bytes
-from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Place, gathered_bytes, held_elements, units_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
+from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Place, gathered_bytes, held_elements, units_of
 
 __all__ = ["Memory", "memory_of", "resting_bytes"]
 

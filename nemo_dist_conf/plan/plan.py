@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any, Iterator
 
 from nemo_dist_conf.plan.activations import kept_by_stage
-from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import Memory, memory_of
 from nemo_dist_conf.plan.rank_groups import Groups, all_groups
-from nemo_dist_conf.plan.text_report import amount, duration, percent, table
+from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.step_time import StepTime, step_time
+from nemo_dist_conf.plan.text_report import amount, duration, percent, table
 from nemo_dist_conf.plan.traffic import Collective, traffic_of
 
 __all__ = ["FITS", "NO", "Plan", "TIGHT", "make_plan"]

@@ -25,7 +25,7 @@ __all__ = [
 
 #: Layers of units that are outside of layers: the root, or in its place an embedding and a head with the final norm.
 _ROOT, EMBEDDING, HEAD = -1, -2, -3
-#: Elements from which FSDP2 gathers embedding and head on their own (runtime/engines/fsdp2_units.py, which imports torch).
+#: Elements from which FSDP2 gathers embedding and head on their own (runtime/engines/fsdp2_units.py, with torch).
 _OUTER_UNIT_ELEMENTS = 2**18
 
 

@@ -10,25 +10,25 @@ from typing import Any, Iterator, Mapping
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.check import check_values
+from nemo_dist_conf.composition.command_line import raw_words
+from nemo_dist_conf.composition.resolvers import autocast_dtype, compute_dtype
+from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config
 from nemo_dist_conf.plan.activations import stage_bytes
 from nemo_dist_conf.plan.from_config import hardware_of, model_config, model_shape, planned_start, update_of
-from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import memory_of, resting_bytes
 from nemo_dist_conf.plan.plan import NO, Plan, make_plan
+from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.step_time import quick_seconds
 from nemo_dist_conf.recipe.checks import batch_problems
-from nemo_dist_conf.composition.resolvers import autocast_dtype, compute_dtype
 from nemo_dist_conf.schema.hardware import HardwareConf
-from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.strategies import STRATEGIES, Strategy
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import divisors
-from nemo_dist_conf.topology.launched_ranks import about_to_start
-from nemo_dist_conf.composition.command_line import raw_words
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["Found", "Result", "search"]
 
@@ -86,7 +86,7 @@ def search(
     taken = [word for word in typed if word.lstrip("+~").startswith(_CHOSEN)]
     if taken:
         what, allowed = "a search chooses layouts itself", "words for the model, the data, the batch and the optimizer"
-        raise ConfigError(Problem(what, " ".join(taken), allowed, instead))
+        raise ConfigError(Problem(what=what, asked=" ".join(taken), allowed=allowed, instead=instead))
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
     seek = _Search(cfg, machine, model_config(cfg))
     with about_to_start(planned_start(world_size, machine)):
@@ -255,9 +255,7 @@ def _may_fit(job: Job, room: float) -> bool:
     def kept(rank: int) -> int:
         flights = {
             "1f1b": min(job.microbatches, job.pp - rank),
-            "interleaved_1f1b": min(
-                job.microbatches * per_rank, (per_rank - 1) * job.pp + 2 * (job.pp - 1 - rank) + 1
-            ),
+            "interleaved_1f1b": min(job.microbatches * per_rank, (per_rank - 1) * job.pp + 2 * (job.pp - 1 - rank) + 1),
             "zbv_zero_bubble": min(job.microbatches * per_rank, 2 * job.pp),
         }[job.schedule]
         sizes = [stage_bytes(job, stage).saved for stage in job.stages_of(rank)]
@@ -297,7 +295,9 @@ def _no_layout(seek: _Search, world_size: int) -> ConfigError:
     model = seek.model
     what = f"no layout of {world_size} ranks divides {seek.rows} rows, {model.heads} heads and {seek.seq_len} tokens"
     allowed = "numbers of ranks that do, or another global_batch_size"
-    return ConfigError(Problem(what, f"world_size={world_size}", allowed, f"world_size={near or 1}"))
+    return ConfigError(
+        Problem(what=what, asked=f"world_size={world_size}", allowed=allowed, instead=f"world_size={near or 1}")
+    )
 
 
 def _legal(seek: _Search, world_size: int) -> Iterator[bool]:
@@ -318,8 +318,14 @@ def _outwards(number: int) -> Iterator[int]:
 
 def _none_fits(seek: _Search, world_size: int, result: Result) -> ConfigError:
     what = (
-        f"none of the {result.allowed:,} layouts of {world_size} ranks fits into "
-        f"{seek.machine.memory_gib:g} GiB a rank"
+        f"none of the {result.allowed:,} layouts of {world_size} ranks fits into {seek.machine.memory_gib:g} GiB a rank"
     )
     asked = f"world_size={world_size} hardware.memory_gib={seek.machine.memory_gib:g}"
-    return ConfigError(Problem(what, asked, "more ranks, or ranks with more memory", f"world_size={2 * world_size}"))
+    return ConfigError(
+        Problem(
+            what=what,
+            asked=asked,
+            allowed="more ranks, or ranks with more memory",
+            instead=f"world_size={2 * world_size}",
+        )
+    )

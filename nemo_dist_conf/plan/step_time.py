@@ -191,9 +191,7 @@ def quick_seconds(job: Job) -> float:
     return busy + max(_unhidden(job, work.calls[rank], work.groups, busy) for rank in work.calls)
 
 
-def step_time(
-    job: Job, memories: Mapping[int, Memory] | None = None, timeline: Timeline | None = None
-) -> StepTime:
+def step_time(job: Job, memories: Mapping[int, Memory] | None = None, timeline: Timeline | None = None) -> StepTime:
     """The estimate for a step.
 
     memories: of each pipeline rank, for the update's bytes. timeline: the schedule, where it has been played already.

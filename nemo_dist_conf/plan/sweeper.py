@@ -13,16 +13,16 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_dist_conf.composition.agreement.shared_failure import end
+from nemo_dist_conf.composition.command_line import WITHOUT
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.launch.settings import read_settings
 from nemo_dist_conf.names import HARDWARE, nearest
-from nemo_dist_conf.plan.text_report import columns, duration
 from nemo_dist_conf.plan.search import Found, search
-from nemo_dist_conf.composition.agreement.shared_failure import end
+from nemo_dist_conf.plan.text_report import columns, duration
 from nemo_dist_conf.schema.sweeper import LayoutsConf
 from nemo_dist_conf.topology.gpu_presence import cuda_present
 from nemo_dist_conf.topology.launched_ranks import planned_world_size
-from nemo_dist_conf.composition.command_line import WITHOUT
 
 __all__ = ["LayoutsSweep"]
 
@@ -56,12 +56,14 @@ class LayoutsSweep:
         known = [item.name for item in dataclasses.fields(LayoutsConf)]
         for key in (key for key in self.options if key not in known):
             what, asked = f"hydra.sweeper.{key} is not an option", f"+hydra.sweeper.{key}={self.options[key]}"
-            raise ConfigError(Problem(what, asked, ", ".join(known), f"{WITHOUT}{asked}"))
+            raise ConfigError(Problem(what=what, asked=asked, allowed=", ".join(known), instead=f"{WITHOUT}{asked}"))
         top = self.options.get("top")
         if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             what = f"hydra.sweeper.top={top} is not a number of layouts"
             asked = f"hydra.sweeper.top={top}"
-            raise ConfigError(Problem(what, asked, "a whole number, 1 or more", "hydra.sweeper.top=3"))
+            raise ConfigError(
+                Problem(what=what, asked=asked, allowed="a whole number, 1 or more", instead="hydra.sweeper.top=3")
+            )
         cfg = self.context.config_loader.load_sweep_config(self.config, arguments)
         with open_dict(cfg):
             cfg.hydra.overrides.task = arguments
@@ -83,11 +85,22 @@ class LayoutsSweep:
         if name is not None:
             likely = nearest(str(name), HARDWARE) or ["h100"]
             what, asked = f"there is no hardware profile {name!r}", f"hydra.sweeper.hardware={name}"
-            raise ConfigError(Problem(what, asked, ", ".join(HARDWARE), f"hydra.sweeper.hardware={likely[0]}"))
+            raise ConfigError(
+                Problem(
+                    what=what, asked=asked, allowed=", ".join(HARDWARE), instead=f"hydra.sweeper.hardware={likely[0]}"
+                )
+            )
         if cuda_present():
             what = "which GPUs these are is not known before torch is imported"
             asked = "hydra.sweeper.hardware=null"
-            raise ConfigError(Problem(what, asked, "a profile of the group hardware", "hydra.sweeper.hardware=h100"))
+            raise ConfigError(
+                Problem(
+                    what=what,
+                    asked=asked,
+                    allowed="a profile of the group hardware",
+                    instead="hydra.sweeper.hardware=h100",
+                )
+            )
         return "cpu"
 
 

@@ -12,8 +12,8 @@ from math import prod
 from typing import Iterator
 
 from nemo_dist_conf.families.shapes import block_weights, outer_weights
-from nemo_dist_conf.plan.rank_shards import EMBEDDING, Unit, gathered_bytes, padded, tp_shape, units_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
+from nemo_dist_conf.plan.rank_shards import EMBEDDING, Unit, gathered_bytes, padded, tp_shape, units_of
 from nemo_dist_conf.plan.schedule_timeline import orders
 
 __all__ = ["Collective", "traffic_of"]

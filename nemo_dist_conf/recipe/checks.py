@@ -9,20 +9,20 @@ from typing import Any, Iterable
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.composition.check import Checked, check
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.composition.callback import DistributedCallback
+from nemo_dist_conf.composition.check import Checked, check
+from nemo_dist_conf.composition.command_line import as_typed_here, raw_words
+from nemo_dist_conf.composition.sections import SECTIONS, section_of, typed_words
+from nemo_dist_conf.composition.text_values import told_as_texts
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.recipe.earlier import keep_snapshot
-from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.recipe.node_checks import node_problems
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
-from nemo_dist_conf.composition.sections import SECTIONS, section_of, typed_words
-from nemo_dist_conf.composition.text_values import told_as_texts
+from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.topology.launched_ranks import launched, planned_world_size
-from nemo_dist_conf.composition.command_line import as_typed_here, raw_words
 
 __all__ = [
     "RecipeCallback",
@@ -116,10 +116,10 @@ def _dtype_problems(dtype: Any, checked: Checked) -> list[Problem]:
         return []
     return [
         Problem(
-            "what the model computes in has two different answers",
-            f"train.dtype={dtype} {key}={'null' if own is None else name}",
-            "one of them, or both the same",
-            "train.dtype=auto",
+            what="what the model computes in has two different answers",
+            asked=f"train.dtype={dtype} {key}={'null' if own is None else name}",
+            allowed="one of them, or both the same",
+            instead="train.dtype=auto",
         )
     ]
 
@@ -130,7 +130,11 @@ def _unscaled_problems(dtype: Any, checked: Checked) -> list[Problem]:
         return []
     what = f"strategy={checked.strategy.name} has no loss scaling here, without which gradients in float16 become zero"
     asked = f"{checked.spelling.choose('strategy', checked.strategy.name)} train.dtype=float16"
-    return [Problem(what, asked, "auto, float32, bfloat16; or strategy=fsdp2", "train.dtype=bfloat16")]
+    return [
+        Problem(
+            what=what, asked=asked, allowed="auto, float32, bfloat16; or strategy=fsdp2", instead="train.dtype=bfloat16"
+        )
+    ]
 
 
 def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem | None:
@@ -138,7 +142,7 @@ def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | Non
 
     None: one of these cannot be read, which is a problem of its own.
     """
-    key, _, rows = problem.type.partition("=")
+    key, _, rows = problem.instead.partition("=")
     if key != "pipeline.pp_batch_size":
         return problem
     sizes = config.parallelism
@@ -149,7 +153,7 @@ def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | Non
     words = f"train.global_batch_size={int(rows) * max(1, data_ranks)}"
     if config.train.micro_batch_size:
         words = f"train.micro_batch_size={rows} {words}"
-    return dataclasses.replace(problem, type=words)
+    return dataclasses.replace(problem, instead=words)
 
 
 def _pipeline_batch_problems(train: DictConfig, pp_batch_size: int, data_size: int) -> list[Problem]:
@@ -160,10 +164,10 @@ def _pipeline_batch_problems(train: DictConfig, pp_batch_size: int, data_size: i
     said = "train.micro_batch_size" if train.micro_batch_size else f"train.global_batch_size / {data_size} data ranks"
     return [
         Problem(
-            f"the pipeline is to take {pp_batch_size} rows at a time, but {said} gives it {rows}",
-            f"pipeline.pp_batch_size={pp_batch_size}",
-            f"{rows}, or to leave it alone: the recipe fills it in",
-            f"pipeline.pp_batch_size={rows}",
+            what=f"the pipeline is to take {pp_batch_size} rows at a time, but {said} gives it {rows}",
+            asked=f"pipeline.pp_batch_size={pp_batch_size}",
+            allowed=f"{rows}, or to leave it alone: the recipe fills it in",
+            instead=f"pipeline.pp_batch_size={rows}",
         )
     ]
 
@@ -185,7 +189,10 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
         node = config if not section else config.get(section)
         if not isinstance(node, DictConfig):
             yield Problem(
-                f"{section} is {node!r}, not a group of options", f"{section}={node}", ", ".join(names), f"~{section}"
+                what=f"{section} is {node!r}, not a group of options",
+                asked=f"{section}={node}",
+                allowed=", ".join(names),
+                instead=f"~{section}",
             )
             continue
         for key in map(str, node):
@@ -200,13 +207,20 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
             if all(owner for _, owner in known_elsewhere):
                 instead = " ".join(f"{owner}.{word.rpartition('.')[2]}" for word, owner in known_elsewhere)
                 what = f"{path} is not an option of the recipe; {known_elsewhere[0][1]} has what it holds"
-                yield Problem(what, " ".join(f"+{word}" for word in words), ", ".join(names), instead)
+                yield Problem(
+                    what=what, asked=" ".join(f"+{word}" for word in words), allowed=", ".join(names), instead=instead
+                )
                 continue
             what = f"{path} is not an option of the recipe" + (f"; did you mean {likely[0]}?" if likely else "")
             ordered = likely + [name for name in names if name not in likely]
             best = f"{section}.{likely[0]}" if section and likely else likely[0] if likely else ""
             plain = "" if OmegaConf.is_config(node._get_node(key)) else f"={words[0].partition('=')[2]}"
-            yield Problem(what, f"+{path}{plain}", ", ".join(ordered), f"{best}{plain}" if likely else f"~{path}")
+            yield Problem(
+                what=what,
+                asked=f"+{path}{plain}",
+                allowed=", ".join(ordered),
+                instead=f"{best}{plain}" if likely else f"~{path}",
+            )
 
 
 def legal_batch_sizes(global_batch_size: int, unit: int) -> list[int]:
@@ -224,7 +238,11 @@ def batch_problems(global_batch_size: Any, micro_batch_size: Any, data_size: int
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             key = f"train.{name}"
             what = f"{key}={value} is not a number of rows"
-            problems.append(Problem(what, f"{key}={value}", "a whole number, 1 or more", f"{key}={data_size}"))
+            problems.append(
+                Problem(
+                    what=what, asked=f"{key}={value}", allowed="a whole number, 1 or more", instead=f"{key}={data_size}"
+                )
+            )
     if problems:
         return problems
     unit = data_size * (micro_batch_size or 1)
@@ -237,9 +255,9 @@ def batch_problems(global_batch_size: Any, micro_batch_size: Any, data_size: int
         asked += f" train.micro_batch_size={micro_batch_size}"
     return [
         Problem(
-            f"global_batch_size={global_batch_size} does not divide into {data_size} data ranks{rows}",
-            asked,
-            f"multiples of {unit}: {', '.join(map(str, legal))}",
-            f"train.global_batch_size={legal[-1]}",
+            what=f"global_batch_size={global_batch_size} does not divide into {data_size} data ranks{rows}",
+            asked=asked,
+            allowed=f"multiples of {unit}: {', '.join(map(str, legal))}",
+            instead=f"train.global_batch_size={legal[-1]}",
         )
     ]

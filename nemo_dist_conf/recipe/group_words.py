@@ -34,7 +34,7 @@ def refuse_words(words: Iterable[str]) -> None:
         if deletes or written in ("null", "None"):
             what = f"{group} cannot be left out"
         allowed = f"an option of the group {group}, such as {_OFFERED[group]}"
-        problems.append(Problem(what, word, allowed, f"{group}={_OFFERED[group]}"))
+        problems.append(Problem(what=what, asked=word, allowed=allowed, instead=f"{group}={_OFFERED[group]}"))
     ConfigError.raise_if(problems)
 
 

@@ -7,9 +7,9 @@ from typing import Any, Iterable, Mapping
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.composition.sections import inline_text
 from nemo_dist_conf.composition.text_values import unread_problems
+from nemo_dist_conf.errors import Problem
 
 __all__ = ["model_problems", "node_problems"]
 
@@ -37,20 +37,22 @@ def node_problems(config: DictConfig) -> Iterable[Problem]:
             continue
         if node is None:
             asked = f"{name}=null" if name in config else f"~{name}"
-            yield Problem(f"the recipe needs {_article(name)}", asked, allowed, best)
+            yield Problem(what=f"the recipe needs {_article(name)}", asked=asked, allowed=allowed, instead=best)
         elif not isinstance(node, DictConfig):
             shown = inline_text(OmegaConf.to_container(node)) if OmegaConf.is_config(node) else str(node)
-            yield Problem(f"{name} is not a group of options", f"{name}={shown}", allowed, best)
+            yield Problem(
+                what=f"{name} is not a group of options", asked=f"{name}={shown}", allowed=allowed, instead=best
+            )
         elif "_target_" in node and not isinstance(node.get("_target_"), str):
             asked = f"{name}._target_={inline_text(_plain(node.get('_target_')))}"
             what = f"{name}._target_ is not the path of a class or function"
-            yield Problem(what, asked, "package.module.name", best)
+            yield Problem(what=what, asked=asked, allowed="package.module.name", instead=best)
         elif name == "model":
             yield from model_problems(node)
         elif name == "train":
             for key in [key for key in _SIZES if key not in node]:
                 allowed, best = "a number of rows", f"train.{key}={_SIZES[key]}"
-                yield Problem(f"train.{key} is missing", f"~train.{key}", allowed, best)
+                yield Problem(what=f"train.{key} is missing", asked=f"~train.{key}", allowed=allowed, instead=best)
 
 
 def _article(name: str) -> str:
@@ -66,24 +68,35 @@ def model_problems(node: DictConfig) -> Iterable[Problem]:
     if folder is not None and not isinstance(folder, str):
         asked = f"model.name_or_path={inline_text(_plain(folder))}"
         what = "model.name_or_path is not a folder"
-        yield Problem(what, asked, "a local folder of save_pretrained; null", "model.name_or_path=null")
+        yield Problem(
+            what=what, asked=asked, allowed="a local folder of save_pretrained; null", instead="model.name_or_path=null"
+        )
     elif config is not None and config != "" and not isinstance(config, DictConfig):
         asked = f"model.config={inline_text(_plain(config))}"
-        yield Problem("model.config is not a group of fields", asked, "fields of a transformers config", best)
+        yield Problem(
+            what="model.config is not a group of fields",
+            asked=asked,
+            allowed="fields of a transformers config",
+            instead=best,
+        )
     elif not folder and not config:
         what = "the config does not say which model to build"
         words = inline_text({str(key): _plain(value) for key, value in node.items()})
-        yield Problem(what, f"model={words}", allowed, best)
+        yield Problem(what=what, asked=f"model={words}", allowed=allowed, instead=best)
     elif not folder:
         kind = config.get("model_type")
         if kind is None or kind == "":
             asked = f"model.config.model_type={_plain(kind)}"
             what = "model.config has no model_type"
-            yield Problem(what, asked, "llama, qwen3, mistral, ...", "model.config.model_type=llama")
+            yield Problem(
+                what=what, asked=asked, allowed="llama, qwen3, mistral, ...", instead="model.config.model_type=llama"
+            )
         elif not isinstance(kind, str):
             asked = f"model.config.model_type={inline_text(_plain(kind))}"
             what = "model.config.model_type is not the name of a family"
-            yield Problem(what, asked, "llama, qwen3, mistral, ...", "model.config.model_type=llama")
+            yield Problem(
+                what=what, asked=asked, allowed="llama, qwen3, mistral, ...", instead="model.config.model_type=llama"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -35,7 +35,7 @@ def saving_problems(config: DictConfig, defaults: Mapping[str, Any]) -> Iterable
             asked = f"checkpoint.{name}={_word(node.get(name))}"
             what = f"{asked} has no effect: nothing is saved"
             allowed = "checkpoint.every=STEPS, or checkpoint.export=hf"
-            yield Problem(what, asked, allowed, f"checkpoint.every=100 {asked}")
+            yield Problem(what=what, asked=asked, allowed=allowed, instead=f"checkpoint.every=100 {asked}")
     if node.get("export") == "hf":
         yield from _export_problems(config)
     yield from _resume_problems(node.get("resume"))
@@ -46,10 +46,12 @@ def _export_problems(config: DictConfig) -> Iterable[Problem]:
     if isinstance(model, DictConfig) and "_target_" in model:
         what = "checkpoint.export=hf writes a folder of transformers, and this model is not one of transformers"
         allowed = "null for a class of your own; its checkpoints hold safetensors too"
-        yield Problem(what, "checkpoint.export=hf", allowed, "checkpoint.export=null")
+        yield Problem(what=what, asked="checkpoint.export=hf", allowed=allowed, instead="checkpoint.export=null")
     elif importlib.util.find_spec("transformers") is None:
         what = "checkpoint.export=hf needs transformers, which is not installed"
-        yield Problem(what, "checkpoint.export=hf", "the extra hf", "pip install 'nemo_dist_conf[hf]'")
+        yield Problem(
+            what=what, asked="checkpoint.export=hf", allowed="the extra hf", instead="pip install 'nemo_dist_conf[hf]'"
+        )
 
 
 def _resume_problems(resume: Any) -> Iterable[Problem]:
@@ -59,7 +61,12 @@ def _resume_problems(resume: Any) -> Iterable[Problem]:
     asked = f"checkpoint.resume={resume}"
     if path is None:
         what = f"{resume} holds no checkpoint"
-        yield Problem(what, asked, "auto, null, a folder of a checkpoint or of several", "checkpoint.resume=auto")
+        yield Problem(
+            what=what,
+            asked=asked,
+            allowed="auto, null, a folder of a checkpoint or of several",
+            instead="checkpoint.resume=auto",
+        )
         return
     try:
         finding = wrong_sizes(read_manifest(path))
@@ -71,7 +78,7 @@ def _resume_problems(resume: Any) -> Iterable[Problem]:
 
 def _problem(name: str, value: Any, allowed: str, best: Any) -> Problem:
     asked = f"checkpoint.{name}={_word(value)}"
-    return Problem(f"{asked} does not fit", asked, allowed, f"checkpoint.{name}={best}")
+    return Problem(what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"checkpoint.{name}={best}")
 
 
 def _word(value: Any) -> str:

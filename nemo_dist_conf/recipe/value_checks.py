@@ -44,10 +44,20 @@ def value_problems(config: DictConfig) -> Iterable[Problem]:
     device, seed = config.get("device"), config.get("seed")
     if str(device).partition(":")[0] not in _DEVICES:
         near = nearest("cuda" if str(device) == "gpu" else str(device), _DEVICES) or ["auto"]
-        yield Problem(f"device={device} is not supported", f"device={device}", ", ".join(_DEVICES), f"device={near[0]}")
+        yield Problem(
+            what=f"device={device} is not supported",
+            asked=f"device={device}",
+            allowed=", ".join(_DEVICES),
+            instead=f"device={near[0]}",
+        )
     if not (_is_whole(seed, 0) and seed < 2**63):  # what torch and numpy both take
         allowed = "0 to 2**63 - 1" if _is_whole(seed, 0) else "0, 1, 2, ..."
-        yield Problem(f"seed={as_typed(seed)} does not fit", f"seed={as_typed(seed)}", allowed, "seed=0")
+        yield Problem(
+            what=f"seed={as_typed(seed)} does not fit",
+            asked=f"seed={as_typed(seed)}",
+            allowed=allowed,
+            instead="seed=0",
+        )
     if isinstance(config.get("train"), DictConfig):
         yield from train_problems(config.train)
         steps, warmup = config.train.get("steps"), config.train.get("warmup_steps")
@@ -59,7 +69,9 @@ def value_problems(config: DictConfig) -> Iterable[Problem]:
         yield from optimizer_problems(optimizer)
     elif config.get("optimizer") is None:
         what = "training needs an optimizer"
-        yield Problem(what, "optimizer=null", "optimizer=adamw, optimizer=sgd", "optimizer=adamw")
+        yield Problem(
+            what=what, asked="optimizer=null", allowed="optimizer=adamw, optimizer=sgd", instead="optimizer=adamw"
+        )
     if model is not None and isinstance(model.get("config"), Mapping) and not model.get("name_or_path"):
         yield from _model_problems(model["config"])
 
@@ -76,7 +88,9 @@ def train_problems(node: Any) -> list[Problem]:
 
     def wrong(key: str, allowed: str, example: str) -> None:
         asked = Spelling().set(f"train.{key}", node.get(key))
-        problems.append(Problem(f"{asked} does not fit", asked, allowed, f"train.{key}={example}"))
+        problems.append(
+            Problem(what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"train.{key}={example}")
+        )
 
     if not _is_whole(node.get("steps"), 1):
         wrong("steps", "1, 2, 3, ...", "200")
@@ -97,12 +111,16 @@ def schedule_problems(schedule: Any, warmup_steps: Any, steps: Any) -> list[Prob
         best = nearest(schedule or "", _SCHEDULES) or ["constant"]
         asked = Spelling().set("train.schedule", schedule)
         what = f"{asked} is not a schedule"
-        problems.append(Problem(what, asked, ", ".join(_SCHEDULES), f"train.schedule={best[0]}"))
+        problems.append(
+            Problem(what=what, asked=asked, allowed=", ".join(_SCHEDULES), instead=f"train.schedule={best[0]}")
+        )
     if not _is_whole(warmup_steps, 0):
         asked = Spelling().set("train.warmup_steps", warmup_steps)
         allowed = "0, 1, 2, ...; longer than the run: the rate rises to its end"
         example = steps // 10 if _is_whole(steps, 1) else 0
-        problems.append(Problem(f"{asked} does not fit", asked, allowed, f"train.warmup_steps={example}"))
+        problems.append(
+            Problem(what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"train.warmup_steps={example}")
+        )
     return problems
 
 
@@ -112,7 +130,7 @@ def data_problems(values: Mapping[Any, Any]) -> list[Problem]:
 
     def wrong(key: str, what: str, allowed: str, type_: str) -> None:
         asked = f"data.{key}={as_typed(values.get(key))}"
-        problems.append(Problem(f"data.{key}: {what}", asked, allowed, type_))
+        problems.append(Problem(what=f"data.{key}: {what}", asked=asked, allowed=allowed, instead=type_))
 
     for key, allowed in (("path", PATH_ALLOWED), ("tokenizer", TOKENIZER_ALLOWED)):
         if not isinstance(values.get(key), (str, Path, type(None))):
@@ -134,18 +152,28 @@ def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
             if key not in _MODEL_FIELDS and near:
                 what = f"model.config.{key} is no field of a {family} config; did you mean {near[0]}?"
                 typed = f"model.config.{key}={as_typed(fields[key])}"
-                yield Problem(what, f"+{typed}", ", ".join(near), f"model.config.{near[0]}={as_typed(fields[key])}")
+                yield Problem(
+                    what=what,
+                    asked=f"+{typed}",
+                    allowed=", ".join(near),
+                    instead=f"model.config.{near[0]}={as_typed(fields[key])}",
+                )
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     given = [key for key in (*sizes, "num_key_value_heads") if fields.get(key) is not None]
     wrong = [key for key in given if not _is_whole(fields[key], 1)]
     for key in wrong:
         asked = f"model.config.{key}={as_typed(fields[key])}"
-        yield Problem(f"{asked} does not fit", asked, "1, 2, 3, ...", f"~model.config.{key}")
+        yield Problem(what=f"{asked} does not fit", asked=asked, allowed="1, 2, 3, ...", instead=f"~model.config.{key}")
     yield from _expert_problems(fields)
     dropout = fields.get("attention_dropout")
     if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
         asked = f"model.config.attention_dropout={as_typed(dropout)}"
-        yield Problem(f"{asked} does not fit", asked, "0 to below 1", "++model.config.attention_dropout=0.0")
+        yield Problem(
+            what=f"{asked} does not fit",
+            asked=asked,
+            allowed="0 to below 1",
+            instead="++model.config.attention_dropout=0.0",
+        )
     if wrong:
         return
     hidden, heads, shared = (fields.get(key) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
@@ -156,14 +184,19 @@ def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
         what = f"the hidden size {hidden} does not split into {parts} for the model's {heads} attention heads"
         asked = f"model.config.hidden_size={hidden} model.config.num_attention_heads={heads}"
         fits = max(1, round(hidden / unit)) * unit
-        yield Problem(what, asked, f"hidden_size: a multiple of {unit}", f"model.config.hidden_size={fits}")
+        yield Problem(
+            what=what,
+            asked=asked,
+            allowed=f"hidden_size: a multiple of {unit}",
+            instead=f"model.config.hidden_size={fits}",
+        )
     if heads and shared and heads % shared:
         what = f"the model's {shared} key/value heads do not divide its {heads} attention heads"
         asked = f"model.config.num_attention_heads={heads} model.config.num_key_value_heads={shared}"
         legal = [size for size in range(1, heads + 1) if heads % size == 0]
         best = max(size for size in legal if size <= max(1, shared))
         allowed = f"num_key_value_heads: {', '.join(map(str, legal))}"
-        yield Problem(what, asked, allowed, f"model.config.num_key_value_heads={best}")
+        yield Problem(what=what, asked=asked, allowed=allowed, instead=f"model.config.num_key_value_heads={best}")
 
 
 def _expert_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
@@ -176,7 +209,9 @@ def _expert_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
     asked = f"model.config.num_experts_per_tok={as_typed(chosen)}"
     allowed = "1, 2, 3, ..." if most is None else f"1 to {most}, the number of experts"
     best = min(most or chosen, chosen) if _is_whole(chosen, 1) else 1
-    yield Problem(f"{asked} does not fit", asked, allowed, f"++model.config.num_experts_per_tok={best}")
+    yield Problem(
+        what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"++model.config.num_experts_per_tok={best}"
+    )
 
 
 def as_typed(value: Any) -> str:

@@ -35,7 +35,9 @@ def build_target(node: Any, section: str, *args: Any, instead: str, **kwargs: An
             raise
         what = f"{section}: {misfit}"
         allowed = "the path of a class or function, and arguments that it takes"
-        raise ConfigError(Problem(what, f"{section}._target_={target}", allowed, instead)) from error
+        raise ConfigError(
+            Problem(what=what, asked=f"{section}._target_={target}", allowed=allowed, instead=instead)
+        ) from error
 
 
 def _misfit(target: Any, args: tuple[Any, ...], values: dict[str, Any]) -> str | None:

@@ -13,12 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.runtime.typed_configs import ParallelismSizes, typed_config
 from nemo_dist_conf.runtime.process_group import choose_device, initialize_distributed
 from nemo_dist_conf.runtime.torch_inside import flattened, group_timeout, name_flattened, set_group_timeout
+from nemo_dist_conf.runtime.typed_configs import ParallelismSizes, typed_config
 from nemo_dist_conf.strategies import STRATEGIES, Strategy
-from nemo_dist_conf.topology.solve import MeshSpec, solve
 from nemo_dist_conf.topology.launched_ranks import launched
+from nemo_dist_conf.topology.solve import MeshSpec, solve
 
 __all__ = ["MeshContext", "build_meshes", "fsdp_mesh"]
 
@@ -57,7 +57,12 @@ class MeshContext:
             if unknown:
                 axes = ", ".join(sorted(known))
                 raise ConfigError(
-                    Problem(f"{name} has axes of unknown name: {', '.join(unknown)}", name, axes, f"{name}=None")
+                    Problem(
+                        what=f"{name} has axes of unknown name: {', '.join(unknown)}",
+                        asked=name,
+                        allowed=axes,
+                        instead=f"{name}=None",
+                    )
                 )
 
     @classmethod
@@ -240,14 +245,20 @@ def _strategy_of(config: Any) -> Strategy:
         likely = next((s.config.__name__ for s in STRATEGIES if config is s.config or config in s.names), known[0])
         what, asked = f"{config!r} is no config of a strategy", f"MeshContext.build({config!r}, ...)"
         allowed = f"an object of {', '.join(known)}"
-        raise ConfigError(Problem(what, asked, allowed, f"MeshContext.build({likely}(), ...)"))
+        raise ConfigError(
+            Problem(what=what, asked=asked, allowed=allowed, instead=f"MeshContext.build({likely}(), ...)")
+        )
     return found
 
 
 def _require(world_size: int | None, found: int, where: str) -> None:
     if world_size is not None and world_size != found:
         what = f"world_size={world_size} was given, but {where.format(found=found)}"
-        raise ConfigError(Problem(what, f"world_size={world_size}", f"{found} or None", f"world_size={found}"))
+        raise ConfigError(
+            Problem(
+                what=what, asked=f"world_size={world_size}", allowed=f"{found} or None", instead=f"world_size={found}"
+            )
+        )
 
 
 def _axes(mesh: DeviceMesh) -> list[tuple[str, int]]:

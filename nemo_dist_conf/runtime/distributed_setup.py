@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, Literal, Union
 
 from nemo_dist_conf.composition.check import Checked
+from nemo_dist_conf.composition.sections import strategy_of
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import checkpointing_mode, nearest
+from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.runtime.typed_configs import (
     DDPConfig,
     FSDP2Config,
@@ -18,8 +20,6 @@ from nemo_dist_conf.runtime.typed_configs import (
     PipelineConfig,
     typed_config,
 )
-from nemo_dist_conf.runtime.device_meshes import MeshContext
-from nemo_dist_conf.composition.sections import strategy_of
 from nemo_dist_conf.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -52,7 +52,14 @@ def _resolve_strategy_config(
         if strategy_kwargs:
             given = ", ".join(strategy_kwargs)
             what = "options were given beside a strategy config object"
-            raise ConfigError(Problem(what, given, "the object alone, or a name and options", type(strategy).__name__))
+            raise ConfigError(
+                Problem(
+                    what=what,
+                    asked=given,
+                    allowed="the object alone, or a name and options",
+                    instead=type(strategy).__name__,
+                )
+            )
         return strategy
     found = strategy_of(strategy)
     if found is not None and not strategy_kwargs:
@@ -62,7 +69,9 @@ def _resolve_strategy_config(
         likely = nearest(name, _STRATEGY_MAP) or ["fsdp2"]
         known = likely + [n for n in _STRATEGY_MAP if n not in likely]
         what = f"there is no strategy {strategy!r}"
-        raise ConfigError(Problem(what, f"strategy={strategy}", ", ".join(known), f"strategy={likely[0]}"))
+        raise ConfigError(
+            Problem(what=what, asked=f"strategy={strategy}", allowed=", ".join(known), instead=f"strategy={likely[0]}")
+        )
     fields = [item.name for item in dataclasses.fields(_STRATEGY_MAP[name])]
     unknown = [key for key in strategy_kwargs if key not in fields]
     if unknown:
@@ -70,7 +79,12 @@ def _resolve_strategy_config(
         what = f"strategy={name} has no option {', '.join(unknown)}"
         asked = f"strategy.{unknown[0]}={strategy_kwargs[unknown[0]]}"
         raise ConfigError(
-            Problem(what, asked, ", ".join(fields), f"strategy.{likely[0]}={strategy_kwargs[unknown[0]]}")
+            Problem(
+                what=what,
+                asked=asked,
+                allowed=", ".join(fields),
+                instead=f"strategy.{likely[0]}={strategy_kwargs[unknown[0]]}",
+            )
         )
     return _STRATEGY_MAP[name](**strategy_kwargs)
 
@@ -161,7 +175,7 @@ def _belongs(name: str, config: Any, size_name: str, size: int) -> list[Problem]
     if config is None or size > 1:
         return []
     what = f"{name} was given, but {size_name} is 1, so it would do nothing"
-    return [Problem(what, name, f"{name}=None, or {size_name} of 2 or more", f"{name}=None")]
+    return [Problem(what=what, asked=name, allowed=f"{name}=None, or {size_name} of 2 or more", instead=f"{name}=None")]
 
 
 def _mode_problems(mode: Any, config: DistributedStrategyConfig) -> list[Problem]:
@@ -174,11 +188,23 @@ def _mode_problems(mode: Any, config: DistributedStrategyConfig) -> list[Problem
             allowed = ", ".join(map(str, strategy.activation_checkpointing))
             what = f"activation_checkpointing={value!r} is not a mode of strategy={strategy.name}"
             problems.append(
-                Problem(what, f"activation_checkpointing={value}", allowed, "activation_checkpointing=true")
+                Problem(
+                    what=what,
+                    asked=f"activation_checkpointing={value}",
+                    allowed=allowed,
+                    instead="activation_checkpointing=true",
+                )
             )
     outer = checkpointing_mode(mode)
     if not problems and outer and inner and outer != inner:
         what = "activation checkpointing has two different answers"
         asked = f"activation_checkpointing={mode} strategy.activation_checkpointing={inner}"
-        problems.append(Problem(what, asked, "one of them, or both the same", f"activation_checkpointing={mode}"))
+        problems.append(
+            Problem(
+                what=what,
+                asked=asked,
+                allowed="one of them, or both the same",
+                instead=f"activation_checkpointing={mode}",
+            )
+        )
     return problems

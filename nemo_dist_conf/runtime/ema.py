@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.runtime.model.shard_boxes import local_part, local_values
 from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards, take_over_weights
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.model.shard_boxes import local_part, local_values
 
 __all__ = ["EMA"]
 
@@ -41,7 +41,14 @@ class EMA:
         """
         if decay is not None and not 0 <= decay < 1:
             what = f"decay={decay} is not the part of an average that stays"
-            raise ConfigError(Problem(what, f"EMA(model, decay={decay})", "0 to 1, or None", "EMA(model, decay=0.999)"))
+            raise ConfigError(
+                Problem(
+                    what=what,
+                    asked=f"EMA(model, decay={decay})",
+                    allowed="0 to 1, or None",
+                    instead="EMA(model, decay=0.999)",
+                )
+            )
         self.decay = decay
         self.updates = 0
         self._model = model
@@ -84,7 +91,14 @@ class EMA:
         missing = sorted(self._averages.keys() - state["averages"].keys())
         if missing:
             what = f"the averages are not those of this model: {missing[0]} is missing"
-            raise DataError(Problem(what, "EMA.load_state_dict", "the model whose averages were saved", "EMA(model)"))
+            raise DataError(
+                Problem(
+                    what=what,
+                    asked="EMA.load_state_dict",
+                    allowed="the model whose averages were saved",
+                    instead="EMA(model)",
+                )
+            )
         for name, parameter in self._trained():
             found = state["averages"][name]
             part = local_values(found) if isinstance(found, DTensor) else local_part(found, parameter)

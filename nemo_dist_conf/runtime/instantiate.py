@@ -11,17 +11,17 @@ from torch import nn
 
 from nemo_dist_conf.composition.check import Checked, check
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.runtime.rank_agreement import agree_on_config, agree_on_model, config_mark, together
-from nemo_dist_conf.runtime.techniques.batch_statistics import use_global_statistics
-from nemo_dist_conf.runtime.model.build import Built, build_model, refuse_given_model, whole_up_to
+from nemo_dist_conf.runtime.distributed_setup import DistributedSetup, setup_from_checked
 from nemo_dist_conf.runtime.engines.ddp_wrappers import SeveralRanksDDP, check_reduced
+from nemo_dist_conf.runtime.engines.megatron_library import adopt_optimizer
+from nemo_dist_conf.runtime.model.build import Built, build_model, refuse_given_model, whole_up_to
 from nemo_dist_conf.runtime.model.load_weights import load_weights
 from nemo_dist_conf.runtime.model.materialise import initialise_in_turn, materialise
-from nemo_dist_conf.runtime.engines.megatron_library import adopt_optimizer
 from nemo_dist_conf.runtime.optimizer import an_optimizer, build_optimizer, refuse_given
 from nemo_dist_conf.runtime.parallelize import parallelize_ddp, parallelize_fsdp2, parallelize_megatron_fsdp
 from nemo_dist_conf.runtime.process_group import initialize_distributed
-from nemo_dist_conf.runtime.distributed_setup import DistributedSetup, setup_from_checked
+from nemo_dist_conf.runtime.rank_agreement import agree_on_config, agree_on_model, config_mark, together
+from nemo_dist_conf.runtime.techniques.batch_statistics import use_global_statistics
 
 __all__ = ["instantiate"]
 
@@ -142,5 +142,12 @@ def _initialiser(built: Built) -> Callable[[nn.Module], None]:
     if record is None or reason is not None:
         key = "strategy.init_fsdp_with_meta_device"
         what = f"the model cannot be built on the meta device: {reason}"
-        raise ConfigError(Problem(what, f"{key}=true", "false: each rank holds the whole model once", f"{key}=false"))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=f"{key}=true",
+                allowed="false: each rank holds the whole model once",
+                instead=f"{key}=false",
+            )
+        )
     return functools.partial(initialise_in_turn, record=record)

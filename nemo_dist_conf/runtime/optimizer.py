@@ -8,10 +8,10 @@ from typing import Any, Callable, Iterable, Mapping
 import torch
 from torch.distributed.tensor import DTensor
 
-from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.schema.optimizers import optimizer_problems
-from nemo_dist_conf.runtime.config_targets import build_target
 from nemo_dist_conf.composition.text_values import told_as_texts
+from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.config_targets import build_target
+from nemo_dist_conf.schema.optimizers import optimizer_problems
 from nemo_dist_conf.wording import Spelling
 
 __all__ = ["an_optimizer", "build_optimizer", "refuse_given"]
@@ -90,10 +90,10 @@ def _plain(node: Any, spelling: Spelling) -> dict[str, Any]:
         return dict(values)
     raise ConfigError(
         Problem(
-            f"optimizer: expected a group of settings, got {values!r}",
-            spelling.set("optimizer", values),
-            "optimizer=adamw, optimizer=sgd, or a node with name or _target_",
-            "optimizer=adamw",
+            what=f"optimizer: expected a group of settings, got {values!r}",
+            asked=spelling.set("optimizer", values),
+            allowed="optimizer=adamw, optimizer=sgd, or a node with name or _target_",
+            instead="optimizer=adamw",
         )
     )
 
@@ -115,10 +115,10 @@ def refuse_given(optimizer: Any) -> None:
     example = kind if isinstance(optimizer, torch.optim.Optimizer) else "AdamW"
     raise ConfigError(
         Problem(
-            what,
-            f"instantiate(cfg, optimizer={kind}(...))",
-            "a class or function that takes the parameters; settings belong to cfg.optimizer",
-            f"instantiate(cfg, optimizer=lambda parameters: torch.optim.{example}(parameters, lr=0.001))",
+            what=what,
+            asked=f"instantiate(cfg, optimizer={kind}(...))",
+            allowed="a class or function that takes the parameters; settings belong to cfg.optimizer",
+            instead=f"instantiate(cfg, optimizer=lambda parameters: torch.optim.{example}(parameters, lr=0.001))",
         )
     )
 
@@ -129,10 +129,10 @@ def an_optimizer(built: Any) -> torch.optim.Optimizer:
         return built
     raise ConfigError(
         Problem(
-            f"optimizer: {type(built).__name__} is not a torch.optim.Optimizer",
-            f"a factory or _target_ that returns {type(built).__name__}",
-            "a callable that takes the list of parameters and returns a torch.optim.Optimizer",
-            "optimizer=adamw",
+            what=f"optimizer: {type(built).__name__} is not a torch.optim.Optimizer",
+            asked=f"a factory or _target_ that returns {type(built).__name__}",
+            allowed="a callable that takes the list of parameters and returns a torch.optim.Optimizer",
+            instead="optimizer=adamw",
         )
     )
 
@@ -140,10 +140,10 @@ def an_optimizer(built: Any) -> torch.optim.Optimizer:
 def _nothing_to_train(spelling: Spelling) -> ConfigError:
     return ConfigError(
         Problem(
-            "optimizer: the model has no parameter that requires a gradient",
-            "an optimizer over 0 parameters",
-            "a model with at least one trainable parameter, or no optimizer",
-            spelling.set("optimizer", None),
+            what="optimizer: the model has no parameter that requires a gradient",
+            asked="an optimizer over 0 parameters",
+            allowed="a model with at least one trainable parameter, or no optimizer",
+            instead=spelling.set("optimizer", None),
         )
     )
 
@@ -172,7 +172,9 @@ def _refuse_impossible(
     """Refuse a fused update that was asked for where torch has none: fused SGD has no sharding strategy (2.13)."""
     if options.get("fused") and not kind.fuses and any(isinstance(parameter, DTensor) for _, parameter in trainable):
         what, key = "optimizer.fused=true cannot update distributed parameters with this optimizer", "optimizer.fused"
-        raise ConfigError(Problem(what, spelling.set(key, True), "null, false", spelling.set(key, None)))
+        raise ConfigError(
+            Problem(what=what, asked=spelling.set(key, True), allowed="null, false", instead=spelling.set(key, None))
+        )
 
 
 def _groups(

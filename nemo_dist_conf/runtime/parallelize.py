@@ -24,34 +24,34 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
-from nemo_dist_conf.runtime.model.tensor_attributes import cast_beside_attributes
+from nemo_dist_conf.runtime.device_meshes import fsdp_mesh
 from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
-from nemo_dist_conf.runtime.techniques.batch_statistics import refuse_sync_on_cpu, warn_of_own_rows
-from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
-from nemo_dist_conf.runtime.techniques.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.engines.ddp_wrappers import SeveralRanksDDP
 from nemo_dist_conf.runtime.engines.fsdp2_entries import open_entries
-from nemo_dist_conf.runtime.model.replaced_forwards import Autocast, public_methods
-from nemo_dist_conf.runtime.engines.fsdp2_units import Experts, shard_blocks
-from nemo_dist_conf.runtime.typed_configs import (
-    DDPConfig,
-    FSDP2Config,
-    MegatronFSDPConfig,
-    MoEParallelizerConfig,
-    PipelineConfig,
-)
-from nemo_dist_conf.runtime.device_meshes import fsdp_mesh
-from nemo_dist_conf.runtime.techniques.layerdrop import refuse_layerdrop, share_draws
-from nemo_dist_conf.runtime.engines.one_rank import OneRankDDP
-from nemo_dist_conf.runtime.techniques.precision import tell_precision
-from nemo_dist_conf.runtime.model.shared_memory import refuse_shared_memory
 from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import (
     refuse_container,
     refuse_hooks,
     refuse_max_norm,
     refuse_script,
     refuse_sparse,
+)
+from nemo_dist_conf.runtime.engines.fsdp2_units import Experts, shard_blocks
+from nemo_dist_conf.runtime.engines.one_rank import OneRankDDP
+from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
+from nemo_dist_conf.runtime.model.replaced_forwards import Autocast, public_methods
+from nemo_dist_conf.runtime.model.shared_memory import refuse_shared_memory
+from nemo_dist_conf.runtime.model.tensor_attributes import cast_beside_attributes
+from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
+from nemo_dist_conf.runtime.techniques.batch_statistics import refuse_sync_on_cpu, warn_of_own_rows
+from nemo_dist_conf.runtime.techniques.compile import compile_blocks, enable_async_tensor_parallel
+from nemo_dist_conf.runtime.techniques.layerdrop import refuse_layerdrop, share_draws
+from nemo_dist_conf.runtime.techniques.precision import tell_precision
+from nemo_dist_conf.runtime.typed_configs import (
+    DDPConfig,
+    FSDP2Config,
+    MegatronFSDPConfig,
+    MoEParallelizerConfig,
+    PipelineConfig,
 )
 
 if TYPE_CHECKING:
@@ -279,7 +279,12 @@ def parallelize_ddp(
     if parameter.is_meta:
         what = "the model is on the meta device, and DDP needs its values"
         raise ConfigError(
-            Problem(what, "DDPManager.parallelize(model)", "a materialised model", "nemo_dist_conf.instantiate(cfg)")
+            Problem(
+                what=what,
+                asked="DDPManager.parallelize(model)",
+                allowed="a materialised model",
+                instead="nemo_dist_conf.instantiate(cfg)",
+            )
         )
     if config.autocast_dtype is not None:
         autocast_forward(model, parameter.device, config.autocast_dtype)
@@ -318,8 +323,8 @@ def parallelize_megatron_fsdp(
     fill: called before wrapping on a model built on meta, because the library takes its values from the model.
     Raises ConfigError for what the model, the machine or the installed library cannot do.
     """
-    from nemo_dist_conf.runtime.engines.megatron_local_shards import keep_local_shards
     from nemo_dist_conf.runtime.engines.megatron_library import adopt_optimizer, wrap
+    from nemo_dist_conf.runtime.engines.megatron_local_shards import keep_local_shards
 
     _refuse_wrapped(model)
     refuse_max_norm(model)
@@ -358,8 +363,8 @@ def _split_by_own_plan(model: nn.Module, tp_mesh: DeviceMesh, example: Mapping[s
     except ConfigError as error:
         raise ConfigError(
             *(
-                dataclasses.replace(problem, type=f"strategy=fsdp2 {problem.type}")
-                if "strategy.tp_plan" in problem.type
+                dataclasses.replace(problem, instead=f"strategy=fsdp2 {problem.instead}")
+                if "strategy.tp_plan" in problem.instead
                 else problem
                 for problem in error.problems
             )
@@ -374,7 +379,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
     if isinstance(model, (DistributedDataParallel, FSDPModule)) or is_wrapped(model):
         kind = type(model).__name__
         what = f"the model is wrapped already ({kind})"
-        raise ConfigError(Problem(what, f"parallelize({kind})", "the model itself", "model.module"))
+        raise ConfigError(
+            Problem(what=what, asked=f"parallelize({kind})", allowed="the model itself", instead="model.module")
+        )
 
 
 def _sync_from_rank0(model: nn.Module) -> None:
@@ -411,7 +418,9 @@ def _patch_is_packed_sequence(model: nn.Module) -> None:
     key = "strategy.patch_is_packed_sequence"
     if not hasattr(model, "config") or not type(model).__module__.startswith("transformers"):
         what = f"{type(model).__name__} is not a model of transformers, so there is nothing to patch"
-        raise ConfigError(Problem(what, f"{key}=true", "false for this model", f"{key}=false"))
+        raise ConfigError(
+            Problem(what=what, asked=f"{key}=true", allowed="false for this model", instead=f"{key}=false")
+        )
     from transformers import modeling_flash_attention_utils as flash
 
     flash._is_packed_sequence = _never_packed
@@ -422,7 +431,12 @@ def _rebind(optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], m
     if optimizer.state:
         what = "the optimizer has taken steps on the unsharded parameters"
         raise ConfigError(
-            Problem(what, "parallelize(model, optimizer)", "an optimizer without state", "parallelize(model) first")
+            Problem(
+                what=what,
+                asked="parallelize(model, optimizer)",
+                allowed="an optimizer without state",
+                instead="parallelize(model) first",
+            )
         )
     after = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in before.items()}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.composition.agreement.rendezvous import all_have_come, is_started_by_agent, rank_store
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.torch_inside import group_timeout
 from nemo_dist_conf.topology.launched_ranks import Launched, launched
 
@@ -43,14 +43,23 @@ def choose_device(device: str | torch.device = "auto", local_rank: int = 0) -> t
     kind = None if str(device) == "auto" else str(device).partition(":")[0]
     if kind not in (None, "cpu", "cuda"):
         asked = f"device={device}"
-        raise ConfigError(Problem(f"{asked} is not supported", asked, "auto, cpu, cuda", "device=auto"))
+        raise ConfigError(
+            Problem(what=f"{asked} is not supported", asked=asked, allowed="auto, cpu, cuda", instead="device=auto")
+        )
     if kind == "cpu" or (kind is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= count:
         what = f"rank with local rank {local_rank} has no GPU of its own ({count} visible)"
         instead = f"torchrun --nproc-per-node {count} ..." if count else "device=cpu"
-        raise ConfigError(Problem(what, f"device={device}", "one GPU per rank of a node, or device=cpu", instead))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=f"device={device}",
+                allowed="one GPU per rank of a node, or device=cpu",
+                instead=instead,
+            )
+        )
     return torch.device("cuda", local_rank)
 
 

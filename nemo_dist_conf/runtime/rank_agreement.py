@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.composition.agreement.config_tree import flat_config
+from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["agree_on_config", "agree_on_model", "are_near", "config_mark", "together"]
 
@@ -39,7 +39,7 @@ def agree_on_config(cfg: Any, marks: list[Any]) -> None:
     what = f"ranks were started with different configs: {'; '.join(lines)}"
     asked = " ".join(f"{key}={everyone[dist.get_rank()].get(key)}" for key in differing[:5])
     same = " ".join(f"{key}={everyone[0].get(key)}" for key in differing[:5])
-    raise ConfigError(Problem(what, asked, "one command line for all ranks", same))
+    raise ConfigError(Problem(what=what, asked=asked, allowed="one command line for all ranks", instead=same))
 
 
 #: How much sums over a model's constants may differ, relative: kinds of CPUs do in the last bits.
@@ -59,7 +59,7 @@ def agree_on_model(marks: list[str], sums: Callable[[], Any] | None) -> None:
         what = "ranks built different models: their constructor uses what is not the same on all of them"
         allowed = "no rank, no time and no generator without a seed in it, or a module with values: rank 0's are taken"
         made = "instantiate(cfg, model=MyModel())"
-        raise ConfigError(Problem(what, "instantiate(cfg, model=MyModel)", allowed, made))
+        raise ConfigError(Problem(what=what, asked="instantiate(cfg, model=MyModel)", allowed=allowed, instead=made))
 
 
 def are_near(one: tuple[str, list[Any]], other: tuple[str, list[Any]]) -> bool:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parameter import is_lazy
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "after_backward",
@@ -323,7 +323,8 @@ def maker_of_mask(function: Callable[..., Any]) -> tuple[str, dict[str, Any]] | 
 
     transformers 5.23 hands mask functions of (batch, head, query, key) to the registered mask interface; what they are
     (causal, a window of so many keys) is in the closure that masking_utils makes them with, and nowhere else. One that
-    is not recognised is evaluated block by block, which is as right and slower. Test: tests/runtime/techniques/test_mask_rules.py.
+    is not recognised is evaluated block by block, which is as right and slower.
+    Test: tests/runtime/techniques/test_mask_rules.py.
     """
     if getattr(function, "__module__", None) != "transformers.masking_utils":
         return None

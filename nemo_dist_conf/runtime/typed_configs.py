@@ -139,7 +139,12 @@ class ParallelismSizes:
                 default = "null" if item.default is None else item.default
                 what = f"{key}={value!r} is not a number of ranks"
                 problems.append(
-                    Problem(what, f"{key}={value}", f"a whole number, 1 or more{optional}", f"{key}={default}")
+                    Problem(
+                        what=what,
+                        asked=f"{key}={value}",
+                        allowed=f"a whole number, 1 or more{optional}",
+                        instead=f"{key}={default}",
+                    )
                 )
         ConfigError.raise_if(problems)
 
@@ -195,7 +200,9 @@ def _import(path: str) -> Callable[..., Any]:
     if not callable(found):
         key = "pipeline.loss_fn"
         what = f"{key}: {path!r} is not an importable function"
-        raise ConfigError(Problem(what, f"{key}={path}", "package.module.function, or null", f"{key}=null"))
+        raise ConfigError(
+            Problem(what=what, asked=f"{key}={path}", allowed="package.module.function, or null", instead=f"{key}=null")
+        )
     return found
 
 
@@ -211,12 +218,14 @@ def typed_config(value: Any, config: type, section: str) -> Any:
     if not isinstance(plain, Mapping):
         what = f"{section} is {value!r}, which holds no options"
         allowed = f"{config.__name__}, or a mapping with the keys {', '.join(known)}"
-        raise ConfigError(Problem(what, f"{section}={value!r}", allowed, f"{config.__name__}()"))
+        raise ConfigError(
+            Problem(what=what, asked=f"{section}={value!r}", allowed=allowed, instead=f"{config.__name__}()")
+        )
     fields = {str(key): item for key, item in plain.items() if key != "_target_"}
     unknown = [key for key in fields if key not in known]
     if unknown:
         likely = nearest(unknown[0], known) or known[:1]
         what = f"{section} has no option {', '.join(map(str, unknown))}"
         asked, instead = (f"{section}.{key}={fields[unknown[0]]}" for key in (unknown[0], likely[0]))
-        raise ConfigError(Problem(what, asked, ", ".join(known), instead))
+        raise ConfigError(Problem(what=what, asked=asked, allowed=", ".join(known), instead=instead))
     return config(**fields)

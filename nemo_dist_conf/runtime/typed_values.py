@@ -37,7 +37,7 @@ def lower_dtype(value: Any, path: str = "dtype") -> torch.dtype | None:
     if name not in DType.__members__:
         likely = nearest(name, DType.__members__) or ["bfloat16"]
         what, allowed = f"{path}: {value!r} is not a dtype", ", ".join(DType.__members__)
-        raise ConfigError(Problem(what, f"{path}={value}", allowed, f"{path}={likely[0]}"))
+        raise ConfigError(Problem(what=what, asked=f"{path}={value}", allowed=allowed, instead=f"{path}={likely[0]}"))
     return getattr(torch, name)
 
 
@@ -67,10 +67,10 @@ def lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
         return values if values.pop("enabled", True) else None
     raise ConfigError(
         Problem(
-            f"{path} is {value!r}, not a policy",
-            f"{path}={value}",
-            "null, or the keys " + ", ".join(item.name for item in dataclasses.fields(schema)),
-            f"{path}=null",
+            what=f"{path} is {value!r}, not a policy",
+            asked=f"{path}={value}",
+            allowed="null, or the keys " + ", ".join(item.name for item in dataclasses.fields(schema)),
+            instead=f"{path}=null",
         )
     )
 
@@ -82,14 +82,21 @@ def _set(typed: DictConfig, key: str, value: Any, path: str) -> None:
         likely = nearest(key, map(str, typed)) or [str(next(iter(typed)))]
         known = ", ".join(map(str, typed))
         what = f"{path}.{key} is not an option; did you mean {likely[0]}?"
-        raise ConfigError(Problem(what, f"{path}.{key}={value}", known, f"{path}.{likely[0]}={value}"))
+        raise ConfigError(
+            Problem(what=what, asked=f"{path}.{key}={value}", allowed=known, instead=f"{path}.{likely[0]}={value}")
+        )
     try:
         typed[key] = value
     except OmegaConfBaseException as error:
         what = f"{path}.{key}: {str(error).splitlines()[0]}"
         default = getattr(typed[key], "name", typed[key])
         raise ConfigError(
-            Problem(what, f"{path}.{key}={value}", "a value of its type", f"{path}.{key}={default}")
+            Problem(
+                what=what,
+                asked=f"{path}.{key}={value}",
+                allowed="a value of its type",
+                instead=f"{path}.{key}={default}",
+            )
         ) from None
 
 
@@ -168,7 +175,11 @@ def _lower_mode(value: Any, path: str) -> bool | str:
     if mode is not None:
         return mode
     allowed = ", ".join(str(mode).lower() for mode in ACTIVATION_CHECKPOINTING_MODES)
-    raise ConfigError(Problem(f"{path}={value!r} is not a mode", f"{path}={value}", allowed, f"{path}=true"))
+    raise ConfigError(
+        Problem(
+            what=f"{path}={value!r} is not a mode", asked=f"{path}={value}", allowed=allowed, instead=f"{path}=true"
+        )
+    )
 
 
 def plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
@@ -184,9 +195,9 @@ def plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
         return {str(key): item for key, item in value.items()}
     raise ConfigError(
         Problem(
-            f"{path} is {value!r}, not a mapping from module names to styles",
-            f"{path}={value}",
-            "{module.name:style,...}, or null for the model's own plan",
-            f"{path}=null",
+            what=f"{path} is {value!r}, not a mapping from module names to styles",
+            asked=f"{path}={value}",
+            allowed="{module.name:style,...}, or null for the model's own plan",
+            instead=f"{path}=null",
         )
     )

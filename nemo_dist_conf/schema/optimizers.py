@@ -69,10 +69,10 @@ def optimizer_problems(values: Mapping[str, Any], spelling: Spelling = Spelling(
         best = nearest(str(name).lower(), SETTINGS) or ["adamw"]
         return [
             Problem(
-                f"optimizer.name={_text(name)} is not an optimizer",
-                spelling.set("optimizer.name", _text(name)),
-                f"{', '.join(SETTINGS)}; any other: a node with _target_",
-                spelling.set("optimizer.name", best[0]),
+                what=f"optimizer.name={_text(name)} is not an optimizer",
+                asked=spelling.set("optimizer.name", _text(name)),
+                allowed=f"{', '.join(SETTINGS)}; any other: a node with _target_",
+                instead=spelling.set("optimizer.name", best[0]),
             )
         ]
     problems: list[Problem] = []
@@ -85,29 +85,41 @@ def optimizer_problems(values: Mapping[str, Any], spelling: Spelling = Spelling(
             problems.append(_unknown(str(key), value, str(name), settings, asked, spelling))
         elif not setting.fits(value):
             what = f"optimizer.{key}={_text(value)} does not fit"
-            problems.append(Problem(what, asked, setting.allowed, spelling.set(f"optimizer.{key}", setting.example)))
+            problems.append(
+                Problem(
+                    what=what,
+                    asked=asked,
+                    allowed=setting.allowed,
+                    instead=spelling.set(f"optimizer.{key}", setting.example),
+                )
+            )
     if "lr" not in values:
         what = "optimizer.lr is missing"
         problems.append(
-            Problem(what, f"optimizer.name={name}", _LR.allowed, "++" + spelling.set("optimizer.lr", _LR.example))
+            Problem(
+                what=what,
+                asked=f"optimizer.name={name}",
+                allowed=_LR.allowed,
+                instead="++" + spelling.set("optimizer.lr", _LR.example),
+            )
         )
     if values.get("fused") is True and values.get("foreach") is True:
         problems.append(
             Problem(
-                "optimizer.fused=true and optimizer.foreach=true ask for two ways of one update",
-                f"{spelling.set('optimizer.fused', True)} {spelling.set('optimizer.foreach', True)}",
-                "one of them; null for both: the fastest that these parameters allow",
-                spelling.set("optimizer.foreach", None),
+                what="optimizer.fused=true and optimizer.foreach=true ask for two ways of one update",
+                asked=f"{spelling.set('optimizer.fused', True)} {spelling.set('optimizer.foreach', True)}",
+                allowed="one of them; null for both: the fastest that these parameters allow",
+                instead=spelling.set("optimizer.foreach", None),
             )
         )
     nesterov_alone = values.get("nesterov") is True and (not values.get("momentum") or values.get("dampening"))
     if not problems and nesterov_alone:
         problems.append(
             Problem(
-                "optimizer.nesterov=true needs a momentum and no dampening",
-                spelling.set("optimizer.nesterov", True),
-                "true with optimizer.momentum above 0 and optimizer.dampening=0; false",
-                spelling.set("optimizer.nesterov", False),
+                what="optimizer.nesterov=true needs a momentum and no dampening",
+                asked=spelling.set("optimizer.nesterov", True),
+                allowed="true with optimizer.momentum above 0 and optimizer.dampening=0; false",
+                instead=spelling.set("optimizer.nesterov", False),
             )
         )
     return problems
@@ -125,7 +137,12 @@ def _unknown(
     elif others:
         type_ = spelling.choose("optimizer", others[0])
     hint = f" ({', '.join(others)} has it)" if others else ""
-    return Problem(f"optimizer.{key}: {name} has no such setting{hint}", asked, ", ".join(settings), type_)
+    return Problem(
+        what=f"optimizer.{key}: {name} has no such setting{hint}",
+        asked=asked,
+        allowed=", ".join(settings),
+        instead=type_,
+    )
 
 
 def _text(value: Any) -> str:

@@ -43,6 +43,4 @@ class PipelineConf:
     dtype: Optional[DType] = option(None, "dtype of what stages send to each other; null: what the model computes in")
     scale_grads_in_schedule: bool = option(False, "let the schedule divide gradients by the number of microbatches")
     loss_fn: Optional[str] = option(None, "loss as package.module.function; null: token-wise cross entropy")
-    pp_seq_len: Optional[int] = option(
-        None, "tokens of a row, for the shapes between stages; null: of the first batch"
-    )
+    pp_seq_len: Optional[int] = option(None, "tokens of a row, for the shapes between stages; null: of the first batch")

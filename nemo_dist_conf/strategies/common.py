@@ -19,10 +19,10 @@ def autocast_problems(conf: Mapping[str, Any], spelling: Spelling) -> list[Probl
         return []
     return [
         Problem(
-            "strategy.autocast_dtype=float32 would change nothing",
-            spelling.set("strategy.autocast_dtype", "float32"),
-            "bfloat16, float16, or null for no autocast",
-            spelling.set("strategy.autocast_dtype", None),
+            what="strategy.autocast_dtype=float32 would change nothing",
+            asked=spelling.set("strategy.autocast_dtype", "float32"),
+            allowed="bfloat16, float16, or null for no autocast",
+            instead=spelling.set("strategy.autocast_dtype", None),
         )
     ]
 
@@ -38,10 +38,10 @@ def off_but_changed(node: Mapping[str, Any] | None, default: Any, name: str, spe
     value = getattr(node[changed[0]], "name", node[changed[0]])
     return [
         Problem(
-            f"{key} was changed, but the policy is off",
-            spelling.set(key, value),
-            f"{spelling.set(f'{name}.enabled', True)} with it, or its default",
-            f"{spelling.set(f'{name}.enabled', True)} {spelling.set(key, value)}",
+            what=f"{key} was changed, but the policy is off",
+            asked=spelling.set(key, value),
+            allowed=f"{spelling.set(f'{name}.enabled', True)} with it, or its default",
+            instead=f"{spelling.set(f'{name}.enabled', True)} {spelling.set(key, value)}",
         )
     ]
 

@@ -66,10 +66,10 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
     if bucket is not None and not 0 < bucket < math.inf:
         problems.append(
             Problem(
-                f"strategy.bucket_cap_mb={bucket:g} is not a size",
-                spelling.set("strategy.bucket_cap_mb", f"{bucket:g}"),
-                "MiB above 0, or null for torch's 25",
-                spelling.set("strategy.bucket_cap_mb", None),
+                what=f"strategy.bucket_cap_mb={bucket:g} is not a size",
+                asked=spelling.set("strategy.bucket_cap_mb", f"{bucket:g}"),
+                allowed="MiB above 0, or null for torch's 25",
+                instead=spelling.set("strategy.bucket_cap_mb", None),
             )
         )
     return problems

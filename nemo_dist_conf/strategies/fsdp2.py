@@ -87,11 +87,12 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
     if conf["enable_compile"] and (sizes.get("ep_size") or 1) > 1:
         problems.append(
             Problem(
-                "how many tokens go to which expert is known in each step only, so blocks with split experts cannot be "
-                "compiled",
-                f"{spelling.set('strategy.enable_compile', True)} {spelling.set('parallelism.ep_size', sizes['ep_size'])}",
-                "enable_compile=false, or ep_size=1",
-                spelling.set("strategy.enable_compile", False),
+                what="how many tokens go to which expert is known in each step only, so blocks with split experts "
+                "cannot be compiled",
+                asked=f"{spelling.set('strategy.enable_compile', True)} "
+                f"{spelling.set('parallelism.ep_size', sizes['ep_size'])}",
+                allowed="enable_compile=false, or ep_size=1",
+                instead=spelling.set("strategy.enable_compile", False),
             )
         )
     if conf["enable_compile"] and conf["sequence_parallel"] and (sizes.get("tp_size") or 1) > 1:
@@ -111,10 +112,10 @@ def _older_torch_problems(spelling: Spelling) -> list[Problem]:
     compiled = spelling.set("strategy.enable_compile", True)
     return [
         Problem(
-            f"torch {version} cannot compile blocks whose sequence is split",
-            f"{compiled} {spelling.set('strategy.sequence_parallel', True)}",
-            "one of the two, or torch 2.13",
-            spelling.set("strategy.enable_compile", False),
+            what=f"torch {version} cannot compile blocks whose sequence is split",
+            asked=f"{compiled} {spelling.set('strategy.sequence_parallel', True)}",
+            allowed="one of the two, or torch 2.13",
+            instead=spelling.set("strategy.enable_compile", False),
         )
     ]
 
@@ -126,20 +127,20 @@ def _prefetch_problems(conf: Mapping[str, Any], spelling: Spelling) -> list[Prob
         if depth < 0:
             problems.append(
                 Problem(
-                    f"{name}={depth} is not a number of blocks",
-                    spelling.set(key, depth),
-                    "0 (none ahead) or more",
-                    spelling.set(key, default),
+                    what=f"{name}={depth} is not a number of blocks",
+                    asked=spelling.set(key, depth),
+                    allowed="0 (none ahead) or more",
+                    instead=spelling.set(key, default),
                 )
             )
         elif depth != default and not conf["enable_fsdp2_prefetch"]:
             switch = spelling.set("strategy.enable_fsdp2_prefetch", True)
             problems.append(
                 Problem(
-                    f"{name} was changed, but explicit prefetch is off",
-                    spelling.set(key, depth),
-                    f"with {switch}",
-                    f"{switch} {spelling.set(key, depth)}",
+                    what=f"{name} was changed, but explicit prefetch is off",
+                    asked=spelling.set(key, depth),
+                    allowed=f"with {switch}",
+                    instead=f"{switch} {spelling.set(key, depth)}",
                 )
             )
     return problems
@@ -158,19 +159,19 @@ def _async_tp_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelli
         also = " ".join(spelling.set(f"strategy.{name}", True) for name, _ in missing)
         problems.append(
             Problem(
-                f"enable_async_tensor_parallel needs {' and '.join(name for name, _ in missing)}",
-                asked,
-                names,
-                f"{asked} {also}",
+                what=f"enable_async_tensor_parallel needs {' and '.join(name for name, _ in missing)}",
+                asked=asked,
+                allowed=names,
+                instead=f"{asked} {also}",
             )
         )
     if (sizes.get("tp_size") or 1) == 1:
         problems.append(
             Problem(
-                "enable_async_tensor_parallel without tensor parallelism would do nothing",
-                asked,
-                "tp_size of 2 or more",
-                spelling.set("strategy.enable_async_tensor_parallel", False),
+                what="enable_async_tensor_parallel without tensor parallelism would do nothing",
+                asked=asked,
+                allowed="tp_size of 2 or more",
+                instead=spelling.set("strategy.enable_async_tensor_parallel", False),
             )
         )
     return problems

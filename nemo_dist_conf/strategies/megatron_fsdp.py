@@ -10,9 +10,9 @@ from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.strategies.common import has_module, unknown_class
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
-from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.gpu_presence import cuda_present
 from nemo_dist_conf.topology.launched_ranks import runs_here
+from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def library_problems(spelling: Spelling = Spelling()) -> list[Problem]:
     if version is not None:
         what = f"megatron-fsdp {version} is installed, whose options and results are not those of 0.6"
     asked, allowed = spelling.choose("strategy", "megatron_fsdp"), "megatron-fsdp 0.6; or fsdp2, which needs no package"
-    return [Problem(what, asked, allowed, "pip install 'nemo_dist_conf[megatron]'")]
+    return [Problem(what=what, asked=asked, allowed=allowed, instead="pip install 'nemo_dist_conf[megatron]'")]
 
 
 #: Where the library looks for memory that NCCL can register (megatron_fsdp/param_and_grad_buffer.py).
@@ -99,10 +99,10 @@ def _allocator_problems(conf: Mapping[str, Any], spelling: Spelling) -> list[Pro
         return []
     return [
         Problem(
-            "buffers registered with NCCL need an allocator of another package, and neither is installed",
-            spelling.set("strategy.nccl_ub", True),
-            f"false, or {' or '.join(_ALLOCATORS.values())} installed",
-            spelling.set("strategy.nccl_ub", False),
+            what="buffers registered with NCCL need an allocator of another package, and neither is installed",
+            asked=spelling.set("strategy.nccl_ub", True),
+            allowed=f"false, or {' or '.join(_ALLOCATORS.values())} installed",
+            instead=spelling.set("strategy.nccl_ub", False),
         )
     ]
 
@@ -119,10 +119,10 @@ def _cuda_problems(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: 
         closest = f"{closest} {spelling.set('strategy.reshard_after_forward', False)}"
     return [
         Problem(
-            "megatron-fsdp runs on CUDA devices only, and there is none here",
-            spelling.choose("strategy", "megatron_fsdp"),
-            "a machine with GPUs; fsdp2 and ddp run anywhere",
-            closest,
+            what="megatron-fsdp runs on CUDA devices only, and there is none here",
+            asked=spelling.choose("strategy", "megatron_fsdp"),
+            allowed="a machine with GPUs; fsdp2 and ddp run anywhere",
+            instead=closest,
         )
     ]
 
@@ -133,10 +133,10 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
     if isinstance(zero, bool) or zero not in (0, 1, 2, 3):
         problems.append(
             Problem(
-                f"zero_dp_strategy={zero} is not a ZeRO stage",
-                spelling.set("strategy.zero_dp_strategy", zero),
-                "0 (nothing sharded), 1 (optimizer state), 2 (also gradients), 3 (also parameters)",
-                spelling.set("strategy.zero_dp_strategy", 3),
+                what=f"zero_dp_strategy={zero} is not a ZeRO stage",
+                asked=spelling.set("strategy.zero_dp_strategy", zero),
+                allowed="0 (nothing sharded), 1 (optimizer state), 2 (also gradients), 3 (also parameters)",
+                instead=spelling.set("strategy.zero_dp_strategy", 3),
             )
         )
     units = conf["megatron_fsdp_unit_modules"]
@@ -145,15 +145,20 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
         if why:
             problems.append(
                 Problem(
-                    f"megatron_fsdp_unit_modules: {path!r} {why}",
-                    spelling.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
-                    "package.module.Class of a repeated layer; the default: the model's own blocks",
-                    spelling.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
+                    what=f"megatron_fsdp_unit_modules: {path!r} {why}",
+                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
+                    allowed="package.module.Class of a repeated layer; the default: the model's own blocks",
+                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
                 )
             )
     if not problems:
         problems += _contradictions(conf, sizes, spelling)
-    return problems + library_problems(spelling) + _allocator_problems(conf, spelling) + _cuda_problems(conf, sizes, spelling)
+    return (
+        problems
+        + library_problems(spelling)
+        + _allocator_problems(conf, spelling)
+        + _cuda_problems(conf, sizes, spelling)
+    )
 
 
 def _contradictions(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
@@ -165,7 +170,7 @@ def _contradictions(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling:
     def contradict(name: str, why: str, allowed: str, *also: str) -> None:
         key, value = f"strategy.{name}", conf[name]
         asked = " ".join([spelling.set(key, value), *also])
-        problems.append(Problem(why, asked, allowed, spelling.set(key, not value)))
+        problems.append(Problem(what=why, asked=asked, allowed=allowed, instead=spelling.set(key, not value)))
 
     if not conf["overlap_grad_reduce"] and zero >= 2:
         why = f"with zero_dp_strategy={zero} gradients are always reduced while backward goes on"

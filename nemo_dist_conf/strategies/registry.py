@@ -45,10 +45,10 @@ def find_strategy(name: str, spelling: Spelling = Spelling()) -> Strategy:
     ordered = likely + [k for k in known if k not in likely]
     raise ConfigError(
         Problem(
-            f"there is no strategy {name!r}",
-            spelling.choose("strategy", name),
-            ", ".join(ordered),
-            spelling.choose("strategy", (likely or ["fsdp2"])[0]),
+            what=f"there is no strategy {name!r}",
+            asked=spelling.choose("strategy", name),
+            allowed=", ".join(ordered),
+            instead=spelling.choose("strategy", (likely or ["fsdp2"])[0]),
         )
     )
 

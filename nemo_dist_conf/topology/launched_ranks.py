@@ -65,9 +65,7 @@ def launched(environ: Mapping[str, str] | None = None) -> Launched:
     """
     env = os.environ if environ is None else environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Launched(
-            _number(env, "RANK"), _number(env, "WORLD_SIZE"), _number(env, "LOCAL_RANK", "0"), "torchrun"
-        )
+        return Launched(_number(env, "RANK"), _number(env, "WORLD_SIZE"), _number(env, "LOCAL_RANK", "0"), "torchrun")
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     if "SLURM_PROCID" in env and "SLURM_LOCALID" in env and tasks in env and not _is_batch_script(env):
         return Launched(_number(env, "SLURM_PROCID"), _number(env, tasks), _number(env, "SLURM_LOCALID"), "Slurm")
@@ -138,10 +136,10 @@ def _number(env: Mapping[str, str], name: str, default: str | None = None) -> in
         return int(text)
     raise ConfigError(
         Problem(
-            f"the environment variable {name} is not a number of ranks",
-            f"{name}={text}",
-            "a whole number, set by the launcher",
-            f"unset {name}",
+            what=f"the environment variable {name} is not a number of ranks",
+            asked=f"{name}={text}",
+            allowed="a whole number, set by the launcher",
+            instead=f"unset {name}",
         )
     )
 

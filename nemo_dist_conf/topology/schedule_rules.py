@@ -6,9 +6,9 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import SCHEDULES, Schedule, nearest
-from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.schedule_file import ScheduleFile, read_schedule
 from nemo_dist_conf.topology.stage_layers import stages_for
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["find_schedule", "pipeline_problems", "stage_count"]
 
@@ -48,20 +48,20 @@ def pipeline_problems(
         if value is not None and value < 1:
             problems.append(
                 Problem(
-                    f"pipeline.{name}={value} is not positive",
-                    spelling.set(f"pipeline.{name}", value),
-                    "1 or more",
-                    spelling.set(f"pipeline.{name}", 1),
+                    what=f"pipeline.{name}={value} is not positive",
+                    asked=spelling.set(f"pipeline.{name}", value),
+                    allowed="1 or more",
+                    instead=spelling.set(f"pipeline.{name}", 1),
                 )
             )
     parts = pipeline["module_fqns_per_model_part"]
     if parts is not None and not _are_names(parts):
         problems.append(
             Problem(
-                "pipeline.module_fqns_per_model_part is not a list of lists of names, with a name or more in each",
-                spelling.set("pipeline.module_fqns_per_model_part", parts),
-                "[[model.embed_tokens,model.layers.0],[model.layers.1,model.norm,lm_head]], or null",
-                spelling.set("pipeline.module_fqns_per_model_part", None),
+                what="pipeline.module_fqns_per_model_part is not a list of lists of names, with a name or more in each",
+                asked=spelling.set("pipeline.module_fqns_per_model_part", parts),
+                allowed="[[model.embed_tokens,model.layers.0],[model.layers.1,model.norm,lm_head]], or null",
+                instead=spelling.set("pipeline.module_fqns_per_model_part", None),
             )
         )
     if problems:
@@ -76,10 +76,10 @@ def pipeline_problems(
     elif schedule is not None and num_layers is not None and num_layers < pp_size * (2 if schedule.multi else 1):
         problems.append(
             Problem(
-                f"{num_layers} layers are too few for {pp_size} pipeline ranks with {schedule.torch_name}",
-                spelling.set("parallelism.pp_size", pp_size),
-                f"one layer a stage or more, {2 if schedule.multi else 1} stage(s) a rank",
-                spelling.set("parallelism.pp_size", max(1, num_layers // (2 if schedule.multi else 1))),
+                what=f"{num_layers} layers are too few for {pp_size} pipeline ranks with {schedule.torch_name}",
+                asked=spelling.set("parallelism.pp_size", pp_size),
+                allowed=f"one layer a stage or more, {2 if schedule.multi else 1} stage(s) a rank",
+                instead=spelling.set("parallelism.pp_size", max(1, num_layers // (2 if schedule.multi else 1))),
             )
         )
     return problems
@@ -123,10 +123,12 @@ def _microbatch_problems(
     if batch % micro:
         return [
             Problem(
-                f"pp_microbatch_size={micro} does not divide pp_batch_size={batch}",
-                spelling.set("pipeline.pp_microbatch_size", micro),
-                f"a divisor of {batch}",
-                spelling.set("pipeline.pp_microbatch_size", max(d for d in range(1, micro + 1) if batch % d == 0)),
+                what=f"pp_microbatch_size={micro} does not divide pp_batch_size={batch}",
+                asked=spelling.set("pipeline.pp_microbatch_size", micro),
+                allowed=f"a divisor of {batch}",
+                instead=spelling.set(
+                    "pipeline.pp_microbatch_size", max(d for d in range(1, micro + 1) if batch % d == 0)
+                ),
             )
         ]
     count = batch // micro
@@ -134,10 +136,10 @@ def _microbatch_problems(
     if file is not None and count != file.microbatches:
         return [
             Problem(
-                f"the schedule file runs {file.microbatches} microbatches, and a batch has {count}",
-                asked,
-                f"pp_batch_size / pp_microbatch_size = {file.microbatches}",
-                spelling.set("pipeline.pp_batch_size", file.microbatches * micro),
+                what=f"the schedule file runs {file.microbatches} microbatches, and a batch has {count}",
+                asked=asked,
+                allowed=f"pp_batch_size / pp_microbatch_size = {file.microbatches}",
+                instead=spelling.set("pipeline.pp_batch_size", file.microbatches * micro),
             )
         ]
     if schedule is None:
@@ -146,10 +148,10 @@ def _microbatch_problems(
     if count < needed:
         return [
             Problem(
-                f"{count} microbatches are too few for {schedule.torch_name} on {pp_size} pipeline ranks",
-                asked,
-                f"{needed} microbatches or more (pp_batch_size / pp_microbatch_size)",
-                spelling.set("pipeline.pp_batch_size", needed * micro),
+                what=f"{count} microbatches are too few for {schedule.torch_name} on {pp_size} pipeline ranks",
+                asked=asked,
+                allowed=f"{needed} microbatches or more (pp_batch_size / pp_microbatch_size)",
+                instead=spelling.set("pipeline.pp_batch_size", needed * micro),
             )
         ]
     rounds = max(1, count // pp_size)
@@ -157,11 +159,11 @@ def _microbatch_problems(
         legal = [n for n in (count // rounds * rounds, count - count % pp_size + pp_size) if n != count]
         return [
             Problem(
-                f"{schedule.torch_name} on {pp_size} pipeline ranks runs equal rounds, and {count} microbatches "
+                what=f"{schedule.torch_name} on {pp_size} pipeline ranks runs equal rounds, and {count} microbatches "
                 f"do not divide into {rounds}",
-                asked,
-                f"{' or '.join(map(str, legal))} microbatches (pp_batch_size / pp_microbatch_size)",
-                spelling.set("pipeline.pp_batch_size", legal[-1] * micro),
+                asked=asked,
+                allowed=f"{' or '.join(map(str, legal))} microbatches (pp_batch_size / pp_microbatch_size)",
+                instead=spelling.set("pipeline.pp_batch_size", legal[-1] * micro),
             )
         ]
     return []
@@ -199,7 +201,12 @@ def _option_problems(
         found.append((key, True, off, f"{apart}, so there is no last backward in which FSDP could reduce them"))
     others = [option for option, other in SCHEDULES.items() if not other.splits_backward]
     return [
-        Problem(what, spelling.set(key, value), f"{key}={str(off).lower()}, or {', '.join(others)}", spelling.set(key, off))
+        Problem(
+            what=what,
+            asked=spelling.set(key, value),
+            allowed=f"{key}={str(off).lower()}, or {', '.join(others)}",
+            instead=spelling.set(key, off),
+        )
         for key, value, off, what in found
     ]
 
@@ -211,20 +218,46 @@ def _file_problems(
     parts, per_stage = pipeline["module_fqns_per_model_part"], pipeline["layers_per_stage"]
     if len(file.rows) != pp_size:
         what = f"the schedule file has rows for {len(file.rows)} ranks, and pp_size is {pp_size}"
-        return [Problem(what, asked, f"pp_size={len(file.rows)}", spelling.set("parallelism.pp_size", len(file.rows)))]
+        return [
+            Problem(
+                what=what,
+                asked=asked,
+                allowed=f"pp_size={len(file.rows)}",
+                instead=spelling.set("parallelism.pp_size", len(file.rows)),
+            )
+        ]
     wanted = stage_count(pipeline, pp_size, num_layers) if parts is not None else stages
     if per_stage is not None:
         what = f"the schedule file has {stages} stages, so layers_per_stage would do nothing"
         key = "pipeline.layers_per_stage"
-        return [Problem(what, spelling.set(key, per_stage), "null with a schedule file", spelling.set(key, None))]
+        return [
+            Problem(
+                what=what,
+                asked=spelling.set(key, per_stage),
+                allowed="null with a schedule file",
+                instead=spelling.set(key, None),
+            )
+        ]
     if wanted != stages:
         what = f"the schedule file has {stages} stages, and module_fqns_per_model_part has {wanted}"
         return [
-            Problem(what, asked, "as many parts as stages", spelling.set("pipeline.module_fqns_per_model_part", None))
+            Problem(
+                what=what,
+                asked=asked,
+                allowed="as many parts as stages",
+                instead=spelling.set("pipeline.module_fqns_per_model_part", None),
+            )
         ]
     if num_layers is not None and parts is None and num_layers < stages:
         what = f"{num_layers} layers are too few for the {stages} stages of the schedule file"
-        return [Problem(what, asked, "one layer a stage or more", spelling.set("pipeline.pp_schedule_csv", None))]
+        return [
+            Problem(
+                what=what,
+                asked=asked,
+                allowed="one layer a stage or more",
+                instead=spelling.set("pipeline.pp_schedule_csv", None),
+            )
+        ]
     return []
 
 
@@ -236,10 +269,10 @@ def _schedule(
     if csv is not None and name is not None and find_schedule(name) is not SCHEDULES["1f1b"]:
         problems.append(
             Problem(
-                "a schedule's name and a schedule file were both given",
-                f"{spelling.set('pipeline.pp_schedule', name)} {spelling.set('pipeline.pp_schedule_csv', csv)}",
-                "one of the two",
-                spelling.set("pipeline.pp_schedule", None),
+                what="a schedule's name and a schedule file were both given",
+                asked=f"{spelling.set('pipeline.pp_schedule', name)} {spelling.set('pipeline.pp_schedule_csv', csv)}",
+                allowed="one of the two",
+                instead=spelling.set("pipeline.pp_schedule", None),
             )
         )
     if csv is not None:
@@ -249,15 +282,17 @@ def _schedule(
             asked = spelling.set("pipeline.pp_schedule_csv", csv)
             allowed = "a row of actions for every pipeline rank, such as 0F0,0F1,0B0,0B1"
             what = f"pp_schedule_csv={csv} is not a schedule: {error}"
-            problems.append(Problem(what, asked, allowed, spelling.set("pipeline.pp_schedule_csv", None)))
+            problems.append(
+                Problem(what=what, asked=asked, allowed=allowed, instead=spelling.set("pipeline.pp_schedule_csv", None))
+            )
             return None, None
     if name is None:
         problems.append(
             Problem(
-                "no pipeline schedule",
-                spelling.set("pipeline.pp_schedule", None),
-                ", ".join(SCHEDULES),
-                spelling.choose("pipeline", "1f1b"),
+                what="no pipeline schedule",
+                asked=spelling.set("pipeline.pp_schedule", None),
+                allowed=", ".join(SCHEDULES),
+                instead=spelling.choose("pipeline", "1f1b"),
             )
         )
         return None, None
@@ -267,17 +302,22 @@ def _schedule(
         rest = [option for option in SCHEDULES if option not in likely]
         problems.append(
             Problem(
-                f"pp_schedule={name} is not a schedule of torch",
-                spelling.set("pipeline.pp_schedule", name),
-                ", ".join([*likely, *rest]),
-                spelling.choose("pipeline", likely[0]),
+                what=f"pp_schedule={name} is not a schedule of torch",
+                asked=spelling.set("pipeline.pp_schedule", name),
+                allowed=", ".join([*likely, *rest]),
+                instead=spelling.choose("pipeline", likely[0]),
             )
         )
     return schedule, None
 
 
 def _stage_problems(
-    pipeline: Mapping[str, Any], schedule: Schedule, stages: int, pp_size: int, num_layers: int | None, spelling: Spelling
+    pipeline: Mapping[str, Any],
+    schedule: Schedule,
+    stages: int,
+    pp_size: int,
+    num_layers: int | None,
+    spelling: Spelling,
 ) -> list[Problem]:
     by_name = pipeline["module_fqns_per_model_part"] is not None
     asked = (
@@ -303,9 +343,9 @@ def _stage_problems(
         instead = spelling.set("pipeline.layers_per_stage", num_layers // wanted if exact and num_layers else None)
     return [
         Problem(
-            f"{stages} stages do not fit {schedule.torch_name} on {pp_size} pipeline ranks",
-            asked,
-            f"{per_rank} stage(s) a rank, so a multiple of {pp_size}, each with a layer",
-            instead,
+            what=f"{stages} stages do not fit {schedule.torch_name} on {pp_size} pipeline ranks",
+            asked=asked,
+            allowed=f"{per_rank} stage(s) a rank, so a multiple of {pp_size}, each with a layer",
+            instead=instead,
         )
     ]

@@ -66,10 +66,10 @@ def size_problems(
             default = "null" if axis.default is None else axis.default
             problems.append(
                 Problem(
-                    f"{key}={value} is not a number of ranks",
-                    spelling.set(key, value),
-                    f"a whole number, 1 or more{optional}",
-                    spelling.set(key, default),
+                    what=f"{key}={value} is not a number of ranks",
+                    asked=spelling.set(key, value),
+                    allowed=f"a whole number, 1 or more{optional}",
+                    instead=spelling.set(key, default),
                 )
             )
         elif axis.name not in rules.allowed and value > 1:
@@ -84,10 +84,10 @@ def size_problems(
                 instead = launch.format(n=ranks, asked=instead)
             problems.append(
                 Problem(
-                    f"strategy={rules.strategy}: {axis.size_field}={value} is not possible",
-                    asked,
-                    f"{axis.size_field}=1 ({rules.strategy} {why})",
-                    instead,
+                    what=f"strategy={rules.strategy}: {axis.size_field}={value} is not possible",
+                    asked=asked,
+                    allowed=f"{axis.size_field}=1 ({rules.strategy} {why})",
+                    instead=instead,
                 )
             )
     return problems
@@ -115,10 +115,10 @@ def solve(
     if dp_asked is not None and dp_asked != dp:
         problems.append(
             Problem(
-                f"{_factors(sizes)} = {dp_asked * model_ranks} ranks, but there are {world_size}",
-                spelling.set("parallelism.dp_size", dp_asked),
-                f"dp_size={dp} or null (world size {world_size} / (pp {pp} x cp {cp} x tp {tp}))",
-                launch.format(n=dp_asked * model_ranks, asked=_typed(sizes, spelling))
+                what=f"{_factors(sizes)} = {dp_asked * model_ranks} ranks, but there are {world_size}",
+                asked=spelling.set("parallelism.dp_size", dp_asked),
+                allowed=f"dp_size={dp} or null (world size {world_size} / (pp {pp} x cp {cp} x tp {tp}))",
+                instead=launch.format(n=dp_asked * model_ranks, asked=_typed(sizes, spelling))
                 if world_size == 1
                 else spelling.set("parallelism.dp_size", None),
             )
@@ -128,21 +128,21 @@ def solve(
         legal = [d for d in divisors(dp) if d < dp]
         problems.append(
             Problem(
-                f"dp_replicate_size={replicate} does not divide dp_size={dp} into groups of two ranks or more",
-                spelling.set("parallelism.dp_replicate_size", replicate),
-                f"dp_replicate_size: {', '.join(map(str, legal)) or 1}",
-                spelling.set("parallelism.dp_replicate_size", legal[-1] if legal else 1),
+                what=f"dp_replicate_size={replicate} does not divide dp_size={dp} into groups of two ranks or more",
+                asked=spelling.set("parallelism.dp_replicate_size", replicate),
+                allowed=f"dp_replicate_size: {', '.join(map(str, legal)) or 1}",
+                instead=spelling.set("parallelism.dp_replicate_size", legal[-1] if legal else 1),
             )
         )
     stage_ranks = dp * cp * tp
     if ep > 1 and stage_ranks % ep:
         problems.append(
             Problem(
-                f"ep_size={ep} does not divide the {stage_ranks} ranks of a pipeline stage "
+                what=f"ep_size={ep} does not divide the {stage_ranks} ranks of a pipeline stage "
                 f"(dp {dp} x cp {cp} x tp {tp})",
-                spelling.set("parallelism.ep_size", ep),
-                f"ep_size: {', '.join(map(str, divisors(stage_ranks)))}",
-                spelling.set("parallelism.ep_size", max(d for d in divisors(stage_ranks) if d <= ep)),
+                asked=spelling.set("parallelism.ep_size", ep),
+                allowed=f"ep_size: {', '.join(map(str, divisors(stage_ranks)))}",
+                instead=spelling.set("parallelism.ep_size", max(d for d in divisors(stage_ranks) if d <= ep)),
             )
         )
     ConfigError.raise_if(problems)
@@ -180,7 +180,7 @@ def _product_problem(
     what = f"pp x cp x tp = {model_ranks} does not divide the world size {world_size}"
     if world_size == 1:
         start = launch.format(n=needed, asked=_typed(sizes, spelling))
-        return Problem(what, asked, f"{model_ranks} ranks or a multiple of it", start)
+        return Problem(what=what, asked=asked, allowed=f"{model_ranks} ranks or a multiple of it", instead=start)
     # Shrink the innermost axis that can be shrunk: it is the one a user varies most.
     for name in reversed(asked_sizes):
         rest = model_ranks // asked_sizes[name]
@@ -188,7 +188,7 @@ def _product_problem(
         if legal:
             best = max((d for d in legal if d <= asked_sizes[name]), default=1)
             allowed = f"{name}: {', '.join(map(str, legal))} with {world_size} ranks"
-            return Problem(what, asked, allowed, spelling.set(f"parallelism.{name}", best))
+            return Problem(what=what, asked=asked, allowed=allowed, instead=spelling.set(f"parallelism.{name}", best))
     legal = divisors(world_size)
     reset = " ".join(spelling.set(f"parallelism.{name}", 1) for name in asked_sizes)
-    return Problem(what, asked, f"pp x cp x tp: {', '.join(map(str, legal))}", reset)
+    return Problem(what=what, asked=asked, allowed=f"pp x cp x tp: {', '.join(map(str, legal))}", instead=reset)

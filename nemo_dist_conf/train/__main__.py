@@ -24,10 +24,10 @@ __all__ = ["checked_main", "main"]
 def main(cfg: DictConfig) -> float:
     """Train as the config says; the last loss is the job's value for sweepers."""
     from nemo_dist_conf.composition.agreement.shared_failure import end
+    from nemo_dist_conf.composition.command_line import raw_words
     from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
     from nemo_dist_conf.topology.launched_ranks import launched
     from nemo_dist_conf.train.ctrl_c import BEFORE, hear_once, was_heard
-    from nemo_dist_conf.composition.command_line import raw_words
 
     hear_once()
     try:

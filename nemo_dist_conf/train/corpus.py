@@ -75,7 +75,7 @@ def _standard_library() -> _Found:
 
 
 def data_error(what: str, asked: str, allowed: str, type_: str) -> DataError:
-    return DataError(Problem(what=what, asked=asked, allowed=allowed, type=type_))
+    return DataError(Problem(what=what, asked=asked, allowed=allowed, instead=type_))
 
 
 def _path_error(what: str, path: str | None) -> DataError:
@@ -304,7 +304,7 @@ def _missing_package(package: str, tokenizer: str) -> ConfigError:
             what=f"data.tokenizer needs the package {package}, which is not installed",
             asked=f"data.tokenizer={as_typed(tokenizer)}",
             allowed=f"any tokenizer once {package} is installed (pip install {package}); null: bytes",
-            type="data.tokenizer=null",
+            instead="data.tokenizer=null",
         )
     )
 

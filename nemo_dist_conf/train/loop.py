@@ -15,34 +15,34 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nemo_dist_conf.checkpoint import Restored
-from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
 from nemo_dist_conf.composition.resolvers import autocast_dtype
-from nemo_dist_conf.runtime.rank_agreement import together
-from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
-from nemo_dist_conf.runtime.typed_values import lower_dtype
-from nemo_dist_conf.runtime.techniques.loss import IGNORED
-from nemo_dist_conf.runtime.parallelize import autocast_forward
-from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
-from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
-from nemo_dist_conf.strategies import strategy_of_target
-from nemo_dist_conf.wording import Spelling
-from nemo_dist_conf.topology.launched_ranks import launched
+from nemo_dist_conf.errors import ConfigError, DataError, Problem
+from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
+from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.recipe.value_checks import train_problems
+from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.parallelize import autocast_forward
+from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
+from nemo_dist_conf.runtime.rank_agreement import together
+from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad
+from nemo_dist_conf.runtime.techniques.loss import IGNORED
+from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
+from nemo_dist_conf.runtime.typed_values import lower_dtype
+from nemo_dist_conf.strategies import strategy_of_target
+from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
+from nemo_dist_conf.train.estimate import measured, plan_of_run
 from nemo_dist_conf.train.learning_rate import LearningRate
 from nemo_dist_conf.train.loss_scale import LossScale
-from nemo_dist_conf.train.estimate import measured, plan_of_run
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
 from nemo_dist_conf.train.preemption import Preemption
 from nemo_dist_conf.train.run_report import header, not_finite, summary
 from nemo_dist_conf.train.saving import Saving
 from nemo_dist_conf.train.step import Microbatches, StepResult, settle, train_step
+from nemo_dist_conf.wording import Spelling
 
 __all__ = ["run"]
 
@@ -101,7 +101,14 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
         setup, model, optimizer = instantiate(cfg)
         if optimizer is None:
             what = "training needs an optimizer"
-            raise ConfigError(Problem(what, "optimizer=null", "optimizer=adamw, optimizer=sgd", "optimizer=adamw"))
+            raise ConfigError(
+                Problem(
+                    what=what,
+                    asked="optimizer=null",
+                    allowed="optimizer=adamw, optimizer=sgd",
+                    instead="optimizer=adamw",
+                )
+            )
         context = setup.mesh_context
         dtype = lower_dtype(autocast_dtype(cfg.train.get("dtype"), str(context.device.type)))
         if dtype is not None and isinstance(setup.strategy_config, MegatronFSDPConfig):
@@ -139,11 +146,11 @@ def _same_data(cfg: Any, settings: _Settings) -> DataSource:
     if others:
         raise DataError(
             Problem(
-                f"data.path: rank {others[0]} reads another text than rank 0 "
+                what=f"data.path: rank {others[0]} reads another text than rank 0 "
                 f"({marks[others[0]][1]:,} and {marks[0][1]:,} tokens)",
-                Spelling().set("data.path", cfg.data.get("path")),
-                "a path that holds the same files on every machine; null needs the same Python on all",
-                "data.path=/a/folder/that/all/machines/share",
+                asked=Spelling().set("data.path", cfg.data.get("path")),
+                allowed="a path that holds the same files on every machine; null needs the same Python on all",
+                instead="data.path=/a/folder/that/all/machines/share",
             )
         )
     return data
@@ -170,7 +177,7 @@ def _refuse_both_directions(model: nn.Module) -> None:
     if key is not None and any(getattr(module, "is_decoder", None) is False for module in modules):
         what = f"{config.model_type} reads a row in both directions, so each token would see the one it has to foretell"
         asked, allowed = f"model.config.model_type={config.model_type}", "a causal model; an encoder as a decoder"
-        raise ConfigError(Problem(what, asked, allowed, f"+model.config.{key}=true"))
+        raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=f"+model.config.{key}=true"))
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -174,10 +174,10 @@ def require_tensorboard() -> None:
     except ImportError as error:
         raise ConfigError(
             Problem(
-                "train.tensorboard=true needs the package tensorboard, which is not installed",
-                "train.tensorboard=true",
-                "true once it is installed (pip install tensorboard); false",
-                "train.tensorboard=false",
+                what="train.tensorboard=true needs the package tensorboard, which is not installed",
+                asked="train.tensorboard=true",
+                allowed="true once it is installed (pip install tensorboard); false",
+                instead="train.tensorboard=false",
             )
         ) from error
 

@@ -13,8 +13,8 @@ from typing import Any, Callable
 import torch
 import torch.distributed as dist
 
-from nemo_dist_conf.errors import Preempted
 from nemo_dist_conf.composition.agreement.rendezvous import is_started_by_agent
+from nemo_dist_conf.errors import Preempted
 from nemo_dist_conf.runtime.process_group import host_group
 from nemo_dist_conf.train.ctrl_c import is_heard_here
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nemo_dist_conf.checkpoint.manifest import ROOT, anew, checkpoints_in, step_folder
-from nemo_dist_conf.checkpoint.series import Checkpoints
 from nemo_dist_conf.checkpoint.save_and_load import Restored
-from nemo_dist_conf.errors import DataError, Preempted, Problem
+from nemo_dist_conf.checkpoint.series import Checkpoints
 from nemo_dist_conf.composition.agreement.config_tree import different_keys, flat_config
+from nemo_dist_conf.errors import DataError, Preempted, Problem
 from nemo_dist_conf.recipe.earlier import set_aside
 from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.topology.launched_ranks import launched, program
@@ -115,7 +115,7 @@ class Saving:
         if position is None:
             what = f"{restored.folder} was not saved by this recipe: it does not say where the data stand"
             asked, allowed = f"checkpoint.resume={self._settings.resume}", "a checkpoint of the recipe, or null"
-            raise DataError(Problem(what, asked, allowed, anew(restored.folder)))
+            raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead=anew(restored.folder)))
         self._rows, self._step = position["rows"], restored.step
         if self.loss_scale is not None and position.get("loss_scale") is not None:
             self.loss_scale.load_state_dict(position["loss_scale"])

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
-from nemo_dist_conf.runtime.gradients import scale_gradients
-from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
-from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad, balancing_loss, routed
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.gradients import scale_gradients
+from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad, balancing_loss, routed
+from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
@@ -194,10 +194,10 @@ def _forward(model: nn.Module, input_ids_BS: Tensor) -> tuple[Tensor, Sequence[T
         want = f"[{input_ids_BS.size(0)}, {input_ids_BS.size(1)}, vocabulary]"
         raise ConfigError(
             Problem(
-                f"model: forward returned {got}, which is not a score for every next token",
-                f"model={type(unwrapped(model)).__name__}",
-                f"a tensor of shape {want}, or an output with such .logits",
-                "model=llama_tiny",
+                what=f"model: forward returned {got}, which is not a score for every next token",
+                asked=f"model={type(unwrapped(model)).__name__}",
+                allowed=f"a tensor of shape {want}, or an output with such .logits",
+                instead="model=llama_tiny",
             )
         )
     config = getattr(unwrapped(model), "config", None)
@@ -207,5 +207,7 @@ def _forward(model: nn.Module, input_ids_BS: Tensor) -> tuple[Tensor, Sequence[T
     if not router_logits or not hasattr(config, "router_aux_loss_coef"):
         what = f"{type(unwrapped(model)).__name__} has no loss that balances its experts"
         key = "model.config.output_router_logits"
-        raise ConfigError(Problem(what, f"{key}=true", "false for this model", f"{key}=false"))
+        raise ConfigError(
+            Problem(what=what, asked=f"{key}=true", allowed="false for this model", instead=f"{key}=false")
+        )
     return logits, router_logits

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from nemo_dist_conf.checkpoint import load, save
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.model.shard_boxes import local_values
 from nemo_dist_conf.runtime.ema import EMA
 from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.model.shard_boxes import local_values
 from tests.checkpoint.exchange import CP, FSDP2, MEGATRON, PP, TP, Layout
 from tests.dist.cuda_shim import cuda_shim
 from tests.dist.layouts import LLAMA, composed

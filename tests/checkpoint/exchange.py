@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.checkpoint import load, save
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
-from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.train.step import settle, train_step
 from tests.dist.cuda_shim import cuda_shim
 from tests.dist.layouts import ADAMW, LLAMA, batch, composed

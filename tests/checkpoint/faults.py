@@ -26,8 +26,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from nemo_dist_conf.checkpoint.manifest import ROOT, checkpoints_in, read_manifest
-from nemo_dist_conf.checkpoint.tensor_file import TensorFile
 from nemo_dist_conf.checkpoint.save_and_load import PARTIAL
+from nemo_dist_conf.checkpoint.tensor_file import TensorFile
 from nemo_dist_conf.recipe.yaml_folder import config_folder
 from tests.dist.pool import PRELOAD
 

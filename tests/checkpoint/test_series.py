@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.checkpoint import Checkpoints, load, series, storage
-
 from nemo_dist_conf.checkpoint import save_and_load as whole
 from nemo_dist_conf.checkpoint.manifest import anew, checkpoints_in, read_manifest
 from nemo_dist_conf.errors import DataError, TrainingError

@@ -12,8 +12,8 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_dist_conf.composition.groups import register_resolvers
 from nemo_dist_conf.composition.callback import DistributedCallback, check_of
+from nemo_dist_conf.composition.groups import register_resolvers
 
 #: Hydra 1.4: what the app lets Hydra call. Without a whitelist everything is let, with a warning for each.
 HAS_WHITELIST = "execution_whitelist" in inspect.signature(hydra.main).parameters
@@ -27,7 +27,7 @@ APP = """
         print("the task ran")
         if "refuses" in cfg:
             from nemo_dist_conf.errors import ConfigError, Problem
-            raise ConfigError(Problem("in main", "this", "that", "other"))
+            raise ConfigError(Problem(what="in main", asked="this", allowed="that", instead="other"))
 
     if __name__ == "__main__":
         main()
@@ -174,7 +174,8 @@ class Mine(DistributedCallback):
 
     def check(self, config):
         if config.size > self.most:
-            raise ConfigError(Problem("too large", f"size={config.size}", f"{self.most}", f"size={self.most}"))
+            most, size = f"{self.most}", f"size={config.size}"
+            raise ConfigError(Problem(what="too large", asked=size, allowed=most, instead=f"size={self.most}"))
         return super().check(config)
 """
 

@@ -6,11 +6,11 @@ import pytest
 from hydra import compose, initialize, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.composition.explain import explain, main
+from nemo_dist_conf.composition.sections import SECTIONS, leaves
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.schema.option import typed
-from nemo_dist_conf.composition.sections import SECTIONS, leaves
 from nemo_dist_conf.strategies import STRATEGIES, strategy_names
 
 

@@ -57,7 +57,12 @@ def test_composed_nodes_are_typed_and_hold_no_bookkeeping_of_ours():
         cfg = compose("nemo_dist_conf")
     assert OmegaConf.get_type(cfg.strategy).__name__ == "FSDP2Conf"
     assert "defaults" not in cfg.strategy and set(cfg) == {
-        "strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "batch_statistics"
+        "strategy",
+        "parallelism",
+        "pipeline",
+        "moe",
+        "activation_checkpointing",
+        "batch_statistics",
     }
 
 
@@ -69,9 +74,7 @@ def test_an_apps_own_group_in_its_folder_hides_our_short_name_and_leaves_the_res
         assert compose("config").strategy == {"mine": True}
         ours = compose("config", ["+nemo_dist@dist=nemo_dist_conf"])
         assert ours.dist.strategy._target_ == "nemo_dist_conf.config.FSDP2Config"
-        chosen = compose(
-            "config", ["+nemo_dist@dist=nemo_dist_conf", "nemo_dist/strategy@dist.strategy=ddp"]
-        )
+        chosen = compose("config", ["+nemo_dist@dist=nemo_dist_conf", "nemo_dist/strategy@dist.strategy=ddp"])
         assert chosen.dist.strategy._target_ == "nemo_dist_conf.config.DDPConfig"
         assert chosen.strategy == {"mine": True}
     # Another app in the same process has the short name again.

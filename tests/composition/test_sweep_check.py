@@ -8,8 +8,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from nemo_dist_conf.composition.sweep_check import SweepRefused, compose_jobs, jobs_of_basic_sweep, judge, refusal
 from nemo_dist_conf.composition.check import check, find_roots
+from nemo_dist_conf.composition.sweep_check import SweepRefused, compose_jobs, jobs_of_basic_sweep, judge, refusal
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start
 
@@ -90,7 +90,7 @@ def test_a_job_of_an_app_without_our_groups_is_not_judged():
 def test_each_job_is_judged_by_the_check_of_its_own_config():
     def no_odd(config):
         if config.n % 2:
-            raise ConfigError(Problem("odd", f"n={config.n}", "even", "n=0"))
+            raise ConfigError(Problem(what="odd", asked=f"n={config.n}", allowed="even", instead="n=0"))
 
     jobs = judge([*_plain_jobs()], of=lambda config: no_odd)
     assert [len(job.refused) for job in jobs] == [0, 1]
@@ -109,7 +109,7 @@ def test_one_text_tells_of_all_that_cannot_work_and_what_can(sweep):
     assert lines[0] == "2 of 3 jobs cannot work, so none was started"
     assert lines[1] == "#0 strategy=ddp parallelism.tp_size=2" and "#2 strategy=ddp parallelism.cp_size=2" in lines
     assert "    type     strategy=fsdp2 parallelism.tp_size=2" in lines
-    assert (problem.asked, problem.allowed, problem.type) == ("a sweep of 3 jobs", "strategy=fsdp2", "skip=them")
+    assert (problem.asked, problem.allowed, problem.instead) == ("a sweep of 3 jobs", "strategy=fsdp2", "skip=them")
 
 
 def test_a_long_list_of_what_works_is_cut(sweep):
@@ -119,17 +119,20 @@ def test_a_long_list_of_what_works_is_cut(sweep):
 
 def test_where_the_launcher_cannot_skip_a_job_that_works_is_offered(sweep):
     jobs = judged(sweep, "strategy=ddp parallelism.tp_size=2", "strategy=fsdp2", "strategy=ddp")
-    assert refusal(jobs, None).type == "strategy=fsdp2"
+    assert refusal(jobs, None).instead == "strategy=fsdp2"
 
 
 def test_where_none_works_skipping_is_not_offered(sweep):
     jobs = judged(sweep, "strategy=ddp parallelism.tp_size=2")
     problem = refusal(jobs, "skip=them")
-    assert problem.allowed == "none of them" and problem.type == "strategy=fsdp2 parallelism.tp_size=2"
+    assert problem.allowed == "none of them" and problem.instead == "strategy=fsdp2 parallelism.tp_size=2"
 
 
 def test_a_refused_sweep_is_its_problems_and_can_be_sent_to_another_process():
-    error = SweepRefused(Problem("one", "a", "b", "c"), Problem("two", "a", "b", "c"))
+    error = SweepRefused(
+        Problem(what="one", asked="a", allowed="b", instead="c"),
+        Problem(what="two", asked="a", allowed="b", instead="c"),
+    )
     assert str(error) == "one\n  asked    a\n  allowed  b\n  type     c\ntwo\n  asked    a\n  allowed  b\n  type     c"
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is SweepRefused and again.problems == error.problems
@@ -144,7 +147,7 @@ def test_a_folder_name_that_the_file_system_does_not_take_is_refused_before_anyt
     assert [len(job.refused) for job in jobs] == [0, 1, 1]
     problem = jobs[1].refused[0]
     assert problem.what == "the name of the output folder has 262 bytes, and the file system takes 255"
-    assert (problem.asked, problem.type) == (LONG, "hydra.sweep.subdir='${hydra.job.num}'")
+    assert (problem.asked, problem.instead) == (LONG, "hydra.sweep.subdir='${hydra.job.num}'")
     assert "has 262 bytes" in jobs[2].refused[0].what
     assert not list(tmp_path.iterdir())
 

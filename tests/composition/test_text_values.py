@@ -76,8 +76,8 @@ def test_texts_are_told_as_such_and_what_is_offered_works(monkeypatch):
         key = name.lstrip("+")
         assert found[key].what == f"{key} is the text {value!r}: an environment variable holds nothing else"
         assert found[key].asked == f"'{key}=${{oc.env:{key}}}'"
-        assert found[key].type == f"'{key}=\"${{oc.decode:${{oc.env:{key}}}}}\"'"
-        words += [("+" if name != key else "") + word for word in shlex.split(found[key].type)]
+        assert found[key].instead == f"'{key}=\"${{oc.decode:${{oc.env:{key}}}}}\"'"
+        words += [("+" if name != key else "") + word for word in shlex.split(found[key].instead)]
     check_recipe(composed(*fit, *words), 1)
 
 
@@ -104,7 +104,7 @@ def test_several_are_told_beside_what_else_is_wrong(monkeypatch):
     words = ["seed=${oc.env:VALUE}", "train.steps=${oc.env:VALUE}", "train.log_every=0", "data.seq_len='8'"]
     with pytest.raises(ConfigError) as caught:
         check_recipe(composed(*words), 1)
-    found = {problem.what.partition(":")[0]: problem.type for problem in caught.value.problems}
+    found = {problem.what.partition(":")[0]: problem.instead for problem in caught.value.problems}
     assert found == {
         "seed is the text '3'": "'seed=\"${oc.decode:${oc.env:VALUE}}\"'",
         "train.steps is the text '3'": "'train.steps=\"${oc.decode:${oc.env:VALUE}}\"'",

@@ -97,9 +97,7 @@ def trained(
     return losses, first
 
 
-def compared(
-    make: Callable[[], nn.Module], words: tuple[str, ...] = (), positions: Tensor | None = None
-) -> float:
+def compared(make: Callable[[], nn.Module], words: tuple[str, ...] = (), positions: Tensor | None = None) -> float:
     """On a rank: the worst relative difference of losses and of the first gradients from plain torch on whole rows."""
     from nemo_dist_conf import instantiate
 

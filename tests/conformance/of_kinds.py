@@ -190,9 +190,7 @@ CASES: list[Case] = [
         refused="parallelism.pp_size=1",
     ),
     *(
-        Case(
-            AREA, f"called by its methods: {step}", layout, functools.partial(_method, layout, step), in_suite=False
-        )
+        Case(AREA, f"called by its methods: {step}", layout, functools.partial(_method, layout, step), in_suite=False)
         for step in test_entries.STEPS
         for layout in test_entries.LAYOUTS
     ),

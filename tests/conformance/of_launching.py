@@ -1,7 +1,7 @@
 """Apps that use none of our groups, under launchers: what their configs read, and how their runs end.
 
-What they are compared with is the same app in one process. The tests of these cases are in tests/composition/agreement, tests/topology
-and tests/runtime/test_interpreter_exit.py, so the suite runs none of them twice.
+What they are compared with is the same app in one process. The tests of these cases are in tests/composition/agreement,
+tests/topology and tests/runtime/test_interpreter_exit.py, so the suite runs none of them twice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Callable
 
 from nemo_dist_conf.topology.launched_ranks import Launched, launched
 from tests import warm
-from tests.conformance.case import Case
 from tests.composition.agreement.test_config_agreement import APP, CONFIG, FOREIGN, assert_as_in_one_process
+from tests.conformance.case import Case
 from tests.runtime.test_interpreter_exit import PROGRAM
 
 __all__ = ["CASES"]
@@ -75,12 +75,26 @@ def _ends_well() -> float:
 
 
 CASES = [
-    Case(AREA, "config: folder, env_set, values that main changes, draws", "torchrun, 2 ranks",
-         lambda: _agrees(_torchrun), in_suite=False),
-    Case(AREA, "config: folder, env_set, values that main changes, draws", "Slurm's variables, 2 tasks",
-         lambda: _agrees(_slurm), in_suite=False),
-    Case(AREA, "a program in an interactive allocation for 2 tasks", "Slurm's variables, a step of 1",
-         _interactive, in_suite=False),
-    Case(AREA, "a program whose last act is a collective ends well", "gloo, 1 rank",
-         _ends_well, in_suite=False),
+    Case(
+        AREA,
+        "config: folder, env_set, values that main changes, draws",
+        "torchrun, 2 ranks",
+        lambda: _agrees(_torchrun),
+        in_suite=False,
+    ),
+    Case(
+        AREA,
+        "config: folder, env_set, values that main changes, draws",
+        "Slurm's variables, 2 tasks",
+        lambda: _agrees(_slurm),
+        in_suite=False,
+    ),
+    Case(
+        AREA,
+        "a program in an interactive allocation for 2 tasks",
+        "Slurm's variables, a step of 1",
+        _interactive,
+        in_suite=False,
+    ),
+    Case(AREA, "a program whose last act is a collective ends well", "gloo, 1 rank", _ends_well, in_suite=False),
 ]

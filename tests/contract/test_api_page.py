@@ -168,7 +168,7 @@ def test_a_wrong_value_is_a_config_error_that_names_the_way_out(make, words):
     assert words in str(caught.value)
     assert isinstance(caught.value, ValueError)
     for problem in caught.value.problems:
-        assert problem.what and problem.asked and problem.allowed and problem.type
+        assert problem.what and problem.asked and problem.allowed and problem.instead
 
 
 def test_strategy_names_resolve_with_options_and_objects_pass_through():

@@ -338,7 +338,7 @@ def test_a_tied_head_is_not_sharded_apart(model: dict[str, Any], word: str) -> N
         run_ranks(2, _refused, model, word)
     (problem,) = error.value.problems
     assert word in problem.asked
-    run_ranks(2, _refused, model, problem.type)
+    run_ranks(2, _refused, model, problem.instead)
 
 
 @pytest.mark.parametrize(

@@ -488,7 +488,7 @@ def test_refusals_say_what_to_type_and_that_works(name: str) -> None:
     assert error is not None and untouched
     assert [problem.what[: len(what)] for problem, what in zip(error.problems, whats)] == whats
     assert len(error.problems) == len(whats)
-    assert {problem.type for problem in error.problems} == {way_out}
+    assert {problem.instead for problem in error.problems} == {way_out}
     follow(way_out, make, plan, sequence_parallel)
 
 

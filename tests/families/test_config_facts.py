@@ -8,7 +8,13 @@ import transformers
 
 from nemo_dist_conf.composition.check import check
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.families.config_facts import EXPERT_COUNTS, ModelFacts, facts_from_config, fields_of, is_dense_family
+from nemo_dist_conf.families.config_facts import (
+    EXPERT_COUNTS,
+    ModelFacts,
+    facts_from_config,
+    fields_of,
+    is_dense_family,
+)
 from nemo_dist_conf.families.model_rules import model_problems
 
 

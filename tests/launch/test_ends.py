@@ -76,7 +76,7 @@ class TestJobsThatEndInTheirOwnWay:
 
     def test_an_exception_is_told_with_its_rank_traceback_and_log_file(self, failing):
         program, done = failing
-        report = done.stdout[done.stdout.index("job #1 failed: do=raise"):done.stdout.index("#2 : do=exit3")]
+        report = done.stdout[done.stdout.index("job #1 failed: do=raise") : done.stdout.index("#2 : do=exit3")]
         assert "\n  rank 1: ValueError: not on rank 1\n" in report
         trace = re.search(r'Traceback \(most recent call last\):\n    File "(.*)", line \d+, in main\n', report)
         assert trace[1] == str(program.folder / "app.py")  # no frames of ours before the task function
@@ -89,7 +89,7 @@ class TestJobsThatEndInTheirOwnWay:
         records = program.records()
         assert re.fullmatch(r"rank [01]: RankExit: exited with status 3", records[2]["reason"])
         assert records[3]["value"] is None
-        report = done.stdout[done.stdout.index("job #2 failed"):done.stdout.index("#3 : do=exit0")]
+        report = done.stdout[done.stdout.index("job #2 failed") : done.stdout.index("#3 : do=exit0")]
         assert "Traceback" not in report
 
     def test_a_value_that_cannot_be_sent_is_told_and_left_out(self, failing):

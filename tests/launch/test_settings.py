@@ -157,9 +157,9 @@ REFUSED = [
 @pytest.mark.parametrize(("words", "instead"), REFUSED, ids=str)
 def test_a_bad_option_is_refused_with_what_to_type(words, instead):
     (problem,) = problems(**words)
-    assert problem.type == instead
+    assert problem.instead == instead
     assert problem.asked.lstrip("+").split("=")[0] in problem.what or problem.asked.lstrip("+") in problem.what
-    assert problem.asked.lstrip("+") != problem.type
+    assert problem.asked.lstrip("+") != problem.instead
 
 
 # A key that is left out has no new value, and only the user knows the folder of a sweep.
@@ -182,7 +182,7 @@ def test_a_gpu_is_not_made_up(monkeypatch):
     monkeypatch.setattr(module, "cuda_count", lambda: 0)
     (problem,) = problems(nproc_per_node="gpu")
     assert problem.what.endswith("finds no GPU on this machine")
-    assert problem.type == "hydra.launcher.nproc_per_node=auto"
+    assert problem.instead == "hydra.launcher.nproc_per_node=auto"
 
 
 def test_a_misspelt_option_is_told_the_nearest_first():

@@ -209,7 +209,7 @@ class TestASweepWithInvalidAndFailingJobs:
 
     def test_table_and_files_tell_what_became_of_each(self, swept):
         program, done = swept
-        table = done.stdout[done.stdout.index("job  overrides"):]
+        table = done.stdout[done.stdout.index("job  overrides") :]
         assert len(table.splitlines()) == 1 + 6 + 1
         assert re.search(r"^1 +do=break parallelism.tp_size=1 n=2 +dp_shard 2 +failed +\d", table, re.MULTILINE)
         assert re.search(r"^2 +do=break parallelism.tp_size=2 n=1 +tp 2 +completed +1 ", table, re.MULTILINE)
@@ -249,7 +249,7 @@ class TestASweepWithInvalidAndFailingJobs:
         assert assert_ranks_agree(program, "sweep/1", ranks=2)["n"] == 2
         records = program.records()
         assert [records[job]["status"] for job in range(6)] == ["completed"] * 4 + ["skipped"] * 2
-        table = done.stdout[done.stdout.index("job  overrides"):]
+        table = done.stdout[done.stdout.index("job  overrides") :]
         assert table.count("completed") == 4 and table.count("skipped") == 2
         assert not program.read("multirun/**")
 

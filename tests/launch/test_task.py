@@ -10,10 +10,10 @@ import threading
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_dist_conf.composition.agreement.drawn_values import Drawn
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.launch import task as tasks
 from nemo_dist_conf.launch.task import Reference, refer, refuse_unguarded
-from nemo_dist_conf.composition.agreement.drawn_values import Drawn
 
 CONFIG, HYDRA = OmegaConf.create({"a": 1}), OmegaConf.create({"hydra": {"b": "${a}"}})
 

@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.composition.check import check
+from nemo_dist_conf.families.shapes import shape_of
 from nemo_dist_conf.gradients import accumulate
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.families.shapes import shape_of
 from nemo_dist_conf.plan import Job
 from nemo_dist_conf.plan.from_config import update_of
-from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.memory import resting_bytes
+from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.traffic import traffic_of
 from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf

@@ -16,8 +16,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.plan.activations import stage_bytes
-from nemo_dist_conf.plan.rank_shards import Place, units_of
 from nemo_dist_conf.plan.memory import memory_of
+from nemo_dist_conf.plan.rank_shards import Place, units_of
 from nemo_dist_conf.plan.traffic import traffic_of
 from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
 from tests.dist.cuda_shim import cuda_shim

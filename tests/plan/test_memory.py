@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from nemo_dist_conf.plan import Job
-from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.memory import Memory, memory_of
+from nemo_dist_conf.plan.rank_shards import Place
 from tests.dist.layouts import ADAMW, LLAMA
 from tests.plan.measure import job_for
 

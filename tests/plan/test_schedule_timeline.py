@@ -19,7 +19,7 @@ from nemo_dist_conf.topology.solve import MeshSpec
 from tests.dist.pool import run_ranks
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-PROBLEM = Problem("no", "a", "b", "c")
+PROBLEM = Problem(what="no", asked="a", allowed="b", instead="c")
 UNSPLIT = [name for name, schedule in SCHEDULES.items() if not schedule.splits_backward]
 
 

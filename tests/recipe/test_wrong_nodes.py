@@ -15,12 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.plan import job_of
 from nemo_dist_conf.recipe.checks import check_recipe
-from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.recipe.group_words import refuse_words
-from nemo_dist_conf.composition.sections import SECTIONS
+from nemo_dist_conf.recipe.yaml_folder import config_folder
 from tests.typed_answers import Line, typed
 
 GROUPS = ("strategy", "parallelism", "pipeline", "moe", "model", "data", "optimizer")

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.schema.optimizers import SETTINGS
 from nemo_dist_conf.runtime.optimizer import build_optimizer
+from nemo_dist_conf.schema.optimizers import SETTINGS
 from nemo_dist_conf.wording import Spelling
 
 
@@ -189,7 +189,7 @@ def test_all_wrong_settings_are_told_at_once() -> None:
 def test_a_relocated_node_is_spelt_as_the_user_types_it() -> None:
     with pytest.raises(ConfigError) as error:
         build({"name": "adamw", "lr": -1, "momentum": 1}, spelling=Spelling("dist"))
-    assert [problem.type for problem in error.value.problems] == [
+    assert [problem.instead for problem in error.value.problems] == [
         "dist.optimizer.lr=0.001",
         "optimizer@dist.optimizer=sgd",
     ]

@@ -16,7 +16,7 @@ SPLIT = {"enable_compile": True, "sequence_parallel": True}
 
 def types(tp_size: int, **changed: object) -> list[str]:
     conf = {**dataclasses.asdict(FSDP2Conf()), **changed}
-    return [problem.type for problem in find_strategy("fsdp2").rules(conf, {"tp_size": tp_size}, Spelling())]
+    return [problem.instead for problem in find_strategy("fsdp2").rules(conf, {"tp_size": tp_size}, Spelling())]
 
 
 @pytest.mark.parametrize("version, refused", [("2.11.0+cu130", True), ("2.13.0+cpu", False), ("3.0.0", False)])

@@ -11,8 +11,8 @@ import pytest
 from nemo_dist_conf.strategies import find_strategy
 from nemo_dist_conf.strategies.common import unknown_class
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConf
-from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start
+from nemo_dist_conf.wording import Spelling
 
 RULES = find_strategy("mfsdp").rules
 
@@ -20,7 +20,7 @@ RULES = find_strategy("mfsdp").rules
 def findings(**changed: object) -> list[tuple[str, str]]:
     """(what, type) of each problem."""
     conf = {**vars(MegatronFSDPConf()), **changed}
-    return [(problem.what, problem.type) for problem in RULES(conf, {}, Spelling())]
+    return [(problem.what, problem.instead) for problem in RULES(conf, {}, Spelling())]
 
 
 @pytest.fixture

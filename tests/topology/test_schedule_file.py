@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_dist_conf.names import SCHEDULES
-from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.schedule_file import read_schedule
+from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.stage_layers import rank_of_stage
 from tests.topology.test_schedule_rules import settings
 

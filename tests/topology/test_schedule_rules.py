@@ -91,7 +91,7 @@ def test_microbatches_are_refused_where_torch_refuses_them(schedule, count):
         get_schedule_class(known.torch_name)(stages if known.multi else stages[0], count)
     except ValueError:
         assert "microbatches" in problems[0].what and len(problems) == 1
-        typed = int(problems[0].type.rpartition("=")[2])
+        typed = int(problems[0].instead.rpartition("=")[2])
         assert pipeline_problems(settings(pp_schedule=schedule, pp_batch_size=typed), 3, 12) == []
     else:
         assert problems == []

@@ -7,8 +7,8 @@ import pytest
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.strategies import STRATEGIES, find_strategy
-from nemo_dist_conf.wording import Spelling
 from nemo_dist_conf.topology.solve import solve
+from nemo_dist_conf.wording import Spelling
 
 FSDP2, MEGATRON, DDP = (find_strategy(name).axes for name in ("fsdp2", "megatron_fsdp", "ddp"))
 

@@ -34,13 +34,13 @@ def data(windows: int, batch: int = 4, seq_len: int = 8, seed: int = 0) -> TextD
 def refused(error: pytest.ExceptionInfo[ConfigError], *, what: str = "", asked: str = "", type_: str = "") -> None:
     """All three parts are there, the asked words say what was typed, and the remedy parses as Hydra overrides."""
     for problem in error.value.problems:
-        assert problem.what and problem.asked and problem.allowed and problem.type
+        assert problem.what and problem.asked and problem.allowed and problem.instead
     assert what in str(error.value.what)
     assert asked in error.value.asked
     if type_:
         assert error.value.type == type_
     for problem in error.value.problems:
-        OverridesParser.create().parse_overrides(problem.type.split(" "))
+        OverridesParser.create().parse_overrides(problem.instead.split(" "))
 
 
 # ---------------------------------------------------------------------------------------------- order of the batches

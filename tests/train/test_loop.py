@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
 from nemo_dist_conf.runtime.device_meshes import MeshContext
+from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
 from nemo_dist_conf.train.loop import _settings
 from nemo_dist_conf.train.step import train_step
 

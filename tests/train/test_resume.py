@@ -266,7 +266,7 @@ def wait_for_a_step(folder: Path, process: Any) -> None:
 def interrupted(text: str) -> list[str]:
     """The lines of the message, of which there is one."""
     assert text.count("stopped by") == 1 and "KeyboardInterrupt" not in text, text
-    lines = text[text.index("stopped by"):].splitlines()
+    lines = text[text.index("stopped by") :].splitlines()
     return lines[:3]
 
 

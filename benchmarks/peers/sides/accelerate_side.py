@@ -9,7 +9,6 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.utils import TorchDynamoPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaForCausalLM
-
 from work import MAX_GRAD_NORM, Job, build, loss_of
 
 __all__ = ["prepare"]

@@ -8,7 +8,6 @@ import hand
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-
 from work import MAX_GRAD_NORM, Job, build, loss_of
 
 __all__ = ["prepare"]

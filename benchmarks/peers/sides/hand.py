@@ -14,7 +14,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
-
 from work import MAX_GRAD_NORM, Job, build, loss_of
 
 __all__ = ["Step", "clip_over_meshes", "policy", "prepare", "prepare_layers", "shard", "split", "step_of"]

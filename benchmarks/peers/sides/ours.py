@@ -8,10 +8,10 @@ import torch
 from hydra import compose, initialize
 from omegaconf import OmegaConf, open_dict
 from transformers import LlamaForCausalLM
+from work import ADAMW, MAX_GRAD_NORM, Job, loss_of, model_fields
 
 from nemo_dist_conf import instantiate
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
-from work import ADAMW, MAX_GRAD_NORM, Job, loss_of, model_fields
 
 __all__ = ["prepare"]
 

@@ -8,12 +8,18 @@ from typing import Any
 
 from omegaconf import DictConfig, flag_override
 
-from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.composition.hydra_inside import config_of_the_running_job
+from nemo_dist_conf.composition.agreement.config_tree import different_keys, flat_config, same_now
 from nemo_dist_conf.composition.agreement.drawn_values import find_drawn, folder_of_run, put_constants, put_drawn
 from nemo_dist_conf.composition.agreement.rank_logs import keep_apart
-from nemo_dist_conf.composition.agreement.rendezvous import CannotMeet, export_ranks, rank_store, stay_until_read, waiting_for_rank_0
-from nemo_dist_conf.composition.agreement.config_tree import different_keys, flat_config, same_now
+from nemo_dist_conf.composition.agreement.rendezvous import (
+    CannotMeet,
+    export_ranks,
+    rank_store,
+    stay_until_read,
+    waiting_for_rank_0,
+)
+from nemo_dist_conf.composition.hydra_inside import config_of_the_running_job
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.topology.launched_ranks import Launched
 
 __all__ = ["agree_on_job", "agree_on_run"]
@@ -72,10 +78,10 @@ def agree_on_job(config: DictConfig, place: Launched, *, strict: bool) -> None:
     if strict and their_folder != folder:
         raise ConfigError(
             Problem(
-                f"rank {place.rank} has another output folder than rank 0 ({their_folder})",
-                f"hydra.sweep.subdir={config.hydra.sweep.subdir}",
-                "a name that is the same on all ranks: ${hydra.job.num}, ${hydra.job.override_dirname}",
-                "hydra.sweep.subdir='${hydra.job.num}'",
+                what=f"rank {place.rank} has another output folder than rank 0 ({their_folder})",
+                asked=f"hydra.sweep.subdir={config.hydra.sweep.subdir}",
+                allowed="a name that is the same on all ranks: ${hydra.job.num}, ${hydra.job.override_dirname}",
+                instead="hydra.sweep.subdir='${hydra.job.num}'",
             )
         )
     if strict:
@@ -108,7 +114,9 @@ def _of_rank_0(store: Any, key: str, place: Launched) -> Any:
     except DistError as error:
         what = f"rank 0 has not said what the config of all ranks is: {str(error).splitlines()[0]}"
         asked, allowed = f"rank {place.rank} of {place.world_size}", "the same program in every rank"
-        raise CannotMeet(Problem(what, asked, allowed, "one command line for all ranks")) from None
+        raise CannotMeet(
+            Problem(what=what, asked=asked, allowed=allowed, instead="one command line for all ranks")
+        ) from None
     stay_until_read(place, store, f"{key}/read")
     return pickle.loads(found)
 
@@ -122,9 +130,9 @@ def _refuse_different(mine: dict[str, str], theirs: dict[str, str]) -> None:
     instead = [f"{'' if key in mine else '+'}{key}={theirs[key]}" if key in theirs else f"~{key}" for key in keys]
     raise ConfigError(
         Problem(
-            f"ranks were started with different configs: {'; '.join(shown)}",
-            " ".join(asked),
-            "one command line for all ranks",
-            " ".join(instead),
+            what=f"ranks were started with different configs: {'; '.join(shown)}",
+            asked=" ".join(asked),
+            allowed="one command line for all ranks",
+            instead=" ".join(instead),
         )
     )

@@ -23,8 +23,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.composition.hydra_inside import read_in_place, resolver_calls, resolvers_asked_through
 from nemo_dist_conf.composition.agreement.value_sources import observed
+from nemo_dist_conf.composition.hydra_inside import read_in_place, resolver_calls, resolvers_asked_through
 from nemo_dist_conf.topology.launched_ranks import is_rank_variable
 
 __all__ = [

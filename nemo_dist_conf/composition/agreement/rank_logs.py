@@ -25,8 +25,9 @@ def keep_apart(config: DictConfig, rank: int) -> None:
     """
     if rank == 0:
         return
-    with flag_override(config, ["readonly", "struct"], False), flag_override(
-        config.hydra, ["readonly", "struct"], False
+    with (
+        flag_override(config, ["readonly", "struct"], False),
+        flag_override(config.hydra, ["readonly", "struct"], False),
     ):
         config.hydra.output_subdir = None
         logging = OmegaConf.select(config, "hydra.job_logging")

@@ -67,7 +67,9 @@ def rank_store(place: Launched) -> TCPStore:
         if serves:
             what = f"rank 0 cannot serve the others at {host}:{port}: {reason}"
             allowed = "an address of this machine and a port that is free; two steps of a job need one each"
-            problem = Problem(what, f"MASTER_PORT={port}", allowed, f"export MASTER_PORT={port + 1}")
+            problem = Problem(
+                what=what, asked=f"MASTER_PORT={port}", allowed=allowed, instead=f"export MASTER_PORT={port + 1}"
+            )
         else:
             problem = _not_there(place, f"rank {place.rank} found nobody at {host}:{port}: {reason}")
         raise CannotMeet(problem) from None
@@ -154,9 +156,11 @@ def _not_there(place: Launched, what: str) -> Problem:
     if place.source == "Slurm":
         words = " ".join(["srun", f"--ntasks={ranks}", "python", program(), *map(shlex.quote, sys.argv[1:])])
         asked = f"SLURM_NTASKS={os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS')}"
-        return Problem(what, asked, "one process a task, started by srun", words)
+        return Problem(what=what, asked=asked, allowed="one process a task, started by srun", instead=words)
     asked = f"WORLD_SIZE={ranks}"
-    return Problem(what, asked, f"{ranks} ranks, started by one launcher", _by_torchrun(ranks))
+    return Problem(
+        what=what, asked=asked, allowed=f"{ranks} ranks, started by one launcher", instead=_by_torchrun(ranks)
+    )
 
 
 def _by_torchrun(ranks: int) -> str:
@@ -192,16 +196,16 @@ def master_address(place: Launched) -> tuple[str, int]:
         missing = "MASTER_ADDR" if not host else "MASTER_PORT"
         raise NoAddress(
             Problem(
-                f"{place.world_size} ranks, but {missing} is not set, so they cannot meet",
-                f"WORLD_SIZE={place.world_size}",
-                "started by torchrun, or with MASTER_ADDR and MASTER_PORT set",
-                _by_torchrun(place.world_size),
+                what=f"{place.world_size} ranks, but {missing} is not set, so they cannot meet",
+                asked=f"WORLD_SIZE={place.world_size}",
+                allowed="started by torchrun, or with MASTER_ADDR and MASTER_PORT set",
+                instead=_by_torchrun(place.world_size),
             )
         )
     if not port.isdigit():
         what = f"the environment variable MASTER_PORT is not a port, so {place.world_size} ranks cannot meet"
         asked, allowed = f"MASTER_PORT={port}", "a free port, such as 29500"
-        raise CannotMeet(Problem(what, asked, allowed, "export MASTER_PORT=29500"))
+        raise CannotMeet(Problem(what=what, asked=asked, allowed=allowed, instead="export MASTER_PORT=29500"))
     return host, int(port)
 
 

@@ -9,8 +9,8 @@ import sys
 import time
 from typing import Any, NoReturn, TextIO
 
-from nemo_dist_conf.errors import ConfigError, NemoDistConfError
 from nemo_dist_conf.composition.agreement.rendezvous import is_started_by_agent, open_store
+from nemo_dist_conf.errors import ConfigError, NemoDistConfError
 from nemo_dist_conf.topology.launched_ranks import Launched, launched
 
 __all__ = ["another_rank_told", "end", "install", "tell", "wants_everything"]

@@ -98,11 +98,20 @@ def check_reduced(model: Any) -> None:
     if model.static_graph:
         what = f"strategy.static_graph=true: {count} got no gradient in this step, while others of them did before"
         switch = "strategy.static_graph=false strategy.find_unused_parameters=true"
-        raise ConfigError(Problem(what, "strategy.static_graph=true", "the same parameters in every step", switch))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked="strategy.static_graph=true",
+                allowed="the same parameters in every step",
+                instead=switch,
+            )
+        )
     what = (
         f"{count} got no gradient in this step on rank {dist.get_rank()}, and DDP waits for all of them: "
         "no gradient of this step can be used"
     )
     switch = "strategy.find_unused_parameters=true"
     allowed = f"{switch}, or a loss to which every parameter that requires a gradient contributes"
-    raise ConfigError(Problem(what, "strategy.find_unused_parameters=false", allowed, switch))
+    raise ConfigError(
+        Problem(what=what, asked="strategy.find_unused_parameters=false", allowed=allowed, instead=switch)
+    )

@@ -102,7 +102,11 @@ def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
         what = "gradients of gradients (create_graph=True) need the whole parameters after backward"
         allowed = "strategy=ddp, where every rank holds them"
-        raise ConfigError(Problem(what, "strategy=fsdp2, which frees them in backward", allowed, "strategy=ddp"))
+        raise ConfigError(
+            Problem(
+                what=what, asked="strategy=fsdp2, which frees them in backward", allowed=allowed, instead="strategy=ddp"
+            )
+        )
 
 
 class _Door:
@@ -174,7 +178,7 @@ def _not_in(dtype: torch.dtype, root: nn.Module, error: RuntimeError) -> ConfigE
     said = str(error).partition("\n")[0]
     what = f"{_kind(root)} cannot compute with parameters in {word} as it is written: {said}"
     allowed = f"{key}=null, which computes in the dtype of the parameters; a model that casts (buffer.to(x.dtype))"
-    return ConfigError(Problem(what, f"{key}.param_dtype={word}", allowed, f"{key}=null"))
+    return ConfigError(Problem(what=what, asked=f"{key}.param_dtype={word}", allowed=allowed, instead=f"{key}=null"))
 
 
 def _kind(module: nn.Module) -> str:
@@ -184,19 +188,37 @@ def _kind(module: nn.Module) -> str:
 def _used_outside(root: nn.Module) -> ConfigError:
     what = f"{_kind(root)} uses a parameter of a block outside of the block's forward"
     allowed = "strategy=ddp, where every rank holds all of it; or blocks= (blocks that hold what uses them)"
-    return ConfigError(Problem(what, "strategy=fsdp2, which gathers it while the block runs", allowed, "strategy=ddp"))
+    return ConfigError(
+        Problem(
+            what=what,
+            asked="strategy=fsdp2, which gathers it while the block runs",
+            allowed=allowed,
+            instead="strategy=ddp",
+        )
+    )
 
 
 def _replaced(owner: nn.Module, name: str) -> ConfigError:
     what = f"{name} of {_kind(owner)} was replaced after the model was sharded, as functional_call does it"
     allowed = "the model's own parameters; strategy=ddp, which takes others for a call"
-    return ConfigError(Problem(what, "strategy=fsdp2, which gathers the one it knows", allowed, "strategy=ddp"))
+    return ConfigError(
+        Problem(
+            what=what, asked="strategy=fsdp2, which gathers the one it knows", allowed=allowed, instead="strategy=ddp"
+        )
+    )
 
 
 def _changed(owner: nn.Module, name: str) -> ConfigError:
     what = f"{name} of {_kind(owner)} was changed in place while it was gathered, and the change is lost"
     allowed = "a buffer for what forward changes; a change between steps, of the sharded parameter; strategy=ddp"
-    return ConfigError(Problem(what, "strategy=fsdp2, which gathers it anew from the shards", allowed, "strategy=ddp"))
+    return ConfigError(
+        Problem(
+            what=what,
+            asked="strategy=fsdp2, which gathers it anew from the shards",
+            allowed=allowed,
+            instead="strategy=ddp",
+        )
+    )
 
 
 def _is_freed(tensor: Tensor) -> bool:
@@ -210,13 +232,20 @@ def _given_out(name: str) -> ConfigError:
     what = f"{name} returns a parameter, or a view of one, which is freed when {name} ends"
     allowed = "strategy.reshard_after_forward=false, which keeps parameters; or a method that computes with it"
     asked = "strategy=fsdp2, which gathers a parameter while a method runs"
-    return ConfigError(Problem(what, asked, allowed, "strategy.reshard_after_forward=false"))
+    return ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="strategy.reshard_after_forward=false"))
 
 
 def _runs_later(name: str) -> ConfigError:
     what = f"{name} is a generator or a coroutine: it uses parameters after the call, when they are freed"
     allowed = "strategy=ddp, where every rank holds them; or a method that returns a list"
-    return ConfigError(Problem(what, "strategy=fsdp2, which gathers them while a method runs", allowed, "strategy=ddp"))
+    return ConfigError(
+        Problem(
+            what=what,
+            asked="strategy=fsdp2, which gathers them while a method runs",
+            allowed=allowed,
+            instead="strategy=ddp",
+        )
+    )
 
 
 def _names(method: Callable[..., Any], kind: type, names: set[str]) -> bool:

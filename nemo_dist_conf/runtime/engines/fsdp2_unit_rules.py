@@ -42,7 +42,7 @@ def refuse_sparse(model: nn.Module, why: str = "sparse gradients cannot be shard
             dense = f"sparse=False where {name} is made: the same gradients as dense tensors"
             allowed = f"{instead}, or {dense}" if instead else dense
             type_ = instead or f"{type(module).__name__}(..., sparse=False)"
-            problems.append(Problem(what, f"{name}.sparse=True", allowed, type_))
+            problems.append(Problem(what=what, asked=f"{name}.sparse=True", allowed=allowed, instead=type_))
     ConfigError.raise_if(problems)
 
 
@@ -54,7 +54,9 @@ def refuse_max_norm(model: nn.Module) -> None:
             key = f"{name}.max_norm={module.max_norm:g}"
             what = f"{name} is an embedding with max_norm, which changes its weight on each rank by the rank's own rows"
             allowed = "one rank with strategy=ddp; or max_norm=None, and rows scaled where the model looks them up"
-            problems.append(Problem(what, key, allowed, f"{type(module).__name__}(..., max_norm=None)"))
+            problems.append(
+                Problem(what=what, asked=key, allowed=allowed, instead=f"{type(module).__name__}(..., max_norm=None)")
+            )
     ConfigError.raise_if(problems)
 
 
@@ -65,7 +67,9 @@ def refuse_hooks(model: nn.Module) -> None:
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             what = f"{name} has a hook of register_hook or its like, which would be lost when the model is sharded"
             allowed = "gradients changed between backward and optimizer.step(); strategy=ddp, which keeps hooks"
-            problems.append(Problem(what, f"{name}.register_hook(...)", allowed, "strategy=ddp"))
+            problems.append(
+                Problem(what=what, asked=f"{name}.register_hook(...)", allowed=allowed, instead="strategy=ddp")
+            )
     ConfigError.raise_if(problems)
 
 
@@ -74,7 +78,7 @@ def refuse_container(model: nn.Module) -> None:
     if isinstance(model, (nn.ModuleList, nn.ModuleDict)) and type(model).forward is nn.Module.forward:
         what = f"the model is a {type(model).__name__}, which has no forward around which its parameters are gathered"
         allowed = "a module with a forward that holds it; or strategy=ddp, where every rank holds the whole"
-        raise ConfigError(Problem(what, "strategy=fsdp2", allowed, "strategy=ddp"))
+        raise ConfigError(Problem(what=what, asked="strategy=fsdp2", allowed=allowed, instead="strategy=ddp"))
 
 
 def refuse_script(model: nn.Module) -> None:
@@ -83,7 +87,7 @@ def refuse_script(model: nn.Module) -> None:
     if scripts:
         what = f"{scripts[0] or 'the model'} is a module of TorchScript, whose parameters cannot be sharded"
         allowed = "strategy=ddp, which leaves them in place; or the Python module that it was made of"
-        raise ConfigError(Problem(what, "strategy=fsdp2", allowed, "strategy=ddp"))
+        raise ConfigError(Problem(what=what, asked="strategy=fsdp2", allowed=allowed, instead="strategy=ddp"))
 
 
 def unshared(model: nn.Module, blocks: Blocks) -> Blocks:
@@ -183,7 +187,11 @@ def of_other_dtype(
 
 def _several_dtypes(what: str) -> ConfigError:
     key = "strategy.mp_policy"
-    return ConfigError(Problem(what, f"{key}.param_dtype", f"{key}=null: each in its own dtype", f"{key}=null"))
+    return ConfigError(
+        Problem(
+            what=what, asked=f"{key}.param_dtype", allowed=f"{key}=null: each in its own dtype", instead=f"{key}=null"
+        )
+    )
 
 
 def _managed(unit: nn.Module) -> Iterator[nn.Module]:

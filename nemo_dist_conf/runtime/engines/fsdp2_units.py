@@ -17,9 +17,6 @@ from torch.distributed.tensor import DTensor, Shard
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.families.model_rules import tied_head_problems
 from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
-from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
-from nemo_dist_conf.runtime.model.blocks import Blocks
-from nemo_dist_conf.runtime.typed_configs import FSDP2Config, MoEParallelizerConfig
 from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import (
     input_embeddings,
     lay_in_order,
@@ -29,6 +26,9 @@ from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import (
     scalars,
     unshared,
 )
+from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
+from nemo_dist_conf.runtime.typed_configs import FSDP2Config, MoEParallelizerConfig
 
 __all__ = ["Experts", "shard_blocks"]
 
@@ -69,8 +69,8 @@ def shard_blocks(
     reshard_after_forward None: blocks free their gathered parameters after forward, all but the last one and the head,
     which backward needs first; inside a pipeline none does, because the next microbatch needs them at once.
     experts: what of the blocks is sharded over ep_shard in units of its own, as the group moe says.
-    Returns what averages gradients of the parameters that stay whole on every rank (runtime/engines/fsdp2_unit_rules.py); None where
-    there are none.
+    Returns what averages gradients of the parameters that stay whole on every rank (fsdp2_unit_rules.py);
+    None where there are none.
     Raises ConfigError for what cannot be sharded.
     Source: torch.distributed.fsdp.fully_shard.
     """

@@ -23,10 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_dist_conf.errors import ConfigError, Problem, TrainingError
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
-from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
-from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import refuse_sparse
+from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
+from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
+from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 from nemo_dist_conf.strategies.megatron_fsdp import library_problems
 
 __all__ = [
@@ -124,7 +124,9 @@ def _require_cuda(device_mesh: DeviceMesh) -> None:
     if device_mesh.device_type != "cuda" or not torch.cuda.is_available():
         what = "megatron-fsdp runs on CUDA devices only"
         asked = f"strategy=megatron_fsdp on {device_mesh.device_type}"
-        raise ConfigError(Problem(what, asked, "device=cuda; fsdp2 and ddp run anywhere", "strategy=fsdp2"))
+        raise ConfigError(
+            Problem(what=what, asked=asked, allowed="device=cuda; fsdp2 and ddp run anywhere", instead="strategy=fsdp2")
+        )
 
 
 class _Used:
@@ -152,7 +154,7 @@ class _Used:
         shown = f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}"
         what = f"{shown} got no gradient in this step, and megatron-fsdp then reduces none of the same group's"
         allowed = "strategy=fsdp2, which takes it; or requires_grad_(False) for what is never used"
-        raise ConfigError(Problem(what, "strategy=megatron_fsdp", allowed, "strategy=fsdp2"))
+        raise ConfigError(Problem(what=what, asked="strategy=megatron_fsdp", allowed=allowed, instead="strategy=fsdp2"))
 
 
 def _refuse_parameters(model: nn.Module) -> None:
@@ -162,7 +164,11 @@ def _refuse_parameters(model: nn.Module) -> None:
         why = "is float64" if parameter.dtype == torch.float64 else why
         if why:
             what = f"{name} {why}, and megatron-fsdp cannot shard such a parameter"
-            raise ConfigError(Problem(what, "strategy=megatron_fsdp", "fsdp2 and ddp take it", "strategy=fsdp2"))
+            raise ConfigError(
+                Problem(
+                    what=what, asked="strategy=megatron_fsdp", allowed="fsdp2 and ddp take it", instead="strategy=fsdp2"
+                )
+            )
     refuse_sparse(model, instead="strategy=ddp")
 
 
@@ -229,7 +235,9 @@ def _units_problem(what: str, path: str, own: list[type]) -> ConfigError:
     paths = [f"{kind.__module__}.{kind.__qualname__}" for kind in own]
     likely = nearest(path, paths) or paths[:1] or ["package.module.Class"]
     allowed = ", ".join(paths) or "class paths of the model's repeated layers"
-    return ConfigError(Problem(what, f"{_KEY}=[{path.strip('[]')}]", allowed, f"{_KEY}=[{likely[0]}]"))
+    return ConfigError(
+        Problem(what=what, asked=f"{_KEY}=[{path.strip('[]')}]", allowed=allowed, instead=f"{_KEY}=[{likely[0]}]")
+    )
 
 
 @contextlib.contextmanager
@@ -270,7 +278,14 @@ def adopt_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> torch.optim
     if not all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
         what = "the optimizer holds parameters that are not the wrapped model's"
         allowed = "an optimizer over model.parameters() of the wrapped model, before its first forward"
-        raise ConfigError(Problem(what, type(optimizer).__name__, allowed, "instantiate(cfg, optimizer=factory)"))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=type(optimizer).__name__,
+                allowed=allowed,
+                instead="instantiate(cfg, optimizer=factory)",
+            )
+        )
     # The library makes the state by a step with gradients of zero: it must neither move a weight nor count.
     still = {"lr": 0.0, "weight_decay": 0.0}
     held = [{key: group[key] for key in still if key in group} for group in optimizer.param_groups]

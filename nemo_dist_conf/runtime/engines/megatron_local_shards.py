@@ -88,5 +88,10 @@ def _uneven(name: str, parameter: DTensor) -> Problem | None:
             count = parameter.shape[placement.dim]
             what = f"{name} has {count} rows or columns, which {size} ranks cannot share equally under megatron-fsdp"
             allowed = f"a number that {size} divides (model.config.vocab_size for the vocabulary), or strategy=fsdp2"
-            return Problem(what, f"parallelism.tp_size={size}", allowed, f"strategy=fsdp2 parallelism.tp_size={size}")
+            return Problem(
+                what=what,
+                asked=f"parallelism.tp_size={size}",
+                allowed=allowed,
+                instead=f"strategy=fsdp2 parallelism.tp_size={size}",
+            )
     return None

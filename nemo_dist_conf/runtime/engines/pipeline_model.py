@@ -25,13 +25,13 @@ from torch.distributed.pipelining.schedules import (
 
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
-from nemo_dist_conf.runtime.model.blocks import Blocks
-from nemo_dist_conf.runtime.typed_configs import PipelineConfig
 from nemo_dist_conf.runtime.engines.refused_copies import refuse_copy
+from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
 from nemo_dist_conf.runtime.techniques.pipeline_stages import Chain, chain_of, plan_stages
-from nemo_dist_conf.topology.schedule_rules import find_schedule
+from nemo_dist_conf.runtime.typed_configs import PipelineConfig
 from nemo_dist_conf.topology.schedule_file import read_schedule
+from nemo_dist_conf.topology.schedule_rules import find_schedule
 from nemo_dist_conf.topology.stage_layers import rank_of_stage
 from nemo_dist_conf.wording import typed_path
 
@@ -190,7 +190,9 @@ class Pipeline(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         what = "a pipeline runs forward and backward of its microbatches in one call"
-        raise ConfigError(Problem(what, "model(input_ids)", "model.step", "model.step(input_ids, labels)"))
+        raise ConfigError(
+            Problem(what=what, asked="model(input_ids)", allowed="model.step", instead="model.step(input_ids, labels)")
+        )
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise refuse_copy(self)
@@ -229,7 +231,14 @@ class Pipeline(nn.Module):
             got = f"{input_ids.size(0)} rows" if input_ids.size(0) != rows else f"{target.size(0)} rows of targets"
             what = f"the pipeline was made for batches of {rows} rows and was given {got}"
             asked = f"pipeline.pp_batch_size={rows}"
-            raise ConfigError(Problem(what, asked, f"{rows} rows", f"pipeline.pp_batch_size={input_ids.size(0)}"))
+            raise ConfigError(
+                Problem(
+                    what=what,
+                    asked=asked,
+                    allowed=f"{rows} rows",
+                    instead=f"pipeline.pp_batch_size={input_ids.size(0)}",
+                )
+            )
         length = input_ids.size(1)
         if self._length is None:
             self._length, self._schedule = length, self._prepared(length)
@@ -237,7 +246,14 @@ class Pipeline(nn.Module):
             what = f"the pipeline runs rows of {self._length} tokens (of a rank) and was given {length}"
             asked = f"pipeline.pp_seq_len={config.pp_seq_len}" if config.pp_seq_len else f"{self._length} tokens before"
             allowed = "rows of one length, because ranks agree on the shapes they send once"
-            raise ConfigError(Problem(what, asked, allowed, "pipeline.pp_seq_len=null, and rows padded to one length"))
+            raise ConfigError(
+                Problem(
+                    what=what,
+                    asked=asked,
+                    allowed=allowed,
+                    instead="pipeline.pp_seq_len=null, and rows padded to one length",
+                )
+            )
 
     def _put_aside(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Gradients of earlier steps, which the schedule would divide once more."""

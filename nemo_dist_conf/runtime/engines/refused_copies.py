@@ -17,7 +17,14 @@ def refuse_copy(model: nn.Module, instead: str = "") -> ConfigError:
     ema = "nemo_dist_conf.EMA(model)"
     others = f"; {instead} for a whole copy on each rank" if instead else ""
     allowed = f"{ema}: averaged weights that lie as the model's do{others}; checkpoints for a second model"
-    return ConfigError(Problem(what, "copy.deepcopy(model), or AveragedModel(model), which copies it", allowed, ema))
+    return ConfigError(
+        Problem(
+            what=what,
+            asked="copy.deepcopy(model), or AveragedModel(model), which copies it",
+            allowed=allowed,
+            instead=ema,
+        )
+    )
 
 
 class RefusesCopy:
@@ -40,4 +47,4 @@ class RefusesPickle:
         what = f"{type(self.module).__name__} cannot be pickled: its parameters lie on all ranks, in parts"
         save = "nemo_dist_conf.checkpoint.save(folder, model)"
         allowed = f"{save}, which writes it from all ranks; or model.state_dict(), the parts of this rank"
-        raise ConfigError(Problem(what, "torch.save(model, ...), or pickle", allowed, save))
+        raise ConfigError(Problem(what=what, asked="torch.save(model, ...), or pickle", allowed=allowed, instead=save))

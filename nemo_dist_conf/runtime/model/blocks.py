@@ -61,10 +61,10 @@ def _declared(model: nn.Module, paths: list[str]) -> Blocks:
             likely = nearest(path, [name for name in modules if name]) or _containers(model)
             raise ConfigError(
                 Problem(
-                    f"blocks: no module of {type(model).__name__} is named {path}",
-                    f"blocks={path}",
-                    ", ".join(likely) or "names from model.named_modules()",
-                    f"blocks={likely[0] if likely else 'null'}",
+                    what=f"blocks: no module of {type(model).__name__} is named {path}",
+                    asked=f"blocks={path}",
+                    allowed=", ".join(likely) or "names from model.named_modules()",
+                    instead=f"blocks={likely[0] if likely else 'null'}",
                 )
             )
         for name in names:

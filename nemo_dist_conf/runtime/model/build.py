@@ -23,12 +23,12 @@ from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.families.config_facts import plain_floats
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.runtime.config_targets import build_target
 from nemo_dist_conf.runtime.model.construct import Record, construct, record, record_resets
 from nemo_dist_conf.runtime.model.load_weights import check_weights
 from nemo_dist_conf.runtime.model.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded
 from nemo_dist_conf.runtime.model.stored_names import Part
-from nemo_dist_conf.runtime.config_targets import build_target
 from nemo_dist_conf.wording import typed_path
 
 __all__ = ["Built", "build_model", "refuse_given_model", "whole_up_to"]
@@ -83,8 +83,8 @@ def build_model(
 
     node: ``_target_`` with arguments (the user's own class), or ``config`` (fields of a transformers config, with
     model_type) and ``name_or_path`` (a local checkpoint folder whose config and weights are taken).
-    What makes the model, whichever of these it is, is recorded without values (runtime/model/recording/recorder.py), so that no rank
-    ever holds all of them; where it does what cannot be recorded, it is built with values on every rank, alike.
+    What makes the model, whichever of these it is, is recorded without values (runtime/model/recording), so that no
+    rank ever holds all of them; where it does what cannot be recorded, it is built with values on every rank, alike.
     whole: elements of parameters up to which a model gets its values here, on ``device``, before it is parallelised:
     all of them where every rank will hold the whole model anyway.
     Raises ConfigError or DataError for what cannot be built.
@@ -146,16 +146,24 @@ def refuse_given_model(model: Any) -> None:
     if hasattr(model, "to_json_string"):
         instead = "instantiate(cfg, model=lambda: AutoModelForCausalLM.from_config(config))"
     what, allowed = f"model: {kind} is neither a module nor a function that builds one", "a torch.nn.Module, its class"
-    raise ConfigError(Problem(what, f"instantiate(cfg, model={kind}(...))", f"{allowed}, a function; None", instead))
+    raise ConfigError(
+        Problem(
+            what=what,
+            asked=f"instantiate(cfg, model={kind}(...))",
+            allowed=f"{allowed}, a function; None",
+            instead=instead,
+        )
+    )
 
 
 def _not_a_model(node: Any) -> ConfigError:
     return ConfigError(
         Problem(
-            "the config does not say which model to build",
-            f"model={node if not OmegaConf.is_config(node) else OmegaConf.to_container(node)}",
-            "model._target_ (your class), model.config.model_type (transformers), or model.name_or_path (a folder)",
-            "model=llama_tiny, or nemo_dist_conf.instantiate(cfg, model=my_module)",
+            what="the config does not say which model to build",
+            asked=f"model={node if not OmegaConf.is_config(node) else OmegaConf.to_container(node)}",
+            allowed="model._target_ (your class), model.config.model_type (transformers), "
+            "or model.name_or_path (a folder)",
+            instead="model=llama_tiny, or nemo_dist_conf.instantiate(cfg, model=my_module)",
         )
     )
 
@@ -167,7 +175,11 @@ def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any)
     if lazy:
         what = f"{lazy[0]} of {type(model).__name__} has no shape yet: its layer takes it from the first input"
         allowed = "a factory that runs the model once, model(torch.zeros(...)), before it returns it"
-        raise ConfigError(Problem(what, f"a model with {lazy[0]}", allowed, "instantiate(cfg, model=run_once)"))
+        raise ConfigError(
+            Problem(
+                what=what, asked=f"a model with {lazy[0]}", allowed=allowed, instead="instantiate(cfg, model=run_once)"
+            )
+        )
     if not any(tensor.is_meta for tensor in tensors):
         return Built(model.to(device), ties=tied_names(model), blocks=blocks)
     if not all(tensor.is_meta for tensor in tensors):
@@ -180,10 +192,10 @@ def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any)
             why = _first(error)
     raise ConfigError(
         Problem(
-            f"the given {type(model).__name__} is on the meta device and cannot be filled: {why}",
-            "instantiate(cfg, model=module_on_meta)",
-            "a module with values, its class or a function that builds it, or reset_parameters in each module",
-            f"instantiate(cfg, model={type(model).__name__})",
+            what=f"the given {type(model).__name__} is on the meta device and cannot be filled: {why}",
+            asked="instantiate(cfg, model=module_on_meta)",
+            allowed="a module with values, its class or a function that builds it, or reset_parameters in each module",
+            instead=f"instantiate(cfg, model={type(model).__name__})",
         )
     )
 
@@ -200,7 +212,14 @@ def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, b
         model = construct(factory, seed)
     if not isinstance(model, nn.Module):
         what = f"the model's factory returned {type(model).__name__}, not a torch.nn.Module"
-        raise ConfigError(Problem(what, "model", "a class or function that returns a module", "model._target_=..."))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked="model",
+                allowed="a class or function that returns a module",
+                instead="model._target_=...",
+            )
+        )
     if made is not None:
         return Built(model, made, ties=tied_names(model), blocks=blocks)
     built = _from_module(model, seed, device, blocks)
@@ -213,10 +232,10 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
     except ImportError:
         raise ConfigError(
             Problem(
-                "a transformers model was asked for, and transformers is not installed",
-                "model.config.model_type" if not node.get("name_or_path") else "model.name_or_path",
-                "the extra hf",
-                "pip install 'nemo_dist_conf[hf]'",
+                what="a transformers model was asked for, and transformers is not installed",
+                asked="model.config.model_type" if not node.get("name_or_path") else "model.name_or_path",
+                allowed="the extra hf",
+                instead="pip install 'nemo_dist_conf[hf]'",
             )
         ) from None
     folder = typed_path(str(node.get("name_or_path"))) if node.get("name_or_path") else None
@@ -239,7 +258,9 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
         if "Unrecognized configuration class" in str(error):
             what = f"{kind} is no causal language model of transformers"
         allowed = "a causal language model of transformers (llama, qwen3, mistral, ...), and fields that fit each other"
-        raise (DataError if folder else ConfigError)(Problem(what, asked, allowed, "model=llama_tiny")) from error
+        raise (DataError if folder else ConfigError)(
+            Problem(what=what, asked=asked, allowed=allowed, instead="model=llama_tiny")
+        ) from error
     if folder is None:
         return built
     parts = check_weights(built.model, folder, built.ties)
@@ -252,7 +273,9 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
     if not isinstance(fields, Mapping):
         what = f"model.config is {type(fields).__name__}, not a group of fields"
         allowed = "fields of a transformers config, with model_type"
-        raise ConfigError(Problem(what, f"model.config={fields}", allowed, "model.config.model_type=llama"))
+        raise ConfigError(
+            Problem(what=what, asked=f"model.config={fields}", allowed=allowed, instead="model.config.model_type=llama")
+        )
     fields = plain_floats(dict(fields))
     try:
         if folder is not None:
@@ -260,12 +283,14 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
                 what = f"{node.get('name_or_path')} is not a checkpoint folder: it has no config.json"
                 typed = node.get("name_or_path")
                 asked, allowed = f"model.name_or_path={typed}", "a local folder of save_pretrained"
-                raise DataError(Problem(what, asked, allowed, "model=llama_tiny"))
+                raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead="model=llama_tiny"))
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **fields)
         model_type = fields.pop("model_type", None)
         if model_type is None:
             asked, known = "model.config without model_type", "llama, qwen3, mistral, ..."
-            raise ConfigError(Problem("no model_type", asked, known, "model.config.model_type=llama"))
+            raise ConfigError(
+                Problem(what="no model_type", asked=asked, allowed=known, instead="model.config.model_type=llama")
+            )
         if model_type not in transformers.CONFIG_MAPPING:
             families = list(transformers.CONFIG_MAPPING.keys())
             likely = nearest(str(model_type), families)
@@ -273,7 +298,9 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
             allowed = f"{shown}, ...: {len(families)} families"
             best = f"model.config.model_type={likely[0]}" if likely else "model=llama_tiny"
             what = f"transformers has no model family {model_type}"
-            raise ConfigError(Problem(what, f"model.config.model_type={model_type}", allowed, best))
+            raise ConfigError(
+                Problem(what=what, asked=f"model.config.model_type={model_type}", allowed=allowed, instead=best)
+            )
         config = transformers.AutoConfig.for_model(model_type, **fields)
         _tell_unread(config, fields)
         return config
@@ -283,7 +310,12 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
         asked = f"model.name_or_path={node.get('name_or_path')}" if folder else "model.config"
         what = f"transformers does not accept this config: {_first(error)}"
         raise (DataError if folder else ConfigError)(
-            Problem(what, asked, "fields and values of that model's config class", "model=llama_tiny")
+            Problem(
+                what=what,
+                asked=asked,
+                allowed="fields and values of that model's config class",
+                instead="model=llama_tiny",
+            )
         ) from None
 
 

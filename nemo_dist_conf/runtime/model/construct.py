@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nemo_dist_conf.runtime.model.recording.python_answers import Answers
-from nemo_dist_conf.runtime.model.tensor_attributes import tensors_beside
 from nemo_dist_conf.runtime.model.recording.playback import Player
+from nemo_dist_conf.runtime.model.recording.python_answers import Answers
 from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded, Recorder
 from nemo_dist_conf.runtime.model.recording.tape import Constant, Ref, Tape, leaves
+from nemo_dist_conf.runtime.model.tensor_attributes import tensors_beside
 
 __all__ = ["Record", "become", "construct", "named_tensors", "record", "record_resets"]
 

@@ -36,10 +36,10 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         also = f" ({', '.join(pickled[:2])} would have to be unpickled, which is unsafe)" if pickled else ""
         raise DataError(
             Problem(
-                f"{folder} holds no safetensors weights{also}",
-                f"{_KEY}={folder}",
-                "a folder with config.json and *.safetensors",
-                "model.save_pretrained(folder), then " + f"{_KEY}=folder",
+                what=f"{folder} holds no safetensors weights{also}",
+                asked=f"{_KEY}={folder}",
+                allowed="a folder with config.json and *.safetensors",
+                instead="model.save_pretrained(folder), then " + f"{_KEY}=folder",
             )
         )
     shapes: dict[str, tuple[int, ...]] = {}
@@ -50,7 +50,12 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except (SafetensorError, OSError) as error:
             what = f"{path} cannot be read: {str(error).splitlines()[0]}"
             raise DataError(
-                Problem(what, f"{_KEY}={folder}", "complete safetensors files", "copy the file again")
+                Problem(
+                    what=what,
+                    asked=f"{_KEY}={folder}",
+                    allowed="complete safetensors files",
+                    instead="copy the file again",
+                )
             ) from None
     return shapes
 
@@ -85,7 +90,14 @@ def _check_index(folder: Path, present: set[str]) -> set[str] | None:
     missing = sorted(named - present)
     if missing:
         what = f"{folder} lacks {', '.join(missing[:3])}, which its index names"
-        raise DataError(Problem(what, f"{_KEY}={folder}", "a complete checkpoint folder", "copy the folder again"))
+        raise DataError(
+            Problem(
+                what=what,
+                asked=f"{_KEY}={folder}",
+                allowed="a complete checkpoint folder",
+                instead="copy the folder again",
+            )
+        )
     return named
 
 
@@ -123,10 +135,10 @@ def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> dict
             found.append(f"{len(names)} {title} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
     raise DataError(
         Problem(
-            f"the weights in {folder} are not those of {type(model).__name__}: {'; '.join(found)}",
-            f"{_KEY}={folder}",
-            "weights and config.json of one and the same model, without overrides of its sizes",
-            "a folder written by model.save_pretrained",
+            what=f"the weights in {folder} are not those of {type(model).__name__}: {'; '.join(found)}",
+            asked=f"{_KEY}={folder}",
+            allowed="weights and config.json of one and the same model, without overrides of its sizes",
+            instead="a folder written by model.save_pretrained",
         )
     )
 

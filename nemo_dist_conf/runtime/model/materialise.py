@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nemo_dist_conf.runtime.model.shard_boxes import local_part
 from nemo_dist_conf.runtime.model.construct import Record, become, named_tensors
 from nemo_dist_conf.runtime.model.recording.playback import Player
+from nemo_dist_conf.runtime.model.shard_boxes import local_part
 from nemo_dist_conf.runtime.torch_inside import storage_id
 
 __all__ = ["give_storage", "initialise_in_turn", "materialise", "retie", "tied_names"]

@@ -47,7 +47,7 @@ def _refusal(what: str, first: str, second: str, instead: str, mesh: DeviceMesh)
     is_data = all(mesh.size(i) == 1 or name in _DATA for i, name in enumerate(mesh.mesh_dim_names or ()))
     allowed = f"{instead}, {own}" + (", or strategy=ddp" if is_data else "")
     what, asked = f"{what}, which sharding would take apart", f"a model with {first} and {second}"
-    return ConfigError(Problem(what, asked, allowed, "strategy=ddp" if is_data else own))
+    return ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="strategy=ddp" if is_data else own))
 
 
 def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -139,7 +139,14 @@ def _without_cache(key: str, value: Any) -> Any:
         return None
     what = f"{key} holds keys and values already, and a block that is run again would add its own a second time"
     mode = "activation_checkpointing"
-    raise ConfigError(Problem(what, f"model({key}=...) with {mode}=true", f"{mode}=false with it", f"{mode}=false"))
+    raise ConfigError(
+        Problem(
+            what=what,
+            asked=f"model({key}=...) with {mode}=true",
+            allowed=f"{mode}=false with it",
+            instead=f"{mode}=false",
+        )
+    )
 
 
 #: What a router of transformers chooses experts with.

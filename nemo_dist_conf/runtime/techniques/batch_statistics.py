@@ -127,7 +127,9 @@ def refuse_sync_on_cpu(model: nn.Module, device_type: str) -> None:
         what = f"SyncBatchNorm ({norms[0]}{f' and {len(norms) - 1} more' if len(norms) > 1 else ''}) runs on GPUs only"
         allowed = "BatchNorm, with batch_statistics=global for statistics of all ranks' rows, on any device"
         way_out = "batch_statistics=global, and torch.nn.BatchNorm1d, 2d or 3d in the model"
-        raise ConfigError(Problem(what, f"{norms[0]}: SyncBatchNorm on a CPU", allowed, way_out))
+        raise ConfigError(
+            Problem(what=what, asked=f"{norms[0]}: SyncBatchNorm on a CPU", allowed=allowed, instead=way_out)
+        )
 
 
 def warn_of_own_rows(model: nn.Module, ranks: int) -> None:

@@ -34,7 +34,14 @@ def enable_async_tensor_parallel(device: torch.device, tp_group_name: Any) -> No
     if device.type != "cuda":
         key = "strategy.enable_async_tensor_parallel"
         what = "async tensor parallelism needs CUDA's symmetric memory, and this run is on the CPU"
-        raise ConfigError(Problem(what, f"{key}=true", "false on the CPU; true on GPUs with NVLink", f"{key}=false"))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=f"{key}=true",
+                allowed="false on the CPU; true on GPUs with NVLink",
+                instead=f"{key}=false",
+            )
+        )
     import torch._inductor.config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 

@@ -58,7 +58,7 @@ def refuse_layerdrop(model: nn.Module, asked: str, why: str, instead: str) -> No
     """Raise ConfigError for a model that skips layers. asked: what does not go with it; instead: what does."""
     for key, value in layerdrop_of(model).items():
         allowed = f"{instead}, or {key.rpartition('.')[2]}=0 in the model's config"
-        raise ConfigError(Problem(f"{key}={value:g}: {why}", asked, allowed, instead))
+        raise ConfigError(Problem(what=f"{key}={value:g}: {why}", asked=asked, allowed=allowed, instead=instead))
 
 
 def _is_word(name: str) -> bool:

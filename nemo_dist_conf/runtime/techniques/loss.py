@@ -13,6 +13,4 @@ IGNORED = -100
 
 def token_loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Sum of the cross entropies of all counted tokens, in float32 whatever the model computes in."""
-    return F.cross_entropy(
-        logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="sum")

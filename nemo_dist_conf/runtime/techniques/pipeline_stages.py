@@ -135,7 +135,9 @@ def plan_stages(chain: Chain, pipeline: Mapping[str, Any], pp_size: int) -> list
     if stages > len(chain.blocks):
         what = f"{len(chain.blocks)} layers are too few for {stages} pipeline stages"
         asked, fewer = f"parallelism.pp_size={pp_size}", max(1, pp_size * len(chain.blocks) // stages)
-        raise ConfigError(Problem(what, asked, "one layer a stage or more", f"parallelism.pp_size={fewer}"))
+        raise ConfigError(
+            Problem(what=what, asked=asked, allowed="one layer a stage or more", instead=f"parallelism.pp_size={fewer}")
+        )
     weighted = pipeline["layers_per_stage"] is None
     planned, start = [], 0
     for count in spread_layers(len(chain.blocks), stages, weighted):
@@ -319,10 +321,10 @@ def _check_ties(model: nn.Module, chain: Chain) -> None:
         if len(parts) > 1 and owner:
             raise ConfigError(
                 Problem(
-                    f"{' and '.join(group)} are one parameter, and a pipeline may hold them on different stages",
-                    "parallelism.pp_size above 1",
-                    "pp_size=1, or a parameter for each",
-                    "parallelism.pp_size=1",
+                    what=f"{' and '.join(group)} are one parameter, and a pipeline may hold them on different stages",
+                    asked="parallelism.pp_size above 1",
+                    allowed="pp_size=1, or a parameter for each",
+                    instead="parallelism.pp_size=1",
                 )
             )
 
@@ -363,7 +365,11 @@ def _substitute(model: nn.Module, pipeline: Mapping[str, Any]) -> Callable[[str,
     if not outer and not prefix:
         key = "pipeline.patch_causal_lm_model"
         what = f"{type(model).__name__} has no model inside it, so patch_causal_lm_model means nothing for it"
-        raise ConfigError(Problem(what, f"{key}=false", "true; patch_inner_model is its switch", f"{key}=true"))
+        raise ConfigError(
+            Problem(
+                what=what, asked=f"{key}=false", allowed="true; patch_inner_model is its switch", instead=f"{key}=true"
+            )
+        )
     return lambda name, module: _StandIn(module) if (inner if name.startswith(prefix) else outer) else None
 
 
@@ -380,7 +386,9 @@ def _check_own_skips(
         off = [f"pipeline.{key}" for key in ("patch_inner_model", "patch_causal_lm_model") if not pipeline[key]]
         what = f"the forward of {type(model).__name__} does not skip modules that are None ({_first_line(error)})"
         asked, true = (" ".join(f"{key}={value}" for key in off) for value in ("false", "true"))
-        raise ConfigError(Problem(what, asked, "true: stand-ins take their place", true)) from error
+        raise ConfigError(
+            Problem(what=what, asked=asked, allowed="true: stand-ins take their place", instead=true)
+        ) from error
 
 
 def _given(chain: Chain, parts: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -392,13 +400,21 @@ def _given(chain: Chain, parts: Sequence[Sequence[str]]) -> list[tuple[str, ...]
     if unknown:
         likely = nearest(unknown[0], chain.names) or list(chain.names[:1])
         what = f"{key} names {unknown[0]}, which is not a module of the chain"
-        problems.append(Problem(what, f"{key} with {unknown[0]}", _short(list(chain.names), 12), likely[0]))
+        problems.append(
+            Problem(
+                what=what, asked=f"{key} with {unknown[0]}", allowed=_short(list(chain.names), 12), instead=likely[0]
+            )
+        )
     if missing:
         what = f"{key} leaves out {_short(missing)}"
-        problems.append(Problem(what, f"{key} without {missing[0]}", "every module once", f"{key}=null"))
+        problems.append(
+            Problem(what=what, asked=f"{key} without {missing[0]}", allowed="every module once", instead=f"{key}=null")
+        )
     if not problems and listed != list(chain.names):
         what = f"{key} does not follow the order of the model's forward"
-        problems.append(Problem(what, _short(listed, 12), _short(list(chain.names), 12), f"{key}=null"))
+        problems.append(
+            Problem(what=what, asked=_short(listed, 12), allowed=_short(list(chain.names), 12), instead=f"{key}=null")
+        )
     ConfigError.raise_if(problems)
     return [tuple(part) for part in parts]
 
@@ -410,10 +426,11 @@ def _on_meta(module: nn.Module) -> bool:
 def _no_chain(model: nn.Module, why: str, allowed: str = "") -> ConfigError:
     return ConfigError(
         Problem(
-            f"{type(model).__name__} cannot be split into pipeline stages: {why}",
-            "parallelism.pp_size above 1",
-            allowed or "a forward of one chain: embedding, blocks, norm and head, each given what the last returned",
-            "parallelism.pp_size=1",
+            what=f"{type(model).__name__} cannot be split into pipeline stages: {why}",
+            asked="parallelism.pp_size above 1",
+            allowed=allowed
+            or "a forward of one chain: embedding, blocks, norm and head, each given what the last returned",
+            instead="parallelism.pp_size=1",
         )
     )
 

@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 
-from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.composition.agreement.config_agreement import agree_on_run
 from nemo_dist_conf.composition.agreement.drawn_values import folder_of_run
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.topology.launched_ranks import Launched
 from tests import warm
 
@@ -89,7 +89,7 @@ def test_different_configs_are_refused_with_the_keys(agree):
     problem = error.value
     shown = ["at (absent on rank 0, 3 here)", "lr (0.1 on rank 0, 0.2 here)", "name (a on rank 0, absent here)"]
     assert problem.what.endswith(f": {'; '.join(shown)}")
-    assert (problem.asked, problem.type) == ("at=3 lr=0.2", "~at lr=0.1 +name=a")
+    assert (problem.asked, problem.instead) == ("at=3 lr=0.2", "~at lr=0.1 +name=a")
 
 
 def test_where_ranks_may_differ_they_share_time_and_draws_and_keep_their_own(agree):

@@ -15,8 +15,8 @@ import pytest
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from nemo_dist_conf.composition.hydra_inside import resolver_calls
 from nemo_dist_conf.composition.agreement.drawn_values import find_drawn, put_constants, put_drawn, put_missing
+from nemo_dist_conf.composition.hydra_inside import resolver_calls
 from nemo_dist_conf.composition.store import register_resolver
 
 RANK_VARIABLES = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
@@ -265,7 +265,7 @@ def test_what_cannot_be_said_here_is_left_and_gives_omegaconfs_own_error_in_the_
 
 
 def test_objects_made_anew_each_time_are_not_drawn():
-    register_resolver("function", lambda: (lambda x: x))
+    register_resolver("function", lambda: lambda x: x)
     assert written(ranks({"a": "${function:}"})[1], "a") == "${function:}"
 
 

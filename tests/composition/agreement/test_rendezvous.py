@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.composition.agreement.rendezvous import all_have_come, export_ranks, master_address, rank_store
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.topology.launched_ranks import Launched
 
 VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_JOB_ID")

@@ -9,14 +9,14 @@ import textwrap
 
 import pytest
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.composition.agreement import shared_failure as telling
 from nemo_dist_conf.composition.agreement.rendezvous import rank_store
 from nemo_dist_conf.composition.agreement.shared_failure import another_rank_told, end, tell
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.topology.launched_ranks import Launched
 from tests import warm
 
-ERROR = ConfigError(Problem("cannot work", "this", "that", "other"))
+ERROR = ConfigError(Problem(what="cannot work", asked="this", allowed="that", instead="other"))
 TEXT = f"{ERROR}\n"
 
 
@@ -62,7 +62,7 @@ def test_what_one_rank_refuses_is_told_by_that_rank(rank, capsys):
 def test_another_message_than_rank_0s_is_told_too(rank, capsys):
     told(capsys, 0, rank)
     rank(1)
-    tell(ConfigError(Problem("something else", "a", "b", "c")))
+    tell(ConfigError(Problem(what="something else", asked="a", allowed="b", instead="c")))
     assert capsys.readouterr().err.startswith("something else\n")
 
 
@@ -111,8 +111,10 @@ def test_a_refusal_in_every_rank_of_an_own_app_is_shown_once_by_torchrun(tmp_pat
     done = warm.run(["torchrun", "--nproc-per-node", "2", "app.py"], cwd=tmp_path)
     assert done.returncode == 1
     of_ranks = re.split(r"^[WE]\d{4} ", done.stderr, maxsplit=1, flags=re.MULTILINE)[0]  # what torchrun logs
-    assert of_ranks.endswith(f"{REFUSAL}  asked    blocks=no.such.path\n  allowed  names from model.named_modules()\n"
-                             "  type     blocks=null\n")
+    assert of_ranks.endswith(
+        f"{REFUSAL}  asked    blocks=no.such.path\n  allowed  names from model.named_modules()\n"
+        "  type     blocks=null\n"
+    )
     assert done.stderr.count(REFUSAL) == 1 and "Traceback" not in of_ranks and "Error executing" not in done.stderr
 
 

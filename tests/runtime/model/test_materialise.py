@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
-from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.model import build
-from nemo_dist_conf.runtime import parallelize as order
-from nemo_dist_conf.runtime.model.shard_boxes import local_values
 from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.runtime import parallelize as order
+from nemo_dist_conf.runtime.model import build
 from nemo_dist_conf.runtime.model.build import build_model
 from nemo_dist_conf.runtime.model.materialise import materialise, tied_names
+from nemo_dist_conf.runtime.model.shard_boxes import local_values
 from tests.dist.layouts import LLAMA, MODELS, ROWS, SGD, Net, composed, full_state, plain_model, train
 from tests.dist.pool import run_ranks
 from tests.live import Live

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nemo_dist_conf.runtime.rank_agreement import are_near
 from nemo_dist_conf.runtime.model.construct import construct, named_tensors, record
 from nemo_dist_conf.runtime.model.materialise import materialise
 from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded
+from nemo_dist_conf.runtime.rank_agreement import are_near
 from tests.runtime.model.constructors import CONSTRUCTORS, Attributes, Two, holder, table_of
 from tests.runtime.model.replay import CPU, differences, misfits, recorded
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.profiler import profile, record_function
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.model.blocks import find_blocks
+from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
 
 
 class Restless(nn.Module):

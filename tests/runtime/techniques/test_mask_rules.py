@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import LlamaConfig, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
-from nemo_dist_conf.runtime.techniques.context.mask_rules import Documents, Function, Packed, Rule, read_rule, simplified
+from nemo_dist_conf.runtime.techniques.context.mask_rules import (
+    Documents,
+    Function,
+    Packed,
+    Rule,
+    read_rule,
+    simplified,
+)
 
 ROWS, TOKENS = 2, 24
 POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([5, 9, 10], [24])])

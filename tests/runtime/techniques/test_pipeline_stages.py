@@ -165,7 +165,7 @@ def test_the_order_is_that_of_forward(device: str) -> None:
 def test_a_model_that_is_no_chain_is_refused(model: type[nn.Module], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         chain(model())
-    assert caught.value.problems[0].type
+    assert caught.value.problems[0].instead
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -117,7 +117,9 @@ class Exchange:
 
     def refuse(self, what: str, allowed: str) -> ConfigError:
         asked = f"parallelism.cp_size={self.size}"
-        return ConfigError(Problem(f"cp_size={self.size}: {what}", asked, allowed, "parallelism.cp_size=1"))
+        return ConfigError(
+            Problem(what=f"cp_size={self.size}: {what}", asked=asked, allowed=allowed, instead="parallelism.cp_size=1")
+        )
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:

@@ -25,9 +25,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map_only
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.runtime.techniques.context.position_counts import CountsPositions, Site
-from nemo_dist_conf.runtime.techniques.context.exchange import Exchange, Row, chunks_of, exchanged_attention, exchanged_mask
+from nemo_dist_conf.runtime.techniques.context.exchange import (
+    Exchange,
+    Row,
+    chunks_of,
+    exchanged_attention,
+    exchanged_mask,
+)
 from nemo_dist_conf.runtime.techniques.context.mask_rules import Documents
+from nemo_dist_conf.runtime.techniques.context.position_counts import CountsPositions, Site
 
 __all__ = [
     "apply_context_parallel",
@@ -180,7 +186,14 @@ def _check_length(length: int, size: int) -> None:
     if length % (2 * size):
         near = max(2 * size, round(length / (2 * size)) * 2 * size)
         what = f"cp_size={size} splits a sequence into {2 * size} equal chunks, and {length} tokens do not split so"
-        raise ConfigError(Problem(what, f"{length} tokens", f"a multiple of {2 * size} tokens", f"{near} tokens"))
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=f"{length} tokens",
+                allowed=f"a multiple of {2 * size} tokens",
+                instead=f"{near} tokens",
+            )
+        )
 
 
 def _enter(exchange: Exchange, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,7 +241,7 @@ def _refuse_whole(exchange: Exchange, module: nn.Module, given: Mapping[str, Any
             what, way_out = f"{shown} cannot be split over the sequence", f"{name}=None"
             if name == "attention_mask" and _sees_behind(module):
                 instead, way_out = "rows without padding: this model's tokens see those after them", _NO_CP
-            raise ConfigError(Problem(what, f"{name} with {asked}", instead, way_out))
+            raise ConfigError(Problem(what=what, asked=f"{name} with {asked}", allowed=instead, instead=way_out))
     if not hasattr(getattr(module, "config", None), "model_type"):
         return
     for name, value in given.items():
@@ -236,7 +249,7 @@ def _refuse_whole(exchange: Exchange, module: nn.Module, given: Mapping[str, Any
         if isinstance(value, Tensor) and name not in _SPLIT or part_of_row:
             what = f"{type(module).__name__} was given {name}, of which nobody says how to split it over the sequence"
             allowed = f"{', '.join(sorted(_SPLIT))}: this rank's part of each"
-            raise ConfigError(Problem(what, f"{name} with {asked}", allowed, _NO_CP))
+            raise ConfigError(Problem(what=what, asked=f"{name} with {asked}", allowed=allowed, instead=_NO_CP))
 
 
 def _sees_behind(model: nn.Module) -> bool:
@@ -249,10 +262,10 @@ def _row(exchange: Exchange, tokens: Tensor, positions: Tensor | None) -> Row:
         if length not in _split_over.get(exchange.mesh.get_group().group_name, ()):
             raise ConfigError(
                 Problem(
-                    "the model was given rows that were not split over the cp ranks",
-                    f"model(input_ids) with parallelism.cp_size={exchange.size}",
-                    "this rank's part of each row: mesh_context.split_sequence(input_ids, labels)",
-                    _NO_CP,
+                    what="the model was given rows that were not split over the cp ranks",
+                    asked=f"model(input_ids) with parallelism.cp_size={exchange.size}",
+                    allowed="this rank's part of each row: mesh_context.split_sequence(input_ids, labels)",
+                    instead=_NO_CP,
                 )
             )
         return Row(length, length * exchange.size - 1)

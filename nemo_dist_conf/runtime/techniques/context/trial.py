@@ -28,6 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.mixers import EXCHANGED_FAMILIES
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
+from nemo_dist_conf.runtime.model.trial import differ, keep_generators, observed, parted, small_input, tensors_of, twin
+from nemo_dist_conf.runtime.techniques.context.exchange import Exchange
 from nemo_dist_conf.runtime.techniques.context.parallel import (
     exchange_tokens,
     own_configs,
@@ -37,8 +39,6 @@ from nemo_dist_conf.runtime.techniques.context.parallel import (
     with_positions,
 )
 from nemo_dist_conf.runtime.techniques.context.position_counts import Site, counted_by, counting_from
-from nemo_dist_conf.runtime.techniques.context.exchange import Exchange
-from nemo_dist_conf.runtime.model.trial import differ, keep_generators, observed, parted, small_input, tensors_of, twin
 
 __all__ = ["try_context_parallel"]
 
@@ -114,7 +114,14 @@ class _Trial:
 
     def _refusal(self, what: str, allowed: str) -> ConfigError:
         asked = f"parallelism.cp_size={self.mesh.size()}"
-        return ConfigError(Problem(f"cp_size={self.mesh.size()}: {what}", asked, allowed, "parallelism.cp_size=1"))
+        return ConfigError(
+            Problem(
+                what=f"cp_size={self.mesh.size()}: {what}",
+                asked=asked,
+                allowed=allowed,
+                instead="parallelism.cp_size=1",
+            )
+        )
 
     def _twin(self, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
         """A twin that runs, and its input; with all of its blocks where they do not hand on what they are given."""
@@ -284,9 +291,7 @@ class _Trial:
                 what = f"{self.name} does not run on parts of a row ({_first_line(error)})"
                 raise self._refusal(what, "cp_size=1") from error
             wanted = seen[-1].outputs
-            wrong = len(found) != len(wanted) or any(
-                a.shape != b.shape or differ(a, b) for a, b in zip(wanted, found)
-            )
+            wrong = len(found) != len(wanted) or any(a.shape != b.shape or differ(a, b) for a, b in zip(wanted, found))
             if not self._on_any_rank(wrong):
                 continue
             with counting_from(length, offset, sites):

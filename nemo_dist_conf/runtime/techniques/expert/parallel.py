@@ -48,19 +48,21 @@ def apply_expert_parallel(
     if not experts:
         what = f"ep_size={ep_mesh.size()}: {type(model).__name__} has no experts that can be split"
         asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", "a mixture-of-experts model of transformers"
-        raise ConfigError(Problem(what, asked, allowed, "parallelism.ep_size=1"))
+        raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.ep_size=1"))
     counts = {getattr(module, "num_experts", 0) for module in experts.values()}
     odd = [count for count in counts if count % ep_mesh.size()]
     if odd:
         what = f"ep_size={ep_mesh.size()} does not divide the model's {odd[0]} experts"
         asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", f"a divisor of {odd[0]}"
-        raise ConfigError(Problem(what, asked, allowed, "parallelism.ep_size=1"))
+        raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.ep_size=1"))
     try:
         from transformers.distributed.expert_parallel import apply_expert_parallelism
     except ImportError:
         what = "this version of transformers has no expert parallelism"
         asked = f"parallelism.ep_size={ep_mesh.size()}"
-        raise ConfigError(Problem(what, asked, "transformers 5.23 or newer", "pip install -U transformers")) from None
+        raise ConfigError(
+            Problem(what=what, asked=asked, allowed="transformers 5.23 or newer", instead="pip install -U transformers")
+        ) from None
     apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, "all_to_all")
     for module in experts.values():
         module.forward = _Averaged(module, module.forward, gradient_size)

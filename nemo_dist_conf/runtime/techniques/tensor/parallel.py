@@ -19,9 +19,9 @@ from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
+from nemo_dist_conf.families.model_rules import model_problems
 from nemo_dist_conf.families.plan_rules import style_names
 from nemo_dist_conf.families.plans import FAMILIES, SEQUENCE_STYLES, STYLES, complete_plan, match_pattern, unalias
-from nemo_dist_conf.families.model_rules import model_problems
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
@@ -92,11 +92,25 @@ def _trial_problems(
     except CannotTry as error:
         what = f"{where} cannot be tried before it is used: {error}"
         allowed = "a plan that was seen to compute what the plain model does; example: a small input of the model's"
-        return [Problem(what, asked, allowed, "nemo_dist_conf.instantiate(cfg, model, example={'x': tensor})")]
+        return [
+            Problem(
+                what=what,
+                asked=asked,
+                allowed=allowed,
+                instead="nemo_dist_conf.instantiate(cfg, model, example={'x': tensor})",
+            )
+        ]
     if finding is None:
         return []
     what = f"{where} computes something else than the plain model: {finding}"
-    return [Problem(what, asked, "a plan that computes the same, or tp_size=1", offers.plan(other_than=entries))]
+    return [
+        Problem(
+            what=what,
+            asked=asked,
+            allowed="a plan that computes the same, or tp_size=1",
+            instead=offers.plan(other_than=entries),
+        )
+    ]
 
 
 # From a plan's patterns to the model's modules.
@@ -123,7 +137,7 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
         what = f"no sequence-parallel plan is known for the model family {config.model_type}"
         allowed = f"the families {', '.join(FAMILIES)}; a tp_plan of your own"
         off = "strategy.sequence_parallel=false"
-        raise ConfigError(Problem(what, "strategy.sequence_parallel=true", allowed, off))
+        raise ConfigError(Problem(what=what, asked="strategy.sequence_parallel=true", allowed=allowed, instead=off))
     if found is None:
         raise ConfigError(_no_plan(model, offers))
     unknown = sorted({style for style in found.values() if unalias(style) not in STYLES})
@@ -131,7 +145,7 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
         what = f"the tp_plan of {config.model_type} asks for what is not supported: {', '.join(unknown)}"
         asked = f"parallelism.tp_size={offers.mesh.size()}"
         allowed = f"tp_size=1, or the families {', '.join(FAMILIES)}"
-        raise ConfigError(Problem(what, asked, allowed, "parallelism.tp_size=1"))
+        raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.tp_size=1"))
     if config.model_type not in FAMILIES:
         # transformers leaves the embedding out; tied to a head in the plan, it has to be laid out alike.
         names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
@@ -146,7 +160,11 @@ def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "st
         return {str(pattern): style for pattern, style in plan.items()}
     what = f"{where} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
     own = f"{where}=null" if _is_transformers(model) else offers.plan()
-    raise ConfigError(Problem(what, f"{where}={plan}", "a mapping from module names (* allowed) to styles", own))
+    raise ConfigError(
+        Problem(
+            what=what, asked=f"{where}={plan}", allowed="a mapping from module names (* allowed) to styles", instead=own
+        )
+    )
 
 
 def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple[dict[str, Any], list[Problem]]:
@@ -201,7 +219,9 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
             fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
     by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
     way_out = (_set(fixed) if fixed else offers.plan()) if by_kind else ""
-    problems = [Problem(what, asked, allowed, way_out) for what, (asked, allowed) in by_kind.items()]
+    problems = [
+        Problem(what=what, asked=asked, allowed=allowed, instead=way_out) for what, (asked, allowed) in by_kind.items()
+    ]
     if not named and not problems:
         problems = [_no_plan(model, offers)]
     return {name: named[name] for name in modules if name in named}, problems
@@ -272,7 +292,14 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
     what = f"tp_size={tp_size} does not divide the width of {', '.join(odd[:3])}{more}"
     sizes = ", ".join(map(str, legal))
     fits = max(d for d in legal if d <= tp_size and dist.get_world_size() % d == 0)
-    return [Problem(what, f"parallelism.tp_size={tp_size}", f"tp_size: {sizes}", f"parallelism.tp_size={fits}")]
+    return [
+        Problem(
+            what=what,
+            asked=f"parallelism.tp_size={tp_size}",
+            allowed=f"tp_size: {sizes}",
+            instead=f"parallelism.tp_size={fits}",
+        )
+    ]
 
 
 def _tie_problems(model: nn.Module, plan: _Plan, named: Mapping[str, Any], ties: list[list[str]]) -> list[Problem]:
@@ -289,7 +316,7 @@ def _tie_problems(model: nn.Module, plan: _Plan, named: Mapping[str, Any], ties:
         embeddings = {owner for owner in owners if isinstance(model.get_submodule(owner), nn.Embedding)}
         fix = {o: "embedding_rowwise" if o in embeddings else "colwise_gather_output" for o in owners}
         allowed = ", ".join(f"{owner}: {style}" for owner, style in fix.items())
-        problems.append(Problem(what, asked, allowed, _set({**plan, **fix})))
+        problems.append(Problem(what=what, asked=asked, allowed=allowed, instead=_set({**plan, **fix})))
     return problems
 
 
@@ -366,17 +393,17 @@ def _pattern_of(name: str) -> str:
 def _no_plan(model: nn.Module, offers: _Offers) -> Problem:
     family = getattr(getattr(model, "config", None), "model_type", None)
     return Problem(
-        f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
-        f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",
-        f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {', '.join(FAMILIES)}",
-        offers.plan(),
+        what=f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
+        asked=f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",
+        allowed=f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {', '.join(FAMILIES)}",
+        instead=offers.plan(),
     )
 
 
 def _no_sequence_style(plan: _Plan) -> Problem:
     return Problem(
-        "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence",
-        f"strategy.sequence_parallel=true {_set(plan)}",
-        f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
-        "strategy.sequence_parallel=false",
+        what="sequence_parallel is on, but no entry of the model's tp_plan splits the sequence",
+        asked=f"strategy.sequence_parallel=true {_set(plan)}",
+        allowed=f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
+        instead="strategy.sequence_parallel=false",
     )

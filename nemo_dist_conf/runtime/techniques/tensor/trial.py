@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from nemo_dist_conf.runtime.model.blocks import find_blocks
-from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 from nemo_dist_conf.runtime.model.trial import Seen, keep_generators, observed, parted, small_input, twin
+from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 
 __all__ = ["CannotTry", "Trial"]
 
