@@ -76,7 +76,7 @@ class ConfigError(NemoDistConfError, ValueError):
         if found:
             raise cls(*found)
 
-    def __reduce__(self):  # the default would pass the text where problems are expected
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Problem, ...]]:  # the default would pass the text where problems are expected
         return (type(self), self.problems)
 
 
