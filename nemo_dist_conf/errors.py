@@ -76,7 +76,8 @@ class ConfigError(NemoDistConfError, ValueError):
         if found:
             raise cls(*found)
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[Problem, ...]]:  # the default would pass the text where problems are expected
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Problem, ...]]:
+        # The default would pass the text where problems are expected.
         return (type(self), self.problems)
 
 
