@@ -126,7 +126,7 @@ def _decoded(raw: str) -> str:
 def _text_at(cfg: DictConfig, key: str) -> tuple[str, str] | None:
     """(what is written, the text that it gives) where that text says something else than a text."""
     place = _place(cfg, key)
-    raw = written_at(*place) if place is not None else None  # type: ignore[union-attr]
+    raw = written_at(*place) if place is not None else None
     if place is None or not isinstance(raw, str):
         return None
     try:  # not by the node itself, which may be of a type that the text does not fit
