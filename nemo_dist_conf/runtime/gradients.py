@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.runtime.engines.ddp_wrappers import check_reduced
 from nemo_dist_conf.runtime.engines.megatron_library import finish_gradients, is_wrapped, microbatch, remember_norm
+from nemo_dist_conf.runtime.torch_inside import is_megatrons, norms_of, scale_all
 
 __all__ = ["accumulate", "clip_grad_norm_", "scale_gradients"]
 
@@ -60,7 +61,7 @@ def clip_grad_norm_(model: nn.Module | torch.Tensor | Iterable[torch.Tensor], ma
     groups: dict[Any, list[torch.Tensor]] = {}
     for parameter in model.parameters() if isinstance(model, nn.Module) else model:
         gradient = parameter.grad
-        if gradient is None and not (hasattr(parameter, "_megatron_fsdp_model") and parameter.requires_grad):
+        if gradient is None and not (is_megatrons(parameter) and parameter.requires_grad):
             continue
         shown = parameter if gradient is None else gradient  # a rank that has nothing of it still reduces with others
         if isinstance(shown, DTensor):
@@ -95,7 +96,7 @@ def clip_grad_norm_(model: nn.Module | torch.Tensor | Iterable[torch.Tensor], ma
     if max_norm:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for tensors in filter(None, groups.values()):
-            torch._foreach_mul_(tensors, scale.to(tensors[0].device))
+            scale_all(tensors, scale.to(tensors[0].device))
     return total
 
 
@@ -104,7 +105,7 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     held = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     for device in {tensor.device for tensor in held}:
-        torch._foreach_mul_([tensor for tensor in held if tensor.device == device and tensor.numel()], factor)
+        scale_all([tensor for tensor in held if tensor.device == device and tensor.numel()], factor)
 
 
 def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.Tensor:
@@ -113,7 +114,7 @@ def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.T
     filled = [t for t in tensors if t.numel()]
     if not filled:  # this rank has nothing of these parameters, and torch refuses an empty list
         return torch.zeros((), dtype=dtype, device=tensors[0].device if tensors else device_type)
-    norms = torch._foreach_norm([part for t in filled for part in _short_parts(t)], 2.0, dtype=dtype)
+    norms = norms_of([part for t in filled for part in _short_parts(t)], 2.0, dtype=dtype)
     return torch.stack(list(norms)).square().sum()
 
 
