@@ -46,6 +46,7 @@ from nemo_dist_conf.runtime.techniques.batch_statistics import refuse_sync_on_cp
 from nemo_dist_conf.runtime.techniques.compile import compile_blocks, enable_async_tensor_parallel
 from nemo_dist_conf.runtime.techniques.layerdrop import refuse_layerdrop, share_draws
 from nemo_dist_conf.runtime.techniques.precision import tell_precision
+from nemo_dist_conf.runtime.torch_inside import never_packed, send_in_buckets
 from nemo_dist_conf.runtime.typed_configs import (
     DDPConfig,
     FSDP2Config,
@@ -394,7 +395,7 @@ def _send_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
     """In buckets, as DDP does it: one collective for each tensor would take longer than a small model's wrapping."""
     sent, world = [tensor.detach() for tensor in tensors if not tensor.is_meta], dist.group.WORLD
     if sent and world is not None:
-        dist._broadcast_coalesced(world, sent, _BUCKET_BYTES, 0)
+        send_in_buckets(sent, world, _BUCKET_BYTES)
 
 
 def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -405,15 +406,10 @@ def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype)
     log.info("autocast: %s", str(dtype).removeprefix("torch."))
 
 
-def _never_packed(position_ids: Any, batch_size: Any) -> bool:
-    return False
-
-
 def _patch_is_packed_sequence(model: nn.Module) -> None:
     """Answer transformers' question whether a batch is packed with a plain False, for the whole process.
 
-    The original compares tensors, which waits for the device in every attention layer.
-    Source: transformers/modeling_flash_attention_utils.py, _is_packed_sequence.
+    The original waits for the device in every attention layer.
     """
     key = "strategy.patch_is_packed_sequence"
     if not hasattr(model, "config") or not type(model).__module__.startswith("transformers"):
@@ -421,9 +417,7 @@ def _patch_is_packed_sequence(model: nn.Module) -> None:
         raise ConfigError(
             Problem(what=what, asked=f"{key}=true", allowed="false for this model", instead=f"{key}=false")
         )
-    from transformers import modeling_flash_attention_utils as flash
-
-    flash._is_packed_sequence = _never_packed
+    never_packed()
 
 
 def _rebind(optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], model: nn.Module) -> None:
