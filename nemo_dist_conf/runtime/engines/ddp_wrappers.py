@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
 from nemo_dist_conf.runtime.engines.refused_copies import refuse_copy
-from nemo_dist_conf.runtime.torch_inside import after_backward, what_is_not_reduced
+from nemo_dist_conf.runtime.torch_inside import after_backward, is_made, own_children, what_is_not_reduced
 
 __all__ = ["SeveralRanksDDP", "check_reduced", "inner_attribute"]
 
@@ -76,7 +76,7 @@ class SeveralRanksDDP(DistributedDataParallel):
 
 def inner_attribute(wrapper: nn.Module, name: str) -> Any:
     """What the user's module has under a name that its wrapper does not have; raises AttributeError as that does."""
-    inner = wrapper._modules.get("module") if "_modules" in wrapper.__dict__ else None
+    inner = own_children(wrapper).get("module") if is_made(wrapper) else None
     if inner is None:
         raise AttributeError(f"{type(wrapper).__name__!r} object has no attribute {name!r}")
     return getattr(inner, name)
