@@ -26,6 +26,7 @@ from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import refuse_sparse
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
+from nemo_dist_conf.runtime.torch_inside import chunks_told, flattened, show_sharded
 from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 from nemo_dist_conf.strategies.megatron_fsdp import library_problems
 
@@ -115,7 +116,7 @@ def wrap(
     )
     wrapped.is_last_microbatch = config.overlap_grad_reduce
     wrapped._nemo_config, wrapped._gradient_norm, wrapped._used = config, None, used
-    wrapped._replace_param_with_distributed_if_needed()
+    show_sharded(wrapped)
     log.info("megatron-fsdp: %d classes of units, ZeRO-%d over %s", len(classes), config.zero_dp_strategy, sizes)
     return wrapped
 
@@ -190,7 +191,7 @@ def _shard_axis(device_mesh: DeviceMesh, sizes: Mapping[str, int]) -> str:
     try:
         device_mesh[A.DP_CP.value]
     except KeyError:
-        device_mesh[A.DP.value, A.CP.value]._flatten(A.DP_CP.value)
+        flattened(device_mesh, (A.DP.value, A.CP.value), A.DP_CP.value)
     return A.DP_CP.value
 
 
@@ -337,10 +338,10 @@ def show_shards(model: Any) -> None:
     """
     from megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
 
-    model._replace_param_with_distributed_if_needed()
+    show_sharded(model)
     for _, parameter in sorted(model.module.named_parameters()):
         sharded = any(not placement.is_replicate() for placement in parameter.placements)
-        if sharded and not hasattr(parameter._local_tensor, "__create_chunk_list__"):
+        if sharded and chunks_told(parameter) is None:
             update_uneven_dtensor_chunk_metadata(parameter)
 
 
