@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.utils import _to_kwargs
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.runtime.engines.ddp_wrappers import inner_attribute
+from nemo_dist_conf.runtime.torch_inside import on_device
 
 __all__ = ["OneRankDDP"]
 
@@ -32,7 +32,7 @@ class OneRankDDP(DistributedDataParallel):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         if self._inputs_to is not None and (inputs or kwargs):
-            (inputs, *_), (kwargs, *_) = _to_kwargs(inputs, kwargs, self._inputs_to, False)
+            inputs, kwargs = on_device(inputs, kwargs, self._inputs_to)
         return self.module(*inputs, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
