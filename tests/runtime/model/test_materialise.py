@@ -136,7 +136,7 @@ _MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_to
 NODES: dict[str, dict[str, Any]] = {
     **MODELS,
     "experts": {"config": {**LLAMA, **_MIXTRAL}},
-    "sloped": {"_target_": "tests.runtime.constructors.SlopedNet"},
+    "sloped": {"_target_": "tests.runtime.model.constructors.SlopedNet"},
 }
 
 
@@ -301,7 +301,7 @@ def test_layers_take_what_was_computed_with_them_under_a_policy() -> None:
 @pytest.mark.dist
 def test_a_stage_has_what_its_modules_keep() -> None:
     """Also in the trial that looks for the stages, which runs on meta."""
-    node = {"_target_": "tests.runtime.constructors.SlopedNet"}
+    node = {"_target_": "tests.runtime.model.constructors.SlopedNet"}
     words = ("strategy.mp_policy=null", "parallelism.pp_size=2", f"pipeline.pp_batch_size={ROWS}")
     expected = run_ranks(1, train, composed("strategy=ddp", model=node, optimizer=SGD, seed=3))[0]
     for found in run_ranks(2, train, composed(*words, model=node, optimizer=SGD, seed=3)):
