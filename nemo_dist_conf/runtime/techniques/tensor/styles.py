@@ -111,6 +111,8 @@ class _Replicated(Style):
             replica = DTensor.from_local(whole.detach(), device_mesh, [Replicate()], run_check=False)
             own_parameters(owner)[key] = nn.Parameter(replica, requires_grad=whole.requires_grad)
 
+        during: dict[str, Any] = {}  # one forward: the parameters that are put back, the shape of the input
+
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if self.sequence:
                 args, kwargs = _map_first(args, kwargs, split)
@@ -125,20 +127,20 @@ class _Replicated(Style):
                 # a norm over gradients that are still partial would be wrong.
                 replica = parameter.redistribute(placements=[Replicate()])
                 own[key] = replica.to_local(grad_placements=[self.gradient])
-            module.__dict__["_tp_kept"] = kept
+            during["kept"] = kept
             return args, kwargs
 
         def split(x: torch.Tensor) -> torch.Tensor:
             x = _as_dtensor(x, device_mesh, Shard(SEQUENCE_DIM))
-            module.__dict__["_tp_shape"] = x.shape
+            during["shape"] = x.shape
             return x.to_local()
 
         def leave(_: nn.Module, args: tuple, output: Any) -> Any:
-            for owner, key, parameter in module.__dict__.pop("_tp_kept", ()):
+            for owner, key, parameter in during.pop("kept", ()):
                 own_parameters(owner)[key] = parameter
             if not self.sequence or not isinstance(output, torch.Tensor):
                 return output
-            shape = module.__dict__.pop("_tp_shape")
+            shape = during.pop("shape")
             stride = torch.empty(shape, device="meta").stride()
             placements = [Shard(SEQUENCE_DIM)]
             return DTensor.from_local(output, device_mesh, placements, run_check=False, shape=shape, stride=stride)
