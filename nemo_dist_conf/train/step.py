@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
+from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.runtime.engines.unwrap import unwrapped
 from nemo_dist_conf.runtime.gradients import scale_gradients
 from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad, balancing_loss, routed
@@ -59,7 +60,7 @@ class StepResult:
 
 
 def forward_backward(
-    model: nn.Module, microbatches: Microbatches, scale: float, context: Any, times: float = 1.0
+    model: nn.Module, microbatches: Microbatches, scale: float, context: MeshContext, times: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum.
 
@@ -89,7 +90,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def _routed_before(model: nn.Module, microbatches: Microbatches, context: Any) -> Tensor | None:
+def _routed_before(model: nn.Module, microbatches: Microbatches, context: MeshContext) -> Tensor | None:
     """``routed`` of the global batch, whose tokens will draw the same random numbers; None without such a loss."""
     config: Any = getattr(unwrapped(model), "config", None)
     if not getattr(config, "output_router_logits", False) or not getattr(config, "router_aux_loss_coef", 0.0):
@@ -104,7 +105,7 @@ def _routed_before(model: nn.Module, microbatches: Microbatches, context: Any) -
     return None if found is None else context.sum_over_data(found)
 
 
-def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, context: Any) -> None:
+def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, context: MeshContext) -> None:
     """Bring a wrapped model, before a checkpoint is loaded into it, to where it is after its first step.
 
     DDP sorts its buckets anew after its first backward, and the order of a sum of several ranks follows from the
@@ -116,7 +117,7 @@ def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, c
 
 
 def run_pipeline(
-    model: Pipeline, microbatches: Microbatches, scale: float, context: Any, times: float = 1.0
+    model: Pipeline, microbatches: Microbatches, scale: float, context: MeshContext, times: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """``forward_backward`` of a pipeline, which splits what it is given into microbatches of its own."""
     count = model.microbatches if model.scales_gradients else 1  # its losses and gradients are then means
@@ -128,7 +129,7 @@ def train_step(
     model: nn.Module,
     optimizer: Optimizer,
     microbatches: Microbatches,
-    context: Any,
+    context: MeshContext,
     *,
     global_tokens: int,
     max_grad_norm: float | None,
