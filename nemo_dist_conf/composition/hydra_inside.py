@@ -65,11 +65,11 @@ def resolver_calls(text: str) -> list[tuple[int, int, str]]:
     return found
 
 
-def _collect(context: Any, found: list[tuple[int, int, str]]) -> None:
-    for child in getattr(context, "children", None) or ():
+def _collect(tree: Any, found: list[tuple[int, int, str]]) -> None:
+    for child in getattr(tree, "children", None) or ():
         _collect(child, found)
-    if isinstance(context, OmegaConfGrammarParser.InterpolationResolverContext):
-        found.append((context.start.start, context.stop.stop + 1, context.resolverName().getText()))
+    if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
+        found.append((tree.start.start, tree.stop.stop + 1, tree.resolverName().getText()))
 
 
 def read_in_place(text: str, container: Any, key: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.topology.axes import AXES, AxisRules
 from nemo_dist_conf.wording import Spelling
 
-__all__ = ["LAUNCH", "MeshSpec", "divisors", "size_problems", "solve"]
+__all__ = ["LAUNCH", "MeshSpec", "divisors", "solve"]
 
 
 #: How ranks are started by hand, when the program's own name is not known.
@@ -52,7 +52,7 @@ def divisors(number: int) -> list[int]:
     return sorted(set(low) | {number // d for d in low})
 
 
-def size_problems(
+def _size_problems(
     sizes: Mapping[str, Any], world_size: int, rules: AxisRules, spelling: Spelling = Spelling(), launch: str = LAUNCH
 ) -> list[Problem]:
     """What is wrong with the sizes alone: not whole and positive, or an axis that the strategy lacks."""
@@ -103,7 +103,7 @@ def solve(
     Raises ConfigError with all problems: a size that is not a positive whole number, an axis that the
     strategy lacks, or no product that equals world_size.
     """
-    problems = size_problems(sizes, world_size, rules, spelling, launch)
+    problems = _size_problems(sizes, world_size, rules, spelling, launch)
     ConfigError.raise_if(problems)
     tp, pp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "pp_size", "cp_size", "ep_size"))
     dp_asked, replicate = sizes.get("dp_size"), sizes.get("dp_replicate_size") or 1

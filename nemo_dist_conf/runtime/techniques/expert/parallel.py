@@ -21,14 +21,14 @@ from nemo_dist_conf.families.plans import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.torch_inside import own_parameters
 
-__all__ = ["apply_expert_parallel", "find_experts", "keep_routing"]
+__all__ = ["apply_expert_parallel", "keep_routing"]
 
 log = logging.getLogger(__name__)
 
 _STYLE = "ep_dispatch_experts"
 
 
-def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+def _find_experts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold a layer's experts, by name: those that the model's own plan sends tokens to."""
     plan = _plan(model)
     return {name: model.get_submodule(name) for name, style in plan.items() if style == _STYLE}
@@ -37,7 +37,7 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
 def apply_expert_parallel(
     model: nn.Module, moe_mesh: DeviceMesh, tp_mesh: DeviceMesh, gradient_size: int
 ) -> dict[str, nn.Module]:
-    """Split the experts of a transformers model over the axis ep of ``moe_mesh``, in place; returns ``find_experts``.
+    """Split the experts of a transformers model over the axis ep of ``moe_mesh``, in place; returns them by name.
 
     tp_mesh: ranks that hold the same tokens. gradient_size: ranks over which all other gradients are averaged; those
     of experts hold the tokens of all of them in sum, and are divided by their number here.
@@ -45,7 +45,7 @@ def apply_expert_parallel(
     Raises ConfigError for a model without a plan for its experts, and where ep does not divide them.
     """
     ep_mesh = moe_mesh[A.EP.value]
-    experts, plan = find_experts(model), _plan(model)
+    experts, plan = _find_experts(model), _plan(model)
     if not experts:
         what = f"ep_size={ep_mesh.size()}: {type(model).__name__} has no experts that can be split"
         asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", "a mixture-of-experts model of transformers"

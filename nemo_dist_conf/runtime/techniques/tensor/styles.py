@@ -19,7 +19,7 @@ from nemo_dist_conf.runtime.model.materialise import retie, tied_names
 from nemo_dist_conf.runtime.torch_inside import AsyncCollectiveTensor, is_view, local_tensor, own_parameters
 from nemo_dist_conf.runtime.torch_inside.styles import Style, laid_out_by
 
-__all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles", "plain_outputs"]
+__all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles"]
 
 #: [batch, seq, hidden]
 SEQUENCE_DIM = 1
@@ -181,7 +181,7 @@ def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) 
     for name, style in sorted(objects.items(), key=lambda entry: -entry[0].count(".")):
         parallelize_module(model.get_submodule(name), mesh, style, src_data_rank=None)
     retie(model, ties)
-    model.register_forward_hook(plain_outputs)
+    model.register_forward_hook(_plain_outputs)
     return objects
 
 
@@ -218,7 +218,7 @@ class _OwnTensor(torch.autograd.Function):
         return gradients[0]
 
 
-def plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
+def _plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     """Forward hook of the whole model: what leaves it is full, plain tensors (a new container where one changed)."""
     if isinstance(output, DTensor):
         output = output.full_tensor()
@@ -226,12 +226,12 @@ def plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
         return _OwnTensor.apply(output) if is_view(output) or type(output) is AsyncCollectiveTensor else output
     if isinstance(output, dict):
         for key, value in list(output.items()):
-            plain = plain_outputs(module, args, value)
+            plain = _plain_outputs(module, args, value)
             if plain is not value:
                 output[key] = plain  # in place: transformers' outputs have attributes too
         return output
     if isinstance(output, (tuple, list)):
-        parts = [plain_outputs(module, args, value) for value in output]
+        parts = [_plain_outputs(module, args, value) for value in output]
         if any(new is not old for new, old in zip(parts, output)):
             return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     return output
