@@ -150,7 +150,6 @@ def check_values(
     problems += _section_problems(pipeline, moe, sizes, usable, facts, spelling, answered)
     problems += model_problems(facts, usable, world_size, seq_len, spelling, moe)
     problems += plan_problems(values.get("tp_plan"), facts, spelling)
-    problems += _execution_problems(strategy, usable, spelling)
     if problems or mesh is None:
         return None, problems
     notes = _notes(values, sizes)
@@ -349,24 +348,6 @@ def _changed_while_off(
             instead=" ".join(instead),
         )
     ]
-
-
-def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
-    """What composes and has a mesh, but is not executed by this version."""
-    problems = []
-    for axis in AXES:
-        size = sizes[axis.size_field] or 1
-        if isinstance(size, int) and size > 1 and axis.name in strategy.axes.allowed - strategy.executes:
-            key = f"parallelism.{axis.size_field}"
-            problems.append(
-                Problem(
-                    what=f"{axis.title} composes and has a mesh, but this version does not execute it",
-                    asked=spelling.set(key, size),
-                    allowed=f"{axis.size_field}=1",
-                    instead=spelling.set(key, axis.default),
-                )
-            )
-    return problems
 
 
 def _notes(values: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[str, ...]:

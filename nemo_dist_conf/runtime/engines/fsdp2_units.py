@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from typing import Any, Sequence
 
 import torch
@@ -21,16 +20,17 @@ from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import (
     lay_in_order,
     of_other_dtype,
     output_embeddings,
-    refuse_sparse,
     scalars,
     unshared,
 )
+from nemo_dist_conf.runtime.engines.model_refusals import refuse_sparse
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
+from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts
 from nemo_dist_conf.runtime.torch_inside import expect_views, own_parameters
 from nemo_dist_conf.runtime.typed_configs import FSDP2Config, MoEParallelizerConfig
 
-__all__ = ["Experts", "shard_blocks"]
+__all__ = ["shard_blocks"]
 
 log = logging.getLogger(__name__)
 
@@ -39,25 +39,13 @@ log = logging.getLogger(__name__)
 _OUTER_UNIT_ELEMENTS = 2**18
 
 
-@dataclass(frozen=True)
-class Experts:
-    """Modules that hold experts split over the axis ep, and how they are sharded beside the rest.
-
-    mesh: the axis ep_shard.
-    """
-
-    modules: Sequence[nn.Module]
-    mesh: DeviceMesh
-    config: MoEParallelizerConfig
-
-
 def shard_blocks(
     model: nn.Module,
     blocks: Blocks,
     mesh: DeviceMesh,
     config: FSDP2Config,
     in_pipeline: bool = False,
-    experts: Experts | None = None,
+    experts: SplitExperts | None = None,
 ) -> Averaged | None:
     """Shard the model in place: each block is gathered, computed and freed on its own, the root takes the rest.
 
@@ -150,7 +138,7 @@ class _Whole:
 
 
 def _shard_experts(
-    block: nn.Module, experts: Experts, inner: MixedPrecisionPolicy, shared: dict[str, Any]
+    block: nn.Module, experts: SplitExperts, inner: MixedPrecisionPolicy, shared: dict[str, Any]
 ) -> MixedPrecisionPolicy | None:
     """Shard the experts of a block; returns the precision of such a block, None for a block without experts."""
     found = [module for module in block.modules() if any(module is one for one in experts.modules)]

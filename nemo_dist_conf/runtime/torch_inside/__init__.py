@@ -68,8 +68,8 @@ from nemo_dist_conf.runtime.torch_inside.sharding import (
     written_parameters,
 )
 from nemo_dist_conf.runtime.torch_inside.tensors import (
-    AsyncCollectiveTensor,
     COLLECTIVE_NAMESPACES,
+    AsyncCollectiveTensor,
     QuickDispatchMode,
     TorchDispatchMode,
     chunks_told,
