@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Microbatches",
     "StepResult",
-    "forward_backward",
-    "run_pipeline",
     "settle",
     "train_step",
 ]
@@ -58,7 +56,7 @@ class StepResult:
     more: dict[str, float] = field(default_factory=dict)
 
 
-def forward_backward(
+def _forward_backward(
     model: nn.Module, microbatches: Microbatches, scale: float, context: MeshContext, times: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum.
@@ -111,14 +109,14 @@ def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, c
     bucket: a run that goes on would differ in the last bit from one that never stopped. Nothing is updated here.
     """
     if engine_of(model).first_backward_differs and context.world_size > 1:
-        forward_backward(model, microbatches, 1.0, context)
+        _forward_backward(model, microbatches, 1.0, context)
         optimizer.zero_grad(set_to_none=True)
 
 
-def run_pipeline(
+def _run_pipeline(
     model: Pipeline, microbatches: Microbatches, scale: float, context: MeshContext, times: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """``forward_backward`` of a pipeline, which splits what it is given into microbatches of its own."""
+    """``_forward_backward`` of a pipeline, which splits what it is given into microbatches of its own."""
     count = model.microbatches if model.scales_gradients else 1  # its losses and gradients are then means
     totals = [model.step(input_ids, labels, scale * times * count) * count for input_ids, labels in microbatches]
     return torch.stack(totals).sum(), None
@@ -146,7 +144,7 @@ def train_step(
     Nothing is updated where the global loss or gradient norm is not finite: all ranks see the same two numbers, so
     all of them decide alike.
     """
-    run: Any = run_pipeline if context.pp_enabled else forward_backward
+    run: Any = _run_pipeline if context.pp_enabled else _forward_backward
     while True:
         times = 1.0 if loss_scale is None else loss_scale.value
         loss_sum, balance = run(model, microbatches, context.gradient_size / global_tokens, context, times)
