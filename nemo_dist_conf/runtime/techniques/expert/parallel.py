@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.plans import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.runtime.torch_inside import own_parameters
+from nemo_dist_conf.runtime.torch_inside import own_parameters, split_experts
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
 __all__ = ["SplitExperts", "apply_expert_parallel", "keep_routing"]
@@ -70,15 +70,12 @@ def apply_expert_parallel(
         what = f"ep_size={ep_mesh.size()} does not divide the model's {odd[0]} experts"
         asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", f"a divisor of {odd[0]}"
         raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.ep_size=1"))
-    try:
-        from transformers.distributed.expert_parallel import apply_expert_parallelism
-    except ImportError:
+    if not split_experts(model, ep_mesh, tp_mesh, plan):
         what = "this version of transformers has no expert parallelism"
         asked = f"parallelism.ep_size={ep_mesh.size()}"
         raise ConfigError(
             Problem(what=what, asked=asked, allowed="transformers 5.23 or newer", instead="pip install -U transformers")
-        ) from None
-    apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, "all_to_all")
+        )
     for module in experts.values():
         module.forward = _Averaged(module, module.forward, gradient_size)
     log.info("expert parallel over %d ranks: %d layers of %d experts", ep_mesh.size(), len(experts), max(counts))
