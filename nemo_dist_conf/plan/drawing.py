@@ -71,7 +71,7 @@ def _drawings(plan: Plan) -> list[_Drawing]:
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.job.strategy}, {plan.job.mesh.describe()}, {counted(plan.job.mesh.world_size, 'rank')}"
+    return f"{plan.job.strategy.name}, {plan.job.mesh.describe()}, {counted(plan.job.mesh.world_size, 'rank')}"
 
 
 def _facts(plan: Plan, verdict: str) -> str:

@@ -9,13 +9,15 @@ from functools import cached_property
 from typing import Any, Iterator
 
 from nemo_dist_conf.plan.activations import kept_by_stage
+from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import Memory, memory_of
 from nemo_dist_conf.plan.rank_groups import Groups, all_groups
 from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.step_time import StepTime, step_time
+from nemo_dist_conf.plan.strategies.base import Remedy
 from nemo_dist_conf.plan.text_report import amount, duration, percent, table
-from nemo_dist_conf.plan.traffic import Collective, traffic_of
+from nemo_dist_conf.plan.traffic import traffic_of
 
 __all__ = ["FITS", "NO", "Plan", "TIGHT", "make_plan"]
 
@@ -80,9 +82,7 @@ class Plan:
     def notes(self) -> list[str]:
         """What was asked for and is not in the numbers, a sentence each."""
         job = self.job
-        found = []
-        if job.options.get("enable_async_tensor_parallel"):
-            found.append("strategy.enable_async_tensor_parallel: its overlap is not in the time")
+        found = list(job.costs.notes(job))
         policy = job.moe.get("mp_policy")
         changed = {
             "lm_head_precision": job.moe.get("lm_head_precision") is not None,
@@ -110,7 +110,7 @@ class Plan:
         job = self.job
         return {
             "world_size": job.mesh.world_size,
-            "strategy": job.strategy,
+            "strategy": job.strategy.name,
             "layout": job.mesh.describe(),
             "mesh": dict(zip(job.mesh.axes, job.mesh.shape)),
             "hardware": job.hardware.name,
@@ -150,39 +150,33 @@ def make_plan(job: Job) -> Plan:
 
 
 def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
-    """Changes that save memory without another number of ranks, and two of them together."""
-    options = dict(job.options)
-    modes = [mode for mode in ("selective", True) if job.checkpointing is False or mode is True]
-    if job.strategy == "megatron_fsdp":
-        modes = [True]
+    """Changes that save memory without another number of ranks, alone, two together, and last all of them."""
+    modes = [mode for mode in ("selective", True) if mode in job.strategy.activation_checkpointing]
     if job.pp > 1 and job.splits_backward:
         modes = []  # a rule forbids both together
-    lighter: list[tuple[str, dict[str, Any]]] = [
-        (f"activation_checkpointing={str(mode).lower()}", {"checkpointing": mode})
+    recomputing = [
+        Remedy(f"activation_checkpointing={str(mode).lower()}", {"checkpointing": mode})
         for mode in modes
-        if mode != job.checkpointing
+        if mode != job.checkpointing and (mode is True or job.checkpointing is False)
     ]
-    split: list[tuple[str, dict[str, Any]]] = []
-    changed: dict[str, Any]
+    cheaper: list[Remedy] = []
     if job.rows > 1 and job.pp == 1:
-        changed = {"rows": 1, "microbatches": job.rows * job.microbatches}
-        split.append(("train.micro_batch_size=1", changed))
-    if job.strategy == "fsdp2" and job.tp > 1 and not job.sequence_parallel and job.model.experts == 0:
-        changed = {"options": {**options, "sequence_parallel": True}}
-        split.append(("strategy.sequence_parallel=true", changed))
-    if job.strategy == "fsdp2" and options.get("reshard_after_forward") is False:
-        split.append(("strategy.reshard_after_forward=null", {"options": {**options, "reshard_after_forward": None}}))
-    single = [*split, *lighter]
-    pairs = [(f"{a} {b}", {**x, **y}) for a, x in split for b, y in lighter]
-    if job.strategy == "fsdp2":
-        policy = {"enabled": True, "pin_memory": True}
-        words = "strategy.offload_policy.enabled=true"
-        together = [*split, *lighter[-1:]]
-        everything = {key: value for _, changed in together for key, value in changed.items()}
-        merged = dict(options)
-        for _, changed in together:
-            merged |= {key: value for key, value in changed.get("options", {}).items() if value != options.get(key)}
-        everything["options"] = {**merged, "offload_policy": policy}
-        pairs.append((" ".join([*(word for word, _ in together), words]), everything))
-    for words, changed in (*single, *pairs):
-        yield words, dataclasses.replace(job, **changed)
+        fields = {"rows": 1, "microbatches": job.rows * job.microbatches}
+        cheaper.append(Remedy("train.micro_batch_size=1", fields))
+    cheaper += job.costs.remedies(job)
+    tried = [[one] for one in (*cheaper, *recomputing)]
+    tried += [[one, other] for one in cheaper for other in recomputing]
+    last = job.costs.last_resort(job)
+    if last is not None:
+        tried.append([*cheaper, *recomputing[-1:], last])
+    for together in tried:
+        yield " ".join(one.words for one in together), _changed(job, together)
+
+
+def _changed(job: Job, remedies: list[Remedy]) -> Job:
+    fields: dict[str, Any] = {}
+    options = dict(job.options)
+    for one in remedies:
+        fields |= one.fields
+        options |= one.options
+    return dataclasses.replace(job, **fields, options=options)

@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.check import check_values
 from nemo_dist_conf.composition.command_line import raw_words
-from nemo_dist_conf.composition.resolvers import autocast_dtype, compute_dtype
 from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config
@@ -22,9 +21,10 @@ from nemo_dist_conf.plan.memory import memory_of, resting_bytes
 from nemo_dist_conf.plan.plan import NO, Plan, make_plan
 from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.step_time import quick_seconds
+from nemo_dist_conf.plan.strategy_costs import costs_of, planned_strategies
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.schema.hardware import HardwareConf
-from nemo_dist_conf.strategies import STRATEGIES, Strategy
+from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import divisors
@@ -155,9 +155,9 @@ class _Search:
 
     def layouts(self, world_size: int) -> Iterator[_Layout]:
         """All sizes whose product is world_size and that divide the model and the batch."""
-        for strategy in STRATEGIES:
+        for strategy in planned_strategies():
             axes = strategy.axes.allowed
-            values = self.values(strategy)
+            values = costs_of(strategy).recipe_options(_defaults(strategy.schema), self.dtype, self.machine.device)
             widths = [w for w in (self.model.heads, self.model.kv_heads, self.model.intermediate) if w]
             for pp in divisors(world_size) if "pp" in axes else [1]:
                 if pp > self.model.layers:
@@ -189,17 +189,6 @@ class _Search:
                 for schedule in _SCHEDULES if pp > 1 else (None,):
                     yield _Layout(strategy, values, sizes, schedule, tp > 1 and "sequence_parallel" in values)
 
-    def values(self, strategy: Strategy) -> dict[str, Any]:
-        """The strategy's defaults, in the dtype of the recipe."""
-        values = _defaults(strategy.schema)
-        device = self.machine.device
-        if "autocast_dtype" in values and strategy.name == "ddp":
-            values["autocast_dtype"] = autocast_dtype(self.dtype, device)
-        if "mp_policy" in values:
-            narrow = compute_dtype(self.dtype, device)
-            values["mp_policy"] = {**values["mp_policy"], "param_dtype": narrow, "output_dtype": "float32"}
-        return values
-
     def job(self, layout: _Layout, world_size: int) -> Job | None:
         """The layout's job with as small a microbatch as there is; None where a rule forbids it."""
         sizes, pp = layout.sizes, layout.sizes["pp_size"]
@@ -217,11 +206,8 @@ class _Search:
         )
         if checked is None:
             return None
-        autocast = values.get("autocast_dtype")
-        if layout.strategy.name == "megatron_fsdp":
-            autocast = autocast_dtype(self.dtype, self.machine.device)
         return Job(
-            strategy=layout.strategy.name,
+            strategy=layout.strategy,
             options=values,
             mesh=checked.mesh,
             model=self.model,
@@ -231,7 +217,7 @@ class _Search:
             microbatches=rows,
             pipeline=pipeline,
             moe=self.sections["moe"],
-            autocast=autocast,
+            autocast=costs_of(layout.strategy).autocast(values, self.dtype, self.machine.device),
             update=self.update,
         )
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Iterable, Mapping
 
 from nemo_dist_conf.families.shapes import block_weights
+from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.rank_groups import Groups, groups_of
 from nemo_dist_conf.plan.schedule_timeline import Costs, Timeline, play
-from nemo_dist_conf.plan.traffic import Collective, traffic_of
+from nemo_dist_conf.plan.traffic import traffic_of
 
 __all__ = ["FORMULAS", "StepTime", "collective_seconds", "model_flops", "quick_seconds", "stage_seconds", "step_time"]
 
@@ -100,7 +101,7 @@ def stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
     model, hardware, tokens = job.model, job.hardware, job.tokens
     peak, memory = _peak(job), 1e9 * hardware.memory_gb_s * hardware.bandwidth_efficiency
     matmul = attention = bytes_moved = 0.0
-    style = 1 if job.options.get("enable_compile") else 0
+    style = 1 if job.compiled else 0
     item = DTYPE_BYTES[job.compute_dtype] / 2
     split = job.tp if job.sequence_parallel else 1
     for sparse, count in model.kinds(stage.first, stage.last).items():

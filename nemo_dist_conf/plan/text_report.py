@@ -74,7 +74,7 @@ def _head(plan: Plan) -> list[str]:
     layers = counted(model.layers, "layer")
     facts = [
         ("model", f"{model.model_type}, {count_of(model.parameters)} parameters{active}, {layers}"),
-        ("layout", f"{job.strategy}, {mesh.describe()} ({ranks})"),
+        ("layout", f"{job.strategy.name}, {mesh.describe()} ({ranks})"),
         ("batch", f"{rows}: {counted(job.data_size, 'data rank')} x {runs} x {counted(job.rows, 'row')}"),
         ("hardware", f"{job.hardware.name}, {job.hardware.memory_gib:g} GiB, {job.compute_dtype}"),
     ]

@@ -96,4 +96,5 @@ STRATEGY = Strategy(
     rules=_rules,
     manager="nemo_dist_conf.strategies.ddp:DDPManager",
     executes=frozenset({"dp"}),
+    costs="nemo_dist_conf.plan.strategies.ddp:COSTS",
 )

@@ -213,4 +213,5 @@ STRATEGY = Strategy(
     manager="nemo_dist_conf.strategies.megatron_fsdp:MegatronFSDPManager",
     activation_checkpointing=(False, True),
     executes=frozenset({"dp", "tp", "cp"}),
+    costs="nemo_dist_conf.plan.strategies.megatron_fsdp:COSTS",
 )

@@ -23,6 +23,8 @@ class Strategy:
 
     typed, manager: ``module:Class``, imported when the strategy is executed, never while composing.
     executes: axes whose execution exists; the others compose and are planned, but are refused before a start.
+    costs: ``module:OBJECT``, an instance of nemo_dist_conf.plan.strategies.base.StrategyCosts, imported by the plan
+    alone; None: the plan refuses the strategy by name.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Strategy:
     manager: str
     activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
     executes: frozenset[str] = frozenset()
+    costs: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from nemo_dist_conf.plan import Job
 from nemo_dist_conf.plan.schedule_timeline import Costs, Timeline, orders, play
 from nemo_dist_conf.plan.step_time import quick_seconds
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
+from nemo_dist_conf.strategies import find_strategy
 from nemo_dist_conf.topology.solve import MeshSpec
 from tests.dist.pool import run_ranks
 
@@ -29,7 +30,7 @@ def job(schedule: str, ranks: int, microbatches: int, layers: int = 64, **pipeli
     mesh = MeshSpec(ranks, AXES, (ranks, 1, 1, 1, 1))
     model = shape_of({"model_type": "llama", "num_hidden_layers": layers})
     hardware = HardwareConf(**PROFILES["h100"])
-    return Job("fsdp2", {}, mesh, model, hardware, microbatches=microbatches, pipeline=settings)
+    return Job(find_strategy("fsdp2"), {}, mesh, model, hardware, microbatches=microbatches, pipeline=settings)
 
 
 def played(schedule: str, ranks: int, microbatches: int, forward: float = 1.0, backward: float = 2.0) -> Timeline:
