@@ -15,10 +15,11 @@ from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config
 from nemo_dist_conf.plan.activations import stage_bytes
+from nemo_dist_conf.plan.fit import NO, usable_bytes
 from nemo_dist_conf.plan.from_config import hardware_of, model_config, model_shape, planned_start, update_of
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import memory_of, resting_bytes
-from nemo_dist_conf.plan.plan import NO, Plan, make_plan
+from nemo_dist_conf.plan.plan import Plan, make_plan
 from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.step_time import quick_seconds
 from nemo_dist_conf.plan.strategy_costs import costs_of, planned_strategies
@@ -120,7 +121,7 @@ class _Search:
     def best(self, world_size: int, top: int) -> Result:
         quick: list[tuple[float, int, Job, _Layout, bool | str]] = []
         allowed = 0
-        room = (self.machine.memory_gib - self.machine.reserved_gib) * 2**30
+        room = usable_bytes(self.machine)
         for layout in self.layouts(world_size):
             job = self.job(layout, world_size)
             if job is None:

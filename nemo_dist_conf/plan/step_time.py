@@ -18,7 +18,16 @@ from nemo_dist_conf.plan.rank_groups import Groups, groups_of
 from nemo_dist_conf.plan.schedule_timeline import Costs, Timeline, play
 from nemo_dist_conf.plan.traffic import traffic_of
 
-__all__ = ["FORMULAS", "StepTime", "collective_seconds", "model_flops", "quick_seconds", "stage_seconds", "step_time"]
+__all__ = [
+    "FORMULAS",
+    "StepTime",
+    "collective_seconds",
+    "model_flops",
+    "quick_seconds",
+    "stage_seconds",
+    "step_time",
+    "timeline_of",
+]
 
 #: What each line of the estimate is, for ``plan.formulas=true``.
 FORMULAS: dict[str, str] = {
@@ -192,6 +201,18 @@ def quick_seconds(job: Job) -> float:
     return busy + max(_unhidden(job, work.calls[rank], work.groups, busy) for rank in work.calls)
 
 
+def timeline_of(job: Job) -> Timeline | None:
+    """The schedule as it runs with the times of this job; None without a pipeline."""
+    return _played(job, _work(job, range(job.pp))) if job.pp > 1 else None
+
+
+def _played(job: Job, work: _Work) -> Timeline | None:
+    if job.pp == 1:
+        return None
+    forward, backward = ({index: cost[side] for index, cost in work.costs.items()} for side in (0, 1))
+    return play(job, Costs(forward, backward, work.hop))
+
+
 def step_time(job: Job, memories: Mapping[int, Memory] | None = None, timeline: Timeline | None = None) -> StepTime:
     """The estimate for a step.
 
@@ -199,9 +220,8 @@ def step_time(job: Job, memories: Mapping[int, Memory] | None = None, timeline: 
     """
     work = _work(job, range(job.pp))
     runs = job.microbatches * job.calls
-    if job.pp > 1 and timeline is None:
-        forward, backward = ({index: cost[side] for index, cost in work.costs.items()} for side in (0, 1))
-        timeline = play(job, Costs(forward, backward, work.hop))
+    if timeline is None:
+        timeline = _played(job, work)
     busy = runs * sum(work.costs[0]) if timeline is None else job.calls * timeline.seconds
     busiest = max(range(job.pp), key=lambda rank: sum(sum(work.costs[s.index]) for s in job.stages_of(rank)))
     sharding = max(_unhidden(job, work.calls[rank], work.groups, busy) for rank in range(job.pp))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from typing import Sequence
 
+from nemo_dist_conf.plan.fit import NO, usable_bytes
 from nemo_dist_conf.plan.memory import Memory
+from nemo_dist_conf.plan.plan import Plan
+from nemo_dist_conf.plan.search import Found
 from nemo_dist_conf.plan.step_time import FORMULAS
 
-if TYPE_CHECKING:
-    from nemo_dist_conf.plan.plan import Plan
-    from nemo_dist_conf.plan.search import Found
-
-__all__ = ["amount", "columns", "count_of", "counted", "duration", "found_table", "percent", "table"]
+__all__ = ["amount", "columns", "count_of", "counted", "duration", "found_table", "percent", "summary", "table"]
 
 
 def amount(size: float) -> str:
@@ -61,6 +60,15 @@ def table(plan: Plan, formulas: bool = False) -> str:
         parts.append(["formulas", *columns([(name, text) for name, text in FORMULAS.items()])])
         parts[-1].append(f"  hardware: {plan.job.hardware.source}")
     return "\n\n".join("\n".join(part) for part in parts)
+
+
+def summary(plan: Plan) -> str:
+    """One line: memory, time and verdict."""
+    job, step = plan.job, plan.step
+    return (
+        f"{amount(plan.most.peak)} of {job.hardware.memory_gib:g} GiB ({plan.verdict}), "
+        f"{duration(step.seconds)} a step, {step.tokens_per_second:,.0f} tokens/s, MFU {percent(step.mfu)}"
+    )
 
 
 def _head(plan: Plan) -> list[str]:
@@ -126,13 +134,13 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    room = plan.job.hardware.memory_gib - plan.job.hardware.reserved_gib
-    lines = [f"{plan.verdict}: {amount(plan.most.peak)} of {room:.1f} GiB that are free for torch"]
+    room_gib = usable_bytes(plan.job.hardware) / 2**30
+    lines = [f"{plan.verdict}: {amount(plan.most.peak)} of {room_gib:.1f} GiB that are free for torch"]
     lines += [f"  not counted  {note}" for note in plan.notes]
     ways = plan.ways_out()
     if ways:
         lines += [f"  type  {way}" for way in ways]
-    elif plan.verdict == "does not fit":
+    elif plan.verdict == NO:
         lines.append("  more ranks, or another layout: plan.search=true lists those that fit")
     return lines
 
