@@ -49,7 +49,7 @@ def run(cfg: DictConfig, hydra: Any = None) -> str:
             top = _whole(cfg.plan, "top", "plan.")
             result = search(recipe, world_size, cfg.hardware, top)
             found: Any = [{"overrides": one.words, **one.plan.to_dict()} for one in result.best]
-            text, best = found_table(result.best, result.allowed, result.fitting), result.best[0].plan
+            text, best = found_table(result), result.best[0].plan
         else:
             best = make_plan(job_of(recipe, world_size, cfg.hardware))
             text, found = table(best, bool(cfg.plan.formulas)), best.to_dict()

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Mapping
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.names import SCHEDULES, nearest
+from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.plan.schedule_orders import PlayedSchedule, from_file, played_schedule, unknown_schedule
 from nemo_dist_conf.plan.strategy_costs import costs_of
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.strategies import Strategy
@@ -21,7 +21,7 @@ from nemo_dist_conf.topology.stage_layers import rank_of_stage, spread_layers
 if TYPE_CHECKING:
     from nemo_dist_conf.plan.strategies.base import StrategyCosts
 
-__all__ = ["DTYPE_BYTES", "Dtypes", "Job", "Stage", "Styles", "Update", "unknown_schedule"]
+__all__ = ["DTYPE_BYTES", "Dtypes", "Job", "Stage", "Styles", "Update"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -214,12 +214,19 @@ class Job:
         """The option name of the pipeline's schedule, or ``file``. Raises ConfigError for a name that is none."""
         if self.pipeline.get("pp_schedule_csv") is not None:
             return "file"
-        asked = str(self.pipeline.get("pp_schedule") or "1f1b")
+        asked = str(self.pipeline.get("pp_schedule"))
         found = find_schedule(asked)
         names = [name for name, schedule in SCHEDULES.items() if schedule is found]
         if not names:
             raise unknown_schedule(asked)
         return names[0]
+
+    @cached_property
+    def played(self) -> PlayedSchedule:
+        """How the plan plays the schedule. Raises ConfigError for one whose row does not say."""
+        if self.schedule == "file":
+            return from_file(read_schedule(self.pipeline["pp_schedule_csv"]))
+        return played_schedule(self.schedule)
 
     @cached_property
     def splits_backward(self) -> bool:
@@ -254,13 +261,6 @@ class Job:
 
     def stages_of(self, pp_rank: int) -> list[Stage]:
         return [stage for stage in self.stages if stage.rank == pp_rank]
-
-
-def unknown_schedule(name: str) -> ConfigError:
-    likely = nearest(name, SCHEDULES) or ["1f1b"]
-    known = [*likely, *(option for option in SCHEDULES if option not in likely)]
-    what, asked = f"the plan knows no schedule {name!r}", f"pipeline.pp_schedule={name}"
-    return ConfigError(Problem(what=what, asked=asked, allowed=", ".join(known), instead=f"pipeline={likely[0]}"))
 
 
 def _named_stage(index: int, rank: int, names: list[str]) -> Stage:

@@ -21,9 +21,11 @@ from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import memory_of, resting_bytes
 from nemo_dist_conf.plan.plan import Plan, make_plan
 from nemo_dist_conf.plan.rank_shards import Place
+from nemo_dist_conf.plan.schedule_orders import planned_schedules, played_schedule
 from nemo_dist_conf.plan.step_time import quick_seconds
-from nemo_dist_conf.plan.strategy_costs import costs_of, planned_strategies
+from nemo_dist_conf.plan.strategy_costs import costs_of, planned_strategies, unplanned_strategies
 from nemo_dist_conf.recipe.checks import batch_problems
+from nemo_dist_conf.schema import PipelineConf
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import about_to_start
@@ -33,8 +35,6 @@ from nemo_dist_conf.wording import Spelling
 
 __all__ = ["Found", "Result", "search"]
 
-#: Schedules that are tried; the others need more memory or time than one of these for the same layout.
-_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv_zero_bubble")
 #: What the search chooses; words for it would be overruled.
 _CHOSEN = ("strategy", "parallelism.", "pipeline", "moe.", "activation_checkpointing", "train.micro_batch_size")
 #: So many of the quick estimates' best are planned in full.
@@ -51,11 +51,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Result:
-    """The best layouts, fastest first; how many the rules allow, and how many of those fit."""
+    """The best layouts, fastest first; how many the rules allow, and how many of those fit.
+
+    left_out: names of strategies that say nothing of their costs, so that no layout of theirs was planned.
+    """
 
     best: tuple[Found, ...]
     allowed: int
     fitting: int
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class _Search:
         ConfigError.raise_if(problems)
         self.dtype = OmegaConf.select(cfg, "train.dtype") or "auto"
         self.update = update_of(cfg.get("optimizer"))
+        self.schedules = [name for name in planned_schedules() if played_schedule(name).searched]
         self.sections = {name: _defaults(schema) for name, schema in SECTIONS.items()}
         # What the config leaves to transformers' defaults is known from the shape.
         self.facts = dataclasses.replace(
@@ -152,7 +157,7 @@ class _Search:
                 found.append(Found(_words(layout, job, mode), plan))
         found.sort(key=lambda one: one.plan.step.seconds)
         fitting = len({id(layout) for _, _, _, layout, _ in quick})
-        return Result(tuple(found[:top]), allowed, fitting)
+        return Result(tuple(found[:top]), allowed, fitting, tuple(one.name for one in unplanned_strategies()))
 
     def layouts(self, world_size: int) -> Iterator[_Layout]:
         """All sizes whose product is world_size and that divide the model and the batch."""
@@ -187,7 +192,7 @@ class _Search:
                     "cp_size": cp,
                     "ep_size": ep,
                 }
-                for schedule in _SCHEDULES if pp > 1 else (None,):
+                for schedule in self.schedules if pp > 1 else (None,):
                     yield _Layout(strategy, values, sizes, schedule, tp > 1 and "sequence_parallel" in values)
 
     def job(self, layout: _Layout, world_size: int) -> Job | None:
@@ -240,13 +245,9 @@ def _may_fit(job: Job, room: float) -> bool:
     per_rank = len(job.stages) // job.pp
 
     def kept(rank: int) -> int:
-        flights = {
-            "1f1b": min(job.microbatches, job.pp - rank),
-            "interleaved_1f1b": min(job.microbatches * per_rank, (per_rank - 1) * job.pp + 2 * (job.pp - 1 - rank) + 1),
-            "zbv_zero_bubble": min(job.microbatches * per_rank, 2 * job.pp),
-        }[job.schedule]
+        chunks = job.played.kept(rank, job.pp, per_rank, job.microbatches)
         sizes = [stage_bytes(job, stage).saved for stage in job.stages_of(rank)]
-        return flights * sum(sizes) // len(sizes)
+        return chunks * sum(sizes) // len(sizes)
 
     ranks = sorted({0, job.pp - 1})
     return all(memory_of(job, rank, Place(), kept if job.pp > 1 else None).peak <= room for rank in ranks)
@@ -268,7 +269,7 @@ def _words(layout: _Layout, job: Job, mode: bool | str) -> str:
     if layout.sequence:
         words.append("strategy.sequence_parallel=true")
     if job.pp > 1:
-        words += [f"pipeline={job.schedule}"] if job.schedule != "1f1b" else []
+        words += [f"pipeline={job.schedule}"] if job.schedule != PipelineConf.pp_schedule else []
         words += [f"pipeline.pp_microbatch_size={job.rows}"] if job.rows > 1 else []
     elif job.microbatches > 1:
         words.append(f"train.micro_batch_size={job.rows}")

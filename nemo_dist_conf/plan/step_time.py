@@ -188,15 +188,10 @@ def _work(job: Job, ranks: Iterable[int]) -> _Work:
 
 
 def quick_seconds(job: Job) -> float:
-    """The estimate without playing the schedule through: bubbles by their formula, the first and last rank's work.
-
-    The bubble of p ranks with v stages each is (p - 1) / v forwards and backwards of a rank; a zero-bubble schedule in
-    a V has about a third of it. Sources: arXiv:2104.04473, section 2.2; arXiv:2401.10241.
-    """
+    """The estimate without playing the schedule through: its bubble by formula, the first and last rank's work."""
     work = _work(job, sorted({0, job.pp - 1}))
     of_rank = [sum(sum(work.costs[stage.index]) for stage in job.stages_of(rank)) for rank in work.calls]
-    per_rank = len(job.stages) // job.pp
-    bubble = (job.pp - 1) / per_rank * (1 / 3 if job.splits_backward else 1.0) if job.pp > 1 else 0
+    bubble = job.played.bubble(job.pp, len(job.stages) // job.pp) if job.pp > 1 else 0
     busy = job.calls * (job.microbatches + bubble) * max(of_rank)
     return busy + max(_unhidden(job, work.calls[rank], work.groups, busy) for rank in work.calls)
 

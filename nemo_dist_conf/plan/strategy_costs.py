@@ -7,12 +7,12 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.strategies import Strategy
+from nemo_dist_conf.strategies import STRATEGIES, Strategy
 
 if TYPE_CHECKING:
     from nemo_dist_conf.plan.strategies.base import StrategyCosts
 
-__all__ = ["costs_of", "planned_strategies"]
+__all__ = ["costs_of", "planned_strategies", "unplanned_strategies"]
 
 
 def costs_of(strategy: Strategy) -> StrategyCosts:
@@ -41,6 +41,9 @@ def _loaded(path: str) -> StrategyCosts:
 
 def planned_strategies() -> list[Strategy]:
     """Every strategy that a plan can be made of."""
-    from nemo_dist_conf.strategies import STRATEGIES
-
     return [strategy for strategy in STRATEGIES if strategy.costs is not None]
+
+
+def unplanned_strategies() -> list[Strategy]:
+    """The others."""
+    return [strategy for strategy in STRATEGIES if strategy.costs is None]

@@ -7,7 +7,7 @@ from typing import Sequence
 from nemo_dist_conf.plan.fit import NO, usable_bytes
 from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.plan import Plan
-from nemo_dist_conf.plan.search import Found
+from nemo_dist_conf.plan.search import Result
 from nemo_dist_conf.plan.step_time import FORMULAS
 
 __all__ = ["amount", "columns", "count_of", "counted", "duration", "found_table", "percent", "summary", "table"]
@@ -145,11 +145,12 @@ def _verdict(plan: Plan) -> list[str]:
     return lines
 
 
-def found_table(found: Sequence[Found], total: int, fitting: int) -> str:
+def found_table(result: Result) -> str:
     """The best layouts, with the words that choose them."""
-    head = f"{total:,} layouts that the rules allow, {fitting:,} fit"
+    head = f"{result.allowed:,} layouts that the rules allow, {result.fitting:,} fit"
+    left_out = [f"not searched  strategy={name}: the plan does not know what it costs" for name in result.left_out]
     rows = [("", "step", "MFU", "peak", "type")]
-    for place, one in enumerate(found, 1):
+    for place, one in enumerate(result.best, 1):
         step, peak = one.plan.step, one.plan.most.peak
         rows.append((f"{place}.", duration(step.seconds), percent(step.mfu), amount(peak), one.words))
-    return "\n".join([head, *columns(rows)])
+    return "\n".join([head, *columns(rows), *left_out])
