@@ -79,4 +79,5 @@ STRATEGY = Strategy(
     ),
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.ddp:DDPEngine",
+    costs="nemo_dist_conf.plan.strategies.ddp:COSTS",
 )

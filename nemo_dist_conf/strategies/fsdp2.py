@@ -175,4 +175,5 @@ STRATEGY = Strategy(
     ),
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.fsdp2:FSDP2Engine",
+    costs="nemo_dist_conf.plan.strategies.fsdp2:COSTS",
 )

@@ -197,4 +197,5 @@ STRATEGY = Strategy(
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.megatron_fsdp:MegatronFSDPEngine",
     activation_checkpointing=(False, True),
+    costs="nemo_dist_conf.plan.strategies.megatron_fsdp:COSTS",
 )

@@ -24,6 +24,8 @@ class Strategy:
     typed: the class of its typed config. engine: what executes it (a subclass of ``runtime.engines.base.Engine``).
     Both as ``module:Class``, imported when the strategy is executed, never while composing.
     target: the class path that a composed node's ``_target_`` has, where it is not that of ``typed``.
+    costs: ``module:OBJECT``, an instance of nemo_dist_conf.plan.strategies.base.StrategyCosts, imported by the plan
+    alone; None: the plan refuses the strategy by name.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Strategy:
     engine: str
     target: str = ""
     activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
+    costs: str | None = None
 
     def __post_init__(self) -> None:
         if not self.target:
