@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, Callable, Mapping
 
@@ -51,7 +52,8 @@ NODE_CLASSES: dict[str, type] = {}
 
 def _node_class(schema: type, fields: tuple[Any, ...], home: str) -> type:
     """The schema with those fields: one class for each, which pickle finds by name in the module ``home``."""
-    name = schema.__name__
+    is_ours = schema.__module__.partition(".")[0] == PROVIDER
+    name = schema.__name__ if is_ours else f"{schema.__module__}.{schema.__qualname__}.Conf".replace(".", "_")
     if name not in NODE_CLASSES:
         NODE_CLASSES[name] = dataclasses.make_dataclass(name, fields, bases=(schema,), namespace={"__module__": home})
     return NODE_CLASSES[name]
@@ -81,6 +83,26 @@ class LazyNode(ConfigNode):
         self.__dict__["_node"] = value
 
 
+class OpenOptions(dict):
+    """The options of a group to which other packages add: theirs are looked for when Hydra asks for a name that is not
+    here, or for all names, and not before: most apps ask for neither.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], added: Callable[[], Mapping[str, LazyNode]]) -> None:
+        """added: what there is by then, by the name of the entry."""
+        super().__init__(entries)
+        self.added = added
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.added()
+
+    def __missing__(self, name: str) -> LazyNode:
+        return self.added()[name]
+
+    def keys(self) -> Any:
+        return {**self.added(), **dict(self.items())}.keys()
+
+
 class _SharedEntries(dict):
     """The ConfigStore's tree; a copy of it has levels of its own and shares the entries.
 
@@ -95,7 +117,8 @@ class _SharedEntries(dict):
 
 
 def _levels(level: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _levels(value) if isinstance(value, dict) else value for key, value in level.items()}
+    copied = {key: _levels(value) if isinstance(value, dict) else value for key, value in level.items()}
+    return OpenOptions(copied, level.added) if isinstance(level, OpenOptions) else copied
 
 
 def register(
@@ -103,6 +126,7 @@ def register(
     search_path: ConfigSearchPath,
     plain_base: Mapping[str, Any],
     beside: Mapping[str, Mapping[str, Callable[[], Any]]],
+    added: Mapping[str, Callable[[], Mapping[str, Callable[[], Any]]]],
 ) -> None:
     """Store every entry under ``nemo_dist/``, and under the short name where the app does not own that name.
 
@@ -111,7 +135,8 @@ def register(
 
     groups: group -> option -> maker of its node; the first option is the default of the base config, which brings
     all groups in with one line. plain_base: what the base config holds besides its defaults list.
-    beside: further groups, which stand under ``nemo_dist/`` only.
+    beside: further groups, which stand under ``nemo_dist/`` only. added: group -> further options that other packages
+    bring, asked for when Hydra wants a name that is not ours.
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = ConfigStore.instance()
@@ -139,6 +164,10 @@ def register(
             _put(store, f"{NAMESPACE}/{group}", name, make)
             if not claim.whole and name not in claim.options:
                 _put(store, group, name, make)
+        if group in added:
+            _open(store, f"{NAMESPACE}/{group}", added[group])
+            if not claim.whole:
+                _open(store, group, added[group])
     _put(store, NAMESPACE, BASE, lambda: _base_node(spaced, plain_base))
     if not claim_of_app(BASE, (), NAMESPACE, stored, places, ()).whole:
         _put(store, None, BASE, lambda: _base_node(short, plain_base))
@@ -187,6 +216,20 @@ def _put(store: ConfigStore, group: str | None, name: str, make: Callable[[], An
         level = level.setdefault(part, {}) if part else level
     if name not in _foreign_entries(store, group):
         level[f"{name}.yaml"] = LazyNode(name, group, make)
+
+
+def _open(store: ConfigStore, group: str, added: Callable[[], Mapping[str, Callable[[], Any]]]) -> None:
+    """Let a group have options that are found later. An app's own file or entry of such a name stands before them."""
+    *above, last = group.split("/")
+    level = store.repo
+    for part in above:
+        level = level[part]
+
+    @functools.cache
+    def entries() -> dict[str, LazyNode]:
+        return {f"{name}.yaml": LazyNode(name, group, make) for name, make in added().items()}
+
+    level[last] = OpenOptions(level.get(last, {}), entries)
 
 
 def _level(store: ConfigStore, group: str | None) -> Any:

@@ -24,6 +24,8 @@ class Strategy:
     typed: the class of its typed config. engine: what executes it (a subclass of ``runtime.engines.base.Engine``).
     Both as ``module:Class``, imported when the strategy is executed, never while composing.
     target: the class path that a composed node's ``_target_`` has, where it is not that of ``typed``.
+    schema: its fields are the options; one is activation_checkpointing. Options that are called as some of ours are
+    (autocast_dtype, enable_compile) are executed as ours are.
     """
 
     name: str
@@ -42,7 +44,7 @@ class Strategy:
     @property
     def names(self) -> tuple[str, ...]:
         """The name and its aliases."""
-        return (self.name, *STRATEGY_NAMES[self.name])
+        return (self.name, *STRATEGY_NAMES.get(self.name, ()))
 
     @property
     def config(self) -> Any:
