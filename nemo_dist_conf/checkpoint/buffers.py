@@ -72,9 +72,9 @@ def _persistent(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
     for part in engine_of(model).parts(model):
         names = part.state_dict(keep_vars=True).keys()
         for path, module in part.named_modules():
-            for key, buffer in module._buffers.items():
+            for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
                 name = f"{path}.{key}" if path else key
-                if buffer is not None and name in names and not isinstance(buffer, DTensor):
+                if name in names and not isinstance(buffer, DTensor):
                     found.append((name, module, buffer))
     return sorted(found, key=lambda entry: entry[0])
 

@@ -37,7 +37,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
-from nemo_dist_conf.runtime.torch_inside import root_mesh
+from nemo_dist_conf.runtime.torch_inside import chunks_told, local_tensor, root_mesh
 
 __all__ = [
     "Agreed",
@@ -307,17 +307,17 @@ def shard_box(path: str, value: DTensor, models: Models) -> Box:
 
     Raises ConfigError where it cannot be told.
     """
-    if hasattr(value._local_tensor, "__create_chunk_list__"):
+    if chunks_told(value) is not None:
         return box_of(value)
     beside = [v for state in models.states.values() for v in state.values() if isinstance(v, DTensor)]
     beside = [v for v in beside if v.device_mesh == value.device_mesh]
-    if not any(hasattr(v._local_tensor, "__create_chunk_list__") for v in beside):
+    if not any(chunks_told(v) is not None for v in beside):
         box = box_of(value)
-        if box.sizes == tuple(value._local_tensor.shape):
+        if box.sizes == tuple(local_tensor(value).shape):
             return box
     else:
         found = models.like(_last_key(path), value)
-        if found is not None and found._local_tensor.shape == value._local_tensor.shape:
+        if found is not None and local_tensor(found).shape == local_tensor(value).shape:
             return box_of(found)
     what = f"{path} is a DTensor that was cut in a way which it does not tell"
     allowed = "copies of a model's parameters in a dictionary, under the names of model.named_parameters()"

@@ -55,6 +55,7 @@ from nemo_dist_conf.checkpoint.storage import FolderReader, FolderWriter, Index,
 from nemo_dist_conf.errors import ConfigError, DataError, Problem, TrainingError
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.rank_agreement import together
+from nemo_dist_conf.runtime.torch_inside import no_word_of_one_process
 
 __all__ = ["PARTIAL", "Restored", "Snapshot", "load", "save", "take_snapshot", "write_snapshot"]
 
@@ -295,7 +296,7 @@ def _told_in_full(what: str, root: Path) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if not dist.is_initialized():  # one process is meant
                 stack.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                no_word_of_one_process()
             yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())

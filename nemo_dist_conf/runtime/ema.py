@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.model.shard_boxes import local_part, local_values
+from nemo_dist_conf.runtime.torch_inside import move_all_towards
 
 __all__ = ["EMA"]
 
@@ -57,7 +58,7 @@ class EMA:
         """Take the weights that there are now into the averages."""
         weight = 1 / (self.updates + 1) if self.decay is None else 1 - self.decay
         averages, values = self._pairs()
-        torch._foreach_lerp_(averages, [v.to(a.dtype) for a, v in zip(averages, values)], weight)
+        move_all_towards(averages, [v.to(a.dtype) for a, v in zip(averages, values)], weight)
         self.updates += 1
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.runtime.engines.base import engine_of, reduces_without_gradient
+from nemo_dist_conf.runtime.torch_inside import norms_of, scale_all
 
 __all__ = ["accumulate", "clip_grad_norm_", "scale_gradients"]
 
@@ -93,7 +94,7 @@ def _clip(
     if max_norm:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for tensors in filter(None, groups.values()):
-            torch._foreach_mul_(tensors, scale.to(tensors[0].device))
+            scale_all(tensors, scale.to(tensors[0].device))
     return total
 
 
@@ -102,7 +103,7 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     held = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     for device in {tensor.device for tensor in held}:
-        torch._foreach_mul_([tensor for tensor in held if tensor.device == device and tensor.numel()], factor)
+        scale_all([tensor for tensor in held if tensor.device == device and tensor.numel()], factor)
 
 
 def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.Tensor:
@@ -111,7 +112,7 @@ def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.T
     filled = [t for t in tensors if t.numel()]
     if not filled:  # this rank has nothing of these parameters, and torch refuses an empty list
         return torch.zeros((), dtype=dtype, device=tensors[0].device if tensors else device_type)
-    norms = torch._foreach_norm([part for t in filled for part in _short_parts(t)], 2.0, dtype=dtype)
+    norms = norms_of([part for t in filled for part in _short_parts(t)], 2.0, dtype=dtype)
     return torch.stack(list(norms)).square().sum()
 
 

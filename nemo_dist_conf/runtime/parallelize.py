@@ -25,13 +25,13 @@ from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
 from nemo_dist_conf.runtime.engines.base import Engine, engine_of, register, unwrapped
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.build import Fill
+from nemo_dist_conf.runtime.model.rank0_values import send_from_rank0
 from nemo_dist_conf.runtime.model.replaced_forwards import Autocast, public_methods
 from nemo_dist_conf.runtime.process_group import initialize_distributed
 from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
 from nemo_dist_conf.runtime.techniques.batch_statistics import warn_of_own_rows
 from nemo_dist_conf.runtime.techniques.compile import compile_blocks
 from nemo_dist_conf.runtime.techniques.layerdrop import refuse_layerdrop, share_draws
-from nemo_dist_conf.runtime.torch_inside import send_from_rank0
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
 if TYPE_CHECKING:

@@ -34,12 +34,8 @@ def __getattr__(name: str) -> Any:
     """STRATEGIES when it is first asked for: composing needs the chosen one only."""
     if name != "STRATEGIES":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = (*map(_load, STRATEGY_NAMES), *_added())
+    globals()[name] = (*map(_load, STRATEGY_NAMES), *_ADDED.all())
     return globals()[name]
-
-
-def _added() -> list[Strategy]:
-    return [row for row in map(_ADDED.find, _ADDED.names()) if row is not None]
 
 
 def added_strategy_names() -> tuple[str, ...]:
@@ -74,10 +70,10 @@ def find_strategy(name: str, spelling: Spelling = Spelling()) -> Strategy:
 
 
 def strategy_of_target(target: str) -> Strategy | None:
-    """The strategy whose typed config a class path names, one of ours by any of the modules that pass it on; else None."""
+    """The strategy whose typed config a class path names, one of ours by any module that passes it on; else None."""
     package, _, rest = target.partition(".")
     name = rest.rpartition(".")[2]
     ours = [strategy for strategy in map(_load, STRATEGY_NAMES) if strategy.target.startswith(f"{package}.")]
     if ours:
         return next((strategy for strategy in ours if strategy.target.endswith(f".{name}")), None)
-    return next((strategy for strategy in _added() if strategy.target == target), None)
+    return next((strategy for strategy in _ADDED.all() if strategy.target == target), None)

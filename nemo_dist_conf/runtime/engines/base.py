@@ -163,8 +163,7 @@ class Engine:
 
     def inner(self, model: nn.Module) -> nn.Module | None:
         """The module that the wrapper holds; None where the model is wrapped in place, or not at all."""
-        inner = model._modules["module"] if isinstance(model, nn.DataParallel) else None
-        return inner
+        return model.module if isinstance(model, nn.DataParallel) else None
 
     def model_name(self, model: nn.Module) -> str:
         """Name of the user's class."""

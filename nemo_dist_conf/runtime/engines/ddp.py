@@ -20,9 +20,10 @@ from nemo_dist_conf.runtime.engines.base import Engine
 from nemo_dist_conf.runtime.engines.ddp_wrappers import OneRankDDP, SeveralRanksDDP, check_reduced
 from nemo_dist_conf.runtime.engines.model_refusals import refuse_max_norm, refuse_sparse
 from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.model.rank0_values import send_from_rank0
 from nemo_dist_conf.runtime.techniques.batch_statistics import refuse_sync_on_cpu
 from nemo_dist_conf.runtime.techniques.layerdrop import refuse_layerdrop
-from nemo_dist_conf.runtime.torch_inside import send_from_rank0
+from nemo_dist_conf.runtime.torch_inside import own_children
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts
@@ -120,7 +121,7 @@ class DDPEngine(Engine):
         return isinstance(model, DistributedDataParallel)
 
     def inner(self, model: nn.Module) -> nn.Module | None:
-        return model._modules["module"]  # model.module would tell DDP that it is used past its forward
+        return own_children(model)["module"]  # model.module would tell DDP that it is used past its forward
 
     def microbatch(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if last else model.no_sync()

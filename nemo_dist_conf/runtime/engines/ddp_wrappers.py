@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.utils import _to_kwargs
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
 from nemo_dist_conf.runtime.engines.refused_copies import refuse_copy
-from nemo_dist_conf.runtime.torch_inside import after_backward, what_is_not_reduced
+from nemo_dist_conf.runtime.torch_inside import after_backward, is_made, on_device, own_children, what_is_not_reduced
 
 __all__ = ["OneRankDDP", "SeveralRanksDDP", "check_reduced"]
 
@@ -93,7 +92,7 @@ class OneRankDDP(DistributedDataParallel):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         if self._inputs_to is not None and (inputs or kwargs):
-            (inputs, *_), (kwargs, *_) = _to_kwargs(inputs, kwargs, self._inputs_to, False)
+            inputs, kwargs = on_device(inputs, kwargs, self._inputs_to)
         return self.module(*inputs, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -115,7 +114,7 @@ class OneRankDDP(DistributedDataParallel):
 
 def _inner_attribute(wrapper: nn.Module, name: str) -> Any:
     """What the user's module has under a name that its wrapper does not have; raises AttributeError as that does."""
-    inner = wrapper._modules.get("module") if "_modules" in wrapper.__dict__ else None
+    inner = own_children(wrapper).get("module") if is_made(wrapper) else None
     if inner is None:
         raise AttributeError(f"{type(wrapper).__name__!r} object has no attribute {name!r}")
     return getattr(inner, name)

@@ -31,6 +31,7 @@ from nemo_dist_conf.runtime.model.tensor_attributes import cast_beside_attribute
 from nemo_dist_conf.runtime.techniques.batch_statistics import refuse_sync_on_cpu
 from nemo_dist_conf.runtime.techniques.compile import enable_async_tensor_parallel
 from nemo_dist_conf.runtime.techniques.precision import tell_precision
+from nemo_dist_conf.runtime.torch_inside import never_packed
 
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
@@ -172,15 +173,10 @@ class FSDP2Manager:
         return parallelize(model, FSDP2Engine(self.config, self.device_mesh, self.moe_mesh), optimizer=optimizer)
 
 
-def _never_packed(position_ids: Any, batch_size: Any) -> bool:
-    return False
-
-
 def _patch_is_packed_sequence(model: nn.Module) -> None:
     """Answer transformers' question whether a batch is packed with a plain False, for the whole process.
 
-    The original compares tensors, which waits for the device in every attention layer.
-    Source: transformers/modeling_flash_attention_utils.py, _is_packed_sequence.
+    The original waits for the device in every attention layer.
     """
     key = "strategy.patch_is_packed_sequence"
     if not hasattr(model, "config") or not type(model).__module__.startswith("transformers"):
@@ -188,6 +184,4 @@ def _patch_is_packed_sequence(model: nn.Module) -> None:
         raise ConfigError(
             Problem(what=what, asked=f"{key}=true", allowed="false for this model", instead=f"{key}=false")
         )
-    from transformers import modeling_flash_attention_utils as flash
-
-    flash._is_packed_sequence = _never_packed
+    never_packed()

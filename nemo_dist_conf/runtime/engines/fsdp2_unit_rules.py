@@ -37,10 +37,9 @@ def unshared(model: nn.Module, blocks: Blocks) -> Blocks:
     places: dict[int, set[str]] = {}
     names: dict[int, str] = {}
     for region, module in _in_regions(model, regions):
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), set()).add(region)
-                names.setdefault(id(parameter), key)
+        for key, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), set()).add(region)
+            names.setdefault(id(parameter), key)
     kept: Blocks = {}
     for name, block in blocks.items():
         common = [(key, p) for key, p in block.named_parameters() if len(places[id(p)]) > 1]
@@ -71,8 +70,8 @@ def scalars(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [
         (module, key)
         for module in model.modules()
-        for key, parameter in module._parameters.items()
-        if parameter is not None and (parameter.dim() == 0 or parameter.numel() == 0)
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter.dim() == 0 or parameter.numel() == 0
     ]
 
 
@@ -97,10 +96,10 @@ def of_other_dtype(
     elements: dict[torch.dtype, int] = {}
     for module in _managed(unit):
         dtypes = {}
-        for key, parameter in module._parameters.items():
-            if casts and parameter is not None and parameter.is_complex():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if casts and parameter.is_complex():
                 raise _several_dtypes(f"{type(module).__name__} has complex parameters ({key})")
-            if parameter is not None and parameter.requires_grad and id(parameter) not in left_out:
+            if parameter.requires_grad and id(parameter) not in left_out:
                 dtypes[key] = parameter.dtype
                 elements[parameter.dtype] = elements.get(parameter.dtype, 0) + parameter.numel()
         if dtypes:
@@ -118,7 +117,7 @@ def of_other_dtype(
             whole += [(module, key) for key in others]
     if whole and casts:
         module, key = whole[0]
-        dtype = _word(module._parameters[key])
+        dtype = _word(module.get_parameter(key))
         raise _several_dtypes(f"{type(module).__name__} has parameters of several dtypes ({key} is {dtype})")
     return apart, whole
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from typing import Any, Sequence
 
 import torch
@@ -28,6 +27,7 @@ from nemo_dist_conf.runtime.engines.model_refusals import refuse_sparse
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
 from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts
+from nemo_dist_conf.runtime.torch_inside import expect_views, own_parameters
 from nemo_dist_conf.runtime.typed_configs import FSDP2Config, MoEParallelizerConfig
 
 __all__ = ["shard_blocks"]
@@ -113,7 +113,8 @@ class _Whole:
         self._places = scalars(model)
         if policy.param_dtype is not None:  # a batch norm takes weights in float32 beside its running statistics
             kept = [module for module in model.modules() if keeps_statistics(module)]
-            self._places += [(module, key) for module in kept for key, p in module._parameters.items() if p is not None]
+            named = ((module, module.named_parameters(recurse=False, remove_duplicate=False)) for module in kept)
+            self._places += [(module, key) for module, own in named for key, _ in own]
         self._mesh = mesh
         self.parameters: set[nn.Parameter] = set(self._now())
 
@@ -132,7 +133,7 @@ class _Whole:
         return Averaged(self._now, groups, few=True) if self._places else None
 
     def _now(self) -> list[nn.Parameter]:
-        found = (module._parameters[key] for module, key in self._places)
+        found = (own_parameters(module)[key] for module, key in self._places)
         return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
 
 
@@ -221,8 +222,7 @@ def _expect_views(*unit: nn.Module) -> None:
     Writing into that would be lost; transformers' models, of which alone this is a unit, write into neither.
     """
     if any(isinstance(parameter, DTensor) for module in unit for parameter in module.parameters()):
-        names = ", ".join(f"FSDP{type(module).__name__}" for module in unit)  # as fully_shard calls them
-        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({names}\) returned a view tensor")
+        expect_views(unit)
 
 
 def _elements(module: nn.Module) -> int:

@@ -39,6 +39,7 @@ from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.model.shared_memory import refuse_shared_memory
 from nemo_dist_conf.runtime.techniques.batch_statistics import refuse_sync_on_cpu
 from nemo_dist_conf.runtime.techniques.precision import tell_precision
+from nemo_dist_conf.runtime.torch_inside import chunks_told, is_megatrons, own_children, show_sharded
 from nemo_dist_conf.strategies.megatron_fsdp import library_problems
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class MegatronFSDPEngine(Engine):
             **options,
         )
         wrapped.is_last_microbatch = config.overlap_grad_reduce
-        wrapped._replace_param_with_distributed_if_needed()
+        show_sharded(wrapped)
         zero = config.zero_dp_strategy
         log.info("megatron-fsdp: %d classes of units, ZeRO-%d over %s", len(classes), zero, dict(self.sizes))
         return wrapped
@@ -139,7 +140,7 @@ class MegatronFSDPEngine(Engine):
         return type(model).__module__.startswith("megatron_fsdp.")
 
     def inner(self, model: nn.Module) -> nn.Module | None:
-        return model._modules["module"]
+        return own_children(model)["module"]
 
     @contextlib.contextmanager
     def microbatch(self, model: Any, last: bool) -> Iterator[None]:
@@ -163,7 +164,7 @@ class MegatronFSDPEngine(Engine):
 
     @classmethod
     def reduces_without_gradient(cls, parameter: torch.Tensor) -> bool:
-        return parameter.requires_grad and hasattr(parameter, "_megatron_fsdp_model")
+        return parameter.requires_grad and is_megatrons(parameter)
 
     def note_norm(self, model: nn.Module, norm: torch.Tensor) -> None:
         self._norm = norm
@@ -218,10 +219,10 @@ class MegatronFSDPEngine(Engine):
         """
         from megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
 
-        model._replace_param_with_distributed_if_needed()
+        show_sharded(model)
         for _, parameter in sorted(model.module.named_parameters()):
             sharded = any(not placement.is_replicate() for placement in parameter.placements)
-            if sharded and not hasattr(parameter._local_tensor, "__create_chunk_list__"):
+            if sharded and chunks_told(parameter) is None:
                 update_uneven_dtensor_chunk_metadata(parameter)
 
     def weights_changed(self, model: Any) -> None:

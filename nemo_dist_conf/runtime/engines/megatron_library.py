@@ -16,6 +16,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.engines.model_refusals import refuse_sparse
 from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.torch_inside import flattened
 from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 
 __all__ = ["ARGUMENTS", "UsedParameters", "refuse_parameters", "require_cuda", "shard_axis", "unit_classes"]
@@ -108,7 +109,7 @@ def shard_axis(device_mesh: DeviceMesh, sizes: Mapping[str, int]) -> str:
     try:
         device_mesh[A.DP_CP.value]
     except KeyError:
-        device_mesh[A.DP.value, A.CP.value]._flatten(A.DP_CP.value)
+        flattened(device_mesh, (A.DP.value, A.CP.value), A.DP_CP.value)
     return A.DP_CP.value
 
 

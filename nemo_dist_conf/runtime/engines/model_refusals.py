@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.torch_inside import has_hooks
 
 __all__ = ["refuse_container", "refuse_hooks", "refuse_max_norm", "refuse_script", "refuse_sparse"]
 
@@ -41,7 +42,7 @@ def refuse_hooks(model: nn.Module) -> None:
     """Raise ConfigError for hooks on parameters: fully_shard puts other parameters in their place."""
     problems = []
     for name, parameter in model.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        if has_hooks(parameter):
             what = f"{name} has a hook of register_hook or its like, which would be lost when the model is sharded"
             allowed = "gradients changed between backward and optimizer.step(); strategy=ddp, which keeps hooks"
             problems.append(

@@ -18,7 +18,6 @@ from transformers import LlamaForCausalLM
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.engines import fsdp2
-from nemo_dist_conf.runtime.model import build
 from nemo_dist_conf.runtime.model.build import build_model
 from nemo_dist_conf.runtime.model.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.model.shard_boxes import local_values

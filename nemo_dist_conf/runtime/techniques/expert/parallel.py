@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.plans import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
+from nemo_dist_conf.runtime.torch_inside import own_parameters
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
 __all__ = ["SplitExperts", "apply_expert_parallel", "find_experts", "keep_routing"]
@@ -104,13 +105,14 @@ class _Averaged:
         self.module, self.forward, self.count = module, forward, count
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held = dict(self.module._parameters)
+        parameters = own_parameters(self.module)
+        held = dict(parameters)
         averaged = {name: _Divided.apply(p, self.count) for name, p in held.items() if p is not None}
-        self.module._parameters.update(averaged)
+        parameters.update(averaged)
         try:
             return self.forward(*args, **kwargs)
         finally:
-            self.module._parameters.update(held)
+            parameters.update(held)
 
 
 class _Divided(torch.autograd.Function):
