@@ -49,7 +49,7 @@ def test_a_breach_is_found(tmp_path: Path, module: str, line: str, contract: str
 
 
 def test_composing_loads_neither_torch_nor_the_runtime() -> None:
-    """What setup.cfg lets the strategies import, they import inside functions."""
+    """Nothing that a composed config needs imports torch, whatever way it would take."""
     script = """
 import importlib, pkgutil, sys
 import nemo_dist_conf

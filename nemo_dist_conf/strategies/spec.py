@@ -26,6 +26,8 @@ class Strategy:
     target: the class path that a composed node's ``_target_`` has, where it is not that of ``typed``.
     costs: ``module:OBJECT``, an instance of nemo_dist_conf.plan.strategies.base.StrategyCosts, imported by the plan
     alone; None: the plan refuses the strategy by name.
+    schema: its fields are the options; one is activation_checkpointing. Options that are called as some of ours are
+    (autocast_dtype, enable_compile) are executed as ours are.
     """
 
     name: str
@@ -45,7 +47,7 @@ class Strategy:
     @property
     def names(self) -> tuple[str, ...]:
         """The name and its aliases."""
-        return (self.name, *STRATEGY_NAMES[self.name])
+        return (self.name, *STRATEGY_NAMES.get(self.name, ()))
 
     @property
     def config(self) -> Any:
