@@ -13,7 +13,6 @@ from nemo_dist_conf.composition.sections import (
     SECTIONS,
     default_choice,
     flat_defaults,
-    inline_text,
     leaves,
     misspelt_sections,
     read_section,
@@ -27,7 +26,7 @@ from nemo_dist_conf.families.model_rules import layerdrop_problems, model_proble
 from nemo_dist_conf.families.plan_rules import plan_problems
 from nemo_dist_conf.names import BATCH_STATISTICS, checkpointing_mode
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
-from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
+from nemo_dist_conf.strategies import STRATEGIES, Strategy, default_strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.topology.axes import AXES, Axis
 from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
@@ -211,9 +210,9 @@ def _choice_of_a_strategy(cfg: Any) -> str:
     """The words that choose one: where the other sections stand, and by the name that the group has in this app."""
     package = _package_of_sections(cfg)
     place = Spelling(package).key("strategy")
-    choice = Spelling(package).choose("strategy", "fsdp2")
+    choice = Spelling(package).choose("strategy", default_strategy())
     if not is_ours("strategy"):
-        return f"+nemo_dist/strategy@{place}=fsdp2"
+        return f"+nemo_dist/strategy@{place}={default_strategy()}"
     return choice if is_chosen(cfg, choice.partition("=")[0]) else f"+{choice}"
 
 
@@ -333,11 +332,11 @@ def _changed_while_off(
     changed = {key: value for key, value in leaves(dict(values)).items() if value != defaults.get(key)}
     if not changed:
         return []
-    shown = [spelling.set(f"{section}.{key}", inline_text(value)) for key, value in changed.items()]
+    shown = [spelling.set(f"{section}.{key}", value) for key, value in changed.items()]
     instead = [
         default_choice(section, spelling)
         if key == "pp_schedule"
-        else spelling.set(f"{section}.{key}", inline_text(defaults.get(key)))
+        else spelling.set(f"{section}.{key}", defaults.get(key))
         for key in changed
     ]
     return [

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Mapping
 
-from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.families.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.names import SCHEDULES, nearest
+from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.schedule_rules import find_schedule, stage_count
 from nemo_dist_conf.topology.solve import MeshSpec
 from nemo_dist_conf.topology.stage_layers import rank_of_stage, spread_layers
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = ["DTYPE_BYTES", "Job", "Stage", "Styles", "Update", "unknown_schedule"]
 
@@ -277,10 +278,16 @@ class Job:
 
 
 def unknown_schedule(name: str) -> ConfigError:
-    likely = nearest(name, SCHEDULES) or ["1f1b"]
-    known = [*likely, *(option for option in SCHEDULES if option not in likely)]
-    what, asked = f"the plan knows no schedule {name!r}", f"pipeline.pp_schedule={name}"
-    return ConfigError(Problem(what=what, asked=asked, allowed=", ".join(known), instead=f"pipeline={likely[0]}"))
+    return ConfigError(
+        unknown_name(
+            name,
+            SCHEDULES,
+            what=f"the plan knows no schedule {name!r}",
+            asked=assigned("pipeline.pp_schedule", name),
+            offer=lambda known: f"pipeline={known}",
+            otherwise="pipeline=1f1b",
+        )
+    )
 
 
 def _named_stage(index: int, rank: int, names: list[str]) -> Stage:

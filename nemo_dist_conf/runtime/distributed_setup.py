@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, Literal, Union
 from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.composition.sections import strategy_of
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import checkpointing_mode, nearest
+from nemo_dist_conf.names import checkpointing_mode
 from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.runtime.typed_configs import (
     DDPConfig,
@@ -19,8 +19,9 @@ from nemo_dist_conf.runtime.typed_configs import (
     ParallelismSizes,
     PipelineConfig,
     typed_config,
+    unknown_options,
 )
-from nemo_dist_conf.strategies import STRATEGIES
+from nemo_dist_conf.strategies import STRATEGIES, unknown_strategy
 
 if TYPE_CHECKING:
     import torch
@@ -64,29 +65,15 @@ def _resolve_strategy_config(
     found = strategy_of(strategy)
     if found is not None and not strategy_kwargs:
         return typed_config(strategy, found.config, "strategy")
-    name = str(strategy).lower()
-    if not isinstance(strategy, str) or name not in _STRATEGY_MAP:
-        likely = nearest(name, _STRATEGY_MAP) or ["fsdp2"]
-        known = likely + [n for n in _STRATEGY_MAP if n not in likely]
-        what = f"there is no strategy {strategy!r}"
-        raise ConfigError(
-            Problem(what=what, asked=f"strategy={strategy}", allowed=", ".join(known), instead=f"strategy={likely[0]}")
-        )
-    fields = [item.name for item in dataclasses.fields(_STRATEGY_MAP[name])]
-    unknown = [key for key in strategy_kwargs if key not in fields]
+    config = _STRATEGY_MAP.get(strategy.lower()) if isinstance(strategy, str) else None
+    if config is None:
+        raise ConfigError(unknown_strategy(strategy))
+    known = [item.name for item in dataclasses.fields(config)]
+    unknown = [key for key in strategy_kwargs if key not in known]
     if unknown:
-        likely = nearest(unknown[0], fields) or fields[:1]
-        what = f"strategy={name} has no option {', '.join(unknown)}"
-        asked = f"strategy.{unknown[0]}={strategy_kwargs[unknown[0]]}"
-        raise ConfigError(
-            Problem(
-                what=what,
-                asked=asked,
-                allowed=", ".join(fields),
-                instead=f"strategy.{likely[0]}={strategy_kwargs[unknown[0]]}",
-            )
-        )
-    return _STRATEGY_MAP[name](**strategy_kwargs)
+        said = f"strategy={str(strategy).lower()}"
+        raise ConfigError(unknown_options("strategy", said, unknown, strategy_kwargs, known))
+    return config(**strategy_kwargs)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
         problems.append(
             Problem(
                 what=f"strategy.bucket_cap_mb={bucket:g} is not a size",
-                asked=spelling.set("strategy.bucket_cap_mb", f"{bucket:g}"),
+                asked=spelling.set("strategy.bucket_cap_mb", int(bucket) if float(bucket).is_integer() else bucket),
                 allowed="MiB above 0, or null for torch's 25",
                 instead=spelling.set("strategy.bucket_cap_mb", None),
             )

@@ -146,9 +146,9 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
             problems.append(
                 Problem(
                     what=f"megatron_fsdp_unit_modules: {path!r} {why}",
-                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
+                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", [path]),
                     allowed="package.module.Class of a repeated layer; the default: the model's own blocks",
-                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
+                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", _llama_blocks()),
                 )
             )
     if not problems:

@@ -7,11 +7,18 @@ import importlib
 from typing import Any
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import STRATEGY_NAMES, nearest
+from nemo_dist_conf.names import STRATEGY_NAMES
 from nemo_dist_conf.strategies.spec import Strategy
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, for_shell, typed, unknown_name
 
-__all__ = ["STRATEGIES", "find_strategy", "strategy_names", "strategy_of_target"]
+__all__ = [
+    "STRATEGIES",
+    "default_strategy",
+    "find_strategy",
+    "strategy_names",
+    "strategy_of_target",
+    "unknown_strategy",
+]
 
 STRATEGIES: tuple[Strategy, ...]
 
@@ -35,21 +42,27 @@ def strategy_names() -> list[str]:
     return [name for strategy, aliases in STRATEGY_NAMES.items() for name in (strategy, *aliases)]
 
 
+def default_strategy() -> str:
+    """The name of the strategy that a config has which names none."""
+    return next(iter(STRATEGY_NAMES))
+
+
 def find_strategy(name: str, spelling: Spelling = Spelling()) -> Strategy:
     """The strategy of this name or alias. Raises ConfigError, the nearest name first."""
     for strategy, aliases in STRATEGY_NAMES.items():
         if name in (strategy, *aliases):
             return _load(strategy)
-    known = strategy_names()
-    likely = nearest(name, known)
-    ordered = likely + [k for k in known if k not in likely]
-    raise ConfigError(
-        Problem(
-            what=f"there is no strategy {name!r}",
-            asked=spelling.choose("strategy", name),
-            allowed=", ".join(ordered),
-            instead=spelling.choose("strategy", (likely or ["fsdp2"])[0]),
-        )
+    raise ConfigError(unknown_strategy(name, spelling))
+
+
+def unknown_strategy(name: Any, spelling: Spelling = Spelling()) -> Problem:
+    """The problem of a word that names no strategy, or of what is no word."""
+    return unknown_name(
+        name,
+        strategy_names(),
+        what=f"there is no strategy {name!r}",
+        asked=for_shell(spelling.choose("strategy", typed(name))),
+        offer=lambda known: spelling.choose("strategy", known),
     )
 
 

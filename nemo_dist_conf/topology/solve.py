@@ -63,13 +63,12 @@ def size_problems(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             optional = " or null" if axis.default is None else ""
-            default = "null" if axis.default is None else axis.default
             problems.append(
                 Problem(
                     what=f"{key}={value} is not a number of ranks",
                     asked=spelling.set(key, value),
                     allowed=f"a whole number, 1 or more{optional}",
-                    instead=spelling.set(key, default),
+                    instead=spelling.set(key, axis.default),
                 )
             )
         elif axis.name not in rules.allowed and value > 1:
