@@ -21,6 +21,8 @@ from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
 from nemo_dist_conf.strategies.ddp import DDPConf
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Conf
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConf
+from nemo_dist_conf.topology.axes import AXES
+from nemo_dist_conf.topology.solve import number_problem
 from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = [
@@ -129,25 +131,8 @@ class ParallelismSizes:
     ep_size: int = 1
 
     def __post_init__(self) -> None:
-        problems = []
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if value is None and item.default is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                key = f"parallelism.{item.name}"
-                optional = " or null" if item.default is None else ""
-                default = "null" if item.default is None else item.default
-                what = f"{key}={value!r} is not a number of ranks"
-                problems.append(
-                    Problem(
-                        what=what,
-                        asked=f"{key}={value}",
-                        allowed=f"a whole number, 1 or more{optional}",
-                        instead=f"{key}={default}",
-                    )
-                )
-        ConfigError.raise_if(problems)
+        found = (number_problem(axis, getattr(self, axis.size_field)) for axis in AXES)
+        ConfigError.raise_if(problem for problem in found if problem is not None)
 
 
 @_with_hints

@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, DType, checkpointing_mode
+from nemo_dist_conf.names import DType, checkpointing_mode
 from nemo_dist_conf.schema import MixedPrecisionConf, OffloadConf
+from nemo_dist_conf.topology.checkpointing_modes import mode_problem
 from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = [
@@ -178,15 +179,10 @@ def _plain(value: Any) -> Any:
 
 
 def _lower_mode(value: Any, path: str) -> bool | str:
-    mode = checkpointing_mode(value)
-    if mode is not None:
-        return mode
-    allowed = ", ".join(str(mode).lower() for mode in ACTIVATION_CHECKPOINTING_MODES)
-    raise ConfigError(
-        Problem(
-            what=f"{path}={value!r} is not a mode", asked=f"{path}={value}", allowed=allowed, instead=f"{path}=true"
-        )
-    )
+    problem = mode_problem(path, value)
+    if problem is not None:
+        raise ConfigError(problem)
+    return checkpointing_mode(value) or False
 
 
 def plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
