@@ -23,6 +23,7 @@ from nemo_dist_conf.recipe.node_checks import node_problems
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.recipe.yaml_folder import config_folder
+from nemo_dist_conf.strategies import default_strategy
 from nemo_dist_conf.topology.launched_ranks import launched, planned_world_size
 from nemo_dist_conf.wording import assigned, unknown_name
 
@@ -105,17 +106,20 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
 
 def _dtype_problems(dtype: Any, checked: Checked) -> list[Problem]:
     """``train.dtype`` and the strategy's own option, where a preset or a typed word answers otherwise."""
-    values = checked.strategy_values
-    policy = values.get("mp_policy") or {}
-    if "mp_policy" in values:
-        key, own = "strategy.mp_policy.param_dtype", policy.get("param_dtype") if policy.get("enabled") else None
-    else:
-        key, own = "strategy.autocast_dtype", values.get("autocast_dtype")
-    name = getattr(own, "name", own) or "float32"
-    if not {"mp_policy", "autocast_dtype"} & values.keys():
-        return _unscaled_problems(dtype, checked)
-    if dtype == "auto" or name == dtype:
+    strategy = checked.strategy
+    if dtype == "float16" and not strategy.loss_scaling:
+        return [_unscaled_problem(checked)]
+    if dtype == "auto" or strategy.compute_dtype is None:
         return []
+    *holder, option = strategy.compute_dtype.split(".")
+    values: Any = checked.strategy_values
+    for name in holder:
+        values = values.get(name) or {"enabled": False}
+    own = values[option] if values.get("enabled", True) else None
+    name = getattr(own, "name", own) or "float32"
+    if name == dtype:
+        return []
+    key = f"strategy.{strategy.compute_dtype}"
     return [
         Problem(
             what="what the model computes in has two different answers",
@@ -126,17 +130,15 @@ def _dtype_problems(dtype: Any, checked: Checked) -> list[Problem]:
     ]
 
 
-def _unscaled_problems(dtype: Any, checked: Checked) -> list[Problem]:
-    """float16 under a strategy that keeps gradients in buffers of its own, where nothing scales them."""
-    if dtype != "float16":
-        return []
-    what = f"strategy={checked.strategy.name} has no loss scaling here, without which gradients in float16 become zero"
-    asked = f"{checked.spelling.choose('strategy', checked.strategy.name)} train.dtype=float16"
-    return [
-        Problem(
-            what=what, asked=asked, allowed="auto, float32, bfloat16; or strategy=fsdp2", instead="train.dtype=bfloat16"
-        )
-    ]
+def _unscaled_problem(checked: Checked) -> Problem:
+    """float16 under a strategy in which nothing scales the loss."""
+    name = checked.strategy.name
+    return Problem(
+        what=f"strategy={name} has no loss scaling here, without which gradients in float16 become zero",
+        asked=f"{checked.spelling.choose('strategy', name)} train.dtype=float16",
+        allowed=f"auto, float32, bfloat16; or strategy={default_strategy()}",
+        instead="train.dtype=bfloat16",
+    )
 
 
 def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem | None:

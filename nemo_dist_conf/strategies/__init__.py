@@ -8,6 +8,7 @@ from nemo_dist_conf.strategies.registry import (
     default_strategy,
     find_strategy,
     strategy_names,
+    strategy_of_config,
     strategy_of_target,
     unknown_strategy,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "default_strategy",
     "find_strategy",
     "strategy_names",
+    "strategy_of_config",
     "strategy_of_target",
     "unknown_strategy",
 ]

@@ -92,8 +92,12 @@ STRATEGY = Strategy(
             "cp": "gives every rank whole sequences",
             "dp_replicate": "is one group of replicas already",
         },
+        instead="fsdp2",
+        instead_for=frozenset({"dp_replicate", "tp"}),
     ),
     rules=_rules,
     manager="nemo_dist_conf.strategies.ddp:DDPManager",
     executes=frozenset({"dp"}),
+    needs_mesh=False,
+    compute_dtype="autocast_dtype",
 )

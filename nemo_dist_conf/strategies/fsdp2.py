@@ -194,4 +194,5 @@ STRATEGY = Strategy(
     rules=_rules,
     manager="nemo_dist_conf.strategies.fsdp2:FSDP2Manager",
     executes=frozenset({"dp", "dp_replicate", "tp", "pp", "cp", "ep"}),
+    compute_dtype="mp_policy.param_dtype",
 )

@@ -208,9 +208,13 @@ STRATEGY = Strategy(
             "pp": "has no pipeline stages",
             "ep": "has no expert mesh here",
         },
+        instead="fsdp2",
+        instead_for=frozenset({"dp_replicate", "tp"}),
     ),
     rules=_rules,
     manager="nemo_dist_conf.strategies.megatron_fsdp:MegatronFSDPManager",
     activation_checkpointing=(False, True),
     executes=frozenset({"dp", "tp", "cp"}),
+    sums_gradients="calculate_per_token_loss",
+    loss_scaling=False,
 )

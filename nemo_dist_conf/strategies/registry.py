@@ -16,6 +16,7 @@ __all__ = [
     "default_strategy",
     "find_strategy",
     "strategy_names",
+    "strategy_of_config",
     "strategy_of_target",
     "unknown_strategy",
 ]
@@ -64,6 +65,11 @@ def unknown_strategy(name: Any, spelling: Spelling = Spelling()) -> Problem:
         asked=for_shell(spelling.choose("strategy", typed(name))),
         offer=lambda known: spelling.choose("strategy", known),
     )
+
+
+def strategy_of_config(config: Any) -> Strategy | None:
+    """The strategy whose typed config an object is; None for anything else."""
+    return next((strategy for strategy in map(_load, STRATEGY_NAMES) if isinstance(config, strategy.config)), None)
 
 
 def strategy_of_target(target: str) -> Strategy | None:

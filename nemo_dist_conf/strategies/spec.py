@@ -23,6 +23,11 @@ class Strategy:
 
     typed, manager: ``module:Class``, imported when the strategy is executed, never while composing.
     executes: axes whose execution exists; the others compose and are planned, but are refused before a start.
+    needs_mesh: False: its ranks are all there are, and until a model is wrapped no process group has to be started.
+    sums_gradients: the option with which gradients are added over ranks instead of averaged.
+    compute_dtype: the option that holds the dtype in which a model computes, dotted, and off by a switch ``enabled``
+    beside it; None: the strategy has none, so ``train.dtype`` alone says it.
+    loss_scaling: whether losses can be scaled, without which gradients in float16 become zero.
     """
 
     name: str
@@ -33,6 +38,10 @@ class Strategy:
     manager: str
     activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
     executes: frozenset[str] = frozenset()
+    needs_mesh: bool = True
+    sums_gradients: str | None = None
+    compute_dtype: str | None = None
+    loss_scaling: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
