@@ -12,6 +12,7 @@ from typing import Any, Mapping
 from omegaconf import AnyNode, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_dist_conf.composition.hydra_inside import flag_of, has_values, is_null, node_at, written
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import DType, nearest
 from nemo_dist_conf.schema import MoEConf, ParallelismConf, PipelineConf
@@ -27,7 +28,7 @@ __all__ = [
     "read_section",
     "section_of",
     "strategy_of",
-    "written",
+    "values_below",
 ]
 
 #: The sibling nodes of ``strategy``, with their schema classes.
@@ -46,11 +47,11 @@ def strategy_of(node: Any) -> Strategy | None:
     with OmegaConf 2.3, and the object itself with 2.4.
     """
     node = _as_node(node)
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+    if not isinstance(node, DictConfig) or not has_values(node):
         return None
-    target = node._get_node("_target_") if "_target_" in node else None
+    target = node_at(node, "_target_") if "_target_" in node else None
     if target is not None:
-        return strategy_of_target(str(target._value()))
+        return strategy_of_target(str(written(target)))
     kind = OmegaConf.get_type(node)
     classes = kind.__mro__ if isinstance(kind, type) else ()
     return next(filter(None, (strategy_of_target(f"{c.__module__}.{c.__name__}") for c in classes)), None)
@@ -58,7 +59,7 @@ def strategy_of(node: Any) -> Strategy | None:
 
 def _as_node(value: Any) -> Any:
     """A typed config or a policy as a node of its fields; anything else as it is."""
-    value = value._value() if isinstance(value, AnyNode) else value
+    value = written(value) if isinstance(value, AnyNode) else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return OmegaConf.structured(value, flags={"allow_objects": True})
     return value
@@ -75,7 +76,7 @@ def read_section(
         values = _already_typed(node, schema)
         if values is not None:
             return values
-    typed = OmegaConf.structured(schema, flags={"allow_objects": True} if root._get_flag("allow_objects") else None)
+    typed = OmegaConf.structured(schema, flags={"allow_objects": True} if flag_of(root, "allow_objects") else None)
     objects: dict[str, Any] = {}
     if node is None:
         problems.append(
@@ -156,7 +157,7 @@ def _by_name(value: Any) -> Any:
 def _is_policy(node: DictConfig) -> bool:
     """Whether a node is a policy of torch itself, which is on by being there, and not one of ours with its switch."""
     kind = OmegaConf.get_type(node)
-    target = str(node._get_node("_target_")) if "_target_" in node else getattr(kind, "__name__", "")
+    target = str(node_at(node, "_target_")) if "_target_" in node else getattr(kind, "__name__", "")
     return target.rpartition(".")[2] in _POLICIES
 
 
@@ -207,10 +208,10 @@ def _resolvers_refusal(error: BaseException | None) -> ConfigError | None:
 
 def _raw(node: DictConfig, key: str) -> Any:
     """What was written at a key, not resolved."""
-    value = node._get_node(key)
+    value = node_at(node, key)
     if OmegaConf.is_config(value):
         return OmegaConf.to_container(value)
-    return value._value() if value is not None else None
+    return written(value) if value is not None else None
 
 
 def _nested_schema(item: dataclasses.Field[Any]) -> type | None:
@@ -271,7 +272,7 @@ def misspelt_sections(root: DictConfig, spelling: Spelling) -> list[Problem]:
         likely = [] if key in names else nearest(key, names, cutoff=0.8)
         if not likely or likely[0] in _closer(root, key, likely[0]):
             continue
-        values = written(root, key)
+        values = values_below(root, key)
         renamed = {name.replace(key, likely[0], 1): value for name, value in values.items()}
         problems.append(
             Problem(
@@ -284,11 +285,11 @@ def misspelt_sections(root: DictConfig, spelling: Spelling) -> list[Problem]:
     return problems
 
 
-def written(node: DictConfig, key: str) -> dict[str, Any]:
+def values_below(node: DictConfig, key: str) -> dict[str, Any]:
     """What was written at a key of the node, not resolved: its value, or each value below it, by dotted key."""
-    value = node._get_node(key)
-    if isinstance(value, DictConfig) and not value._is_none() and len(value):
-        below = (written(value, str(inner)) for inner in value)
+    value = node_at(node, key)
+    if isinstance(value, DictConfig) and not is_null(value) and len(value):
+        below = (values_below(value, str(inner)) for inner in value)
         return {f"{key}.{name}": its for values in below for name, its in values.items()}
     return {key: _raw(node, key)}
 
@@ -302,8 +303,8 @@ def section_of(option: str) -> str | None:
 def _closer(root: DictConfig, key: str, likely: str) -> list[str]:
     """An app may own a key that merely resembles ours; ours is meant only where the key holds our options."""
     schema = SECTIONS.get(likely)
-    node = root._get_node(key)
-    if schema is None or not isinstance(node, DictConfig) or node._is_none():
+    node = node_at(root, key)
+    if schema is None or not isinstance(node, DictConfig) or is_null(node):
         return [likely] if likely in SECTIONS else []
     options = {item.name for item in dataclasses.fields(schema)}
     return [] if options & {str(k) for k in node} else [likely]

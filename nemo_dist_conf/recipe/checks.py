@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_dist_conf.composition.callback import DistributedCallback
 from nemo_dist_conf.composition.check import Checked, check
 from nemo_dist_conf.composition.command_line import as_typed_here, raw_words
-from nemo_dist_conf.composition.sections import SECTIONS, section_of, written
+from nemo_dist_conf.composition.hydra_inside import node_at
+from nemo_dist_conf.composition.sections import SECTIONS, section_of, values_below
 from nemo_dist_conf.composition.text_values import told_as_texts
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, facts_from_folder
@@ -205,7 +206,7 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
             if not section and nearest(key, ("strategy", *SECTIONS), cutoff=0.8):
                 continue  # told by the package's own check
             path = f"{section}.{key}" if section else key
-            inside, values = f"{section}." if section else "", written(node, key)
+            inside, values = f"{section}." if section else "", values_below(node, key)
             owners = [section_of(name.rpartition(".")[2]) for name in values]
             if all(owners):
                 options = [f"{owner}.{name.rpartition('.')[2]}" for name, owner in zip(values, owners)]
@@ -216,7 +217,7 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
                     instead=" ".join(map(assigned, options, values.values())),
                 )
                 continue
-            spell = _bare if OmegaConf.is_config(node._get_node(key)) else assigned
+            spell = _bare if OmegaConf.is_config(node_at(node, key)) else assigned
             yield unknown_name(
                 key,
                 names,
