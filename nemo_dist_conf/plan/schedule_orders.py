@@ -14,9 +14,10 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Callable, Iterator, Sequence
 
-from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import SCHEDULES, nearest
+from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.topology.schedule_file import Action, ScheduleFile
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = [
     "DUALPIPE_V",
@@ -179,8 +180,13 @@ def planned_schedules() -> list[str]:
 
 def unknown_schedule(name: str) -> ConfigError:
     """The refusal of a schedule by name, the nearest of those that can be planned first."""
-    known = planned_schedules()
-    likely = nearest(name, known) or ["1f1b"]
-    allowed = ", ".join([*likely, *(option for option in known if option not in likely)])
-    what, asked = f"the plan knows no schedule {name!r}", f"pipeline.pp_schedule={name}"
-    return ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=f"pipeline={likely[0]}"))
+    return ConfigError(
+        unknown_name(
+            name,
+            planned_schedules(),
+            what=f"the plan knows no schedule {name!r}",
+            asked=assigned("pipeline.pp_schedule", name),
+            offer=lambda known: f"pipeline={known}",
+            otherwise="pipeline=1f1b",
+        )
+    )

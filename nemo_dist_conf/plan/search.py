@@ -30,6 +30,7 @@ from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
+from nemo_dist_conf.topology.sequence_chunks import splits_evenly
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.wording import Spelling
 
@@ -173,7 +174,7 @@ class _Search:
                         continue
                     for cp in divisors(world_size // (pp * tp)) if "cp" in axes else [1]:
                         dp = world_size // (pp * tp * cp)
-                        if self.rows % dp or (cp > 1 and self.seq_len % (2 * cp)):
+                        if self.rows % dp or not splits_evenly(self.seq_len, cp):
                             continue
                         yield from self.with_data(strategy, values, pp, tp, cp, dp)
 

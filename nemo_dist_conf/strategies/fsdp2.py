@@ -176,4 +176,5 @@ STRATEGY = Strategy(
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.fsdp2:FSDP2Engine",
     costs="nemo_dist_conf.plan.strategies.fsdp2:COSTS",
+    compute_dtype="mp_policy.param_dtype",
 )

@@ -130,9 +130,9 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
             problems.append(
                 Problem(
                     what=f"megatron_fsdp_unit_modules: {path!r} {why}",
-                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
+                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", [path]),
                     allowed="package.module.Class of a repeated layer; the default: the model's own blocks",
-                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
+                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", _llama_blocks()),
                 )
             )
     if not problems:
@@ -193,9 +193,13 @@ STRATEGY = Strategy(
             "pp": "has no pipeline stages",
             "ep": "has no expert mesh here",
         },
+        instead="fsdp2",
+        instead_for=frozenset({"dp_replicate", "tp"}),
     ),
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.megatron_fsdp:MegatronFSDPEngine",
     activation_checkpointing=(False, True),
     costs="nemo_dist_conf.plan.strategies.megatron_fsdp:COSTS",
+    sums_gradients="calculate_per_token_loss",
+    loss_scaling=False,
 )

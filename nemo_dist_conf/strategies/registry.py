@@ -12,11 +12,20 @@ from typing import Any
 
 from nemo_dist_conf.entry_points import AddedRows
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import STRATEGY_NAMES, nearest
+from nemo_dist_conf.names import STRATEGY_NAMES
 from nemo_dist_conf.strategies.spec import Strategy
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, for_shell, typed, unknown_name
 
-__all__ = ["STRATEGIES", "added_strategy_names", "find_strategy", "strategy_names", "strategy_of_target"]
+__all__ = [
+    "STRATEGIES",
+    "added_strategy_names",
+    "default_strategy",
+    "find_strategy",
+    "strategy_names",
+    "strategy_of_config",
+    "strategy_of_target",
+    "unknown_strategy",
+]
 
 STRATEGIES: tuple[Strategy, ...]
 
@@ -48,6 +57,11 @@ def strategy_names() -> list[str]:
     return [*_OURS, *_ADDED.names()]
 
 
+def default_strategy() -> str:
+    """The name of the strategy that a config has which names none."""
+    return next(iter(STRATEGY_NAMES))
+
+
 def find_strategy(name: str, spelling: Spelling = Spelling()) -> Strategy:
     """The strategy of this name or alias. Raises ConfigError, the nearest name first."""
     for strategy, aliases in STRATEGY_NAMES.items():
@@ -56,17 +70,24 @@ def find_strategy(name: str, spelling: Spelling = Spelling()) -> Strategy:
     added = _ADDED.find(name)
     if added is not None:
         return added
-    known = strategy_names()
-    likely = nearest(name, known)
-    ordered = likely + [k for k in known if k not in likely]
-    raise ConfigError(
-        Problem(
-            what=f"there is no strategy {name!r}",
-            asked=spelling.choose("strategy", name),
-            allowed=", ".join(ordered),
-            instead=spelling.choose("strategy", (likely or ["fsdp2"])[0]),
-        )
+    raise ConfigError(unknown_strategy(name, spelling))
+
+
+def unknown_strategy(name: Any, spelling: Spelling = Spelling()) -> Problem:
+    """The problem of a word that names no strategy, or of what is no word."""
+    return unknown_name(
+        name,
+        strategy_names(),
+        what=f"there is no strategy {name!r}",
+        asked=for_shell(spelling.choose("strategy", typed(name))),
+        offer=lambda known: spelling.choose("strategy", known),
     )
+
+
+def strategy_of_config(config: Any) -> Strategy | None:
+    """The strategy whose typed config an object is; None for anything else."""
+    ours = map(_load, STRATEGY_NAMES)
+    return next((strategy for strategy in (*ours, *_ADDED.all()) if isinstance(config, strategy.config)), None)
 
 
 def strategy_of_target(target: str) -> Strategy | None:

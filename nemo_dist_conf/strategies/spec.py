@@ -28,6 +28,11 @@ class Strategy:
     alone; None: the plan refuses the strategy by name.
     schema: its fields are the options; one is activation_checkpointing. Options that are called as some of ours are
     (autocast_dtype, enable_compile) are executed as ours are.
+    needs_mesh: False: its ranks are all there are, and until a model is wrapped no process group has to be started.
+    sums_gradients: the option with which gradients are added over ranks instead of averaged.
+    compute_dtype: the option that holds the dtype in which a model computes, dotted, and off by a switch ``enabled``
+    beside it; None: the strategy has none, so ``train.dtype`` alone says it.
+    loss_scaling: whether losses can be scaled, without which gradients in float16 become zero.
     """
 
     name: str
@@ -39,6 +44,10 @@ class Strategy:
     target: str = ""
     activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
     costs: str | None = None
+    needs_mesh: bool = True
+    sums_gradients: str | None = None
+    compute_dtype: str | None = None
+    loss_scaling: bool = True
 
     def __post_init__(self) -> None:
         if not self.target:
