@@ -10,7 +10,7 @@ from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import Job, Stage
 from nemo_dist_conf.plan.strategies.base import Gathered, StrategyCosts
 
-__all__ = ["COSTS", "DDPCosts"]
+__all__ = ["COSTS"]
 
 _MIB = 2**20
 

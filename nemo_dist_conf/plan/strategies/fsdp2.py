@@ -11,7 +11,7 @@ from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Unit, gathered_byte
 from nemo_dist_conf.plan.schedule_timeline import orders
 from nemo_dist_conf.plan.strategies.base import Gathered, Remedy, StrategyCosts
 
-__all__ = ["COSTS", "FSDP2Costs"]
+__all__ = ["COSTS"]
 
 #: Elements from which embedding and head are gathered on their own (runtime/engines/fsdp2_units.py, with torch).
 _OUTER_UNIT_ELEMENTS = 2**18

@@ -11,7 +11,7 @@ from nemo_dist_conf.plan.job import Job, Stage
 from nemo_dist_conf.plan.rank_shards import gathered_bytes, tp_shape
 from nemo_dist_conf.plan.strategies.base import Gathered, StrategyCosts, data_group
 
-__all__ = ["COSTS", "MegatronFSDPCosts"]
+__all__ = ["COSTS"]
 
 #: Parameters, their gradients, and what is gathered and reduced of them are float32.
 _FP32 = 4
