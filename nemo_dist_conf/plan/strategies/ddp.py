@@ -15,7 +15,7 @@ __all__ = ["COSTS"]
 _MIB = 2**20
 
 
-class DDPCosts(StrategyCosts):
+class _DDPCosts(StrategyCosts):
     def recipe_options(self, options: Mapping[str, Any], dtype: str, device: str) -> Mapping[str, Any]:
         return {**options, "autocast_dtype": autocast_dtype(dtype, device)}
 
@@ -53,4 +53,4 @@ class DDPCosts(StrategyCosts):
             yield Collective("dp", "all_reduce", sizes.count(size), size, "backward", True, "bucket")
 
 
-COSTS = DDPCosts()
+COSTS = _DDPCosts()

@@ -48,7 +48,7 @@ def _shard_axis(job: Job) -> str:
     return "dp_shard_cp" if job.mesh.size("dp_shard") > 1 else "cp"
 
 
-class FSDP2Costs(StrategyCosts):
+class _FSDP2Costs(StrategyCosts):
     def dtypes(self, options: Mapping[str, Any]) -> Dtypes:
         """As ``mp_policy`` has them; gradients are reduced in the dtype of parameters where it says nothing."""
         policy = options.get("mp_policy")
@@ -167,4 +167,4 @@ def _gathered_again(job: Job, unit: Unit) -> int:
     return sum(_frees(job, index == unit.count - 1, unit.expert) for index in range(unit.count))
 
 
-COSTS = FSDP2Costs()
+COSTS = _FSDP2Costs()

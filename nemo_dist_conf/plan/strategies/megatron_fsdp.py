@@ -22,7 +22,7 @@ def _zero(job: Job) -> int:
     return int(job.options.get("zero_dp_strategy", 3))
 
 
-class MegatronFSDPCosts(StrategyCosts):
+class _MegatronFSDPCosts(StrategyCosts):
     def autocast(self, options: Mapping[str, Any], dtype: str, device: str) -> str | None:
         """The strategy has no option for it; the recipe runs it under autocast in ``train.dtype``."""
         return autocast_dtype(dtype, device)
@@ -68,4 +68,4 @@ class MegatronFSDPCosts(StrategyCosts):
             yield Collective(axis, "reduce_scatter", unit.count * reductions, size, "backward", True, unit.title)
 
 
-COSTS = MegatronFSDPCosts()
+COSTS = _MegatronFSDPCosts()
