@@ -36,7 +36,7 @@ from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
-from nemo_dist_conf.train.estimate import measured, plan_of_run
+from nemo_dist_conf.train.estimate import measured, plan_of_run, planned
 from nemo_dist_conf.train.learning_rate import LearningRate
 from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
@@ -221,7 +221,7 @@ class _Run:
         console = Console(settings.steps, enabled=context.is_main, first_step=start + 1)
         plan = plan_of_run(self.cfg, context) if context.is_main else None
         facts = header(self.data, self.setup, self.model, self.folder)
-        console.header(facts if plan is None else {**facts, "plan": plan.short()})
+        console.header({**facts, **planned(plan)})
         self.model.train()
         load = _expert_load(self.model)
         first: StepResult | None = None
