@@ -67,7 +67,7 @@ class UsedParameters:
                 parameter.register_post_accumulate_grad_hook(lambda used: self._used.add(id(used)))
 
     def check(self, model: Any) -> None:
-        """Of the step that ends now; raises ConfigError with the names of what was not used."""
+        """Raise ConfigError for the step that ends now where some of a group got a gradient and others, named here, none."""
         used = set(self._used)
         self._used.clear()
         group_of = model.param_and_grad_buffer.param_to_param_group
