@@ -188,7 +188,7 @@ def from_json(
 
 
 def _as_many(like: Any, count: int) -> list[Any]:
-    """The list, if it has so many elements; else as many times None."""
+    """The first so many elements of a list, filled up with None; of anything else None alone, so many times."""
     return [*like[:count], *[None] * (count - len(like))] if isinstance(like, (list, tuple)) else [None] * count
 
 
