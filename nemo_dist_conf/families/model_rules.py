@@ -10,10 +10,10 @@ from nemo_dist_conf.topology.sequence_chunks import chunk_problem
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.wording import Spelling
 
-__all__ = ["layerdrop_problems", "model_problems", "tensor_parallel_sizes", "tied_head_problems"]
+__all__ = ["layerdrop_problems", "model_problems", "tied_head_problems"]
 
 
-def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
+def _tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
     """Every tp_size that divides heads, kv heads and MLP width; None when the model does not say them.
 
     The vocabulary is not in it: torch shards it unevenly and the logits stay exact.
@@ -82,7 +82,7 @@ def model_problems(
             )
         )
         tp = 1
-    legal = tensor_parallel_sizes(facts)
+    legal = _tensor_parallel_sizes(facts)
     if legal is not None and tp not in legal:
         odd = [
             f"{count} {title}"
