@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LazyNode",
+    "OpenOptions",
     "asked_by_callbacks",
     "call_last_at_the_end",
     "config_of_the_running_job",
@@ -65,11 +66,11 @@ def resolver_calls(text: str) -> list[tuple[int, int, str]]:
     return found
 
 
-def _collect(context: Any, found: list[tuple[int, int, str]]) -> None:
-    for child in getattr(context, "children", None) or ():
+def _collect(tree: Any, found: list[tuple[int, int, str]]) -> None:
+    for child in getattr(tree, "children", None) or ():
         _collect(child, found)
-    if isinstance(context, OmegaConfGrammarParser.InterpolationResolverContext):
-        found.append((context.start.start, context.stop.stop + 1, context.resolverName().getText()))
+    if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
+        found.append((tree.start.start, tree.stop.stop + 1, tree.resolverName().getText()))
 
 
 def read_in_place(text: str, container: Any, key: Any) -> tuple[Any, Any]:
@@ -105,7 +106,7 @@ def written(node: Any) -> Any:
 def written_at(container: Any, key: Any) -> Any:
     """What is written at a key that is there, as ``written`` says.
 
-    Test: tests/composition/test_text_values.py
+    OmegaConf 2.3 and 2.4: as there. Test: tests/composition/test_text_values.py
     """
     return container._get_node(key)._value()
 
@@ -131,7 +132,7 @@ def is_missing(node: Any) -> bool:
 def has_values(container: Any) -> bool:
     """Whether a container holds keys of its own: it is neither null, nor ``???``, nor an interpolation.
 
-    As ``is_null`` and ``is_missing``. Test: tests/composition/test_check.py
+    OmegaConf 2.3 and 2.4: as ``is_null`` and ``is_missing``. Test: tests/composition/test_check.py
     """
     return not (container._is_none() or container._is_missing() or container._is_interpolation())
 
@@ -168,7 +169,7 @@ def path_of(container: Any, key: Any) -> tuple[Any, ...]:
 def place_of(node: Any) -> tuple[Any, Any]:
     """(container, key) of a node, as a resolver is given the node that it stands in.
 
-    As ``path_of``. Test: tests/composition/agreement/test_drawn_values.py
+    OmegaConf 2.3 and 2.4: as ``path_of``. Test: tests/composition/agreement/test_drawn_values.py
     """
     return node._get_parent_container(), node._key()
 
@@ -355,7 +356,32 @@ class _SharedEntries(dict):
 
 
 def _levels(level: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _levels(value) if isinstance(value, dict) else value for key, value in level.items()}
+    copied = {key: _levels(value) if isinstance(value, dict) else value for key, value in level.items()}
+    return OpenOptions(copied, level.added) if isinstance(level, OpenOptions) else copied
+
+
+class OpenOptions(dict[str, Any]):
+    """The options of a group of the store, to which other packages add.
+
+    Theirs are looked for when Hydra asks for a name that is not here, or for all names, and not before: most apps ask
+    for neither. Hydra 1.3.8 to 1.4.0rc3 ask a level of the store by ``in``, ``[]`` and ``keys()`` (config_store.py),
+    and publish nothing that is asked for names. Test: tests/third_party/test_strategy.py,
+    test_it_is_an_option_of_the_group_with_help_and_only_where_it_is_installed.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], added: Callable[[], Mapping[str, Any]]) -> None:
+        """added: what there is by then, by the name of the entry."""
+        super().__init__(entries)
+        self.added = added
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.added()
+
+    def __missing__(self, name: str) -> Any:
+        return self.added()[name]
+
+    def keys(self) -> Any:
+        return {**self.added(), **dict(self.items())}.keys()
 
 
 def put_into_base_config(key: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.plan.from_config import job_of, planned_start
 from nemo_dist_conf.plan.plan import make_plan
 from nemo_dist_conf.plan.search import search
-from nemo_dist_conf.plan.text_report import found_table
+from nemo_dist_conf.plan.text_report import found_table, table
 from nemo_dist_conf.recipe.checks import RecipeCallback, check_recipe
 from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.wording import assigned, unknown_name
@@ -49,10 +49,10 @@ def run(cfg: DictConfig, hydra: Any = None) -> str:
             top = _whole(cfg.plan, "top", "plan.")
             result = search(recipe, world_size, cfg.hardware, top)
             found: Any = [{"overrides": one.words, **one.plan.to_dict()} for one in result.best]
-            text, best = found_table(result.best, result.allowed, result.fitting), result.best[0].plan
+            text, best = found_table(result), result.best[0].plan
         else:
             best = make_plan(job_of(recipe, world_size, cfg.hardware))
-            text, found = best.table(bool(cfg.plan.formulas)), best.to_dict()
+            text, found = table(best, bool(cfg.plan.formulas)), best.to_dict()
     picture, written = cfg.plan.get("picture"), cfg.plan.get("json")
     if picture is not None:
         from nemo_dist_conf.plan.drawing import page, svg

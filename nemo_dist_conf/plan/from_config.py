@@ -16,6 +16,7 @@ from nemo_dist_conf.families.config_facts import plain_floats
 from nemo_dist_conf.families.shapes import ModelShape, shape_of
 from nemo_dist_conf.names import HARDWARE
 from nemo_dist_conf.plan.job import Job, Update
+from nemo_dist_conf.plan.strategy_costs import costs_of
 from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
@@ -62,14 +63,9 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
     if checked.mesh.size("pp") > 1:
         batch, micro = checked.pipeline["pp_batch_size"], checked.pipeline["pp_microbatch_size"]
         microbatches, calls = batch // micro, rows // batch
-    autocast = checked.strategy_values.get("autocast_dtype")
-    name = getattr(autocast, "name", autocast)
-    if checked.strategy.name == "megatron_fsdp":  # the strategy has no option for it; the recipe runs it so
-        from nemo_dist_conf.composition.resolvers import autocast_dtype
-
-        name = autocast_dtype(OmegaConf.select(cfg, "train.dtype") or "auto", machine.device)
+    dtype = OmegaConf.select(cfg, "train.dtype") or "auto"
     return Job(
-        strategy=checked.strategy.name,
+        strategy=checked.strategy,
         options=checked.strategy_values,
         mesh=checked.mesh,
         model=model,
@@ -81,7 +77,7 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
         pipeline=checked.pipeline,
         moe=checked.moe,
         checkpointing=checked.activation_checkpointing,
-        autocast=name,
+        autocast=costs_of(checked.strategy).autocast(checked.strategy_values, dtype, machine.device),
         update=update_of(cfg.get("optimizer")),
     )
 

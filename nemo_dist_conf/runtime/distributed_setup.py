@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, Literal, Union, cast
 from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.composition.sections import strategy_of
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import STRATEGY_NAMES
 from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.runtime.typed_configs import (
     DDPConfig,
@@ -20,7 +21,7 @@ from nemo_dist_conf.runtime.typed_configs import (
     typed_config,
     unknown_options,
 )
-from nemo_dist_conf.strategies import STRATEGIES, find_strategy, strategy_names, strategy_of_config, unknown_strategy
+from nemo_dist_conf.strategies import find_strategy, strategy_names, strategy_of_config, unknown_strategy
 from nemo_dist_conf.topology.checkpointing_modes import one_mode
 
 if TYPE_CHECKING:
@@ -39,7 +40,12 @@ DistributedStrategyConfig = Union["FSDP2Config", "MegatronFSDPConfig", "DDPConfi
 DistributedConfig = DistributedStrategyConfig
 
 _StrategyConfigClass = type[FSDP2Config] | type[MegatronFSDPConfig] | type[DDPConfig]
-_STRATEGY_MAP: Dict[str, _StrategyConfigClass] = {name: s.config for s in STRATEGIES for name in s.names}
+#: By the names of the page; a strategy of another package, whose class may import this module, is found by its own.
+_STRATEGY_MAP: Dict[str, _StrategyConfigClass] = {
+    name: find_strategy(strategy).config
+    for strategy, aliases in STRATEGY_NAMES.items()
+    for name in (strategy, *aliases)
+}
 
 
 def _resolve_strategy_config(

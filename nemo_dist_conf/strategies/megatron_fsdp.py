@@ -16,7 +16,7 @@ from nemo_dist_conf.topology.launched_ranks import runs_here
 from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
-    from nemo_dist_conf.runtime.engines.megatron_fsdp import MegatronFSDPManager
+    from nemo_dist_conf.runtime.managers import MegatronFSDPManager
 
 __all__ = ["MegatronFSDPConf", "MegatronFSDPManager", "STRATEGY", "library_problems"]
 
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
     """``MegatronFSDPManager``, which holds torch's objects, when it is asked for."""
     if name != "MegatronFSDPManager":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("nemo_dist_conf.runtime.engines.megatron_fsdp"), name)
+    return getattr(importlib.import_module("nemo_dist_conf.runtime.managers"), name)
 
 
 def library_problems(spelling: Spelling = Spelling()) -> list[Problem]:
@@ -199,6 +199,7 @@ STRATEGY = Strategy(
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.megatron_fsdp:MegatronFSDPEngine",
     activation_checkpointing=(False, True),
+    costs="nemo_dist_conf.plan.strategies.megatron_fsdp:COSTS",
     sums_gradients="calculate_per_token_loss",
     loss_scaling=False,
 )

@@ -144,7 +144,7 @@ def _microbatch_problems(
         ]
     if schedule is None:
         return []
-    needed = {"1F1B": pp_size, "DualPipeV": stages or 2 * pp_size}.get(schedule.torch_name, 1)
+    needed = schedule.least(pp_size, stages or pp_size * (2 if schedule.multi else 1))
     if count < needed:
         return [
             Problem(

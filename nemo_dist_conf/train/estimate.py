@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from nemo_dist_conf.errors import NemoDistConfError
-from nemo_dist_conf.plan import Plan, job_of, make_plan
+from nemo_dist_conf.plan import Plan, job_of, make_plan, summary
+from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf, profile_of_device
 
-__all__ = ["measured", "plan_of_run"]
+__all__ = ["measured", "plan_of_run", "planned"]
 
 log = logging.getLogger(__name__)
 
 
-def plan_of_run(cfg: Any, context: Any) -> Plan | None:
+def plan_of_run(cfg: Any, context: MeshContext) -> Plan | None:
     """The plan for the machine that runs it; None for a device or a model of which too little is known.
 
     Nothing that goes wrong in it may stop the run that it is of.
@@ -27,7 +28,7 @@ def plan_of_run(cfg: Any, context: Any) -> Plan | None:
         if machine is None:
             return None
         plan = make_plan(job_of(cfg, context.world_size, machine))
-        plan.short()
+        summary(plan)
         return plan
     except NemoDistConfError as error:  # a user's own module has no config to plan from
         log.debug("no plan: %s", error)
@@ -44,7 +45,12 @@ def _machine(device: torch.device) -> HardwareConf | None:
     return dataclasses.replace(core, fp32_tflops=core.fp32_tflops * torch.get_num_threads())
 
 
-def measured(plan: Plan | None, tokens_per_second: float, peak_bytes: int, context: Any) -> dict[str, str]:
+def planned(plan: Plan | None) -> dict[str, str]:
+    """The plan in one line, for the start of a run."""
+    return {} if plan is None else {"plan": summary(plan)}
+
+
+def measured(plan: Plan | None, tokens_per_second: float, peak_bytes: int, context: MeshContext) -> dict[str, str]:
     """What a run took, as a multiple of its plan; memory on a GPU only, where torch counts its own."""
     if plan is None or not tokens_per_second or not plan.step.seconds:
         return {}
