@@ -34,7 +34,7 @@ from nemo_dist_conf.topology.checkpointing_modes import one_mode
 from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import MeshSpec, number_problem, solve
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, assigned
 
 __all__ = ["Checked", "check", "check_values", "find_roots"]
 
@@ -205,9 +205,7 @@ def _single_root(cfg: Any) -> DictConfig:
         allowed = "one of " + ", ".join(name for s in STRATEGIES for name in s.names)
         instead = _choice_of_a_strategy(cfg)
     shown = value if isinstance(value, (str, type(None))) else type(value).__name__
-    raise ConfigError(
-        Problem(what=what, asked=f"strategy={'null' if shown is None else shown}", allowed=allowed, instead=instead)
-    )
+    raise ConfigError(Problem(what=what, asked=assigned("strategy", shown), allowed=allowed, instead=instead))
 
 
 def _choice_of_a_strategy(cfg: Any) -> str:

@@ -8,7 +8,7 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.families.config_facts import ModelFacts, is_dense_family
 from nemo_dist_conf.topology.sequence_chunks import chunk_problem
 from nemo_dist_conf.topology.solve import divisors
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, assigned
 
 __all__ = ["layerdrop_problems", "model_problems", "tied_head_problems"]
 
@@ -146,7 +146,7 @@ def model_problems(
 
 def _said(facts: ModelFacts, field: str) -> str:
     """What asked for a field that is on: the folder of a checkpoint, or the field itself."""
-    return f"model.name_or_path={facts.folder}" if facts.folder else f"model.config.{field}=true"
+    return assigned("model.name_or_path", facts.folder) if facts.folder else f"model.config.{field}=true"
 
 
 def tied_head_problems(moe: Mapping[str, Any], spelling: Spelling = Spelling()) -> list[Problem]:
