@@ -7,8 +7,9 @@ from functools import cached_property, lru_cache
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.families.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
+from nemo_dist_conf.families.plans import complete_plan
 from nemo_dist_conf.families.shapes import ModelShape
+from nemo_dist_conf.families.styles import SEQUENCE_STYLES, match_pattern, unalias
 from nemo_dist_conf.names import SCHEDULES, nearest
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.topology.schedule_file import read_schedule
