@@ -13,7 +13,7 @@ from nemo_dist_conf.families.registry import families, find_family
 from nemo_dist_conf.families.spec import Family, Places
 from nemo_dist_conf.names import nearest
 
-__all__ = ["ModelShape", "Weight", "block_weights", "outer_weights", "places_of", "shape_of", "weights"]
+__all__ = ["ModelShape", "Weight", "block_weights", "outer_weights", "shape_of", "weights"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class ModelShape:
     expert_width: int
     sparse: tuple[bool, ...]
     window: int | None = None
+
+    @property
+    def places(self) -> Places:
+        """Where the parts of the model are."""
+        return _row(self.model_type).places
 
     @property
     def q_width(self) -> int:
@@ -153,19 +158,20 @@ def _refuse_sizes(family: Family, said: Mapping[str, Any]) -> None:
     )
 
 
+def _row(model_type: str) -> Family:
+    family = find_family(model_type)
+    if family is None:
+        raise AssertionError(f"{model_type} has a shape, so it has a row")
+    return family
+
+
 @functools.cache
 def _weights_of(model_type: str) -> Any:
     """The module that knows the weights of a family that has shapes."""
-    family = find_family(model_type)
-    if family is None or family.shapes is None:
-        raise AssertionError(f"{model_type} has a shape, so it has a row")
-    return importlib.import_module(family.shapes.weights)
-
-
-def places_of(shape: ModelShape) -> Places:
-    """Where the parts of a model of this family are."""
-    family = find_family(shape.model_type)
-    return family.places if family is not None else Places()
+    shapes = _row(model_type).shapes
+    if shapes is None:
+        raise AssertionError(f"{model_type} has a shape, so its row says how it is read")
+    return importlib.import_module(shapes.weights)
 
 
 def block_weights(shape: ModelShape, sparse: bool) -> tuple[Weight, ...]:
@@ -182,9 +188,8 @@ def outer_weights(shape: ModelShape) -> tuple[Weight, ...]:
 
 def weights(shape: ModelShape) -> list[tuple[str, Weight]]:
     """(name in the whole model, weight) of every parameter."""
-    places = places_of(shape)
     inside = [
-        (f"{places.block(index)}.{weight.name}", weight)
+        (f"{shape.places.block(index)}.{weight.name}", weight)
         for index, sparse in enumerate(shape.sparse)
         for weight in block_weights(shape, sparse)
     ]
