@@ -141,9 +141,11 @@ def _plan(model: nn.Module) -> dict[str, str]:
     inner: Any = getattr(model, "base_model", model)
     prefix = "" if inner is model else f"{model.base_model_prefix}."
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    return {
+    found = {
         name: style
         for pattern, style in patterns.items()
         for name in names
         if match_pattern(f"{prefix}{pattern}", name)
     }
+    # Innermost first: what sends the tokens asks its module how many experts are left on this rank.
+    return dict(sorted(found.items(), key=lambda entry: -entry[0].count(".")))
