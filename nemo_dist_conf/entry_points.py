@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from functools import cached_property
 from typing import TYPE_CHECKING, Collection, Generic, Protocol, TypeVar
 
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -26,7 +26,8 @@ class AddedRows(Generic[_Row]):
     """What packages add to one registry, by name. Nothing is read before the first question.
 
     Reading the metadata of all installed packages takes milliseconds to tenths of a second, so a registry asks only for
-    a name that is not its own. It is read once in a process, and a package is imported when its row is asked for.
+    a name that is not its own. It is read again only after sys.path has changed, and a package is imported when its row
+    is asked for.
     """
 
     def __init__(self, group: str, kind: type[_Row], title: str, ours: Collection[str]) -> None:
@@ -35,20 +36,21 @@ class AddedRows(Generic[_Row]):
         title: what a row is called in messages ("family"). ours: names that a package cannot take.
         """
         self._group, self._kind, self._title, self._ours = group, kind, title, ours
+        self._read: tuple[list[str], dict[str, EntryPoint]] | None = None
 
     def names(self) -> tuple[str, ...]:
         """The names that packages add, sorted; no package is imported.
 
         Raises ConfigError where one takes a name of ours, or two take the same.
         """
-        return tuple(self._found)
+        return tuple(self._found())
 
     def find(self, name: str) -> _Row | None:
         """The row that a package adds by this name; None where none does.
 
         Raises ConfigError, by the name of the package, for a row that cannot be loaded or is none, and as ``names``.
         """
-        entry = self._found.get(name)
+        entry = self._found().get(name)
         if entry is None:
             return None
         try:
@@ -65,8 +67,12 @@ class AddedRows(Generic[_Row]):
             raise ConfigError(self._problem(entry, reason, f"one name in both: {row.name} = {entry.value}"))
         return row
 
-    @cached_property
     def _found(self) -> dict[str, EntryPoint]:
+        if self._read is None or self._read[0] != sys.path:
+            self._read = list(sys.path), self._entries()
+        return self._read[1]
+
+    def _entries(self) -> dict[str, EntryPoint]:
         from importlib.metadata import entry_points  # 0.1 s, which composing does without
 
         found = sorted(entry_points(group=self._group), key=lambda entry: entry.name)

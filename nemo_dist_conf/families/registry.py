@@ -28,13 +28,13 @@ def find_family(model_type: object) -> Family | None:
     Its module is imported, and no other family's. Rows of other packages are looked for only where we have none.
     Raises ConfigError for a row of another package that cannot be used.
     """
-    return _find(model_type) if isinstance(model_type, str) and model_type else None
+    if not isinstance(model_type, str) or not model_type:
+        return None
+    return _own(model_type) if model_type in FAMILY_NAMES else _added().find(model_type)
 
 
 @functools.cache
-def _find(name: str) -> Family | None:
-    if name not in FAMILY_NAMES:
-        return _added().find(name)
+def _own(name: str) -> Family:
     family: Family = importlib.import_module(f"nemo_dist_conf.families.{name}").FAMILY
     return family
 
@@ -49,4 +49,4 @@ def _added() -> AddedRows[Family]:
 
 def families() -> Iterator[Family]:
     """Every row, ours first: imports them all, for messages and tests."""
-    return filter(None, map(_find, (*FAMILY_NAMES, *_added().names())))
+    return filter(None, map(find_family, (*FAMILY_NAMES, *_added().names())))
