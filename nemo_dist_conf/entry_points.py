@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Collection, Generic, Protocol, TypeVar
 
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 __all__ = ["AddedRows"]
+
+log = logging.getLogger(__name__)
 
 
 class _Named(Protocol):
@@ -36,23 +40,37 @@ class AddedRows(Generic[_Row]):
         title: what a row is called in messages ("family"). ours: names that a package cannot take.
         """
         self._group, self._kind, self._title, self._ours = group, kind, title, ours
-        self._read: tuple[list[str], dict[str, EntryPoint]] | None = None
+        self._read: tuple[list[str], dict[str, list[EntryPoint]]] | None = None
 
     def names(self) -> tuple[str, ...]:
-        """The names that packages add, sorted; no package is imported.
-
-        Raises ConfigError where one takes a name of ours, or two take the same.
-        """
+        """The names that packages add, sorted; no package is imported."""
         return tuple(self._found())
+
+    def all(self) -> list[_Row]:
+        """Every row that can be used; what a package adds wrongly is left out, with a warning that names it."""
+        found = []
+        for name in self.names():
+            try:
+                row = self.find(name)
+            except ConfigError as error:
+                log.warning("left out: %s", error.what)
+            else:
+                found += [row] if row is not None else []
+        return found
 
     def find(self, name: str) -> _Row | None:
         """The row that a package adds by this name; None where none does.
 
-        Raises ConfigError, by the name of the package, for a row that cannot be loaded or is none, and as ``names``.
+        Raises ConfigError, by the name of the package, for a row that cannot be loaded, is none, or has the name of
+        another package's.
         """
-        entry = self._found().get(name)
-        if entry is None:
+        entries = self._found().get(name)
+        if not entries:
             return None
+        if len(entries) > 1:
+            free = "a name of its own"
+            ConfigError.raise_if(self._problem(e, "has the name of another package's", free) for e in entries)
+        entry = entries[0]
         try:
             row = entry.load()
         except Exception as error:  # whatever a package's own code raises while it is imported
@@ -67,24 +85,25 @@ class AddedRows(Generic[_Row]):
             raise ConfigError(self._problem(entry, reason, f"one name in both: {row.name} = {entry.value}"))
         return row
 
-    def _found(self) -> dict[str, EntryPoint]:
+    def _found(self) -> dict[str, list[EntryPoint]]:
         if self._read is None or self._read[0] != sys.path:
             self._read = list(sys.path), self._entries()
         return self._read[1]
 
-    def _entries(self) -> dict[str, EntryPoint]:
+    def _entries(self) -> dict[str, list[EntryPoint]]:
+        """Entry points by name, of which there should be one each. A package that takes a name of ours gets nothing."""
+        if not _mentioned(self._group):
+            return {}
         from importlib.metadata import entry_points  # 0.1 s, which composing does without
 
-        found = sorted(entry_points(group=self._group), key=lambda entry: entry.name)
-        counts = Counter(entry.name for entry in found)
-        taken = [entry for entry in found if entry.name in self._ours]
-        twice = [entry for entry in found if counts[entry.name] > 1 and entry.name not in self._ours]
-        free = f"a name that is not in use; nemo_dist_conf has {', '.join(self._ours)}"
-        ConfigError.raise_if(
-            [self._problem(entry, "has the name of one that nemo_dist_conf has", free) for entry in taken]
-            + [self._problem(entry, "has the name of another package's", free) for entry in twice]
-        )
-        return {entry.name: entry for entry in found}
+        found: dict[str, list[EntryPoint]] = {}
+        for entry in sorted(entry_points(group=self._group), key=lambda entry: entry.name):
+            if entry.name in self._ours:
+                free = f"a name that is not in use; nemo_dist_conf has {', '.join(self._ours)}"
+                log.warning("left out: %s", self._problem(entry, "has the name of one that nemo_dist_conf has", free))
+            else:
+                found.setdefault(entry.name, []).append(entry)
+        return found
 
     def _problem(self, entry: EntryPoint, reason: str, allowed: str) -> Problem:
         package = entry.dist.name if entry.dist is not None else entry.value.partition(":")[0]
@@ -94,3 +113,27 @@ class AddedRows(Generic[_Row]):
             allowed=allowed,
             instead=f"pip uninstall {package}",
         )
+
+
+def _mentioned(group: str) -> bool:
+    """Whether any package may add to a group of entry points: a millisecond, where importlib.metadata takes 100.
+
+    Looks for the group's name in the metadata that lies in folders, as pip installs it; what else is on sys.path (an
+    archive) may mention it.
+    """
+    word = group.encode()
+    for place in sys.path:
+        try:
+            with os.scandir(place or ".") as entries:
+                found = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return True
+        for folder in found:
+            try:
+                if word in Path(folder, "entry_points.txt").read_bytes():
+                    return True
+            except OSError:  # it adds nothing
+                continue
+    return False

@@ -55,20 +55,25 @@ def test_a_row_is_found_by_its_name_and_its_package_imported_only_then(install):
     assert added.find("toy") == Row("toy")
 
 
-def test_a_name_of_ours_is_refused_whatever_is_asked_for(install):
-    install("greedy", "ours = greedy:ROW")
-    error = refusal(rows("ours", "mine"), "toy")
-    assert error.what == "the row ours that the package greedy adds has the name of one that nemo_dist_conf has"
-    assert error.asked == f"entry point ours = greedy:ROW in the group {GROUP}"
-    assert error.allowed == "a name that is not in use; nemo_dist_conf has ours, mine"
-    assert error.instead == "pip uninstall greedy"
+def test_a_package_that_takes_a_name_of_ours_is_left_out_and_told(install, caplog):
+    install("greedy", "ours = greedy:ROW\nfree = greedy:OTHER", f"from {__name__} import Row\nOTHER = Row('free')")
+    added = rows("ours", "mine")
+    assert added.find("ours") is None and added.all() == [Row("free")]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith(
+        "left out: the row ours that the package greedy adds has the name of one that nemo_dist_conf"
+    )
+    assert f"entry point ours = greedy:ROW in the group {GROUP}" in told and "pip uninstall greedy" in told
 
 
-def test_a_name_of_two_packages_is_refused_with_both(install):
+def test_a_name_of_two_packages_is_refused_with_both_and_stands_in_nobody_elses_way(install, caplog):
     install("first", "toy = first:ROW")
     install("second", "toy = second:ROW")
+    install("third", "game = third:ROW", f"from {__name__} import Row\nROW = Row('game')")
     problems = refusal(rows(), "toy").problems
     assert sorted(problem.instead for problem in problems) == ["pip uninstall first", "pip uninstall second"]
+    assert rows().all() == [Row("game")]
+    assert "left out: the row toy that the package" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any, Iterator, Mapping
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.command_line import as_typed_here, is_chosen
+from nemo_dist_conf.composition.hydra_inside import full_key, has_values, is_missing, is_null, node_at
 from nemo_dist_conf.composition.sections import (
     SECTIONS,
     default_choice,
     flat_defaults,
-    inline_text,
     leaves,
     misspelt_sections,
     read_section,
@@ -25,14 +25,15 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.families.model_rules import layerdrop_problems, model_problems
 from nemo_dist_conf.families.plan_rules import plan_problems
-from nemo_dist_conf.names import BATCH_STATISTICS, checkpointing_mode
+from nemo_dist_conf.names import BATCH_STATISTICS
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
-from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
+from nemo_dist_conf.strategies import STRATEGIES, Strategy, default_strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.topology.axes import AXES, Axis
+from nemo_dist_conf.topology.checkpointing_modes import one_mode
 from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
-from nemo_dist_conf.topology.solve import MeshSpec, solve
+from nemo_dist_conf.topology.solve import MeshSpec, number_problem, solve
 from nemo_dist_conf.wording import Spelling
 
 __all__ = ["Checked", "check", "check_values", "find_roots", "is_root"]
@@ -61,19 +62,19 @@ class Checked:
 
 def is_root(node: Any) -> bool:
     """Whether this mapping holds a strategy node of ours under the key ``strategy``."""
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or "strategy" not in node:
+    if not isinstance(node, DictConfig) or is_null(node) or is_missing(node) or "strategy" not in node:
         return False
-    return strategy_of(node._get_node("strategy")) is not None
+    return strategy_of(node_at(node, "strategy")) is not None
 
 
 def find_roots(cfg: Any) -> Iterator[DictConfig]:
     """Every mapping of the tree that holds our groups: the tree itself, and packages such as ``dist``."""
-    if not isinstance(cfg, DictConfig) or cfg._is_none() or cfg._is_missing() or cfg._is_interpolation():
+    if not isinstance(cfg, DictConfig) or not has_values(cfg):
         return
     if is_root(cfg):
         yield cfg
     for key in cfg:
-        yield from find_roots(cfg._get_node(key))
+        yield from find_roots(node_at(cfg, key))
 
 
 def check(
@@ -105,7 +106,11 @@ def _check(cfg: Any, world_size: int | None, facts: ModelFacts | None, seq_len: 
     problems += unread_problems(root, ("activation_checkpointing", "batch_statistics"))
     ConfigError.raise_if(problems)  # the rules below need well-typed values
     facts = facts or _facts(cfg, root) or ModelFacts()
-    mode, mode_problems = _activation_checkpointing(root, values, strategy, spelling)
+    said = {
+        "activation_checkpointing": root.get("activation_checkpointing", False),
+        "strategy.activation_checkpointing": values["activation_checkpointing"],
+    }
+    mode, mode_problems = one_mode(said, strategy.activation_checkpointing, strategy.name, spelling)
     checked, found = check_values(strategy, values, sections, mode, world_size, facts, seq_len, spelling)
     statistics, statistics_problems = _batch_statistics(root, spelling)
     problems += mode_problems + statistics_problems + found
@@ -149,7 +154,6 @@ def check_values(
     problems += _section_problems(pipeline, moe, sizes, usable, facts, spelling, answered)
     problems += model_problems(facts, usable, world_size, seq_len, spelling, moe)
     problems += plan_problems(values.get("tp_plan"), facts, spelling)
-    problems += _execution_problems(strategy, usable, spelling)
     if problems or mesh is None:
         return None, problems
     notes = _notes(values, sizes)
@@ -157,13 +161,12 @@ def check_values(
 
 
 def _usable(size: Any, axis: Axis, strategy: Strategy) -> Any:
-    if size is None or not isinstance(size, int) or size < 1 or axis.name not in strategy.axes.allowed:
-        return axis.default
-    return size
+    possible = number_problem(axis, size) is None and axis.name in strategy.axes.allowed
+    return size if possible else axis.default
 
 
 def _prefix(node: DictConfig) -> str:
-    full = str(node._get_full_key("strategy"))
+    full = full_key(node, "strategy")
     return full.removesuffix("strategy").rstrip(".")
 
 
@@ -211,24 +214,24 @@ def _choice_of_a_strategy(cfg: Any) -> str:
     """The words that choose one: where the other sections stand, and by the name that the group has in this app."""
     package = _package_of_sections(cfg)
     place = Spelling(package).key("strategy")
-    choice = Spelling(package).choose("strategy", "fsdp2")
+    choice = Spelling(package).choose("strategy", default_strategy())
     if not is_ours("strategy"):
-        return f"+nemo_dist/strategy@{place}=fsdp2"
+        return f"+nemo_dist/strategy@{place}={default_strategy()}"
     return choice if is_chosen(cfg, choice.partition("=")[0]) else f"+{choice}"
 
 
 def _package_of_sections(node: Any) -> str:
     """Where sections of ours stand without a strategy; "" where none does."""
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+    if not isinstance(node, DictConfig) or not has_values(node):
         return ""
-    if any(OmegaConf.is_dict(node._get_node(name)) for name in SECTIONS if name in node):
-        return str(node._get_full_key(""))
-    return next((found for key in node if (found := _package_of_sections(node._get_node(key)))), "")
+    if any(OmegaConf.is_dict(node_at(node, name)) for name in SECTIONS if name in node):
+        return full_key(node, "")
+    return next((found for key in node if (found := _package_of_sections(node_at(node, key)))), "")
 
 
 def _meant_by(node: Any) -> str | None:
     """The strategy that has all keys of a node, which is no strategy of ours."""
-    keys = set(map(str, node)) if isinstance(node, DictConfig) and not node._is_none() else set()
+    keys = set(map(str, node)) if isinstance(node, DictConfig) and not is_null(node) else set()
     fields = ((s.name, {item.name for item in dataclasses.fields(s.schema)}) for s in STRATEGIES)
     return next((name for name, known in fields if keys and keys <= known), None)
 
@@ -263,36 +266,6 @@ def _model_texts(cfg: Any, root: DictConfig) -> list[Problem]:
     models = [tree.get("model") for tree in (root, cfg) if isinstance(tree, DictConfig) and "model" in tree]
     configs = [model.get("config") for model in models[:1] if isinstance(model, DictConfig)]
     return [problem for config in configs for problem in text_problems(config)]
-
-
-def _activation_checkpointing(
-    root: DictConfig, values: Mapping[str, Any], strategy: Strategy, spelling: Spelling
-) -> tuple[bool | str, list[Problem]]:
-    """One answer from the two places that can hold it."""
-    given = {
-        "activation_checkpointing": root.get("activation_checkpointing", False),
-        "strategy.activation_checkpointing": values["activation_checkpointing"],
-    }
-    problems = []
-    for key, value in given.items():
-        mode = checkpointing_mode(value)
-        if mode is None or mode not in strategy.activation_checkpointing:
-            what = f"{key}={value} is not a mode" + (f" of strategy={strategy.name}" if mode is not None else "")
-            allowed = ", ".join(str(m).lower() for m in strategy.activation_checkpointing)
-            problems.append(
-                Problem(what=what, asked=spelling.set(key, value), allowed=allowed, instead=spelling.set(key, True))
-            )
-    outer, inner = map(checkpointing_mode, given.values())
-    if not problems and outer and inner and outer != inner:
-        problems.append(
-            Problem(
-                what="activation checkpointing has two different answers",
-                asked=" ".join(spelling.set(key, value) for key, value in given.items()),
-                allowed="one of them, or both the same",
-                instead=" ".join(spelling.set(key, outer) for key in given),
-            )
-        )
-    return outer or inner or False, problems
 
 
 def _batch_statistics(root: DictConfig, spelling: Spelling) -> tuple[str, list[Problem]]:
@@ -333,11 +306,11 @@ def _changed_while_off(
     changed = {key: value for key, value in leaves(dict(values)).items() if value != defaults.get(key)}
     if not changed:
         return []
-    shown = [spelling.set(f"{section}.{key}", inline_text(value)) for key, value in changed.items()]
+    shown = [spelling.set(f"{section}.{key}", value) for key, value in changed.items()]
     instead = [
         default_choice(section, spelling)
         if key == "pp_schedule"
-        else spelling.set(f"{section}.{key}", inline_text(defaults.get(key)))
+        else spelling.set(f"{section}.{key}", defaults.get(key))
         for key in changed
     ]
     return [
@@ -348,24 +321,6 @@ def _changed_while_off(
             instead=" ".join(instead),
         )
     ]
-
-
-def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
-    """What composes and has a mesh, but is not executed by this version."""
-    problems = []
-    for axis in AXES:
-        size = sizes[axis.size_field] or 1
-        if isinstance(size, int) and size > 1 and axis.name in strategy.axes.allowed - strategy.executes:
-            key = f"parallelism.{axis.size_field}"
-            problems.append(
-                Problem(
-                    what=f"{axis.title} composes and has a mesh, but this version does not execute it",
-                    asked=spelling.set(key, size),
-                    allowed=f"{axis.size_field}=1",
-                    instead=spelling.set(key, axis.default),
-                )
-            )
-    return problems
 
 
 def _notes(values: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Mapping
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.registry import families, find_family
 from nemo_dist_conf.families.spec import Family, Places
-from nemo_dist_conf.names import nearest
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = ["ModelShape", "Weight", "block_weights", "outer_weights", "shape_of", "weights"]
 
@@ -132,13 +132,15 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
 
 
 def _unknown(model_type: object) -> Problem:
-    known = [family.name for family in families() if family.shapes is not None]
-    likely = nearest(str(model_type), known)
-    allowed = ", ".join([*likely, *(name for name in known if name not in likely)])
-    # Fields of one family are not those of another; a model of the recipe brings its own.
-    best = f"model.config.model_type={likely[0]}" if likely else "model=llama3_8b"
-    what = f"sizes of a model of type {model_type} are not known"
-    return Problem(what=what, asked=f"model.config.model_type={model_type}", allowed=allowed, instead=best)
+    return unknown_name(
+        model_type,
+        [family.name for family in families() if family.shapes is not None],
+        what=f"sizes of a model of type {model_type} are not known",
+        asked=assigned("model.config.model_type", model_type),
+        offer=lambda known: assigned("model.config.model_type", known),
+        # Fields of one family are not those of another; a model of the recipe brings its own.
+        otherwise="model=llama3_8b",
+    )
 
 
 def _refuse_sizes(family: Family, said: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, List, Mapping, Union
 
@@ -15,11 +16,7 @@ from nemo_dist_conf.topology.launched_ranks import runs_here
 from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
+    from nemo_dist_conf.runtime.managers import MegatronFSDPManager
 
 __all__ = ["MegatronFSDPConf", "MegatronFSDPManager", "STRATEGY", "library_problems"]
 
@@ -53,24 +50,11 @@ class MegatronFSDPConf:
     )
 
 
-class MegatronFSDPManager:
-    """Wraps a materialised model with the megatron-fsdp package as its config says.
-
-    device_mesh: axes dp, cp, tp.
-    """
-
-    def __init__(self, config: MegatronFSDPConfig, device_mesh: DeviceMesh) -> None:
-        self.config = config
-        self.device_mesh = device_mesh
-
-    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The wrapped model; with an optimizer, the pair, the optimizer holding the sharded parameters.
-
-        Raises ConfigError without CUDA or the library, and for what the model cannot do.
-        """
-        from nemo_dist_conf.runtime.parallelize import parallelize_megatron_fsdp
-
-        return parallelize_megatron_fsdp(model, self.config, self.device_mesh, optimizer)
+def __getattr__(name: str) -> Any:
+    """``MegatronFSDPManager``, which holds torch's objects, when it is asked for."""
+    if name != "MegatronFSDPManager":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("nemo_dist_conf.runtime.managers"), name)
 
 
 def library_problems(spelling: Spelling = Spelling()) -> list[Problem]:
@@ -146,9 +130,9 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
             problems.append(
                 Problem(
                     what=f"megatron_fsdp_unit_modules: {path!r} {why}",
-                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
+                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", [path]),
                     allowed="package.module.Class of a repeated layer; the default: the model's own blocks",
-                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
+                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", _llama_blocks()),
                 )
             )
     if not problems:
@@ -198,6 +182,7 @@ STRATEGY = Strategy(
     name="megatron_fsdp",
     schema=MegatronFSDPConf,
     typed="nemo_dist_conf.runtime.typed_configs:MegatronFSDPConfig",
+    target="nemo_dist_conf.config.MegatronFSDPConfig",
     axes=AxisRules(
         strategy="megatron_fsdp",
         allowed=frozenset({"dp", "tp", "cp"}),
@@ -208,9 +193,13 @@ STRATEGY = Strategy(
             "pp": "has no pipeline stages",
             "ep": "has no expert mesh here",
         },
+        instead="fsdp2",
+        instead_for=frozenset({"dp_replicate", "tp"}),
     ),
     rules=_rules,
-    manager="nemo_dist_conf.strategies.megatron_fsdp:MegatronFSDPManager",
+    engine="nemo_dist_conf.runtime.engines.megatron_fsdp:MegatronFSDPEngine",
     activation_checkpointing=(False, True),
-    executes=frozenset({"dp", "tp", "cp"}),
+    costs="nemo_dist_conf.plan.strategies.megatron_fsdp:COSTS",
+    sums_gradients="calculate_per_token_loss",
+    loss_scaling=False,
 )

@@ -19,10 +19,20 @@ Rules = Callable[[Mapping[str, Any], Mapping[str, Any], Spelling], list[Problem]
 
 @dataclass(frozen=True)
 class Strategy:
-    """One strategy: its schema, its axes, its rules, and where its typed config and its manager are.
+    """One strategy: its schema, its axes, its rules, and where the rest of it is.
 
-    typed, manager: ``module:Class``, imported when the strategy is executed, never while composing.
-    executes: axes whose execution exists; the others compose and are planned, but are refused before a start.
+    typed: the class of its typed config. engine: what executes it (a subclass of ``runtime.engines.base.Engine``).
+    Both as ``module:Class``, imported when the strategy is executed, never while composing.
+    target: the class path that a composed node's ``_target_`` has, where it is not that of ``typed``.
+    costs: ``module:OBJECT``, an instance of nemo_dist_conf.plan.strategies.base.StrategyCosts, imported by the plan
+    alone; None: the plan refuses the strategy by name.
+    schema: its fields are the options; one is activation_checkpointing. Options that are called as some of ours are
+    (autocast_dtype, enable_compile) are executed as ours are.
+    needs_mesh: False: its ranks are all there are, and until a model is wrapped no process group has to be started.
+    sums_gradients: the option with which gradients are added over ranks instead of averaged.
+    compute_dtype: the option that holds the dtype in which a model computes, dotted, and off by a switch ``enabled``
+    beside it; None: the strategy has none, so ``train.dtype`` alone says it.
+    loss_scaling: whether losses can be scaled, without which gradients in float16 become zero.
     """
 
     name: str
@@ -30,27 +40,32 @@ class Strategy:
     typed: str
     axes: AxisRules
     rules: Rules
-    manager: str
+    engine: str
+    target: str = ""
     activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
-    executes: frozenset[str] = frozenset()
+    costs: str | None = None
+    needs_mesh: bool = True
+    sums_gradients: str | None = None
+    compute_dtype: str | None = None
+    loss_scaling: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            object.__setattr__(self, "target", self.typed.replace(":", "."))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The name and its aliases."""
-        return (self.name, *STRATEGY_NAMES[self.name])
-
-    @property
-    def target(self) -> str:
-        """Class path of the typed config, which identifies a composed node of this strategy."""
-        return f"nemo_dist_conf.config.{self.typed.partition(':')[2]}"
+        return (self.name, *STRATEGY_NAMES.get(self.name, ()))
 
     @property
     def config(self) -> Any:
         """The class of the typed config, which holds torch's objects: asking for it imports torch."""
         return _load(self.typed)
 
-    def load_manager(self) -> Any:
-        return _load(self.manager)
+    def load_engine(self) -> Any:
+        """The class of the engine: asking for it imports torch."""
+        return _load(self.engine)
 
 
 def _load(path: str) -> Any:

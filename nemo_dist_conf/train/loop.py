@@ -21,20 +21,19 @@ from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.recipe.value_checks import train_problems
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import unwrapped
 from nemo_dist_conf.runtime.parallelize import autocast_forward
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
 from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad
 from nemo_dist_conf.runtime.techniques.loss import IGNORED
-from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 from nemo_dist_conf.runtime.typed_values import lower_dtype
 from nemo_dist_conf.strategies import strategy_of_target
 from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
-from nemo_dist_conf.train.estimate import measured, plan_of_run
+from nemo_dist_conf.train.estimate import measured, plan_of_run, planned
 from nemo_dist_conf.train.learning_rate import LearningRate
 from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
@@ -111,7 +110,7 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
             )
         context = setup.mesh_context
         dtype = lower_dtype(autocast_dtype(cfg.train.get("dtype"), str(context.device.type)))
-        if dtype is not None and isinstance(setup.strategy_config, MegatronFSDPConfig):
+        if dtype is not None and not hasattr(setup.strategy_config, "autocast_dtype"):
             autocast_forward(model, context.device, dtype)  # the strategy has no option that says what to compute in
         size, micro = settings.global_batch_size, settings.micro_batch_size
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
@@ -209,7 +208,7 @@ def _train(
     is_main = context.is_main
     console = Console(settings.steps, enabled=is_main, first_step=start + 1)
     plan = plan_of_run(cfg, context) if is_main else None
-    console.header({**header(data, setup, model, folder), **({"plan": plan.short()} if plan is not None else {})})
+    console.header({**header(data, setup, model, folder), **planned(plan)})
     model.train()
     load = _expert_load(model)
     first: StepResult | None = None

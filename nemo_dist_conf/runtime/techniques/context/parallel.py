@@ -22,7 +22,6 @@ from typing import Any, Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map_only
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.techniques.context.exchange import (
@@ -34,6 +33,8 @@ from nemo_dist_conf.runtime.techniques.context.exchange import (
 )
 from nemo_dist_conf.runtime.techniques.context.mask_rules import Documents
 from nemo_dist_conf.runtime.techniques.context.position_counts import CountsPositions, Site
+from nemo_dist_conf.runtime.torch_inside import attention_of, name_attention, names_attention, tree_map_only
+from nemo_dist_conf.topology.sequence_chunks import chunk_problem
 
 __all__ = [
     "apply_context_parallel",
@@ -73,7 +74,9 @@ def split_sequence(tensor: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
     Raises ConfigError where the tokens do not split into 2 * cp equal chunks.
     """
     length = tensor.size(dim)
-    _check_length(length, mesh.size())
+    uneven = chunk_problem(length, mesh.size())
+    if uneven is not None:
+        raise ConfigError(uneven)
     _split_over.setdefault(mesh.get_group().group_name, set()).add(length // mesh.size())
     positions = local_positions(length // mesh.size(), mesh, tensor.device)
     return tensor.index_select(dim, positions)
@@ -147,9 +150,7 @@ def own_configs(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     for module in model.modules():
         for key, value in list(vars(module).items()):
-            if isinstance(value, (nn.Module, Tensor, type)) or not hasattr(value, "_attn_implementation"):
-                continue
-            if value._attn_implementation is None or isinstance(value._attn_implementation, str):
+            if not isinstance(value, (nn.Module, Tensor, type)) and names_attention(value):
                 copied = copy.deepcopy(value, memo)
                 found[id(copied)] = module.__dict__[key] = copied
     return list(found.values())
@@ -157,11 +158,7 @@ def own_configs(model: nn.Module) -> list[Any]:
 
 def set_attention(configs: list[Any], names: Mapping[str | None, str], default: str) -> None:
     """Let each config name another implementation of attention in place of the one that it names."""
-    before = [config._attn_implementation for config in configs]
-    # A config hands its choice down to those inside of it, which may have another.
-    order = sorted(zip(configs, before), key=lambda pair: -len(getattr(pair[0], "sub_configs", ())))
-    for config, name in order:
-        config._attn_implementation = names.get(name, default)
+    name_attention([(config, names.get(attention_of(config), default)) for config in configs])
 
 
 def takes_tokens(module: nn.Module) -> bool:
@@ -180,20 +177,6 @@ def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     own = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(parameter.name for parameter in own if parameter.kind not in several)
-
-
-def _check_length(length: int, size: int) -> None:
-    if length % (2 * size):
-        near = max(2 * size, round(length / (2 * size)) * 2 * size)
-        what = f"cp_size={size} splits a sequence into {2 * size} equal chunks, and {length} tokens do not split so"
-        raise ConfigError(
-            Problem(
-                what=what,
-                asked=f"{length} tokens",
-                allowed=f"a multiple of {2 * size} tokens",
-                instead=f"{near} tokens",
-            )
-        )
 
 
 def _enter(exchange: Exchange, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

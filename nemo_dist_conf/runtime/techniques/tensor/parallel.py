@@ -28,6 +28,7 @@ from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
+from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
 from nemo_dist_conf.topology.solve import divisors
 
 __all__ = ["apply_tensor_parallel"]
@@ -131,7 +132,7 @@ def _declared(model: nn.Module) -> tuple[str, Any] | None:
     """The attribute in which a model that is none of transformers brings a plan, and the plan; None without one."""
     if _is_transformers(model):
         return None
-    return next(((name, plan) for name in ("tp_plan", "_tp_plan") if (plan := getattr(model, name, None))), None)
+    return next(((name, plan) for name in DECLARED_PLANS if (plan := getattr(model, name, None))), None)
 
 
 def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
@@ -142,7 +143,7 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
     base = head = prefix = None
     if _is_transformers(model):
         config: Any = model.config
-        base, head = config.base_model_tp_plan, getattr(type(model), "_tp_plan", None)
+        base, head = config.base_model_tp_plan, plan_of_head(model)
         inner = getattr(model, "base_model", model)
         prefix = "" if inner is model else str(model.base_model_prefix)
     row = find_family(family)
