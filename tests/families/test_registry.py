@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import nemo_dist_conf.families
-from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.families.registry import FAMILY_NAMES, families, find_family
 
 ROOT = Path(__file__).resolve().parents[2]
