@@ -44,7 +44,6 @@ __all__ = [
     "BY_NAME",
     "BY_PLACE",
     "EXTRA_OF",
-    "Extra",
     "Held",
     "KEPT",
     "MODULE",
@@ -104,7 +103,7 @@ class Models:
     def _extras(self) -> dict[str, Any]:
         """What modules of these models keep by ``get_extra_state``, as objects of their own."""
         titles = {"": "the model", **{prefix_of(name): repr(name) for name in self.kinds}}
-        found = {f"{EXTRA_OF}{titles[prefix]}": Extra(one) for prefix, one in self.models.items()}
+        found = {f"{EXTRA_OF}{titles[prefix]}": _Extra(one) for prefix, one in self.models.items()}
         return {name: extra for name, extra in found.items() if extra.has_any()}
 
     @cached_property
@@ -152,7 +151,7 @@ def _is_split(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
 EXTRA_OF = "extra state of "
 
 
-class Extra:
+class _Extra:
     """What modules of a model give by ``get_extra_state``, as an object with a state; by the names of torch."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -262,7 +261,7 @@ def places_of(optimizer: Optimizer) -> dict[int, str]:
 
 
 def shapes_of(optimizer: Optimizer) -> list[list[list[int]]]:
-    """Of the parameters of each group, in full."""
+    """Shapes of the parameters of each group, in full."""
     return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
 
 
@@ -292,7 +291,7 @@ def _state(name: str, value: Any, models: Models) -> Held:
 
 
 def _mark(value: Tensor, models: Models, alike: bool = False) -> str:
-    """Of a tensor: where it lies, if it is sharded; of one that nothing keeps alike on all ranks, what it holds."""
+    """What two ranks compare of a tensor: where it lies, if it is sharded; what it holds, if nothing keeps it alike."""
     facts: list[Any] = [str(value.dtype), list(value.shape)]
     if isinstance(value, DTensor):
         mesh = value.device_mesh.mesh

@@ -9,7 +9,7 @@ __all__ = ["block_weights", "outer_weights"]
 
 
 def block_weights(shape: ModelShape, sparse: bool) -> tuple[Weight, ...]:
-    """Of one block; sparse: with experts in place of its MLP."""
+    """Weights of one block; sparse: with experts in place of its MLP."""
     hidden, q, kv = shape.hidden, shape.q_width, shape.kv_width
     found = list(_expert_weights(shape) if sparse else _mlp_weights(shape))
     found.append(Weight("post_attention_layernorm.weight", (hidden,), "norm"))

@@ -79,7 +79,7 @@ class ModelShape:
 
     @property
     def active_parameters(self) -> int:
-        """Of one token: the experts that it does not visit are left out."""
+        """Parameters that one token uses: the experts that it does not visit are left out."""
         idle = self.experts - self.experts_per_token
         unused = sum(w.count // self.experts * idle for _, w in weights(self) if w.expert)
         return self.parameters - unused
@@ -177,7 +177,7 @@ def _weights_of(model_type: str) -> Any:
 
 
 def block_weights(shape: ModelShape, sparse: bool) -> tuple[Weight, ...]:
-    """Of one layer, in the order in which backward has their gradients."""
+    """Weights of one layer, in the order in which backward has their gradients."""
     found: tuple[Weight, ...] = _weights_of(shape.model_type).block_weights(shape, sparse)
     return found
 
