@@ -59,6 +59,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     # Without a row: the fields have the names that most configs use.
     family = find_family(config.get("model_type")) or Family(name="")
     fields = family.fields
+    config = fields.own_names(config)
     heads = _whole(config, fields.heads, "num_attention_heads", "n_head")
     shared = config.get(fields.kv_heads, family.defaults.get(fields.kv_heads))
     return ModelFacts(

@@ -99,10 +99,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     if family is None or family.shapes is None:
         raise ConfigError(_unknown(config.get("model_type")))
     fields, shapes = family.fields, family.shapes
-    given = {key: value for key, value in config.items() if value is not None}
-    for other, name in fields.other_names.items():
-        if other in given:
-            given.setdefault(name, given[other])
+    given = fields.own_names({key: value for key, value in config.items() if value is not None})
     said = {**shapes.defaults, **given}
     _refuse_sizes(family, said)
     layers, heads = said[fields.layers], said[fields.heads]

@@ -9,6 +9,8 @@ from nemo_dist_conf.families.mixers import Mixer
 
 __all__ = ["Family", "Fields", "Places", "Shapes", "TensorPlan"]
 
+# Without eq: there is one row a family, and functions that nobody calls would be made in every check of a model.
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
@@ -58,7 +60,7 @@ class Fields:
     """What a config calls each size and switch; "": it has no such field.
 
     intermediate, expert_width: of the hidden layer of an MLP and of an expert. window: tokens of sliding attention,
-    heeded where the field window_switch is on (""; always). attention_bias: of all projections of an attention.
+    heeded where the field window_switch is on ("": always). attention_bias: of all projections of an attention.
     other_names: more names that a config may use for these, and what the field is called.
     """
 
@@ -78,6 +80,10 @@ class Fields:
     experts_per_token: str = ""
     expert_width: str = ""
     other_names: Mapping[str, str] = field(default_factory=dict)
+
+    def own_names(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config's fields under their own names; one that is given by two counts as its own name has it."""
+        return {**{name: config[other] for other, name in self.other_names.items() if other in config}, **config}
 
 
 @dataclass(frozen=True, eq=False)

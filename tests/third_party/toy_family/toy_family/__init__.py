@@ -47,8 +47,9 @@ FAMILY = Family(
         experts="n_experts",
         experts_per_token="n_chosen",
         expert_width="feed_width",
+        other_names={"heads": "n_heads"},
     ),
-    config_fields=frozenset({"model_type", *_DEFAULTS}),
+    config_fields=frozenset({"model_type", "heads", *_DEFAULTS}),
     shapes=Shapes(
         defaults=_DEFAULTS,
         weights="toy_family.weights",

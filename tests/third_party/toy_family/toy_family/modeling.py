@@ -14,6 +14,7 @@ from toy_family import FAMILY
 
 class ToyConfig(PreTrainedConfig):
     model_type = "toy"
+    attribute_map = {"heads": "n_heads"}
 
     def __init__(
         self,
