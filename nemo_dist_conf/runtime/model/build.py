@@ -19,10 +19,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.families.config_facts import plain_floats
+from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_folder, plain_floats
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.config_targets import build_target
 from nemo_dist_conf.runtime.model.construct import Record, construct, record, record_resets
+from nemo_dist_conf.runtime.model.family_code import import_modeling
 from nemo_dist_conf.runtime.model.load_weights import check_weights
 from nemo_dist_conf.runtime.model.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded
@@ -279,6 +280,7 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
                 typed = node.get("name_or_path")
                 asked, allowed = assigned("model.name_or_path", typed), "a local folder of save_pretrained"
                 raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead="model=llama_tiny"))
+            import_modeling((facts_from_folder(folder) or ModelFacts()).model_type)
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **fields)
         model_type = fields.pop("model_type", None)
         if model_type is None:
@@ -286,6 +288,7 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
             raise ConfigError(
                 Problem(what="no model_type", asked=asked, allowed=known, instead="model.config.model_type=llama")
             )
+        import_modeling(model_type)
         if model_type not in transformers.CONFIG_MAPPING:
             families = list(transformers.CONFIG_MAPPING.keys())
             shown = ", ".join(dict.fromkeys([*nearest(str(model_type), families), "llama", "qwen3", "mistral"]))
