@@ -17,8 +17,8 @@ from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.ranks import joined, on_ranks, timed  # noqa: E402
-from benchmarks.report import add_files, finish, new_report, table, used  # noqa: E402
+from benchmarks.ranks import joined, on_ranks, timed
+from benchmarks.report import add_files, finish, new_report, table, used
 
 AIM = 1.10
 RANKS = 2

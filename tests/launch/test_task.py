@@ -43,7 +43,7 @@ def replaced(config):
 first_of_two = replaced
 
 
-def replaced(config):  # noqa: F811
+def replaced(config):
     return "second"
 
 
