@@ -153,7 +153,7 @@ def test_checkpointing_recomputes_blocks_and_selective_keeps_their_matmuls(words
 def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks() -> None:
     model = Net()
     apply_activation_checkpointing(model, find_blocks(model), True)
-    other = copy.deepcopy(model)
+    other: Any = copy.deepcopy(model)
     with torch.no_grad():
         other.blocks[0].down.weight.zero_()
     assert not torch.equal(other(batch()[0]), model(batch()[0]))

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def original(kind: str | dict[str, Any]) -> nn.Module:
+def original(kind: str | dict[str, Any]) -> Any:
     """A model whose weights no initialisation of ours would draw."""
     torch.manual_seed(11)
     model = plain_model(kind)
