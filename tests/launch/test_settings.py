@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import socket
+from typing import Any, Callable
 
 import pytest
 import yaml
@@ -35,7 +36,7 @@ def problems(**options):
 
 
 # Option -> a value, and what elastic is given for it.
-PASSED_ON = {
+PASSED_ON: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
     "nproc_per_node": ({"nproc_per_node": 3}, lambda given: given.nproc_per_node == 3),
     "nnodes": (NODES, lambda given: (given.min_nodes, given.max_nodes) == (2, 2)),
     "rdzv_backend": (
