@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["*.md", "docs/**/*.md", "benchmarks/results/*.md"]
 SHOWN = ["benchmarks/results/*.svg"]
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)\)")
+ITEM = re.compile(r"([-*]|\d+\.) ")
 
 
 def found(*patterns: str) -> list[str]:
@@ -51,4 +52,26 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return link[0]
         return f"`{path}`" if link[1] in (path, f"`{path}`") else f"{link[1]} (`{path}`)"
 
-    return LINK.sub(shown, markdown)
+    return LINK.sub(shown, deeper(markdown))
+
+
+def deeper(markdown: str) -> str:
+    """The same page for Python-Markdown, which wants four spaces where GitHub takes two.
+
+    What belongs to an item of a list is put twice as far in, and an item of several paragraphs ends with an empty line.
+    """
+    lines: list[str] = []
+    in_list = has_paragraphs = False
+    fence: int | None = None
+    for line in markdown.splitlines():
+        far_in = len(line) - len(line.lstrip(" "))
+        if fence is None and line.strip() and not far_in:
+            begins = ITEM.match(line) is not None
+            if in_list and begins and has_paragraphs and lines[-1].strip():
+                lines.append("")
+            in_list, has_paragraphs = begins, False
+        has_paragraphs = has_paragraphs or not line.strip()
+        lines.append(" " * (far_in if fence is None else fence) * in_list + line)
+        if line.lstrip(" ").startswith("```"):
+            fence = far_in if fence is None else None
+    return "\n".join(lines)

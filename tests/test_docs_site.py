@@ -59,6 +59,15 @@ def test_every_page_of_the_repository_is_in_the_site(site: Path) -> None:
     assert "Distributed training of PyTorch models" in (site / "index.html").read_text()
 
 
+def test_no_markup_is_left_in_the_text_of_a_page(site: Path) -> None:
+    """Lists, tables, code and emphasis that GitHub shows are shown here too."""
+    for path in site.rglob("index.html"):
+        article = re.search(r"<article.*?</article>", path.read_text(), re.DOTALL)
+        assert article is not None, path
+        text = re.sub(r"<[^>]*>", "", re.sub(r"<(pre|code)\b.*?</\1>", "", article[0], flags=re.DOTALL))
+        assert [mark for mark in ("```", "](", "**", "\n- ", "\n| ") if mark in text] == [], path
+
+
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
     """Where a function has its module's name, as search, the reference names it there."""
