@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Any, Iterable
 
 __all__ = ["ConfigError", "DataError", "NemoDistConfError", "Preempted", "Problem", "TrainingError"]
 
@@ -76,7 +76,8 @@ class ConfigError(NemoDistConfError, ValueError):
         if found:
             raise cls(*found)
 
-    def __reduce__(self):  # the default would pass the text where problems are expected
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would pass the text where problems are expected.
         return (type(self), self.problems)
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Iterable, Sequence
+from typing import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of
 from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
 
 __all__ = ["make_buffers_equal"]
@@ -33,7 +31,7 @@ def make_buffers_equal(model: nn.Module) -> None:
     that differs becomes that of the first rank, as DDP's ``broadcast_buffers`` has it. Both are said once, by name.
     """
     found = _persistent(model)
-    groups = _groups(model) if found else []
+    groups = engine_of(model).replica_groups(model) if found and dist.is_initialized() else []
     if not groups:
         return
     device = _device_of(groups)
@@ -70,31 +68,15 @@ def _say(what: str, names: tuple[str, ...]) -> None:
 
 def _persistent(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
     """(name, its module, buffer) of what a checkpoint keeps whole; in the same order on every rank."""
-    parts: Iterable[nn.Module] = getattr(model, "parts").values() if hasattr(model, "pp_mesh") else [unwrapped(model)]
     found = []
-    for part in parts:
+    for part in engine_of(model).parts(model):
         names = part.state_dict(keep_vars=True).keys()
         for path, module in part.named_modules():
-            for key, buffer in module._buffers.items():
+            for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
                 name = f"{path}.{key}" if path else key
-                if buffer is not None and name in names and not isinstance(buffer, DTensor):
+                if name in names and not isinstance(buffer, DTensor):
                     found.append((name, module, buffer))
     return sorted(found, key=lambda entry: entry[0])
-
-
-def _groups(model: nn.Module) -> Sequence[dist.ProcessGroup]:
-    """Groups over which, one after the other, all ranks are reached that hold the same part of the model."""
-    if not dist.is_initialized():
-        return []
-    if isinstance(model, DistributedDataParallel):
-        group = getattr(model, "process_group", None)
-        return [group] if group is not None and group.size() > 1 else []
-    if isinstance(model, FSDPModule) or hasattr(model, "pp_mesh"):
-        meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
-        widest = max(meshes, key=lambda mesh: mesh.ndim, default=None)
-        return [] if widest is None else [widest.get_group(i) for i in range(widest.ndim) if widest.size(i) > 1]
-    world = dist.group.WORLD
-    return [world] if world is not None and world.size() > 1 else []
 
 
 def _device_of(groups: Sequence[dist.ProcessGroup]) -> torch.device:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, bytes_of, tensor_of
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.torch_inside import local_tensor
 
 __all__ = [
     "LEFT_OUT",
@@ -89,7 +90,7 @@ def step_to(key: Any) -> str:
 def refuse_tensor(value: torch.Tensor, path: str) -> None:
     """Raise ConfigError, naming where it stands, for a tensor whose numbers cannot be read and put back as they are."""
     kept = "tensors with values of their own, of a dtype of the format safetensors"
-    local = value._local_tensor if isinstance(value, DTensor) else value
+    local = local_tensor(value) if isinstance(value, DTensor) else value
     if is_lazy(value):
         what = f"{path} has no shape yet: its layer takes it from the first input"
         raise ConfigError(

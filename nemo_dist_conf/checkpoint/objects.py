@@ -35,9 +35,9 @@ from nemo_dist_conf.checkpoint.rank_state import (
 from nemo_dist_conf.checkpoint.tensor_file import DTYPES, bytes_of
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
-from nemo_dist_conf.runtime.torch_inside import root_mesh
+from nemo_dist_conf.runtime.torch_inside import chunks_told, local_tensor, root_mesh
 
 __all__ = [
     "Agreed",
@@ -94,7 +94,7 @@ class Models:
         self.models = {"": model, **{prefix_of(name): module for name, module in fillable.items()}}
         self.names = parameter_names(self.states)
         self.is_split = {prefix: _is_split(one, self.states[prefix]) for prefix, one in self.models.items()}
-        self.has_stages = any(hasattr(one, "pp_mesh") for one in self.models.values())
+        self.has_stages = any(engine_of(one).stages(one) for one in self.models.values())
         #: Prefixes of models whose tensors a strategy keeps alike on the ranks that hold them, and ids of those.
         self.wrapped = [p for p, one in self.models.items() if self.is_split[p] or unwrapped(one) is not one]
         self.alike = {id(value) for prefix in self.wrapped for value in self.states[prefix].values()}
@@ -117,8 +117,8 @@ class Models:
     def axes(self) -> dict[str, int]:
         """Sizes of the axes whose ranks share data: what decides which part of the data a rank reads."""
         meshes = [v.device_mesh for state in self.states.values() for v in state.values() if isinstance(v, DTensor)]
-        if hasattr(self.main, "pp_mesh"):
-            meshes.append(getattr(self.main, "pp_mesh"))
+        stage_mesh = engine_of(self.main).stage_mesh(self.main)
+        meshes += [stage_mesh] if stage_mesh is not None else []
         found = dict.fromkeys(_SHARING, 1)
         for root in {id(root): root for root in map(root_mesh, meshes)}.values():
             for axis, size in zip(root.mesh_dim_names or (), root.shape):
@@ -145,7 +145,7 @@ class Models:
 
 
 def _is_split(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    return hasattr(model, "pp_mesh") or any(isinstance(value, DTensor) for value in state.values())
+    return bool(engine_of(model).stages(model)) or any(isinstance(value, DTensor) for value in state.values())
 
 
 #: Begins the name of what modules keep by ``get_extra_state``.
@@ -156,11 +156,11 @@ class Extra:
     """What modules of a model give by ``get_extra_state``, as an object with a state; by the names of torch."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.parts = [model] if not hasattr(model, "pp_mesh") else list(getattr(model, "parts").values())
+        self.parts = engine_of(model).parts(model)
 
     def _held(self) -> Iterator[tuple[str, nn.Module]]:
         for part in self.parts:
-            for path, module in unwrapped(part).named_modules():
+            for path, module in part.named_modules():
                 if type(module).get_extra_state is not nn.Module.get_extra_state:
                     yield f"{path}.{EXTRA}".lstrip("."), module
 
@@ -307,17 +307,17 @@ def shard_box(path: str, value: DTensor, models: Models) -> Box:
 
     Raises ConfigError where it cannot be told.
     """
-    if hasattr(value._local_tensor, "__create_chunk_list__"):
+    if chunks_told(value) is not None:
         return box_of(value)
     beside = [v for state in models.states.values() for v in state.values() if isinstance(v, DTensor)]
     beside = [v for v in beside if v.device_mesh == value.device_mesh]
-    if not any(hasattr(v._local_tensor, "__create_chunk_list__") for v in beside):
+    if not any(chunks_told(v) is not None for v in beside):
         box = box_of(value)
-        if box.sizes == tuple(value._local_tensor.shape):
+        if box.sizes == tuple(local_tensor(value).shape):
             return box
     else:
         found = models.like(_last_key(path), value)
-        if found is not None and found._local_tensor.shape == value._local_tensor.shape:
+        if found is not None and local_tensor(found).shape == local_tensor(value).shape:
             return box_of(found)
     what = f"{path} is a DTensor that was cut in a way which it does not tell"
     allowed = "copies of a model's parameters in a dictionary, under the names of model.named_parameters()"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Iterable, Mapping
 
@@ -15,8 +14,7 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.checkpoint.json_values import refuse_tensor
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards, take_over_weights
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
 
 __all__ = [
@@ -99,8 +97,7 @@ class ModelState:
 
 def state_of(model: nn.Module) -> ModelState:
     """What a checkpoint keeps of a model. Every rank calls it."""
-    if is_wrapped(model):
-        show_shards(model)
+    engine_of(model).show_shards(model)
     inner = unwrapped(model)
     wrappers = _wrappers(inner)
     state = inner.state_dict(keep_vars=True)  # first: after a forward without backward it shards the parameters again
@@ -134,13 +131,12 @@ def _without_wrappers(name: str, wrappers: Iterable[str]) -> str:
 
 def raw_names(model: nn.Module) -> dict[str, str]:
     """Names of ``named_parameters``, ``named_buffers``, ``state_dict`` that are others in the user's model -> those."""
-    wrappers = _wrappers(model)
+    engine, wrappers = engine_of(model), _wrappers(model)
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     found = {}
     for raw in dict.fromkeys([*(name for one in named for name, _ in one), *model.state_dict(keep_vars=True)]):
         name = _without_wrappers(raw, wrappers).replace(_CHECKPOINTED, "")
-        if hasattr(model, "pp_mesh"):
-            name = re.sub(r"^parts\.\d+\.", "", name)
+        name = engine.own_name(name)
         if name != raw:
             found[raw] = name
     return found
@@ -235,8 +231,7 @@ def _make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, key
 
 def set_weights(model: nn.Module) -> None:
     """Let what was put into the parameters take effect, where a library keeps copies of them."""
-    if is_wrapped(model):
-        take_over_weights(model)
+    engine_of(model).weights_changed(model)
 
 
 # ------------------------------------------------------------------------------------------------ settings of groups

@@ -53,8 +53,9 @@ from nemo_dist_conf.checkpoint.rank_state import (
 )
 from nemo_dist_conf.checkpoint.storage import FolderReader, FolderWriter, Index, LoadPieces, SavePieces
 from nemo_dist_conf.errors import ConfigError, DataError, Problem, TrainingError
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.rank_agreement import together
+from nemo_dist_conf.runtime.torch_inside import no_word_of_one_process
 
 __all__ = ["PARTIAL", "Restored", "Snapshot", "load", "save", "take_snapshot", "write_snapshot"]
 
@@ -156,7 +157,7 @@ def take_snapshot(
         step,
         pieces,
         of_rank,
-        {"groups": groups if hasattr(model, "pp_mesh") else []},
+        {"groups": groups if engine_of(model).stages(model) else []},
         type(optimizer).__name__ if optimizer is not None else None,
         {"objects": agreed.entries, "of_rank": list(agreed.own), "axes": models.axes()},
         groups,
@@ -295,7 +296,7 @@ def _told_in_full(what: str, root: Path) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if not dist.is_initialized():  # one process is meant
                 stack.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                no_word_of_one_process()
             yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
@@ -413,7 +414,7 @@ def _wanted(
     """The pieces to fill, all of which the checkpoint has as they are; raises DataError on all ranks otherwise."""
     stored, weights = index.stored, weight_pieces(models.states[""])
     names = set(weights)
-    if hasattr(models.main, "pp_mesh"):  # this rank holds some stages only
+    if engine_of(models.main).stages(models.main):  # this rank holds some stages only
         names = {name for held in together(lambda: sorted(weights), tuple)[1] for name in held}
 
     def fits() -> dict[str, Piece]:

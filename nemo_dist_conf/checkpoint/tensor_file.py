@@ -54,7 +54,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if not held.data_ptr():
         raise AssertionError(f"a {type(tensor).__name__} has no memory of its own to read")
     array = (ctypes.c_ubyte * size).from_address(held.data_ptr())
-    array._tensor = held  # type: ignore[attr-defined]  # what the address points into
+    array.held = held  # type: ignore[attr-defined]  # what the address points into
     return memoryview(array).cast("B")
 
 

@@ -9,6 +9,7 @@ from typing import Any, Iterator, Mapping
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.command_line import as_typed_here, is_chosen
+from nemo_dist_conf.composition.hydra_inside import full_key, has_values, is_missing, is_null, node_at
 from nemo_dist_conf.composition.sections import (
     SECTIONS,
     default_choice,
@@ -61,19 +62,19 @@ class Checked:
 
 def is_root(node: Any) -> bool:
     """Whether this mapping holds a strategy node of ours under the key ``strategy``."""
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or "strategy" not in node:
+    if not isinstance(node, DictConfig) or is_null(node) or is_missing(node) or "strategy" not in node:
         return False
-    return strategy_of(node._get_node("strategy")) is not None
+    return strategy_of(node_at(node, "strategy")) is not None
 
 
 def find_roots(cfg: Any) -> Iterator[DictConfig]:
     """Every mapping of the tree that holds our groups: the tree itself, and packages such as ``dist``."""
-    if not isinstance(cfg, DictConfig) or cfg._is_none() or cfg._is_missing() or cfg._is_interpolation():
+    if not isinstance(cfg, DictConfig) or not has_values(cfg):
         return
     if is_root(cfg):
         yield cfg
     for key in cfg:
-        yield from find_roots(cfg._get_node(key))
+        yield from find_roots(node_at(cfg, key))
 
 
 def check(
@@ -149,7 +150,6 @@ def check_values(
     problems += _section_problems(pipeline, moe, sizes, usable, facts, spelling, answered)
     problems += model_problems(facts, usable, world_size, seq_len, spelling, moe)
     problems += plan_problems(values.get("tp_plan"), facts, spelling)
-    problems += _execution_problems(strategy, usable, spelling)
     if problems or mesh is None:
         return None, problems
     notes = _notes(values, sizes)
@@ -163,7 +163,7 @@ def _usable(size: Any, axis: Axis, strategy: Strategy) -> Any:
 
 
 def _prefix(node: DictConfig) -> str:
-    full = str(node._get_full_key("strategy"))
+    full = full_key(node, "strategy")
     return full.removesuffix("strategy").rstrip(".")
 
 
@@ -219,16 +219,16 @@ def _choice_of_a_strategy(cfg: Any) -> str:
 
 def _package_of_sections(node: Any) -> str:
     """Where sections of ours stand without a strategy; "" where none does."""
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+    if not isinstance(node, DictConfig) or not has_values(node):
         return ""
-    if any(OmegaConf.is_dict(node._get_node(name)) for name in SECTIONS if name in node):
-        return str(node._get_full_key(""))
-    return next((found for key in node if (found := _package_of_sections(node._get_node(key)))), "")
+    if any(OmegaConf.is_dict(node_at(node, name)) for name in SECTIONS if name in node):
+        return full_key(node, "")
+    return next((found for key in node if (found := _package_of_sections(node_at(node, key)))), "")
 
 
 def _meant_by(node: Any) -> str | None:
     """The strategy that has all keys of a node, which is no strategy of ours."""
-    keys = set(map(str, node)) if isinstance(node, DictConfig) and not node._is_none() else set()
+    keys = set(map(str, node)) if isinstance(node, DictConfig) and not is_null(node) else set()
     fields = ((s.name, {item.name for item in dataclasses.fields(s.schema)}) for s in STRATEGIES)
     return next((name for name, known in fields if keys and keys <= known), None)
 
@@ -348,24 +348,6 @@ def _changed_while_off(
             instead=" ".join(instead),
         )
     ]
-
-
-def _execution_problems(strategy: Strategy, sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
-    """What composes and has a mesh, but is not executed by this version."""
-    problems = []
-    for axis in AXES:
-        size = sizes[axis.size_field] or 1
-        if isinstance(size, int) and size > 1 and axis.name in strategy.axes.allowed - strategy.executes:
-            key = f"parallelism.{axis.size_field}"
-            problems.append(
-                Problem(
-                    what=f"{axis.title} composes and has a mesh, but this version does not execute it",
-                    asked=spelling.set(key, size),
-                    allowed=f"{axis.size_field}=1",
-                    instead=spelling.set(key, axis.default),
-                )
-            )
-    return problems
 
 
 def _notes(values: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[str, ...]:

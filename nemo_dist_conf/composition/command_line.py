@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_dist_conf.composition.hydra_inside import root_of
 from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["WITHOUT", "as_typed_here", "is_chosen", "raw_words"]
@@ -42,7 +43,7 @@ def raw_words(overrides: Any) -> list[str]:
 
 def _hydra(config: Any, key: str) -> Any:
     """What Hydra noted of the tree that a config is part of, else of the running job; None where it made neither."""
-    whole: Any = config._get_root() if isinstance(config, DictConfig) else None
+    whole: Any = root_of(config) if isinstance(config, DictConfig) else None
     running: Any = HydraConfig.instance().cfg
     for tree in (whole, running):
         found = OmegaConf.select(tree, f"hydra.{key}") if tree is not None else None

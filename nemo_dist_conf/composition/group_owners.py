@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, Collection, Iterable, Mapping, NamedTuple
 
 from hydra.core.config_search_path import ConfigSearchPath
+from omegaconf import DictConfig
+
+from nemo_dist_conf.composition.hydra_inside import node_at
 
 __all__ = ["Claim", "OWN_GROUP", "Places", "claim_of_app", "places_of"]
 
@@ -87,7 +90,7 @@ def _is_plain_key(group: str, stored: Mapping[str, Any], places: Places) -> bool
 
 def _has_plain_value(entry: Any, key: str) -> bool:
     node: Any = getattr(entry, "node", None)
-    child = node._get_node(key) if hasattr(node, "_get_node") and key in node else None
+    child = node_at(node, key) if isinstance(node, DictConfig) and key in node else None
     return child is not None and not hasattr(child, "keys")
 
 

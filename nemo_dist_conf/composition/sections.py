@@ -12,6 +12,7 @@ from typing import Any, Mapping
 from omegaconf import AnyNode, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_dist_conf.composition.hydra_inside import flag_of, has_values, is_null, node_at, written
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import DType, nearest
 from nemo_dist_conf.schema import MoEConf, ParallelismConf, PipelineConf
@@ -47,11 +48,11 @@ def strategy_of(node: Any) -> Strategy | None:
     with OmegaConf 2.3, and the object itself with 2.4.
     """
     node = _as_node(node)
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+    if not isinstance(node, DictConfig) or not has_values(node):
         return None
-    target = node._get_node("_target_") if "_target_" in node else None
+    target = node_at(node, "_target_") if "_target_" in node else None
     if target is not None:
-        return strategy_of_target(str(target._value()))
+        return strategy_of_target(str(written(target)))
     kind = OmegaConf.get_type(node)
     classes = kind.__mro__ if isinstance(kind, type) else ()
     return next(filter(None, (strategy_of_target(f"{c.__module__}.{c.__name__}") for c in classes)), None)
@@ -59,7 +60,7 @@ def strategy_of(node: Any) -> Strategy | None:
 
 def _as_node(value: Any) -> Any:
     """A typed config or a policy as a node of its fields; anything else as it is."""
-    value = value._value() if isinstance(value, AnyNode) else value
+    value = written(value) if isinstance(value, AnyNode) else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return OmegaConf.structured(value, flags={"allow_objects": True})
     return value
@@ -76,7 +77,7 @@ def read_section(
         values = _already_typed(node, schema)
         if values is not None:
             return values
-    typed = OmegaConf.structured(schema, flags={"allow_objects": True} if root._get_flag("allow_objects") else None)
+    typed = OmegaConf.structured(schema, flags={"allow_objects": True} if flag_of(root, "allow_objects") else None)
     objects: dict[str, Any] = {}
     if node is None:
         problems.append(
@@ -157,7 +158,7 @@ def _by_name(value: Any) -> Any:
 def _is_policy(node: DictConfig) -> bool:
     """Whether a node is a policy of torch itself, which is on by being there, and not one of ours with its switch."""
     kind = OmegaConf.get_type(node)
-    target = str(node._get_node("_target_")) if "_target_" in node else getattr(kind, "__name__", "")
+    target = str(node_at(node, "_target_")) if "_target_" in node else getattr(kind, "__name__", "")
     return target.rpartition(".")[2] in _POLICIES
 
 
@@ -208,10 +209,10 @@ def _resolvers_refusal(error: BaseException | None) -> ConfigError | None:
 
 def _raw(node: DictConfig, key: str) -> Any:
     """What was written at a key, not resolved; a nested node as its inline text."""
-    value = node._get_node(key)
+    value = node_at(node, key)
     if OmegaConf.is_config(value):
         return inline_text(OmegaConf.to_container(value))
-    return value._value() if value is not None else None
+    return written(value) if value is not None else None
 
 
 def _nested_schema(item: dataclasses.Field[Any]) -> type | None:
@@ -284,8 +285,8 @@ def misspelt_sections(root: DictConfig, spelling: Spelling) -> list[Problem]:
 
 def typed_words(node: DictConfig, key: str) -> list[str]:
     """The overrides that would set a key, one for each value below it."""
-    value = node._get_node(key)
-    if isinstance(value, DictConfig) and not value._is_none() and len(value):
+    value = node_at(node, key)
+    if isinstance(value, DictConfig) and not is_null(value) and len(value):
         return [f"{key}.{word}" for inner in value for word in typed_words(value, str(inner))]
     return [Spelling().set(key, _raw(node, key))]
 
@@ -299,8 +300,8 @@ def section_of(option: str) -> str | None:
 def _closer(root: DictConfig, key: str, likely: str) -> list[str]:
     """An app may own a key that merely resembles ours; ours is meant only where the key holds our options."""
     schema = SECTIONS.get(likely)
-    node = root._get_node(key)
-    if schema is None or not isinstance(node, DictConfig) or node._is_none():
+    node = node_at(root, key)
+    if schema is None or not isinstance(node, DictConfig) or is_null(node):
         return [likely] if likely in SECTIONS else []
     options = {item.name for item in dataclasses.fields(schema)}
     return [] if options & {str(k) for k in node} else [likely]

@@ -7,15 +7,19 @@ import inspect
 from typing import Any, Callable, Mapping
 
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.group_owners import claim_of_app, places_of
+from nemo_dist_conf.composition.hydra_inside import (
+    LazyNode,
+    put_into_base_config,
+    store_entries,
+    store_of_shared_entries,
+)
 
 __all__ = [
     "BASE",
     "HOOKS",
-    "LazyNode",
     "NAMESPACE",
     "NODE_CLASSES",
     "PROVIDER",
@@ -57,47 +61,6 @@ def _node_class(schema: type, fields: tuple[Any, ...], home: str) -> type:
     return NODE_CLASSES[name]
 
 
-class LazyNode(ConfigNode):
-    """A ConfigStore entry whose node is made when Hydra first asks for it.
-
-    Every Hydra app of the environment registers our groups, few use them: making twenty typed nodes took as long
-    as the rest of a plain app.
-    """
-
-    def __init__(self, name: str, group: str | None, make: Callable[[], Any]) -> None:
-        self.name, self.group, self.package, self.provider = f"{name}.yaml", group, None, PROVIDER
-        self._make = make
-
-    @property
-    def node(self) -> Any:
-        made = self.__dict__.get("_node")
-        if made is None:
-            made = self._make()
-            self.__dict__["_node"] = made if isinstance(made, DictConfig) else OmegaConf.structured(made)
-        return self.__dict__["_node"]
-
-    @node.setter
-    def node(self, value: Any) -> None:  # ConfigStore.load puts a copy here
-        self.__dict__["_node"] = value
-
-
-class _SharedEntries(dict):
-    """The ConfigStore's tree; a copy of it has levels of its own and shares the entries.
-
-    Hydra copies its repository, and with it the whole store, once a composition, once a completion and several times
-    a group for ``--help`` (config_repository.py, CachingConfigRepository), in order to keep its list of sources. Nodes
-    of a store are copied again when one is loaded (config_store.py, load), so nothing is lost by sharing them, and
-    the time of a help page does not grow with groups times nodes.
-    """
-
-    def __deepcopy__(self, memo: Any) -> _SharedEntries:
-        return _SharedEntries(_levels(self))
-
-
-def _levels(level: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _levels(value) if isinstance(value, dict) else value for key, value in level.items()}
-
-
 def register(
     groups: Mapping[str, Mapping[str, Callable[[], Any]]],
     search_path: ConfigSearchPath,
@@ -114,14 +77,12 @@ def register(
     beside: further groups, which stand under ``nemo_dist/`` only.
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
-    store = ConfigStore.instance()
-    if not isinstance(store.repo, _SharedEntries):
-        store.repo = _SharedEntries(store.repo)
+    store = store_of_shared_entries()
     _put(store, NAMESPACE, "hooks", _hooks_node)
     places = places_of(search_path, PROVIDER)
     stored = {
         name.removesuffix(".yaml"): entry
-        for name, entry in store.repo.items()
+        for name, entry in store.items()
         if getattr(entry, "provider", PROVIDER) != PROVIDER
     }
     short: list[Any] = []
@@ -146,17 +107,17 @@ def register(
 
 def register_launcher(make: Callable[[], Any]) -> None:
     """Store ``hydra/launcher=torchrun``, a name that Hydra's plugins share, unless another plugin has it."""
-    _put(ConfigStore.instance(), "hydra/launcher", "torchrun", make)
+    _put(store_entries(), "hydra/launcher", "torchrun", make)
 
 
 def register_sweeper(make: Callable[[], Any]) -> None:
     """Store ``hydra/sweeper=layouts``, likewise."""
-    _put(ConfigStore.instance(), "hydra/sweeper", "layouts", make)
+    _put(store_entries(), "hydra/sweeper", "layouts", make)
 
 
 def is_ours(group: str) -> bool:
     """Whether a group's short name is ours in this app, which else has one of its own."""
-    level = _level(ConfigStore.instance(), group)
+    level = _level(store_entries(), group)
     entries = level.values() if isinstance(level, dict) else ()
     return any(getattr(entry, "provider", None) == PROVIDER for entry in entries)
 
@@ -167,9 +128,7 @@ def always_call_hooks() -> None:
     Ranks that a launcher started have to agree on one run, whatever the app; ``~hydra.callbacks.nemo_dist_conf`` on
     the command line leaves it out.
     """
-    entry = (_level(ConfigStore.instance(), "hydra") or {}).get("config.yaml")
-    if entry is not None:
-        entry.node.callbacks = _hooks_node().hydra.callbacks
+    put_into_base_config("callbacks", _hooks_node().hydra.callbacks)
 
 
 def _base_node(defaults: list[Any], plain: Mapping[str, Any]) -> DictConfig:
@@ -181,35 +140,35 @@ def _hooks_node() -> DictConfig:
     return OmegaConf.create({"hydra": {"callbacks": {"nemo_dist_conf": "${nemo_dist.callback:}"}}})
 
 
-def _put(store: ConfigStore, group: str | None, name: str, make: Callable[[], Any]) -> None:
-    level = store.repo
+def _put(store: dict[str, Any], group: str | None, name: str, make: Callable[[], Any]) -> None:
+    level = store
     for part in (group or "").split("/"):
         level = level.setdefault(part, {}) if part else level
     if name not in _foreign_entries(store, group):
-        level[f"{name}.yaml"] = LazyNode(name, group, make)
+        level[f"{name}.yaml"] = LazyNode(name, group, PROVIDER, make)
 
 
-def _level(store: ConfigStore, group: str | None) -> Any:
-    level: Any = store.repo
+def _level(store: dict[str, Any], group: str | None) -> Any:
+    level: Any = store
     for part in (group or "").split("/"):
         if part:
             level = level.get(part) if isinstance(level, dict) else None
     return level
 
 
-def _foreign_entries(store: ConfigStore, group: str | None) -> set[str]:
+def _foreign_entries(store: dict[str, Any], group: str | None) -> set[str]:
     """Names of the entries that other providers have in a group."""
     level = _level(store, group)
     entries = level.items() if isinstance(level, dict) else ()
     return {name.removesuffix(".yaml") for name, entry in entries if getattr(entry, "provider", PROVIDER) != PROVIDER}
 
 
-def _remove_ours(store: ConfigStore, group: str) -> None:
+def _remove_ours(store: dict[str, Any], group: str) -> None:
     level = _level(store, group)
     for name in [n for n, e in (level or {}).items() if getattr(e, "provider", None) == PROVIDER]:
         del level[name]
     if level == {}:
-        del store.repo[group]
+        del store[group]
 
 
 def register_resolver(name: str, function: Callable[..., Any], **options: Any) -> None:

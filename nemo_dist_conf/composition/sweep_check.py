@@ -13,6 +13,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_dist_conf.composition.check import Checked
+from nemo_dist_conf.composition.hydra_inside import grid_of_basic_sweeper, written_at
 from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["Job", "SweepRefused", "compose_jobs", "folder_problems", "jobs_of_basic_sweep", "judge", "refusal"]
@@ -68,7 +69,6 @@ def compose_jobs(
 
 def jobs_of_basic_sweep(config: DictConfig) -> list[list[str]]:
     """The overrides of each job of Hydra's own sweeper; none for another one, which decides as it goes."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -78,8 +78,7 @@ def jobs_of_basic_sweep(config: DictConfig) -> list[list[str]]:
     words = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     words += OmegaConf.to_container(config.hydra.overrides.task)  # type: ignore[arg-type]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    batches = BasicSweeper.split_arguments(parser.parse_overrides(words), None)
-    return [job for batch in batches for job in batch]
+    return grid_of_basic_sweeper(parser.parse_overrides(words))
 
 
 def judge(jobs: list[Job], check: Callable[[DictConfig], Checked | None] | None = None, of: Any = None) -> list[Job]:
@@ -104,7 +103,7 @@ def folder_problems(config: DictConfig, mode: str) -> Iterable[Problem]:
             folder = Path(*(str(OmegaConf.select(config, key)) for key in keys)).absolute()
         there = next(parent for parent in folder.parents if parent.is_dir())
         longest, most = max(len(os.fsencode(part)) for part in folder.parts), os.pathconf(there, "PC_NAME_MAX")
-        typed = [config.hydra[mode]._get_node(key.rpartition(".")[2])._value() for key in keys]
+        typed = [written_at(config.hydra[mode], key.rpartition(".")[2]) for key in keys]
     except Exception:  # what cannot be resolved, or asked of this system, Hydra will tell of
         return
     names = "${hydra.job.num}" if mode == "sweep" else "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"

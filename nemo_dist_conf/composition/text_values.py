@@ -11,6 +11,16 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
+from nemo_dist_conf.composition.hydra_inside import (
+    full_key,
+    is_missing,
+    is_null,
+    node_at,
+    read_in_place,
+    root_of,
+    written,
+    written_at,
+)
 from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["text_problems", "told_as_texts", "unread_problems"]
@@ -48,17 +58,17 @@ def _key_of(problem: Problem) -> str:
 
 def text_problems(node: Any) -> Iterable[Problem]:
     """Of values below a node that are taken from elsewhere, those that are texts and say a number, a bool or null."""
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+    if not isinstance(node, DictConfig) or is_null(node) or is_missing(node):
         return
     for name in map(str, node):
-        child = node._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_interpolation():
+        child = node_at(node, name)
+        if isinstance(child, DictConfig) and not OmegaConf.is_interpolation(child):
             yield from text_problems(child)
             continue
-        raw = child._value() if child is not None else None
+        raw = written(child) if child is not None else None
         if not isinstance(raw, str) or "${" not in raw:
             continue
-        key = str(node._get_full_key(name))
+        key = full_key(node, name)
         found = _text_at(node, key)
         if found is not None:
             yield _problem(node, key, *found, "a value that is read: a number, true, false, null")
@@ -67,23 +77,23 @@ def text_problems(node: Any) -> Iterable[Problem]:
 def unread_problems(node: DictConfig, names: Iterable[str] | None = None) -> Iterable[Problem]:
     """Of values below a node, those that refer to what is not there. names: of its keys; None: all."""
     for name in map(str, node) if names is None else names:
-        child = node._get_node(name) if name in node else None
-        if isinstance(child, DictConfig) and not child._is_interpolation() and not child._is_none():
+        child = node_at(node, name) if name in node else None
+        if isinstance(child, DictConfig) and not OmegaConf.is_interpolation(child) and not is_null(child):
             yield from unread_problems(child)
             continue
         try:
             if OmegaConf.is_config(child):
                 OmegaConf.to_container(child, resolve=True)
-            elif child is not None and child._is_interpolation():
+            elif child is not None and OmegaConf.is_interpolation(child):
                 node[name]
         except OmegaConfBaseException as error:
-            yield _unread(node, str(node._get_full_key(name)), str(error).splitlines()[0])
+            yield _unread(node, full_key(node, name), str(error).splitlines()[0])
 
 
 def _unread(node: DictConfig, key: str, why: str) -> Problem:
     holder: Any = OmegaConf.to_container(node)
     raw = holder[key.rpartition(".")[2]]
-    words = raw_words(OmegaConf.select(node._get_root(), "hydra.overrides.task"))
+    words = raw_words(OmegaConf.select(root_of(node), "hydra.overrides.task"))
     typed = [word for word in words if f"{key}.".startswith(word.lstrip("+").partition("=")[0] + ".")]
     variable = re.search(r"\$\{oc\.env:(\w+)\}", str(raw))
     way_out = f"export {variable[1]}=VALUE" if variable else f"{key}=null"
@@ -99,7 +109,7 @@ def _unread(node: DictConfig, key: str, why: str) -> Problem:
 
 def _problem(node: DictConfig, key: str, raw: str, text: str, allowed: str) -> Problem:
     what = f"{key} is the text {text!r}"
-    overrides = raw_words(OmegaConf.select(node._get_root(), "hydra.overrides.task"))
+    overrides = raw_words(OmegaConf.select(root_of(node), "hydra.overrides.task"))
     key = f"+{key}" if any(word.startswith(f"+{key}=") for word in overrides) else key
     if "${" not in raw:
         return Problem(what=what, asked=f"'{key}=\"{text}\"'", allowed=allowed, instead=f"{key}={text}")
@@ -116,13 +126,11 @@ def _decoded(raw: str) -> str:
 def _text_at(cfg: DictConfig, key: str) -> tuple[str, str] | None:
     """(what is written, the text that it gives) where that text says something else than a text."""
     place = _place(cfg, key)
-    raw = place[0]._get_node(place[1])._value() if place is not None else None  # type: ignore[union-attr]
+    raw = written_at(*place) if place is not None else None
     if place is None or not isinstance(raw, str):
         return None
     try:  # not by the node itself, which may be of a type that the text does not fit
-        holder = OmegaConf.create({"text": raw})
-        holder._set_parent(place[0])
-        text = holder.text
+        text, _ = read_in_place(raw, *place)
         reader = OmegaConf.create({"value": _decoded("${.text}"), "text": str(text)})
         says_more = not isinstance(reader.value, str)
     except OmegaConfBaseException:
@@ -132,13 +140,13 @@ def _text_at(cfg: DictConfig, key: str) -> tuple[str, str] | None:
 
 def _place(cfg: DictConfig, key: str) -> tuple[DictConfig, str] | None:
     """The node and the name in it that a key means, which is spelt from the root of the tree."""
-    here = str(cfg._get_full_key(None) or "")
+    here = full_key(cfg, None)
     *path, name = key.removeprefix(f"{here}.").split(".")
     node: Any = cfg
     for part in path:
-        node = node._get_node(part) if isinstance(node, DictConfig) and not node._is_none() and part in node else None
-    known = isinstance(node, DictConfig) and not node._is_none() and name in node
-    return (node, name) if known and not isinstance(node._get_node(name), DictConfig) else None
+        node = node_at(node, part) if isinstance(node, DictConfig) and not is_null(node) and part in node else None
+    known = isinstance(node, DictConfig) and not is_null(node) and name in node
+    return (node, name) if known and not isinstance(node_at(node, name), DictConfig) else None
 
 
 def _read(cfg: DictConfig, texts: dict[str, str]) -> DictConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import datetime
 import functools
 import logging
@@ -27,6 +26,7 @@ from nemo_dist_conf.composition.agreement.drawn_values import find_drawn, put_dr
 from nemo_dist_conf.composition.agreement.rank_logs import rank_file
 from nemo_dist_conf.composition.callback import check_of
 from nemo_dist_conf.composition.command_line import raw_words
+from nemo_dist_conf.composition.hydra_inside import call_last_at_the_end, error_of_job, failed_job, without_callbacks
 from nemo_dist_conf.composition.sweep_check import Job, SweepRefused, compose_jobs, judge, refusal
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.launch.failure import Failure, Interrupted, JobFailed
@@ -41,18 +41,6 @@ from nemo_dist_conf.topology.launched_ranks import about_to_start
 __all__ = ["TorchrunSweep"]
 
 log = logging.getLogger(__name__)
-
-
-class _Tolerated(JobReturn):
-    """A job without a result in a sweep that goes on; Hydra's own sweeper raises for any other that failed."""
-
-    @property
-    def return_value(self) -> Any:
-        return None
-
-    @return_value.setter
-    def return_value(self, value: Any) -> None:
-        self._return_value = value
 
 
 class TorchrunSweep:
@@ -78,7 +66,7 @@ class TorchrunSweep:
         except ConfigError as error:
             raise SweepRefused(*error.problems) from None
         self.records = Records(self.folder.path if self.folder else Path(str(config.hydra.sweep.dir)), bool(resume))
-        context.callbacks.callbacks.insert(0, _AtTheEnd(self))  # the first is the last one called at the end
+        call_last_at_the_end(context, _AtTheEnd(self))
 
     def _claimed_folder(self, resume: str | None) -> SweepFolder | None:
         """None on a node that does not lead: it uses the leading node's folder."""
@@ -126,7 +114,8 @@ class TorchrunSweep:
                     raise stopped from None
                 if results[-1].status is JobStatus.FAILED and not job.refused:
                     self.failed = True
-                    error = results[-1]._return_value
+                    error = error_of_job(results[-1])
+                    assert error is not None, "it failed"
                     if options.on_failure.name == "raise":
                         self._not_started(job, jobs)
                         self.show_table()
@@ -189,7 +178,7 @@ class TorchrunSweep:
         began = time.perf_counter()
         result = self._run(job)
         seconds = time.perf_counter() - began
-        failed = result._return_value if result.status is JobStatus.FAILED else None
+        failed = error_of_job(result)
         if failed is None:
             self._record(job, "completed", value=result.return_value, seconds=seconds)
             return result
@@ -197,22 +186,16 @@ class TorchrunSweep:
         self._record(job, "failed", seconds=seconds, reason=reason)
         return self._without_value(result, failed)
 
-    def _without_value(self, result: JobReturn, error: Exception) -> JobReturn:
+    def _without_value(self, result: JobReturn, error: BaseException) -> JobReturn:
         """Sweepers that read values decide about failures by themselves; Hydra's own reads none and would stop."""
         basic = str(self.config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
-        kind = _Tolerated if basic else JobReturn
-        new = kind(result.overrides, result.cfg, result.hydra_cfg, result.working_dir, result.task_name)
-        new.status = JobStatus.FAILED
-        new._return_value = error
-        return new
+        return failed_job(result, error, raises=not basic)
 
     def _run(self, job: Job) -> JobReturn:
         """Hydra's own job in this process, once: folder, ``.hydra``, callbacks; the ranks stand for its function."""
         context = self.context
         if not self.nodes.leads:
-            from hydra._internal.callbacks import Callbacks
-
-            context = dataclasses.replace(context, callbacks=Callbacks())
+            context = without_callbacks(context)
             with flag_override(job.config, ["readonly", "struct"], False):
                 job.config.hydra.output_subdir = None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from nemo_dist_conf.composition.hydra_inside import written_at
 from nemo_dist_conf.errors import ConfigError, Problem
 
 __all__ = ["SweepFolder"]
@@ -45,7 +46,7 @@ class SweepFolder:
     def _claim(self, config: DictConfig) -> None:
         """A folder named by the time gets a number where another sweep of that second has it."""
         base, number = self.path, 1
-        by_time = "${now" in str(config.hydra.sweep._get_node("dir")._value())
+        by_time = "${now" in str(written_at(config.hydra.sweep, "dir"))
         while not self._take() or (by_time and self._holds_records()):
             if not by_time:
                 asked = f"hydra.sweep.dir={base}"

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_dist_conf.composition.callback import DistributedCallback
 from nemo_dist_conf.composition.check import Checked, check
 from nemo_dist_conf.composition.command_line import as_typed_here, raw_words
+from nemo_dist_conf.composition.hydra_inside import node_at
 from nemo_dist_conf.composition.sections import SECTIONS, section_of, typed_words
 from nemo_dist_conf.composition.text_values import told_as_texts
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -214,7 +215,7 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
             what = f"{path} is not an option of the recipe" + (f"; did you mean {likely[0]}?" if likely else "")
             ordered = likely + [name for name in names if name not in likely]
             best = f"{section}.{likely[0]}" if section and likely else likely[0] if likely else ""
-            plain = "" if OmegaConf.is_config(node._get_node(key)) else f"={words[0].partition('=')[2]}"
+            plain = "" if OmegaConf.is_config(node_at(node, key)) else f"={words[0].partition('=')[2]}"
             yield Problem(
                 what=what,
                 asked=f"+{path}{plain}",

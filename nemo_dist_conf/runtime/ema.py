@@ -7,13 +7,12 @@ from typing import Any, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards, take_over_weights
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.model.shard_boxes import local_part, local_values
+from nemo_dist_conf.runtime.torch_inside import move_all_towards
 
 __all__ = ["EMA"]
 
@@ -59,7 +58,7 @@ class EMA:
         """Take the weights that there are now into the averages."""
         weight = 1 / (self.updates + 1) if self.decay is None else 1 - self.decay
         averages, values = self._pairs()
-        torch._foreach_lerp_(averages, [v.to(a.dtype) for a, v in zip(averages, values)], weight)
+        move_all_towards(averages, [v.to(a.dtype) for a, v in zip(averages, values)], weight)
         self.updates += 1
 
     @contextlib.contextmanager
@@ -106,11 +105,7 @@ class EMA:
         self.updates = int(state["updates"])
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # after a forward without backward some are whole
-        if is_wrapped(self._model):
-            show_shards(self._model)
+        engine_of(self._model).show_shards(self._model)
         for name, parameter in unwrapped(self._model).named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
@@ -125,8 +120,7 @@ class EMA:
     def _put(self, targets: list[Tensor], values: list[Tensor]) -> None:
         for target, value in zip(targets, values):
             target.copy_(value)
-        if is_wrapped(self._model):
-            take_over_weights(self._model)
+        engine_of(self._model).weights_changed(self._model)
 
 
 def _averaged_like(parameter: nn.Parameter) -> Tensor:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from nemo_dist_conf.runtime.engines.ddp_wrappers import check_reduced
-from nemo_dist_conf.runtime.engines.megatron_library import finish_gradients, is_wrapped, microbatch, remember_norm
+from nemo_dist_conf.runtime.engines.base import engine_of, reduces_without_gradient
+from nemo_dist_conf.runtime.torch_inside import norms_of, scale_all
 
 __all__ = ["accumulate", "clip_grad_norm_", "scale_gradients"]
 
@@ -22,24 +21,14 @@ __all__ = ["accumulate", "clip_grad_norm_", "scale_gradients"]
 _CPU_NORM_ELEMENTS = 2**16
 
 
-@contextlib.contextmanager
-def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
+def accumulate(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
     """Around the forward and backward of one microbatch; ``last`` is True for the step's last one.
 
     DDP, FSDP2 and Megatron-FSDP (up to ZeRO-1) reduce gradients in the last microbatch only. FSDP2 with
     defer_fsdp_grad_sync=False and Megatron-FSDP from ZeRO-2 on reduce in each of them, which keeps gradients sharded in
     between. Any other module is left alone.
     """
-    if isinstance(model, DistributedDataParallel):
-        with contextlib.nullcontext() if last else model.no_sync():
-            yield
-        return
-    if isinstance(model, FSDPModule):
-        model.set_is_last_backward(last)
-        if getattr(model, "_defer_grad_sync", True):
-            model.set_requires_gradient_sync(last)
-    with microbatch(model, last) if is_wrapped(model) else contextlib.nullcontext():
-        yield
+    return engine_of(model).microbatch(model, last)
 
 
 def clip_grad_norm_(model: nn.Module | torch.Tensor | Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
@@ -54,13 +43,24 @@ def clip_grad_norm_(model: nn.Module | torch.Tensor | Iterable[torch.Tensor], ma
     """
     if isinstance(model, torch.Tensor):  # as torch takes one; iterating over it would give rows without gradients
         model = [model]
-    check_reduced(model)
-    if is_wrapped(model):
-        finish_gradients(model)
+    if not isinstance(model, nn.Module):
+        return _clip(model, max_norm)
+    engine = engine_of(model)
+    engine.finish_gradients(model)
+    return _clip(model.parameters(), max_norm, engine.stage_mesh(model), lambda norm: engine.note_norm(model, norm))
+
+
+def _clip(
+    parameters: Iterable[torch.Tensor],
+    max_norm: float | None,
+    stages: DeviceMesh | None = None,
+    note: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """stages: the axis over whose ranks other parameters lie. note: told the norm before gradients are scaled."""
     groups: dict[Any, list[torch.Tensor]] = {}
-    for parameter in model.parameters() if isinstance(model, nn.Module) else model:
+    for parameter in parameters:
         gradient = parameter.grad
-        if gradient is None and not (hasattr(parameter, "_megatron_fsdp_model") and parameter.requires_grad):
+        if gradient is None and not reduces_without_gradient(parameter):
             continue
         shown = parameter if gradient is None else gradient  # a rank that has nothing of it still reduces with others
         if isinstance(shown, DTensor):
@@ -82,7 +82,6 @@ def clip_grad_norm_(model: nn.Module | torch.Tensor | Iterable[torch.Tensor], ma
                 if is_sharded and mesh.size(index) > 1:
                     square = _all_reduce(square, mesh, index)
         squares.append(square)
-    stages = getattr(model, "pp_mesh", None)
     if not squares and stages is None:
         return torch.tensor(0.0)
     device = squares[0].device if squares else torch.device("cpu")
@@ -90,12 +89,12 @@ def clip_grad_norm_(model: nn.Module | torch.Tensor | Iterable[torch.Tensor], ma
     if stages is not None:
         total = _all_reduce(total, stages, 0)
     total = total.sqrt()
-    if is_wrapped(model):
-        remember_norm(model, total)
+    if note is not None:
+        note(total)
     if max_norm:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for tensors in filter(None, groups.values()):
-            torch._foreach_mul_(tensors, scale.to(tensors[0].device))
+            scale_all(tensors, scale.to(tensors[0].device))
     return total
 
 
@@ -104,7 +103,7 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     held = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     for device in {tensor.device for tensor in held}:
-        torch._foreach_mul_([tensor for tensor in held if tensor.device == device and tensor.numel()], factor)
+        scale_all([tensor for tensor in held if tensor.device == device and tensor.numel()], factor)
 
 
 def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.Tensor:
@@ -113,7 +112,7 @@ def _square_sum(tensors: list[torch.Tensor], device_type: str | None) -> torch.T
     filled = [t for t in tensors if t.numel()]
     if not filled:  # this rank has nothing of these parameters, and torch refuses an empty list
         return torch.zeros((), dtype=dtype, device=tensors[0].device if tensors else device_type)
-    norms = torch._foreach_norm([part for t in filled for part in _short_parts(t)], 2.0, dtype=dtype)
+    norms = norms_of([part for t in filled for part in _short_parts(t)], 2.0, dtype=dtype)
     return torch.stack(list(norms)).square().sum()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any, Callable, Iterable, Mapping
 
@@ -10,15 +9,13 @@ import torch
 from torch import nn
 
 from nemo_dist_conf.composition.check import Checked, check
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.distributed_setup import DistributedSetup, setup_from_checked
-from nemo_dist_conf.runtime.engines.ddp_wrappers import SeveralRanksDDP, check_reduced
-from nemo_dist_conf.runtime.engines.megatron_library import adopt_optimizer
-from nemo_dist_conf.runtime.model.build import Built, build_model, refuse_given_model, whole_up_to
+from nemo_dist_conf.runtime.engines.base import Engine, engine_of
+from nemo_dist_conf.runtime.model.build import Built, build_model, refuse_given_model
 from nemo_dist_conf.runtime.model.load_weights import load_weights
-from nemo_dist_conf.runtime.model.materialise import initialise_in_turn, materialise
+from nemo_dist_conf.runtime.model.materialise import materialise
 from nemo_dist_conf.runtime.optimizer import an_optimizer, build_optimizer, refuse_given
-from nemo_dist_conf.runtime.parallelize import parallelize_ddp, parallelize_fsdp2, parallelize_megatron_fsdp
+from nemo_dist_conf.runtime.parallelize import parallelize
 from nemo_dist_conf.runtime.process_group import initialize_distributed
 from nemo_dist_conf.runtime.rank_agreement import agree_on_config, agree_on_model, config_mark, together
 from nemo_dist_conf.runtime.techniques.batch_statistics import use_global_statistics
@@ -66,9 +63,12 @@ def instantiate(
         model = node
     seed = int(_value(cfg, "seed", 0))
 
+    engine: type[Engine] = checked.strategy.load_engine()
+    whole = engine.whole_up_to(checked.strategy_values)
+
     def build() -> Built | None:
         nothing = model is None and node is None
-        return None if nothing else build_model(node, model, seed, info.device, whole_up_to(checked))
+        return None if nothing else build_model(node, model, seed, info.device, whole)
 
     built, marks = together(build, lambda built: (config_mark(cfg), built.mark if built is not None else ""))
     agree_on_config(cfg, [config for config, _ in marks])  # before the meshes: others would be made, and hang
@@ -88,10 +88,8 @@ def instantiate(
         made: torch.optim.Optimizer | None = an_optimizer(optimizer(wrapped.parameters()))
     else:
         made = build_optimizer(settings, wrapped.named_parameters())
-    if made is not None and checked.strategy.name == "megatron_fsdp":
-        made = adopt_optimizer(wrapped, made)
-    elif made is not None and isinstance(wrapped, SeveralRanksDDP):
-        made.register_step_pre_hook(lambda *_: check_reduced(wrapped))
+    if made is not None:
+        made = engine_of(wrapped).adopt_optimizer(wrapped, made)
     return setup, wrapped, made
 
 
@@ -101,53 +99,20 @@ def _value(cfg: Any, key: str, default: Any) -> Any:
 
 
 def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any, example: Any) -> Any:
-    config: Any = setup.strategy_config
-    offload = getattr(config, "offload_policy", None) is not None
+    meshes = setup.mesh_context
+    kind: type[Engine] = checked.strategy.load_engine()
+    engine = kind(
+        setup.strategy_config,
+        meshes.device_mesh,
+        meshes.moe_mesh,
+        pipeline=setup.pipeline_config,
+        moe=setup.moe_parallel_config,
+    )
 
     def fill(model: nn.Module) -> None:
         if built.record is not None:
-            materialise(model, built.record, torch.device("cpu") if offload else None, built.loaded)
+            materialise(model, built.record, engine.fill_device, built.loaded)
         if built.weights is not None:
             load_weights(model, built.weights, built.ties, built.parts)
 
-    if checked.strategy.name == "ddp":
-        return parallelize_ddp(built.model, config, setup.mesh_context.device_mesh, blocks=blocks, fill=fill)
-    mesh: Any = setup.mesh_context
-    if checked.strategy.name == "megatron_fsdp":
-        prepare = _initialiser(built) if config.init_fsdp_with_meta_device else fill
-        return parallelize_megatron_fsdp(
-            built.model, config, mesh.device_mesh, blocks=blocks, fill=prepare, example=example
-        )
-    return parallelize_fsdp2(
-        built.model,
-        config,
-        mesh.device_mesh,
-        mesh.moe_mesh,
-        blocks=blocks,
-        fill=fill,
-        pipeline=setup.pipeline_config,
-        moe=setup.moe_parallel_config,
-        example=example,
-    )
-
-
-def _initialiser(built: Built) -> Callable[[nn.Module], None]:
-    """What prepares a model on meta for a library that fills it module by module."""
-    record = built.record
-    reason = "its weights are read from a folder, which is done before it is sharded" if built.weights else None
-    if record is None:
-        reason = f"{type(built.model).__name__} was built with values, which a module of it cannot give again"
-    elif built.ties:
-        reason = f"{' and '.join(built.ties[0])} are one parameter, and the library makes two of it there"
-    if record is None or reason is not None:
-        key = "strategy.init_fsdp_with_meta_device"
-        what = f"the model cannot be built on the meta device: {reason}"
-        raise ConfigError(
-            Problem(
-                what=what,
-                asked=f"{key}=true",
-                allowed="false: each rank holds the whole model once",
-                instead=f"{key}=false",
-            )
-        )
-    return functools.partial(initialise_in_turn, record=record)
+    return parallelize(built.model, engine, blocks=blocks, fill=engine.how_to_fill(built, fill), example=example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
@@ -15,11 +16,7 @@ from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from nemo_dist_conf.runtime.typed_configs import DDPConfig
+    from nemo_dist_conf.runtime.engines.ddp import DDPManager
 
 __all__ = ["DDPConf", "DDPManager", "STRATEGY"]
 
@@ -39,25 +36,11 @@ class DDPConf:
     autocast_dtype: Optional[DType] = option(None, "run forward under torch.autocast in this dtype; null: no autocast")
 
 
-class DDPManager:
-    """Wraps a model with DistributedDataParallel as its config says.
-
-    device_mesh: a mesh with an axis ``dp``, or None for the default process group.
-    """
-
-    def __init__(self, config: DDPConfig, device_mesh: DeviceMesh | None = None) -> None:
-        self.config = config
-        self.device_mesh = device_mesh
-
-    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The wrapped model; with an optimizer, the pair. Parameters stay the same objects.
-
-        Meta parameters must be materialised first (``instantiate`` does): DDP copies rank 0's values at once.
-        """
-        from nemo_dist_conf.runtime.parallelize import parallelize_ddp
-
-        wrapped = parallelize_ddp(model, self.config, self.device_mesh)
-        return wrapped if optimizer is None else (wrapped, optimizer)
+def __getattr__(name: str) -> Any:
+    """``DDPManager``, which holds torch's objects, when it is asked for."""
+    if name != "DDPManager":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("nemo_dist_conf.runtime.engines.ddp"), name)
 
 
 def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
@@ -81,6 +64,7 @@ STRATEGY = Strategy(
     name="ddp",
     schema=DDPConf,
     typed="nemo_dist_conf.runtime.typed_configs:DDPConfig",
+    target="nemo_dist_conf.config.DDPConfig",
     axes=AxisRules(
         strategy="ddp",
         allowed=frozenset({"dp"}),
@@ -94,6 +78,5 @@ STRATEGY = Strategy(
         },
     ),
     rules=_rules,
-    manager="nemo_dist_conf.strategies.ddp:DDPManager",
-    executes=frozenset({"dp"}),
+    engine="nemo_dist_conf.runtime.engines.ddp:DDPEngine",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
 
@@ -15,11 +16,7 @@ from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from nemo_dist_conf.runtime.typed_configs import FSDP2Config
+    from nemo_dist_conf.runtime.engines.fsdp2 import FSDP2Manager
 
 __all__ = ["FSDP2Conf", "FSDP2Manager", "STRATEGY"]
 
@@ -57,27 +54,11 @@ class FSDP2Conf:
     fsdp2_forward_prefetch_depth: int = option(1, "blocks gathered ahead in forward")
 
 
-class FSDP2Manager:
-    """Applies tensor parallelism, activation checkpointing, compile and fully_shard as its config says.
-
-    device_mesh: axes pp, dp_replicate, dp_shard, cp, tp (or any 1-D mesh to shard over).
-    moe_mesh: axes ep_shard, ep, where experts are split.
-    """
-
-    def __init__(self, config: FSDP2Config, device_mesh: DeviceMesh, moe_mesh: DeviceMesh | None = None) -> None:
-        self.config = config
-        self.device_mesh = device_mesh
-        self.moe_mesh = moe_mesh
-
-    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The model, sharded in place; with an optimizer, the pair, the optimizer holding the sharded parameters.
-
-        A model on the meta device stays there; ``instantiate`` materialises it afterwards, shard by shard.
-        A materialised model is first made equal to rank 0's, as DDP does.
-        """
-        from nemo_dist_conf.runtime.parallelize import parallelize_fsdp2
-
-        return parallelize_fsdp2(model, self.config, self.device_mesh, self.moe_mesh, optimizer)
+def __getattr__(name: str) -> Any:
+    """``FSDP2Manager``, which holds torch's objects, when it is asked for."""
+    if name != "FSDP2Manager":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("nemo_dist_conf.runtime.engines.fsdp2"), name)
 
 
 def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
@@ -181,6 +162,7 @@ STRATEGY = Strategy(
     name="fsdp2",
     schema=FSDP2Conf,
     typed="nemo_dist_conf.runtime.typed_configs:FSDP2Config",
+    target="nemo_dist_conf.config.FSDP2Config",
     axes=AxisRules(
         strategy="fsdp2",
         allowed=frozenset({"dp", "dp_replicate", "tp", "pp", "cp", "ep"}),
@@ -192,6 +174,5 @@ STRATEGY = Strategy(
         ),
     ),
     rules=_rules,
-    manager="nemo_dist_conf.strategies.fsdp2:FSDP2Manager",
-    executes=frozenset({"dp", "dp_replicate", "tp", "pp", "cp", "ep"}),
+    engine="nemo_dist_conf.runtime.engines.fsdp2:FSDP2Engine",
 )

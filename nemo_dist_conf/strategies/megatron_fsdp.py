@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, List, Mapping, Union
 
@@ -15,11 +16,7 @@ from nemo_dist_conf.topology.launched_ranks import runs_here
 from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
+    from nemo_dist_conf.runtime.engines.megatron_fsdp import MegatronFSDPManager
 
 __all__ = ["MegatronFSDPConf", "MegatronFSDPManager", "STRATEGY", "library_problems"]
 
@@ -53,24 +50,11 @@ class MegatronFSDPConf:
     )
 
 
-class MegatronFSDPManager:
-    """Wraps a materialised model with the megatron-fsdp package as its config says.
-
-    device_mesh: axes dp, cp, tp.
-    """
-
-    def __init__(self, config: MegatronFSDPConfig, device_mesh: DeviceMesh) -> None:
-        self.config = config
-        self.device_mesh = device_mesh
-
-    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The wrapped model; with an optimizer, the pair, the optimizer holding the sharded parameters.
-
-        Raises ConfigError without CUDA or the library, and for what the model cannot do.
-        """
-        from nemo_dist_conf.runtime.parallelize import parallelize_megatron_fsdp
-
-        return parallelize_megatron_fsdp(model, self.config, self.device_mesh, optimizer)
+def __getattr__(name: str) -> Any:
+    """``MegatronFSDPManager``, which holds torch's objects, when it is asked for."""
+    if name != "MegatronFSDPManager":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("nemo_dist_conf.runtime.engines.megatron_fsdp"), name)
 
 
 def library_problems(spelling: Spelling = Spelling()) -> list[Problem]:
@@ -198,6 +182,7 @@ STRATEGY = Strategy(
     name="megatron_fsdp",
     schema=MegatronFSDPConf,
     typed="nemo_dist_conf.runtime.typed_configs:MegatronFSDPConfig",
+    target="nemo_dist_conf.config.MegatronFSDPConfig",
     axes=AxisRules(
         strategy="megatron_fsdp",
         allowed=frozenset({"dp", "tp", "cp"}),
@@ -210,7 +195,6 @@ STRATEGY = Strategy(
         },
     ),
     rules=_rules,
-    manager="nemo_dist_conf.strategies.megatron_fsdp:MegatronFSDPManager",
+    engine="nemo_dist_conf.runtime.engines.megatron_fsdp:MegatronFSDPEngine",
     activation_checkpointing=(False, True),
-    executes=frozenset({"dp", "tp", "cp"}),
 )

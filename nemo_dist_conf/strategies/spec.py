@@ -19,10 +19,11 @@ Rules = Callable[[Mapping[str, Any], Mapping[str, Any], Spelling], list[Problem]
 
 @dataclass(frozen=True)
 class Strategy:
-    """One strategy: its schema, its axes, its rules, and where its typed config and its manager are.
+    """One strategy: its schema, its axes, its rules, and where the rest of it is.
 
-    typed, manager: ``module:Class``, imported when the strategy is executed, never while composing.
-    executes: axes whose execution exists; the others compose and are planned, but are refused before a start.
+    typed: the class of its typed config. engine: what executes it (a subclass of ``runtime.engines.base.Engine``).
+    Both as ``module:Class``, imported when the strategy is executed, never while composing.
+    target: the class path that a composed node's ``_target_`` has, where it is not that of ``typed``.
     """
 
     name: str
@@ -30,9 +31,13 @@ class Strategy:
     typed: str
     axes: AxisRules
     rules: Rules
-    manager: str
+    engine: str
+    target: str = ""
     activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
-    executes: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            object.__setattr__(self, "target", self.typed.replace(":", "."))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -40,17 +45,13 @@ class Strategy:
         return (self.name, *STRATEGY_NAMES[self.name])
 
     @property
-    def target(self) -> str:
-        """Class path of the typed config, which identifies a composed node of this strategy."""
-        return f"nemo_dist_conf.config.{self.typed.partition(':')[2]}"
-
-    @property
     def config(self) -> Any:
         """The class of the typed config, which holds torch's objects: asking for it imports torch."""
         return _load(self.typed)
 
-    def load_manager(self) -> Any:
-        return _load(self.manager)
+    def load_engine(self) -> Any:
+        """The class of the engine: asking for it imports torch."""
+        return _load(self.engine)
 
 
 def _load(path: str) -> Any:

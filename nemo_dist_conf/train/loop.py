@@ -21,13 +21,12 @@ from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.recipe.value_checks import train_problems
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import unwrapped
 from nemo_dist_conf.runtime.parallelize import autocast_forward
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
 from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad
 from nemo_dist_conf.runtime.techniques.loss import IGNORED
-from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 from nemo_dist_conf.runtime.typed_values import lower_dtype
 from nemo_dist_conf.strategies import strategy_of_target
 from nemo_dist_conf.topology.launched_ranks import launched
@@ -111,7 +110,7 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
             )
         context = setup.mesh_context
         dtype = lower_dtype(autocast_dtype(cfg.train.get("dtype"), str(context.device.type)))
-        if dtype is not None and isinstance(setup.strategy_config, MegatronFSDPConfig):
+        if dtype is not None and not hasattr(setup.strategy_config, "autocast_dtype"):
             autocast_forward(model, context.device, dtype)  # the strategy has no option that says what to compute in
         size, micro = settings.global_batch_size, settings.micro_batch_size
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import TrainingError
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of
 from nemo_dist_conf.strategies import STRATEGIES
 from nemo_dist_conf.train.console import Console, duration
 from nemo_dist_conf.train.data import DataSource, TextData
@@ -26,9 +25,9 @@ __all__ = ["header", "not_finite", "summary"]
 def header(data: DataSource, setup: Any, model: nn.Module, folder: Path) -> dict[str, str]:
     total, _ = _parameter_counts(model)
     return {
-        "model": f"{_class_name(model)}, {_millions(total)} parameters",
+        "model": f"{engine_of(model).model_name(model)}, {_millions(total)} parameters",
         "layout": _layout(setup),
-        **{f"stage {row.stage}": f"{row} ({_millions(row.parameters)})" for row in _stages(model)},
+        **{f"stage {row.stage}": f"{row} ({_millions(row.parameters)})" for row in engine_of(model).stages(model)},
         "device": _device(setup.mesh_context.device),
         "data": str(data.corpus) if isinstance(data, TextData) else type(data).__name__,
         "output": str(folder),
@@ -82,20 +81,8 @@ def _parameter_counts(model: nn.Module) -> tuple[int, int]:
     for parameter in model.parameters():
         total += parameter.numel()
         local += parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
-    rows = _stages(model)
+    rows = engine_of(model).stages(model)
     return sum(row.parameters for row in rows) if rows else total, local
-
-
-def _stages(model: Any) -> tuple[Any, ...]:
-    """The stages of a pipeline; none of any other model. Told by an attribute: its module takes a while to import."""
-    return model.rows if hasattr(model, "pp_mesh") else ()
-
-
-def _class_name(model: nn.Module) -> str:
-    if _stages(model):
-        model = next(iter(model.parts.values()))  # type: ignore[operator]  # any stage
-    name = type(unwrapped(model)).__name__
-    return name.removeprefix("FSDP") if isinstance(model, FSDPModule) else name  # fully_shard renames the class
 
 
 def _millions(count: int) -> str:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.gradients import scale_gradients
 from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad, balancing_loss, routed
 from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
@@ -110,7 +109,7 @@ def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, c
     DDP sorts its buckets anew after its first backward, and the order of a sum of several ranks follows from the
     bucket: a run that goes on would differ in the last bit from one that never stopped. Nothing is updated here.
     """
-    if isinstance(model, DistributedDataParallel) and context.world_size > 1:
+    if engine_of(model).first_backward_differs and context.world_size > 1:
         forward_backward(model, microbatches, 1.0, context)
         optimizer.zero_grad(set_to_none=True)
 

@@ -15,8 +15,8 @@ from nemo_dist_conf.checkpoint import load, save
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.ema import EMA
-from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
+from nemo_dist_conf.runtime.engines.megatron_fsdp import MegatronFSDPEngine
 from nemo_dist_conf.runtime.model.shard_boxes import local_values
 from tests.checkpoint.exchange import CP, FSDP2, MEGATRON, PP, TP, Layout
 from tests.dist.cuda_shim import cuda_shim
@@ -46,8 +46,8 @@ class Ema:
     """Averaged weights as people write them: copies of the parameters, by name."""
 
     def __init__(self, model: nn.Module, factor: float = 1.0) -> None:
-        if is_wrapped(model):
-            show_shards(model)
+        if MegatronFSDPEngine.owns(model):
+            engine_of(model).show_shards(model)
         self.decay = 0.99
         self.copies: dict[str, Any] = {name: p.detach().clone() * factor for name, p in model.named_parameters()}
 
@@ -86,8 +86,8 @@ def made(layout: Layout, seed: int) -> tuple[Any, Any]:
     """(model, optimizer) of a layout, the optimizer after a step in which each gradient is half its parameter."""
     cfg = composed(*layout.words, model=layout.model, optimizer={"name": "adamw", "lr": 0.1}, seed=seed)
     _, model, updates = instantiate(cfg)
-    if is_wrapped(model):
-        show_shards(model)
+    if MegatronFSDPEngine.owns(model):
+        engine_of(model).show_shards(model)
     for _, parameter in named_parameters(model):
         if not isinstance(parameter, DTensor) or parameter._local_tensor.numel():
             parameter.grad = parameter.detach() * 0.5

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from nemo_dist_conf.checkpoint import load, save
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.recipe.yaml_folder import config_folder
-from nemo_dist_conf.runtime.engines.megatron_library import is_wrapped, show_shards
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
+from nemo_dist_conf.runtime.engines.megatron_fsdp import MegatronFSDPEngine
 from nemo_dist_conf.train.step import settle, train_step
 from tests.dist.cuda_shim import cuda_shim
 from tests.dist.layouts import ADAMW, LLAMA, batch, composed
@@ -137,8 +137,8 @@ def _part(setup: Any) -> tuple[Any, int]:
 
 def _whole_state(model: Any, optimizer: Any) -> dict[str, Tensor]:
     """Weights and optimizer state in full, put together by torch's own means, not by what is tested."""
-    if is_wrapped(model):
-        show_shards(model)
+    if MegatronFSDPEngine.owns(model):
+        engine_of(model).show_shards(model)
     found: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters() if hasattr(model, "pp_mesh") else unwrapped(model).named_parameters())
     for name, parameter in parameters.items():
@@ -146,7 +146,9 @@ def _whole_state(model: Any, optimizer: Any) -> dict[str, Tensor]:
         state = optimizer.state.get(parameter, {})
         for key in ("exp_avg", "exp_avg_sq"):
             local = state.get(key)
-            if is_wrapped(model) and local is None:  # the library keeps none for what this rank has nothing of
+            if (
+                MegatronFSDPEngine.owns(model) and local is None
+            ):  # the library keeps none for what this rank has nothing of
                 local = torch.zeros_like(parameter)
             found[f"{name}/{key}"] = _whole(local, parameter)
         if "step" in state:

@@ -456,7 +456,7 @@ def test_wrappers_inside_a_module_leave_no_name(tmp_path: Path) -> None:
     """An average of a wrapped model is the average of the model."""
     from torch.optim.swa_utils import AveragedModel
 
-    from nemo_dist_conf.runtime.engines.one_rank import OneRankDDP
+    from nemo_dist_conf.runtime.engines.ddp_wrappers import OneRankDDP
 
     plain, wrapped = AveragedModel(make()[0]), AveragedModel(OneRankDDP(make()[0], torch.device("cpu")))
     for parameter in wrapped.parameters():

@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 
 __all__ = ["cuda_shim"]
 
-LIBRARY = "nemo_dist_conf.runtime.engines.megatron_library"
+ENGINE = "nemo_dist_conf.runtime.engines.megatron_fsdp"
 
 
 class _Stream:
@@ -77,5 +77,5 @@ def cuda_shim() -> Iterator[None]:
         stack.enter_context(mock.patch("megatron_fsdp.param_and_grad_buffer._coalescing_manager", _waited_for))
         stack.enter_context(mock.patch.object(library, "DistributedDataParallelConfig", unfused))
         stack.enter_context(mock.patch("nemo_dist_conf.strategies.megatron_fsdp.cuda_present", lambda: True))
-        stack.enter_context(mock.patch(f"{LIBRARY}._require_cuda", lambda mesh: None))
+        stack.enter_context(mock.patch(f"{ENGINE}.require_cuda", lambda mesh: None))
         yield

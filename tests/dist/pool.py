@@ -219,9 +219,9 @@ def _join(rank: int, world_size: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from nemo_dist_conf.runtime.model import build
+    from nemo_dist_conf.runtime.engines import fsdp2
 
-    build._SMALL_ELEMENTS = 0  # the tests' models are small, and are to be built as large ones are
+    fsdp2._SMALL_ELEMENTS = 0  # the tests' models are small, and are to be built as large ones are
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     store = dist.FileStore(str(folder / "store"), world_size)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.gradients import accumulate
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime.engines.unwrap import unwrapped
+from nemo_dist_conf.runtime.engines.base import unwrapped
 from tests.dist.layouts import ADAMW, MODELS, Operators, batch, composed, loss_sum
 from tests.dist.pool import run_ranks
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.agreement.drawn_values import can_be_sent, rank_variables_open
+from nemo_dist_conf.composition.hydra_inside import is_missing, is_null, written_at
 from nemo_dist_conf.composition.store import register_resolver
 
 __all__ = ["as_ranks_read", "different_keys", "flat_config", "same_now"]
@@ -21,8 +22,8 @@ def as_ranks_read(config: DictConfig) -> Any:
 
 
 def _read(node: Any) -> Any:
-    if node._is_none() or node._is_missing():
-        return None if node._is_none() else "???"
+    if is_null(node) or is_missing(node):
+        return None if is_null(node) else "???"
     keys: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
     values = [_read_value(node, key) for key in keys]
     return dict(zip(keys, values)) if isinstance(node, DictConfig) else values
@@ -32,10 +33,10 @@ def _read_value(node: Any, key: Any) -> Any:
     try:
         value = node[key]
     except (OmegaConfBaseException, LookupError, ValueError, TypeError, AttributeError):
-        return node._get_node(key)._value()
+        return written_at(node, key)
     if OmegaConf.is_config(value):
         return _read(value)
-    return value if can_be_sent(value) else node._get_node(key)._value()
+    return value if can_be_sent(value) else written_at(node, key)
 
 
 def same_now(now: datetime.datetime, *configs: DictConfig) -> None:

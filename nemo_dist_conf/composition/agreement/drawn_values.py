@@ -24,7 +24,18 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.agreement.value_sources import observed
-from nemo_dist_conf.composition.hydra_inside import read_in_place, resolver_calls, resolvers_asked_through
+from nemo_dist_conf.composition.hydra_inside import (
+    has_values,
+    is_missing,
+    is_null,
+    node_at,
+    path_of,
+    place_of,
+    read_in_place,
+    resolver_calls,
+    resolvers_asked_through,
+    written,
+)
 from nemo_dist_conf.topology.launched_ranks import is_rank_variable
 
 __all__ = [
@@ -98,9 +109,9 @@ def folder_of_run(config: DictConfig) -> str | None:
 
 def put_drawn(config: DictConfig, drawn: Drawn) -> None:
     """Put what was drawn where ``config`` has the same written."""
-    for path, (written, value) in drawn.values.items():
+    for path, (text, value) in drawn.values.items():
         found = _at(config, path)
-        if found is not None and found[2] == written:
+        if found is not None and found[2] == text:
             _put(found[0], found[1], value)
 
 
@@ -147,17 +158,17 @@ class _Finder:
 
     def walk(self, container: Any) -> None:
         for key in _keys(container):
-            child = container._get_node(key)
-            if isinstance(_written(child), str):
+            child = node_at(container, key)
+            if isinstance(_text_of(child), str):
                 self.look_at(container, key)
-            elif OmegaConf.is_config(child) and not (child._is_none() or child._is_missing()):
+            elif OmegaConf.is_config(child) and not (is_null(child) or is_missing(child)):
                 self.walk(child)
 
     def look_at(self, container: Any, key: Any) -> None:
         """Draw what this node draws: each resolver in its text, inner ones first."""
-        path = _path(container, key)
-        written = text = _written(container._get_node(key))
-        if path in self._done or not isinstance(written, str):
+        path = path_of(container, key)
+        before = text = _text_of(node_at(container, key))
+        if path in self._done or not isinstance(before, str):
             return
         self._done.add(path)
         index, answers = 0, []
@@ -179,12 +190,12 @@ class _Finder:
             elif (literal := _literal(text, start, end, value)) is not None:
                 text = text[:start] + literal + text[end:]
                 index -= literal[:2] != "${"  # one call less
-        if text != written or not isinstance(text, str):
+        if text != before or not isinstance(text, str):
             try:
                 _put(container, key, text)
             except _CANNOT_SAY:
                 return  # of another type than this node: Hydra's own error, when the app asks
-            self.drawn.values[path] = (written, text)
+            self.drawn.values[path] = (before, text)
         if isinstance(text, str):
             self.drawn.answers += [answer for answer in answers if answer[1] in text]
 
@@ -197,11 +208,11 @@ class _Finder:
             except _CANNOT_SAY:
                 return None
             others = [node for node in self._drawing if node is not place]
-            first = [node for node in others if _path(node._get_parent_container(), node._key()) not in self._done]
+            first = [place for place in map(place_of, others) if path_of(*place) not in self._done]
             if not first:
                 break
-            for node in first:
-                self.look_at(node._get_parent_container(), node._key())
+            for holder, name in first:
+                self.look_at(holder, name)
         if not can_be_sent(value):
             return None
         return value, any(node is place for node in self._drawing)
@@ -253,31 +264,21 @@ def _keys(container: Any) -> Iterable[Any]:
     return list(container) if isinstance(container, DictConfig) else range(len(container))
 
 
-def _written(node: Any) -> Any:
+def _text_of(node: Any) -> Any:
     """The text of an interpolation; None for anything else."""
-    return node._value() if node is not None and node._is_interpolation() else None
-
-
-def _path(container: Any, key: Any) -> _Path:
-    keys = [key]
-    while container is not None and container._key() is not None:
-        keys.append(container._key())
-        container = container._get_parent()
-    return tuple(reversed(keys))
+    return written(node) if node is not None and OmegaConf.is_interpolation(node) else None
 
 
 def _at(config: DictConfig, path: _Path) -> tuple[Any, Any, str] | None:
     """(container, key, text) of an interpolation; None where there is none."""
     container: Any = config
     for key in path[:-1]:
-        if not OmegaConf.is_config(container) or container._is_none() or container._is_missing():
+        if not OmegaConf.is_config(container) or not has_values(container) or not _has(container, key):
             return None
-        if container._is_interpolation() or not _has(container, key):
-            return None
-        container = container._get_node(key)
-    if not OmegaConf.is_config(container) or isinstance(container._value(), str) or container._is_none():
+        container = node_at(container, key)
+    if not OmegaConf.is_config(container) or not has_values(container):
         return None
-    text = _written(container._get_node(path[-1])) if _has(container, path[-1]) else None
+    text = _text_of(node_at(container, path[-1])) if _has(container, path[-1]) else None
     return None if text is None else (container, path[-1], text)
 
 
@@ -289,7 +290,7 @@ def _has(container: Any, key: Any) -> bool:
 
 def _put(container: Any, key: Any, value: Any) -> None:
     """Set a key whatever flags stand there or above; a typed node converts, as it does what its resolver answers."""
-    node = container._get_node(key)
+    node = node_at(container, key)
     with warnings.catch_warnings(), flag_override(container, ["readonly", "struct"], False):
         warnings.simplefilter("ignore", FutureWarning)  # OmegaConf 2.4, of conversions when a value is set
         with flag_override(node, "readonly", False):

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from nemo_dist_conf.composition.hydra_inside import written_at
+
 __all__ = ["keep_apart", "rank_file"]
 
 
@@ -37,7 +39,7 @@ def keep_apart(config: DictConfig, rank: int) -> None:
         files = [str(name) for name in handlers if handlers[name] is not None and "filename" in handlers[name]]
         for name in files:
             node: Any = handlers[name]
-            node.filename = rank_file(str(node._get_node("filename")._value()), rank)
+            node.filename = rank_file(str(written_at(node, "filename")), rank)
         for logger in (logging.get("root"), *(logging.get("loggers") or {}).values()):
             if logger is not None and logger.get("handlers"):
                 logger.handlers = [name for name in logger.handlers if name in files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
 from nemo_dist_conf.runtime.engines.refused_copies import refuse_copy
-from nemo_dist_conf.runtime.torch_inside import after_backward, what_is_not_reduced
+from nemo_dist_conf.runtime.torch_inside import after_backward, is_made, on_device, own_children, what_is_not_reduced
 
-__all__ = ["SeveralRanksDDP", "check_reduced", "inner_attribute"]
+__all__ = ["OneRankDDP", "SeveralRanksDDP", "check_reduced"]
+
+log = logging.getLogger(__name__)
 
 #: Names of parameters that a message shows.
 _SHOWN = 5
@@ -53,7 +56,7 @@ class SeveralRanksDDP(DistributedDataParallel):
         try:
             found = super().__getattr__(name)
         except AttributeError:
-            found = inner_attribute(self, name)
+            found = _inner_attribute(self, name)
         # ``model.module``, a parameter, or anything that may use one: a loss of it goes past the wrapper's forward.
         if isinstance(found, (nn.Module, torch.Tensor, list, tuple, dict)) or callable(found):
             if not vars(self).get("_runs_forward", True):  # nor before there is anything to reduce
@@ -74,9 +77,44 @@ class SeveralRanksDDP(DistributedDataParallel):
         self._is_prepared = False
 
 
-def inner_attribute(wrapper: nn.Module, name: str) -> Any:
+class OneRankDDP(DistributedDataParallel):
+    """What a loop written for DDP meets on one rank: ``module``, ``no_sync`` and the names of DDP, without its reducer.
+
+    There is nothing to average, and the reducer would keep a second copy of all gradients and copy them there and
+    back in every step. Inputs are moved to the device as DDP moves them.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+        self.require_backward_grad_sync = True  # what no_sync switches
+        self._inputs_to = device if device.type == "cuda" else None
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self._inputs_to is not None and (inputs or kwargs):
+            inputs, kwargs = on_device(inputs, kwargs, self._inputs_to)
+        return self.module(*inputs, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return _inner_attribute(self, name)
+
+    def register_comm_hook(self, state: object, hook: Any) -> None:
+        """Hooks are called with a bucket to reduce, and there is none."""
+        log.warning("ddp on one rank reduces nothing, so the communication hook will not be called")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+
+
+def _inner_attribute(wrapper: nn.Module, name: str) -> Any:
     """What the user's module has under a name that its wrapper does not have; raises AttributeError as that does."""
-    inner = wrapper._modules.get("module") if "_modules" in wrapper.__dict__ else None
+    inner = own_children(wrapper).get("module") if is_made(wrapper) else None
     if inner is None:
         raise AttributeError(f"{type(wrapper).__name__!r} object has no attribute {name!r}")
     return getattr(inner, name)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_iter
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.engines.refused_copies import RefusesCopy, RefusesPickle
@@ -25,7 +24,11 @@ from nemo_dist_conf.runtime.torch_inside import (
     given_parameters,
     is_as_sharded,
     is_gathered_for_forward,
+    own_parameters,
+    replaced_parameter,
     run_as_forward,
+    tree_iter,
+    written_parameters,
 )
 
 __all__ = ["open_entries"]
@@ -50,7 +53,7 @@ def open_entries(
             _OwnParameters(module)
     root.forward = _RootForward(root.forward, door)
     inner = list(_of_root(root))
-    names = {key for module in (root, *inner) for key in module._parameters}
+    names = {key for module in (root, *inner) for key in own_parameters(module)}
     for module in inner:
         if next(module.parameters(), None) is not None:
             module.forward = _Entry(module.forward, door)
@@ -80,18 +83,16 @@ class _OwnParameters:
 
     @torch.compiler.disable
     def _before(self, unit: nn.Module, args: Any) -> None:
-        for owner, name, known in self.given:
-            held, gathered = owner._parameters.get(name), getattr(known, "_unsharded_param", None)
-            if held is not known.sharded_param and held is not gathered:
-                if gathered is not None or not isinstance(held, nn.Parameter):  # before, a checkpoint may be assigned
-                    raise _replaced(owner, name)
+        replaced = replaced_parameter(self.given)
+        if replaced is not None:
+            raise _replaced(*replaced)
         self._after()
 
     @torch.compiler.disable
     def _after(self, *_: Any) -> None:
-        for number, (owner, name, known) in enumerate(self.given):
-            gathered = getattr(known, "_unsharded_param", None)
-            if gathered is not None and gathered._version and number not in self._only_set:
+        for number in written_parameters(self.given):
+            if number not in self._only_set:
+                owner, name, known = self.given[number]
                 if not is_as_sharded(known):
                     raise _changed(owner, name)
                 self._only_set.add(number)  # peft parametrizes a weight for each forward, and sets it to itself

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
-from dataclasses import dataclass
 from typing import Any, Sequence
 
 import torch
@@ -22,15 +20,17 @@ from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import (
     lay_in_order,
     of_other_dtype,
     output_embeddings,
-    refuse_sparse,
     scalars,
     unshared,
 )
+from nemo_dist_conf.runtime.engines.model_refusals import refuse_sparse
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
+from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts
+from nemo_dist_conf.runtime.torch_inside import expect_views, own_parameters
 from nemo_dist_conf.runtime.typed_configs import FSDP2Config, MoEParallelizerConfig
 
-__all__ = ["Experts", "shard_blocks"]
+__all__ = ["shard_blocks"]
 
 log = logging.getLogger(__name__)
 
@@ -39,25 +39,13 @@ log = logging.getLogger(__name__)
 _OUTER_UNIT_ELEMENTS = 2**18
 
 
-@dataclass(frozen=True)
-class Experts:
-    """Modules that hold experts split over the axis ep, and how they are sharded beside the rest.
-
-    mesh: the axis ep_shard.
-    """
-
-    modules: Sequence[nn.Module]
-    mesh: DeviceMesh
-    config: MoEParallelizerConfig
-
-
 def shard_blocks(
     model: nn.Module,
     blocks: Blocks,
     mesh: DeviceMesh,
     config: FSDP2Config,
     in_pipeline: bool = False,
-    experts: Experts | None = None,
+    experts: SplitExperts | None = None,
 ) -> Averaged | None:
     """Shard the model in place: each block is gathered, computed and freed on its own, the root takes the rest.
 
@@ -125,7 +113,8 @@ class _Whole:
         self._places = scalars(model)
         if policy.param_dtype is not None:  # a batch norm takes weights in float32 beside its running statistics
             kept = [module for module in model.modules() if keeps_statistics(module)]
-            self._places += [(module, key) for module in kept for key, p in module._parameters.items() if p is not None]
+            named = ((module, module.named_parameters(recurse=False, remove_duplicate=False)) for module in kept)
+            self._places += [(module, key) for module, own in named for key, _ in own]
         self._mesh = mesh
         self.parameters: set[nn.Parameter] = set(self._now())
 
@@ -144,12 +133,12 @@ class _Whole:
         return Averaged(self._now, groups, few=True) if self._places else None
 
     def _now(self) -> list[nn.Parameter]:
-        found = (module._parameters[key] for module, key in self._places)
+        found = (own_parameters(module)[key] for module, key in self._places)
         return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
 
 
 def _shard_experts(
-    block: nn.Module, experts: Experts, inner: MixedPrecisionPolicy, shared: dict[str, Any]
+    block: nn.Module, experts: SplitExperts, inner: MixedPrecisionPolicy, shared: dict[str, Any]
 ) -> MixedPrecisionPolicy | None:
     """Shard the experts of a block; returns the precision of such a block, None for a block without experts."""
     found = [module for module in block.modules() if any(module is one for one in experts.modules)]
@@ -233,8 +222,7 @@ def _expect_views(*unit: nn.Module) -> None:
     Writing into that would be lost; transformers' models, of which alone this is a unit, write into neither.
     """
     if any(isinstance(parameter, DTensor) for module in unit for parameter in module.parameters()):
-        names = ", ".join(f"FSDP{type(module).__name__}" for module in unit)  # as fully_shard calls them
-        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({names}\) returned a view tensor")
+        expect_views(unit)
 
 
 def _elements(module: nn.Module) -> int:

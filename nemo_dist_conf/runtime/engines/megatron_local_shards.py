@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.torch_inside import mark_tensor_parallel, own_parameters
 
 __all__ = ["keep_local_shards"]
 
@@ -26,7 +27,8 @@ def keep_local_shards(model: nn.Module) -> None:
     made: dict[int, nn.Parameter] = {}
     problems: dict[str, Problem] = {}
     for path, module in model.named_modules():
-        held = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
+        own = own_parameters(module)
+        held = {key: p for key, p in own.items() if isinstance(p, DTensor)}
         if not held:
             continue
         for key, parameter in held.items():
@@ -35,7 +37,7 @@ def keep_local_shards(model: nn.Module) -> None:
                 problems.setdefault(problem.what, problem)
             if id(parameter) not in made:
                 made[id(parameter)] = _local(parameter)
-            module._parameters[key] = made[id(parameter)]
+            own[key] = made[id(parameter)]
         # Replicated ones alone are those of the style that shows them to their module as plain tensors itself.
         if any(not placement.is_replicate() for p in held.values() for placement in p.placements):
             module.forward = _Presented(module, module.forward, {key: _Layout(p) for key, p in held.items()})
@@ -63,7 +65,7 @@ class _Presented:
         self.module, self.forward, self.layouts = module, forward, layouts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parameters: dict[str, Any] = self.module._parameters
+        parameters = own_parameters(self.module)
         held = {key: parameters[key] for key in self.layouts}
         parameters.update({key: layout.present(held[key]) for key, layout in self.layouts.items()})
         try:
@@ -73,11 +75,10 @@ class _Presented:
 
 
 def _local(parameter: DTensor) -> nn.Parameter:
-    local: Any = nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
+    local = nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
     (placement,) = parameter.placements
     if isinstance(placement, Shard):
-        local.tensor_model_parallel, local.partition_dim, local.partition_stride = True, placement.dim, 1
-        local._tensor_parallel_mode = "column" if placement.dim == 0 else "row"
+        mark_tensor_parallel(local, placement.dim)
     return local
 
 

@@ -16,12 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._backward import stage_backward
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleMulti,
-    _PipelineScheduleRuntime,
-    get_schedule_class,
-)
 
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
@@ -29,6 +23,7 @@ from nemo_dist_conf.runtime.engines.refused_copies import refuse_copy
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
 from nemo_dist_conf.runtime.techniques.pipeline_stages import Chain, chain_of, plan_stages
+from nemo_dist_conf.runtime.torch_inside.pipelining import backward_of_stage, schedule_by_name, schedule_from_table
 from nemo_dist_conf.runtime.typed_configs import PipelineConfig
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.schedule_rules import find_schedule
@@ -283,7 +278,9 @@ class _Stage(PipelineStage):
         self.submod.set_is_last_backward(last_backward)
         self.submod.set_reshard_after_backward(last_backward)
         self.submod.set_requires_gradient_sync(True)
-        return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
+        return backward_of_stage(
+            bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]
+        ), None
 
 
 def _schedule(
@@ -291,13 +288,10 @@ def _schedule(
 ) -> Any:
     options: dict[str, Any] = {"loss_fn": loss_fn, "scale_grads": config.scale_grads_in_schedule}
     if config.pp_schedule_csv is not None:
-        schedule = _PipelineScheduleRuntime(list(stages), microbatches, **options)
-        schedule._load_csv(str(typed_path(config.pp_schedule_csv)))
-        return schedule
+        return schedule_from_table(stages, microbatches, str(typed_path(config.pp_schedule_csv)), **options)
     known = find_schedule(config.pp_schedule or "")
     assert known is not None
-    kind: Any = get_schedule_class(known.torch_name)
-    return kind(list(stages) if issubclass(kind, PipelineScheduleMulti) else stages[0], microbatches, **options)
+    return schedule_by_name(stages, microbatches, known.torch_name, **options)
 
 
 def _shapes(

@@ -10,6 +10,7 @@ from torch import nn
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.runtime.torch_inside import block_classes
 
 __all__ = ["Blocks", "find_blocks"]
 
@@ -32,7 +33,7 @@ def find_blocks(model: nn.Module, declared: str | Iterable[str] | None = None) -
     if paths is not None:
         found = _declared(model, [paths] if isinstance(paths, str) else list(paths))
     else:
-        found = _by_class(model, getattr(model, "_no_split_modules", None)) or _repeated(model)
+        found = _by_class(model, block_classes(model)) or _repeated(model)
     found = {path: block for name, module in found.items() for path, block in _called(name, module).items()}
     order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     outermost: Blocks = {}

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 import logging
-import math
 import re
 import textwrap
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.families.config_facts import plain_floats
 from nemo_dist_conf.names import nearest
@@ -31,12 +29,12 @@ from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded
 from nemo_dist_conf.runtime.model.stored_names import Part
 from nemo_dist_conf.wording import typed_path
 
-__all__ = ["Built", "build_model", "refuse_given_model", "whole_up_to"]
+__all__ = ["Built", "Fill", "build_model", "refuse_given_model"]
 
 log = logging.getLogger(__name__)
 
-#: 16 MiB in float32. Sharding tensors on meta and filling them then takes tens of milliseconds longer.
-_SMALL_ELEMENTS = 2**22
+#: Gives values to a model that was built without.
+Fill = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,6 @@ class Built:
     why_whole: str = ""
     mark: str = ""
     sums: Callable[[], Any] | None = None
-
-
-def whole_up_to(checked: Checked) -> float:
-    """Elements up to which a model of this config has its values before it is parallelised, for ``build_model``."""
-    if checked.strategy.name == "ddp":
-        return math.inf  # every rank holds all of it anyway
-    offloads = (checked.strategy_values.get("offload_policy") or {}).get("enabled")
-    return _SMALL_ELEMENTS if checked.strategy.name == "fsdp2" and not offloads else 0
 
 
 def build_model(

@@ -21,6 +21,7 @@ from nemo_dist_conf.runtime.model.recording.python_answers import Answers
 from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded, Recorder
 from nemo_dist_conf.runtime.model.recording.tape import Constant, Ref, Tape, leaves
 from nemo_dist_conf.runtime.model.tensor_attributes import tensors_beside
+from nemo_dist_conf.runtime.torch_inside import RESETS, is_view, of_same_class, own_buffers
 
 __all__ = ["Record", "become", "construct", "named_tensors", "record", "record_resets"]
 
@@ -136,7 +137,7 @@ def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
                 model.initialize_weights()  # type: ignore[operator]
             else:
                 for name, module in model.named_modules():
-                    if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
+                    if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
                         _reset_of(name, module)()
         if recorder.why_not:
             raise NotRecorded(recorder.why_not)
@@ -148,7 +149,7 @@ def record_resets(model: nn.Module, seed: int, device: torch.device) -> Record:
 
 
 def _reset_of(name: str, module: nn.Module) -> Callable[[], Any]:
-    for reset in ("reset_parameters", "_reset_parameters"):
+    for reset in RESETS:
         if callable(getattr(module, reset, None)):
             return getattr(module, reset)
     raise NotRecorded(f"{name or type(module).__name__} has no reset_parameters")
@@ -156,12 +157,8 @@ def _reset_of(name: str, module: nn.Module) -> Callable[[], Any]:
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, and after them buffers; tied ones by all of their names."""
-    parameters, buffers = {}, {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        parameters.update({f"{prefix}{key}": tensor for key, tensor in module._parameters.items()})
-        buffers.update({f"{prefix}{key}": tensor for key, tensor in module._buffers.items()})
-    return {name: tensor for name, tensor in (parameters | buffers).items() if tensor is not None}
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _finished(
@@ -196,7 +193,7 @@ def _take_over(model: nn.Module, others: Mapping[Tensor, Tensor]) -> None:
     As ``Module.to`` does: a parameter stays the object that it is; a buffer, which may be a table that others use too,
     is replaced in the model.
     """
-    buffers = {id(tensor) for module in model.modules() for tensor in module._buffers.values()}
+    buffers = set(map(id, model.buffers()))
     parameters = {tensor: meta for tensor, meta in others.items() if id(tensor) not in buffers}
     taken: list[tuple[Tensor, Tensor]] = []
     for tensor, meta in parameters.items():
@@ -207,9 +204,8 @@ def _take_over(model: nn.Module, others: Mapping[Tensor, Tensor]) -> None:
             raise NotRecorded("it takes a parameter that others have views of")
         taken.append((tensor, values))
     for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer in others:
-                module._buffers[key] = others[buffer]
+        own = own_buffers(module)
+        own.update({key: others[buffer] for key, buffer in own.items() if buffer is not None and buffer in others})
 
 
 def _give_values_to_what_is_left(
@@ -258,7 +254,7 @@ def _give_values_elsewhere(
     recorder.tape.name_draws(dict(zip(known, refs)))
     values = _on_device(made, refs)
     # What was computed with gradients, and views, come first: what they were made of is often free then.
-    order = sorted(range(len(tensors)), key=lambda n: (tensors[n].is_leaf, not tensors[n]._is_view()))
+    order = sorted(range(len(tensors)), key=lambda n: (tensors[n].is_leaf, not is_view(tensors[n])))
     for number in order:
         if not become(tensors[number], values[number]) and _is_referred_to(tensors, number):
             raise NotRecorded("it keeps a tensor in a way that cannot be followed")
@@ -283,11 +279,7 @@ def _is_referred_to(tensors: list[Tensor], number: int) -> bool:
 def become(tensor: Tensor, real: Tensor) -> bool:
     """Let a tensor have another device and values, for everything that refers to it; False where it cannot."""
     requires_grad = tensor.requires_grad and tensor.is_leaf
-    other = Tensor._make_subclass(type(tensor), real.detach(), requires_grad)
-    for hook in (tensor._backward_hooks or {}).values() if tensor.is_leaf else ():
-        other.register_hook(hook)
-    for hook in (tensor._post_accumulate_grad_hooks or {}).values():
-        other.register_post_accumulate_grad_hook(hook)
+    other = of_same_class(tensor, real.detach(), requires_grad)
     other.__dict__.update(tensor.__dict__)
     try:
         torch.utils.swap_tensors(tensor, other)

@@ -11,6 +11,8 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
+from nemo_dist_conf.runtime.torch_inside import own_buffers
+
 __all__ = ["ForwardState", "Taken", "generators_kept"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -27,13 +29,14 @@ class _Slot:
     def get(self) -> Any:
         if self.module is None:
             return random.getstate() if self.key == "random" else _numpy().random.get_state(legacy=False)
-        return self.module._buffers[self.key] if self.key in self.module._buffers else vars(self.module).get(self.key)
+        buffers = own_buffers(self.module)
+        return buffers[self.key] if self.key in buffers else vars(self.module).get(self.key)
 
     def set(self, value: Any) -> None:
         if self.module is None:
             random.setstate(value) if self.key == "random" else _numpy().random.set_state(value)
-        elif self.key in self.module._buffers:
-            self.module._buffers[self.key] = value
+        elif self.key in own_buffers(self.module):
+            own_buffers(self.module)[self.key] = value
         else:
             vars(self.module)[self.key] = value
 
@@ -106,7 +109,7 @@ class ForwardState:
 
     def _slots(self) -> Iterator[_Slot]:
         for module in self.module.modules():
-            yield from (_Slot(module, key) for key, buffer in module._buffers.items() if buffer is not None)
+            yield from (_Slot(module, key) for key, buffer in own_buffers(module).items() if buffer is not None)
             for key, value in vars(module).items():
                 if key not in _OF_EVERY_MODULE and isinstance(value, (Tensor, *_PLAIN)):
                     yield _Slot(module, key)

@@ -13,7 +13,14 @@ from torch.distributed.tensor import DTensor
 from nemo_dist_conf.runtime.model.construct import Record, become, named_tensors
 from nemo_dist_conf.runtime.model.recording.playback import Player
 from nemo_dist_conf.runtime.model.shard_boxes import local_part
-from nemo_dist_conf.runtime.torch_inside import storage_id
+from nemo_dist_conf.runtime.torch_inside import (
+    local_tensor,
+    own_buffers,
+    own_parameters,
+    replace_tensors,
+    storage_id,
+    with_local_tensor,
+)
 
 __all__ = ["give_storage", "initialise_in_turn", "materialise", "retie", "tied_names"]
 
@@ -59,7 +66,7 @@ def _play(player: Player, record: Record, targets: Mapping[str, Tensor]) -> None
     places = [None if isinstance(target, DTensor) else target for target in targets.values()]
     for target, place, value in zip(targets.values(), places, player.play(refs, places)):
         if isinstance(target, DTensor):
-            target._local_tensor.copy_(local_part(value, target))
+            local_tensor(target).copy_(local_part(value, target))
         elif place is None or value.data_ptr() != place.data_ptr() or not value.numel():
             target.copy_(value)
 
@@ -91,10 +98,10 @@ def give_storage(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
             return tensor
         if not isinstance(tensor, DTensor):
             return _empty(tensor, device)
-        return DTensor(_empty(tensor._local_tensor, device), tensor._spec, requires_grad=False)
+        return with_local_tensor(tensor, _empty(local_tensor(tensor), device))
 
     with torch.no_grad():
-        model._apply(empty)
+        replace_tensors(model, empty)
     retie(model, ties)
     return named_tensors(model)
 
@@ -113,7 +120,7 @@ def initialise_in_turn(model: nn.Module, record: Record) -> None:
 
     def playing(module: nn.Module, names: Mapping[str, str]) -> Callable[[], None]:
         def play() -> None:
-            own: dict[str, Any] = {**module._parameters, **module._buffers}
+            own: dict[str, Any] = {**own_parameters(module), **own_buffers(module)}
             with Player(record.tape, record.seed, record.device) as player:
                 for name, key in names.items():
                     _play(player, record, {name: own[key]})
@@ -121,9 +128,9 @@ def initialise_in_turn(model: nn.Module, record: Record) -> None:
         return play
 
     for path, module in model.named_modules():
-        own = {key: tensor for key, tensor in (*module._parameters.items(), *module._buffers.items())}
+        own = {**own_parameters(module), **own_buffers(module)}
         names = {f"{path}.{key}" if path else key: key for key, tensor in own.items() if tensor is not None}
-        if any(parameter is not None for parameter in module._parameters.values()):
+        if any(True for _ in module.parameters(recurse=False)):
             module.reset_parameters = playing(module, names)
         elif names:
             module.to_empty(device=record.device, recurse=False)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nemo_dist_conf.runtime.torch_inside import chunks_told, local_tensor
+
 __all__ = ["Box", "box_of", "local_part", "local_values"]
 
 
@@ -51,7 +53,7 @@ def box_of(tensor: Tensor) -> Box:
     """
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
-    told: Any = getattr(tensor._local_tensor, "__create_chunk_list__", None)
+    told = chunks_told(tensor)
     if told is not None:
         (chunk,) = told()
         return Box(tuple(chunk.offsets), tuple(chunk.sizes))
@@ -78,5 +80,5 @@ def local_part(full: Tensor, target: Tensor) -> Tensor:
 
 def local_values(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, without gradient history; it shares the tensor's memory."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
     return torch.Tensor.detach(local)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.model.tensor_attributes import tensors_beside
-from nemo_dist_conf.runtime.torch_inside import is_plain, storage_id
+from nemo_dist_conf.runtime.torch_inside import is_plain, own_parameters, storage_id
 
 __all__ = ["refuse_shared_memory"]
 
@@ -54,7 +54,7 @@ def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
     for path, module, key, tensor in tensors_beside(model):
         # torch's own: lists of an LSTM follow its parameters; what has an original is computed from it in each forward.
-        if not isinstance(module, nn.RNNBase) and f"{key}_orig" not in module._parameters:
+        if not isinstance(module, nn.RNNBase) and f"{key}_orig" not in own_parameters(module):
             yield path, tensor
 
 

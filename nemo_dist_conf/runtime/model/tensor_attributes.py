@@ -7,7 +7,8 @@ from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
+
+from nemo_dist_conf.runtime.torch_inside import tree_iter
 
 __all__ = ["cast_beside_attributes", "tensors_beside"]
 

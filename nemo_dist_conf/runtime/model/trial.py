@@ -26,9 +26,16 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.torch_inside import (
+    initialiser_of,
+    own_buffers,
+    own_parameters,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
 
 __all__ = ["Seen", "differ", "keep_generators", "observed", "parted", "small_input", "tensors_of", "twin"]
 
@@ -218,7 +225,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers and plain attributes, each once."""
     seen: set[int] = set()
     for module in model.modules():
-        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        held = [*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()]
         for tensor in held:
             if isinstance(tensor, Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -320,11 +327,10 @@ def _shorten(copied: nn.Module) -> None:
         if id(weight) in tables or (module in heads and type(module).forward is nn.Linear.forward):
             short = nn.Parameter(torch.empty(_IDS, weight.size(1), dtype=weight.dtype, device="meta"))
             for owner in copied.modules():
-                for key, held in owner._parameters.items():
-                    if held is weight:
-                        owner._parameters[key] = short
+                own = own_parameters(owner)
+                own.update({key: short for key, held in own.items() if held is weight})
             if isinstance(getattr(module, "bias", None), nn.Parameter):
-                module._parameters["bias"] = nn.Parameter(torch.empty(_IDS, dtype=weight.dtype, device="meta"))
+                module.bias = nn.Parameter(torch.empty(_IDS, dtype=weight.dtype, device="meta"))
 
 
 def _compute_buffers(
@@ -338,33 +344,29 @@ def _compute_buffers(
     for name, module in copied.named_modules():
         if any(name == block or name.startswith(f"{block}.") for block in skipped):
             continue
-        empty = {key: b for key, b in module._buffers.items() if b is not None and id(b) not in values}
+        buffers, parameters = own_buffers(module), own_parameters(module)
+        empty = {key: b for key, b in buffers.items() if b is not None and id(b) not in values}
         if empty:
             for key, buffer in empty.items():
-                module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-            held = {key: p for key, p in module._parameters.items() if p is not None}
+                buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            held = {key: p for key, p in parameters.items() if p is not None}
             for key, parameter in held.items():
-                module._parameters[key] = nn.Parameter(torch.empty(parameter.shape, device=device), False)
-            _initialise(copied, module)
+                parameters[key] = nn.Parameter(torch.empty(parameter.shape, device=device), False)
+            initialise = initialiser_of(copied, module)
+            if initialise is None:
+                what = f"{type(module).__name__} has buffers on meta"
+                raise NotImplementedError(f"{what} and does not say how they are computed")
+            initialise()
             for key, buffer in empty.items():  # an initialiser may put another tensor in its place
-                computed = module._buffers[key]
+                computed = buffers[key]
                 values[id(buffer)] = buffer if computed is None else computed
-            module._parameters.update(held)
+            parameters.update(held)
     for module in copied.modules():
-        places: tuple[dict[str, Any], ...] = (module._buffers, vars(module))
+        places: tuple[dict[str, Any], ...] = (own_buffers(module), vars(module))
         for slots in places:
             for key, tensor in slots.items():
                 if isinstance(tensor, Tensor) and id(tensor) in values:
                     slots[key] = values[id(tensor)]
-
-
-def _initialise(model: nn.Module, module: nn.Module) -> None:
-    for owner, name in ((model, "_init_weights"), (module, "reset_parameters"), (module, "_reset_parameters")):
-        initialiser = getattr(owner, name, None)
-        if callable(initialiser):
-            initialiser(*([module] if owner is model else []))
-            return
-    raise NotImplementedError(f"{type(module).__name__} has buffers on meta and does not say how they are computed")
 
 
 def _draw(copied: nn.Module, skipped: set[str], device: torch.device, seed: int) -> None:
@@ -389,9 +391,8 @@ def _draw(copied: nn.Module, skipped: set[str], device: torch.device, seed: int)
             shared[parameter.shape] = drawn = drawn.expand(parameter.shape) if few else drawn
         made[id(parameter)] = nn.Parameter(drawn, parameter.requires_grad)
     for module in copied.modules():
-        for key, held in module._parameters.items():
-            if held is not None and id(held) in made:
-                module._parameters[key] = made[id(held)]
+        own = own_parameters(module)
+        own.update({key: made[id(held)] for key, held in own.items() if held is not None and id(held) in made})
 
 
 def _random(name: str, shape: torch.Size, spread: float, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.model.forward_state import ForwardState, Taken
 from nemo_dist_conf.runtime.model.replaced_forwards import Around
+from nemo_dist_conf.runtime.torch_inside import saved_by_selection
 
 __all__ = ["apply_activation_checkpointing"]
 
@@ -159,21 +160,6 @@ def _policy(kept: frozenset[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) 
 
 @functools.cache
 def _kept_ops() -> frozenset[Any]:
-    """Operators whose results are kept. A build may lack some of them; attention on CPU has one of its own."""
+    """Operators whose results are kept."""
     aten = torch.ops.aten
-    kept = {aten.mm.default, aten.addmm.default, aten.bmm.default}
-    for name in (
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_attention_math",
-    ):
-        packet = getattr(aten, name, None)
-        if packet is not None:
-            kept.add(packet.default)
-    for name in ("reduce_scatter_tensor", "all_to_all_single"):
-        packet = getattr(torch.ops._c10d_functional, name, None)
-        if packet is not None:
-            kept.add(packet.default)
-    return frozenset(kept)
+    return saved_by_selection() | {aten.mm.default, aten.addmm.default, aten.bmm.default}

@@ -9,6 +9,7 @@ import torch
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.torch_inside import overlap_tensor_parallel
 
 __all__ = ["BACKEND", "compile_blocks", "enable_async_tensor_parallel"]
 
@@ -42,9 +43,5 @@ def enable_async_tensor_parallel(device: torch.device, tp_group_name: Any) -> No
                 instead=f"{key}=false",
             )
         )
-    import torch._inductor.config as inductor
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    inductor._micro_pipeline_tp = True
-    enable_symm_mem_for_group(tp_group_name)  # needed by torch 2.11; later versions need no such call
+    overlap_tensor_parallel(tp_group_name)
     log.info("async tensor parallelism over the group %s", tp_group_name)

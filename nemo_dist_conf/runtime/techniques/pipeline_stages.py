@@ -18,14 +18,24 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.model.forward_state import generators_kept
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.torch_inside import (
+    TorchDispatchMode,
+    is_view,
+    own_buffers,
+    own_children,
+    share_parameters,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
+    with_own_places,
+    writes_into,
+)
 from nemo_dist_conf.topology.schedule_rules import stage_count
 from nemo_dist_conf.topology.stage_layers import spread_layers
 
@@ -192,7 +202,7 @@ class _Trial(nn.Module):
         super().__init__()
         self.__dict__["trial"] = (module, name, [] if calls is None else calls)
         if module is not None:
-            self._parameters = module._parameters  # a model may look at the dtype of a weight
+            share_parameters(self, module)  # a model may look at the dtype of a weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module, name, calls = self.__dict__["trial"]
@@ -235,7 +245,7 @@ class _Forward:
     def __call__(self, value: Tensor, **kwargs: Any) -> Tensor:
         output = _run(self.stage, value, self.first, self.inner, **kwargs)
         # torch frees a stage's graph by detaching its output in place, which a view does not allow.
-        return output.clone() if output._is_view() else output
+        return output.clone() if is_view(output) else output
 
 
 def _run(module: nn.Module, value: Tensor, first: bool, inner: str = "", **kwargs: Any) -> Any:
@@ -270,7 +280,7 @@ def _parts(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def walk(module: nn.Module, prefix: str) -> None:
-        own = [name for name, parameter in module._parameters.items() if parameter is not None]
+        own = [name for name, _ in module.named_parameters(recurse=False)]
         if own:
             raise _no_chain(model, f"the parameter {prefix}{own[0]} stands outside of its layers")
         for name, child in module.named_children():
@@ -295,22 +305,21 @@ def _copy(
 
     trial: buffers of the containers are zeros on the CPU.
     """
-    copied = copy.copy(module)
-    for key, value in list(vars(copied).items()):
-        if key.startswith("_") and isinstance(value, dict):  # parameters, buffers, children and hooks
-            copied.__dict__[key] = copy.copy(value)
+    copied = with_own_places(module)
+    children = own_children(copied)
     if trial:
-        copied.__dict__["_buffers"] = {key: b if b is None else _zeros(b) for key, b in module._buffers.items()}
-    for name, child in module._modules.items():
+        buffers = own_buffers(copied)
+        buffers.update({key: _zeros(buffer) for key, buffer in buffers.items() if buffer is not None})
+    for name, child in children.items():
         path = f"{prefix}{name}"
         if child is None:
             continue
         if path in parts:
-            copied._modules[name] = replace(path, child)
+            children[name] = replace(path, child)
         elif any(part.startswith(f"{path}.") for part in parts):
-            copied._modules[name] = _copy(child, parts, replace, f"{path}.", trial)
+            children[name] = _copy(child, parts, replace, f"{path}.", trial)
         else:
-            copied._modules[name] = copy.deepcopy(child)
+            children[name] = copy.deepcopy(child)
     return copied
 
 
@@ -345,13 +354,13 @@ def _check_empty_stage(
     names = set(chain.names)
     empty = _copy(model, parts, lambda name, module: (Watcher if name in names else _Trial)(module), trial=True)
     x_BSH = torch.zeros_like(handed).detach().requires_grad_()
-    version = x_BSH._version
+    before = writes_into(x_BSH)
     try:
         output = _run(empty, x_BSH, False, inner)
     except Exception as error:
         raise _no_chain(model, f"its forward does not take what a stage hands on ({_first_line(error)})") from error
-    same = isinstance(output, Tensor) and output.shape == x_BSH.shape and output._version == version
-    if not same or output.untyped_storage()._cdata != x_BSH.untyped_storage()._cdata:
+    same = isinstance(output, Tensor) and output.shape == x_BSH.shape and writes_into(output) == before
+    if not same or storage_id(output) != storage_id(x_BSH):
         raise _no_chain(model, "its forward computes with what the layers hand on outside of them")
     if extra:
         raise _no_chain(model, "its layers are given more of what was computed before than their input")

@@ -17,8 +17,7 @@ from transformers import LlamaForCausalLM
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
-from nemo_dist_conf.runtime import parallelize as order
-from nemo_dist_conf.runtime.model import build
+from nemo_dist_conf.runtime.engines import fsdp2
 from nemo_dist_conf.runtime.model.build import build_model
 from nemo_dist_conf.runtime.model.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.model.shard_boxes import local_values
@@ -136,7 +135,7 @@ _MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_to
 NODES: dict[str, dict[str, Any]] = {
     **MODELS,
     "experts": {"config": {**LLAMA, **_MIXTRAL}},
-    "sloped": {"_target_": "tests.runtime.constructors.SlopedNet"},
+    "sloped": {"_target_": "tests.runtime.model.constructors.SlopedNet"},
 }
 
 
@@ -145,15 +144,15 @@ def small_weights(words: tuple[str, ...], kind: str) -> tuple[dict[str, Tensor],
     all of theirs as if they were large); whether it had them, and what it keeps of them, in shares of its own part.
     """
     had: list[bool] = []
-    shard_blocks = order.shard_blocks
+    shard_blocks = fsdp2.shard_blocks
 
     def watched(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         had.append(not any(parameter.is_meta for parameter in model.parameters()))
         shard_blocks(model, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_SMALL_ELEMENTS", 10**6)
-        patch.setattr(order, "shard_blocks", watched)
+        patch.setattr(fsdp2, "_SMALL_ELEMENTS", 10**6)
+        patch.setattr(fsdp2, "shard_blocks", watched)
         model = instantiate(composed(*words, model=NODES[kind], seed=3))[1]
     parts = [local_values(parameter) for parameter in model.parameters()]
     held, own = sum(part.untyped_storage().nbytes() for part in parts), sum(part.nbytes for part in parts)
@@ -244,7 +243,7 @@ def of_constructors(words: tuple[str, ...], small: bool) -> tuple[dict[str, dict
     found: dict[str, dict[str, Tensor]] = {}
     refused: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_SMALL_ELEMENTS", 10**6 if small else 0)
+        patch.setattr(fsdp2, "_SMALL_ELEMENTS", 10**6 if small else 0)
         for name, factory in CONSTRUCTORS.items():
             try:
                 model = instantiate(composed(*words, seed=3), factory)[1]
@@ -301,7 +300,7 @@ def test_layers_take_what_was_computed_with_them_under_a_policy() -> None:
 @pytest.mark.dist
 def test_a_stage_has_what_its_modules_keep() -> None:
     """Also in the trial that looks for the stages, which runs on meta."""
-    node = {"_target_": "tests.runtime.constructors.SlopedNet"}
+    node = {"_target_": "tests.runtime.model.constructors.SlopedNet"}
     words = ("strategy.mp_policy=null", "parallelism.pp_size=2", f"pipeline.pp_batch_size={ROWS}")
     expected = run_ranks(1, train, composed("strategy=ddp", model=node, optimizer=SGD, seed=3))[0]
     for found in run_ranks(2, train, composed(*words, model=node, optimizer=SGD, seed=3)):

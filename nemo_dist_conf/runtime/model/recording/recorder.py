@@ -14,11 +14,17 @@ from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.runtime.model.recording.playback import Player
 from nemo_dist_conf.runtime.model.recording.tape import Constant, Op, Ref, Stored, Tape, as_bytes, mapped
-from nemo_dist_conf.runtime.torch_inside import is_plain, replace_trunc_normal, schema_of, storage_id
+from nemo_dist_conf.runtime.torch_inside import (
+    COLLECTIVE_NAMESPACES,
+    QuickDispatchMode,
+    is_plain,
+    replace_trunc_normal,
+    schema_of,
+    storage_id,
+)
 
 __all__ = ["NotRecorded", "Recorder"]
 
@@ -57,9 +63,6 @@ _FILLED: dict[str, Callable[[Any], tuple[Any, tuple[Any, ...]]]] = {
 _FILLED |= {f"{name}_like": write for name, write in _FILLED.items()}
 _FILLED |= {f"new_{name}": _FILLED[name] for name in ("zeros", "ones", "full")}
 
-#: Collectives: a tape is played back by each rank alone.
-_COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor", "symm_mem")
-
 
 class NotRecorded(Exception):
     """A constructor does what a tape cannot hold; the text says what."""
@@ -71,7 +74,7 @@ class _Info:
     def __init__(self, func: Any) -> None:
         schema = schema_of(func)
         self.name = schema.name.partition("::")[2]
-        self.is_collective = func.namespace in _COLLECTIVES
+        self.is_collective = func.namespace in COLLECTIVE_NAMESPACES
         also = _ALSO_WRITTEN.get(self.name, ())
         noted = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
         self.written = [(i, a.name) for i, a in enumerate(schema.arguments) if noted[i] or i in also]
@@ -156,7 +159,7 @@ class _Call:
         return placed
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(QuickDispatchMode):
     """Records what happens while it is entered.
 
     seed: of what is drawn. device: where values are played back.
@@ -175,11 +178,6 @@ class Recorder(TorchDispatchMode):
         self._stored: dict[int, Stored] = {}
         self._captured: dict[int, list[Constant]] = {}
         self._plain_trunc_normal: Any = None
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch 2.13 would import its compiler for the first operator, which takes longer than most constructors."""
-        return False
 
     def __enter__(self) -> Recorder:
         super().__enter__()

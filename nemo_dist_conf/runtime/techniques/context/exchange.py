@@ -15,7 +15,6 @@ from typing import Any, Callable, ContextManager, Iterator
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -32,12 +31,13 @@ from nemo_dist_conf.runtime.techniques.context.mask_rules import (
     simplified,
 )
 from nemo_dist_conf.runtime.techniques.context.whole_attention import Scores, attend
+from nemo_dist_conf.runtime.torch_inside import collectives
 
 __all__ = ["Exchange", "Row", "chunks_of", "exchanged_attention", "exchanged_mask"]
 
 #: torch 2.13 renamed them; the old names warn there, the new ones are unknown to torch 2.11.
-_all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
-_all_gather_whole = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+_all_gather_whole = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 
 #: What attention functions of transformers 5.23 are handed and none of those for a single process reads: it is there
 #: for flash attention on packed rows without position ids of their own (which comes as cu_seq_lens), or passes by.

@@ -22,7 +22,6 @@ from typing import Any, Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map_only
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.techniques.context.exchange import (
@@ -34,6 +33,7 @@ from nemo_dist_conf.runtime.techniques.context.exchange import (
 )
 from nemo_dist_conf.runtime.techniques.context.mask_rules import Documents
 from nemo_dist_conf.runtime.techniques.context.position_counts import CountsPositions, Site
+from nemo_dist_conf.runtime.torch_inside import attention_of, name_attention, names_attention, tree_map_only
 
 __all__ = [
     "apply_context_parallel",
@@ -147,9 +147,7 @@ def own_configs(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     for module in model.modules():
         for key, value in list(vars(module).items()):
-            if isinstance(value, (nn.Module, Tensor, type)) or not hasattr(value, "_attn_implementation"):
-                continue
-            if value._attn_implementation is None or isinstance(value._attn_implementation, str):
+            if not isinstance(value, (nn.Module, Tensor, type)) and names_attention(value):
                 copied = copy.deepcopy(value, memo)
                 found[id(copied)] = module.__dict__[key] = copied
     return list(found.values())
@@ -157,11 +155,7 @@ def own_configs(model: nn.Module) -> list[Any]:
 
 def set_attention(configs: list[Any], names: Mapping[str | None, str], default: str) -> None:
     """Let each config name another implementation of attention in place of the one that it names."""
-    before = [config._attn_implementation for config in configs]
-    # A config hands its choice down to those inside of it, which may have another.
-    order = sorted(zip(configs, before), key=lambda pair: -len(getattr(pair[0], "sub_configs", ())))
-    for config, name in order:
-        config._attn_implementation = names.get(name, default)
+    name_attention([(config, names.get(attention_of(config), default)) for config in configs])
 
 
 def takes_tokens(module: nn.Module) -> bool:

@@ -39,6 +39,7 @@ from nemo_dist_conf.runtime.techniques.context.parallel import (
     with_positions,
 )
 from nemo_dist_conf.runtime.techniques.context.position_counts import Site, counted_by, counting_from
+from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention
 
 __all__ = ["try_context_parallel"]
 
@@ -75,13 +76,13 @@ def _is_known(model: nn.Module) -> bool:
     family = getattr(config, "model_type", None)
     if family not in EXCHANGED_FAMILIES or not type(model).__name__.endswith(("ForCausalLM", "Model")):
         return False
-    if config._attn_implementation not in ("eager", "sdpa") and not _is_kernel(config._attn_implementation):
+    if attention_of(config) not in ("eager", "sdpa") and not _is_kernel(attention_of(config)):
         return False  # somebody's own
     known = ("torch.nn.modules.", "transformers.activations", f"transformers.models.{family}.")
     for module in model.modules():
         if not type(module).__module__.startswith(known) or "forward" in vars(module):
             return False
-        if module._forward_hooks or module._forward_pre_hooks:
+        if is_hooked(module):
             return False
     return True
 
@@ -132,9 +133,7 @@ class _Trial:
                 break
             try:
                 tried = twin(self.model, blocks, device)
-                for config in own_configs(tried):
-                    if _is_kernel(config._attn_implementation):
-                        config._attn_implementation = "eager"
+                name_attention([(c, "eager") for c in own_configs(tried) if _is_kernel(attention_of(c))])
                 inputs = small_input(tried, self.length, device=device)
                 if inputs is None or _tokens_of(inputs) is None:
                     what = f"nobody says what {self.name} takes, so what it does to the tokens of a row cannot be tried"
@@ -153,7 +152,7 @@ class _Trial:
     def _without_mixing(self, tried: nn.Module) -> Iterator[None]:
         """The twin, in training mode, with an attention that lets no token see another."""
         configs = own_configs(tried)
-        before = [config._attn_implementation for config in configs]
+        before = [(config, attention_of(config)) for config in configs]
         if configs:
             from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -166,9 +165,7 @@ class _Trial:
             yield
         finally:
             tried.eval()
-            outer_first = sorted(zip(configs, before), key=lambda pair: -len(getattr(pair[0], "sub_configs", ())))
-            for config, name in outer_first:
-                config._attn_implementation = name
+            name_attention(before)
 
     def _longer(self, tried: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """(an input of more tokens, how many); the same again where the model takes none, as one with few positions."""

@@ -9,7 +9,8 @@ the tokens of all ranks already, are divided by the number of those once (docs/d
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,26 @@ from torch.overrides import TorchFunctionMode
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.plans import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
+from nemo_dist_conf.runtime.torch_inside import own_parameters
+from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
-__all__ = ["apply_expert_parallel", "find_experts", "keep_routing"]
+__all__ = ["SplitExperts", "apply_expert_parallel", "find_experts", "keep_routing"]
 
 log = logging.getLogger(__name__)
 
 _STYLE = "ep_dispatch_experts"
+
+
+@dataclass(frozen=True)
+class SplitExperts:
+    """Modules that hold experts split over the axis ep, and how they are sharded beside the rest.
+
+    mesh: the axis ep_shard.
+    """
+
+    modules: Sequence[nn.Module]
+    mesh: DeviceMesh
+    config: MoEParallelizerConfig
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,13 +105,14 @@ class _Averaged:
         self.module, self.forward, self.count = module, forward, count
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held = dict(self.module._parameters)
+        parameters = own_parameters(self.module)
+        held = dict(parameters)
         averaged = {name: _Divided.apply(p, self.count) for name, p in held.items() if p is not None}
-        self.module._parameters.update(averaged)
+        parameters.update(averaged)
         try:
             return self.forward(*args, **kwargs)
         finally:
-            self.module._parameters.update(held)
+            parameters.update(held)
 
 
 class _Divided(torch.autograd.Function):

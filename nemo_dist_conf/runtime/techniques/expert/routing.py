@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.device_meshes import MeshContext
+from nemo_dist_conf.runtime.torch_inside import holds_experts
 
 __all__ = ["ExpertLoad", "balancing_loss", "routed"]
 
@@ -52,8 +53,7 @@ class ExpertLoad:
     def __init__(self, model: nn.Module, experts: int) -> None:
         """experts: of a layer, on all ranks together."""
         self._experts = experts
-        # transformers marks the classes that hold experts so.
-        self._modules = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+        self._modules = [module for module in model.modules() if holds_experts(module)]
         self._counts: list[Tensor | None] = [None] * len(self._modules)
         for index, module in enumerate(self._modules):
             module.register_forward_pre_hook(self._counter(index), with_kwargs=True)

@@ -26,6 +26,7 @@ from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
+from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
 from nemo_dist_conf.topology.solve import divisors
 
 __all__ = ["apply_tensor_parallel"]
@@ -123,7 +124,7 @@ def _is_transformers(model: nn.Module) -> bool:
 def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
     """The plan that a model comes with; ConfigError with the way out where it has none."""
     if not _is_transformers(model):
-        for name in ("tp_plan", "_tp_plan"):
+        for name in DECLARED_PLANS:
             declared = getattr(model, name, None)
             if declared:
                 return _checked_plan(model, declared, offers, f"{type(model).__name__}.{name}")
@@ -131,7 +132,7 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
     config: Any = model.config
     inner = getattr(model, "base_model", model)
     prefix = "" if inner is model else str(model.base_model_prefix)
-    base, head = config.base_model_tp_plan, getattr(type(model), "_tp_plan", None)
+    base, head = config.base_model_tp_plan, plan_of_head(model)
     found = complete_plan(config.model_type, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
     if found is None and sequence_parallel and base:
         what = f"no sequence-parallel plan is known for the model family {config.model_type}"

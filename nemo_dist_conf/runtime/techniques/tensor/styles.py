@@ -11,12 +11,13 @@ from typing import Any, Callable, Mapping
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from nemo_dist_conf.runtime.model.materialise import retie, tied_names
+from nemo_dist_conf.runtime.torch_inside import AsyncCollectiveTensor, is_view, local_tensor, own_parameters
+from nemo_dist_conf.runtime.torch_inside.styles import Style, laid_out_by
 
 __all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles", "plain_outputs"]
 
@@ -40,7 +41,7 @@ _GATHERS_VIEWS = torch.__version__ < "2.13"
 
 
 def _contiguous(x: DTensor) -> DTensor:
-    contiguous: Any = x if x._local_tensor.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    contiguous: Any = x if local_tensor(x).is_contiguous() else x.clone(memory_format=torch.contiguous_format)
     return contiguous
 
 
@@ -54,35 +55,27 @@ class _ContiguousGradient(torch.autograd.Function):
         return _contiguous(gradient)
 
 
-def _laid_out(x: DTensor, mesh: DeviceMesh, placement: Placement, local: bool) -> torch.Tensor:
-    found = _as_dtensor(x, mesh, placement)
+def _input_of_columns(layouts: Any, wanted: Any, module: Any, inputs: Any, mesh: DeviceMesh) -> DTensor:
+    return _as_dtensor(inputs[0], mesh, wanted[0])
+
+
+def _input_of_rows(layouts: Any, wanted: Any, module: Any, inputs: Any, mesh: DeviceMesh) -> DTensor:
+    x = inputs[0]
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, layouts, run_check=False)
+    return _as_dtensor(x, mesh, wanted[0])
+
+
+def _output(layouts: Any, local: bool, module: Any, output: Any, mesh: DeviceMesh) -> torch.Tensor:
+    found = _as_dtensor(output, mesh, layouts[0])
     return found.to_local() if local else found
 
 
-class _Colwise(ColwiseParallel):
-    @staticmethod
-    def _prepare_input_fn(input_layouts: Any, desired_input_layouts: Any, mod: Any, inputs: Any, mesh: Any) -> DTensor:
-        return _as_dtensor(inputs[0], mesh, desired_input_layouts[0])
-
-    @staticmethod
-    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, mesh: Any) -> Any:
-        return _laid_out(outputs, mesh, output_layouts[0], use_local_output)
+_Colwise = laid_out_by(ColwiseParallel, _input_of_columns, _output)
+_Rowwise = laid_out_by(RowwiseParallel, _input_of_rows, _output)
 
 
-class _Rowwise(RowwiseParallel):
-    @staticmethod
-    def _prepare_input_fn(input_layouts: Any, desired_input_layouts: Any, mod: Any, inputs: Any, mesh: Any) -> DTensor:
-        x = inputs[0]
-        if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, mesh, input_layouts, run_check=False)
-        return _as_dtensor(x, mesh, desired_input_layouts[0])
-
-    @staticmethod
-    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, mesh: Any) -> Any:
-        return _laid_out(outputs, mesh, output_layouts[0], use_local_output)
-
-
-class _Input(ParallelStyle):
+class _Input(Style):
     """The module's first tensor becomes a DTensor of this layout: one collective for all layers inside.
 
     In backward their partial gradients meet as one sum, in one reduction.
@@ -91,7 +84,7 @@ class _Input(ParallelStyle):
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return _map_first(args, kwargs, lambda x: _as_dtensor(x, device_mesh, self.placement))
 
@@ -99,7 +92,7 @@ class _Input(ParallelStyle):
         return module
 
 
-class _Replicated(ParallelStyle):
+class _Replicated(Style):
     """Parameters are replicated DTensors that the module itself sees as plain tensors while it runs.
 
     So any module will do, and parameters of a whole model share one mesh, which torch's clip_grad_norm_ asks for.
@@ -111,26 +104,27 @@ class _Replicated(ParallelStyle):
         self.gradient = gradient
         self.sequence = sequence
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        mine = [(owner, key) for owner in module.modules() for key in owner._parameters if _is_plain(owner, key)]
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        mine = [(owner, key) for owner in module.modules() for key in own_parameters(owner) if _is_plain(owner, key)]
         for owner, key in mine:
-            whole: Any = owner._parameters[key]
+            whole = own_parameters(owner)[key]
             replica = DTensor.from_local(whole.detach(), device_mesh, [Replicate()], run_check=False)
-            owner._parameters[key] = nn.Parameter(replica, requires_grad=whole.requires_grad)
+            own_parameters(owner)[key] = nn.Parameter(replica, requires_grad=whole.requires_grad)
 
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if self.sequence:
                 args, kwargs = _map_first(args, kwargs, split)
             kept = []
             for owner, key in mine:
-                parameter: Any = owner._parameters[key]
+                own = own_parameters(owner)
+                parameter = own[key]
                 kept.append((owner, key, parameter))
                 if not isinstance(parameter, DTensor):  # kept as a local tensor, see local_shards.py
                     parameter = DTensor.from_local(parameter, device_mesh, [Replicate()], run_check=False)
                 # Through redistribute, whose backward sums partial gradients before they reach parameter.grad:
                 # a norm over gradients that are still partial would be wrong.
                 replica = parameter.redistribute(placements=[Replicate()])
-                owner._parameters[key] = replica.to_local(grad_placements=[self.gradient])
+                own[key] = replica.to_local(grad_placements=[self.gradient])
             module.__dict__["_tp_kept"] = kept
             return args, kwargs
 
@@ -141,7 +135,7 @@ class _Replicated(ParallelStyle):
 
         def leave(_: nn.Module, args: tuple, output: Any) -> Any:
             for owner, key, parameter in module.__dict__.pop("_tp_kept", ()):
-                owner._parameters[key] = parameter
+                own_parameters(owner)[key] = parameter
             if not self.sequence or not isinstance(output, torch.Tensor):
                 return output
             shape = module.__dict__.pop("_tp_shape")
@@ -191,7 +185,8 @@ def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) 
 
 def _is_plain(owner: nn.Module, key: str) -> bool:
     """Whether a parameter is there and no style of a module further inside has taken it."""
-    return owner._parameters[key] is not None and not isinstance(owner._parameters[key], DTensor)
+    parameter = own_parameters(owner)[key]
+    return parameter is not None and not isinstance(parameter, DTensor)
 
 
 def _map_first(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:
@@ -226,7 +221,7 @@ def plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     if isinstance(output, DTensor):
         output = output.full_tensor()
     if isinstance(output, torch.Tensor):
-        return _OwnTensor.apply(output) if output._is_view() or type(output) is AsyncCollectiveTensor else output
+        return _OwnTensor.apply(output) if is_view(output) or type(output) is AsyncCollectiveTensor else output
     if isinstance(output, dict):
         for key, value in list(output.items()):
             plain = plain_outputs(module, args, value)

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.runtime.model.trial import Seen, keep_generators, observed, parted, small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
+from nemo_dist_conf.runtime.torch_inside import tree_leaves
 
 __all__ = ["CannotTry", "Trial"]
 

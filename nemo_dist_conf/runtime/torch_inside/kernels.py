@@ -1,0 +1,93 @@
+"""What torch does not publish of its kernels and generators."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "flash_backward_on_cpu",
+    "flash_on_cpu",
+    "generator_of",
+    "replace_trunc_normal",
+    "saved_by_selection",
+]
+
+#: torch 2.11 to 2.13: the kernel that scaled_dot_product_attention runs on a CPU, and its backward. The published
+#: function does not give the log-sum-exp, without which attention over some of the keys cannot be added to that over
+#: the others. Test: tests/runtime/techniques/test_whole_attention.py.
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def saved_by_selection() -> frozenset[Any]:
+    """The operators of attention and of collectives whose results are dear to recompute; a build may lack some.
+
+    torch 2.11 to 2.13: what scaled_dot_product_attention and functional collectives run; attention on a CPU has one of
+    its own. Test: tests/dist/test_fields.py, test_checkpointing_recomputes_blocks_and_selective_keeps_their_matmuls.
+    """
+    packets = [
+        *(
+            getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None)
+            for name in (
+                "efficient_attention",
+                "flash_attention",
+                "flash_attention_for_cpu",
+                "cudnn_attention",
+                "attention_math",
+            )
+        ),
+        *(getattr(torch.ops._c10d_functional, name, None) for name in ("reduce_scatter_tensor", "all_to_all_single")),
+    ]
+    return frozenset(packet.default for packet in packets if packet is not None)
+
+
+def flash_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
+    """(attention [B, H, L, D], log-sum-exp [B, H, L]), key heads a divisor of H; None where the kernel does not do it.
+
+    causal: query i sees keys 0 to i.
+    """
+    if _FLASH is None or _FLASH_BACKWARD is None or not query.size(-1) == key.size(-1) == value.size(-1):
+        return None
+    return _FLASH(query, key, value, 0.0, causal, scale=scale)
+
+
+def flash_backward_on_cpu(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; out and log_sum are of all keys, also where these are some of them."""
+    assert _FLASH_BACKWARD is not None, "flash_on_cpu gave something"
+    return _FLASH_BACKWARD(gradient, query, key, value, out, log_sum, 0.0, causal, scale=scale)
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The device's default generator.
+
+    torch 2.11 to 2.13: torch.manual_seed would also queue a seed, and a stack trace, for each kind of device to come.
+    Test: tests/runtime/model/test_materialise.py, test_the_global_random_state_is_neither_read_nor_moved.
+    """
+    if device.type == "cpu":
+        return torch.default_generator
+    return torch.cuda.default_generators[device.index or 0]
+
+
+def replace_trunc_normal(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What nn.init.trunc_normal_ calls, now; it becomes the function.
+
+    torch 2.13 looks at what it drew and draws again, which takes values, and on meta it draws nothing.
+    Test: tests/runtime/model/test_recorder.py, test_the_tape_is_what_the_constructor_did.
+    """
+    init: Any = torch.nn.init
+    before, init._no_grad_trunc_normal_ = init._no_grad_trunc_normal_, function
+    return before

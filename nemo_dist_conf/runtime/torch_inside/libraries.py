@@ -1,0 +1,161 @@
+"""What transformers and megatron-fsdp do not publish."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, Callable, Iterable, Sequence
+
+from torch import Tensor, nn
+
+__all__ = [
+    "DECLARED_PLANS",
+    "RESETS",
+    "attention_of",
+    "block_classes",
+    "holds_experts",
+    "initialiser_of",
+    "is_megatrons",
+    "maker_of_mask",
+    "mark_tensor_parallel",
+    "name_attention",
+    "names_attention",
+    "never_packed",
+    "plan_of_head",
+    "show_sharded",
+]
+
+
+def maker_of_mask(function: Callable[..., Any]) -> tuple[str, dict[str, Any]] | None:
+    """(name, values) of the function of transformers that made a mask function, and what it made it of; None: another.
+
+    transformers 5.23 hands mask functions of (batch, head, query, key) to the registered mask interface; what they are
+    (causal, a window of so many keys) is in the closure that masking_utils makes them with, and nowhere else. One that
+    is not recognised is evaluated block by block, which is as right and slower.
+    Test: tests/runtime/techniques/test_mask_rules.py.
+    """
+    if getattr(function, "__module__", None) != "transformers.masking_utils":
+        return None
+    name = getattr(function, "__qualname__", "").partition(".")[0]
+    return name, dict(inspect.getclosurevars(function).nonlocals)
+
+
+def names_attention(config: Any) -> bool:
+    """Whether an object is a config that names an implementation of attention, or could.
+
+    transformers 5.17 to 5.23. Test: tests/dist/test_context_parallel.py, test_equals_one_process.
+    """
+    return hasattr(config, "_attn_implementation") and isinstance(config._attn_implementation, (str, type(None)))
+
+
+def attention_of(config: Any) -> str | None:
+    """The name of the implementation of attention that a config asks the registry for.
+
+    transformers 5.17 to 5.23: ``attn_implementation`` is an argument of models and of nothing that has been built.
+    Test: tests/dist/test_context_parallel.py, test_equals_one_process.
+    """
+    return config._attn_implementation
+
+
+def name_attention(configs_and_names: Iterable[tuple[Any, str | None]]) -> None:
+    """Let each config ask the registry for another implementation of attention.
+
+    transformers 5.17 to 5.23: the published ``set_attn_implementation`` is one of models, and takes what it knows. A
+    config hands its choice down to those inside of it, which may have another, so outer ones come first.
+    Test: tests/dist/test_context_parallel.py, test_equals_one_process.
+    """
+    for config, name in sorted(configs_and_names, key=lambda pair: -len(getattr(pair[0], "sub_configs", ()))):
+        config._attn_implementation = name
+
+
+def never_packed() -> None:
+    """Answer the question whether a batch is packed with a plain False, for the whole process.
+
+    transformers 5.17 to 5.23 (modeling_flash_attention_utils.py): the original compares tensors, which waits for the
+    device in every attention layer. Test: tests/dist/test_fields.py, test_the_patch_answers_that_no_batch_is_packed.
+    """
+    from transformers import modeling_flash_attention_utils as flash
+
+    flash._is_packed_sequence = _is_not_packed
+
+
+def _is_not_packed(position_ids: Any, batch_size: Any) -> bool:
+    return False
+
+
+def block_classes(model: nn.Module) -> Sequence[str] | None:
+    """Names of the classes of a model's layers, if it says them.
+
+    transformers 5.17 to 5.23: what must stay on one device, which no property tells.
+    Test: tests/runtime/model/test_blocks.py, test_a_transformers_models_declaration_is_used.
+    """
+    return getattr(model, "_no_split_modules", None)
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module is the experts of a layer.
+
+    transformers 5.17 to 5.23 mark their classes so.
+    Test: tests/dist/test_expert_parallel.py, test_the_balancing_loss_is_that_of_the_whole_batch.
+    """
+    return hasattr(module, "_is_expert_parallel")
+
+
+def plan_of_head(model: nn.Module) -> Any:
+    """The tensor-parallel plan that a class of models has for what it adds to its base model, its head; else None.
+
+    transformers 5.17 to 5.23: the published ``tp_plan`` of a model is in the styles of transformers, with those inside.
+    Test: tests/dist/test_tensor_parallel.py, test_training_equals_one_process.
+    """
+    return getattr(type(model), "_tp_plan", None)
+
+
+#: Attributes by which a module that is none of transformers declares its plan, as one of transformers would.
+#: transformers 5.17 to 5.23: the second is the one that classes set.
+#: Test: tests/dist/test_tensor_parallel.py, test_training_equals_one_process.
+DECLARED_PLANS = ("tp_plan", "_tp_plan")
+
+
+def initialiser_of(model: nn.Module, module: nn.Module) -> Callable[[], Any] | None:
+    """What sets the initial values of one module of a model; None where nothing does.
+
+    transformers 5.17 to 5.23: a model sets those of its modules one by one in ``_init_weights``, and in all of them in
+    the published ``init_weights``. Test: tests/runtime/model/test_trial.py.
+    """
+    of_model = getattr(model, "_init_weights", None)
+    if callable(of_model):
+        return functools.partial(of_model, module)
+    return next(filter(callable, (getattr(module, name, None) for name in RESETS)), None)
+
+
+#: Methods by which modules of torch set their values anew. torch 2.11 to 2.13: MultiheadAttention has the second one.
+#: Test: tests/runtime/model/test_meta_modules.py, test_a_module_on_meta_starts_as_its_modules_reset_themselves.
+RESETS = ("reset_parameters", "_reset_parameters")
+
+
+def show_sharded(wrapped: Any) -> None:
+    """Let a wrapped model's parameters be the shards that its optimizer updates.
+
+    megatron-fsdp 0.6: after a forward they are what was gathered, until the library's own optimizer step.
+    Test: tests/dist/test_megatron_fsdp.py, test_a_plain_loop_is_right.
+    """
+    wrapped._replace_param_with_distributed_if_needed()
+
+
+def is_megatrons(parameter: Tensor) -> bool:
+    """Whether megatron-fsdp shards a parameter.
+
+    megatron-fsdp 0.6 marks them so, on every rank, those of which a rank holds nothing among them.
+    Test: tests/dist/test_megatron_fsdp.py, test_gradients_that_are_not_finite_stop_all_ranks_unless_told_otherwise.
+    """
+    return hasattr(parameter, "_megatron_fsdp_model")
+
+
+def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
+    """Tell megatron-fsdp that a parameter is a rank's part of one that tensor parallelism splits in this dimension.
+
+    megatron-fsdp 0.6 takes the marks of Megatron-LM. Test: tests/dist/test_megatron_fsdp.py, test_equals_one_process.
+    """
+    marked: Any = parameter
+    marked.tensor_model_parallel, marked.partition_dim, marked.partition_stride = True, dim, 1
+    marked._tensor_parallel_mode = "column" if dim == 0 else "row"
