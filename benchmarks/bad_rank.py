@@ -36,7 +36,7 @@ def build(**fields: Any) -> Any:
 
 
 #: side -> module -> what its code may use.
-NAMES = {
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "hand": {
         "torch.distributed.device_mesh": ("init_device_mesh",),
         "torch.distributed.fsdp": ("CPUOffloadPolicy", "MixedPrecisionPolicy", "fully_shard"),
