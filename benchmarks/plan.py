@@ -146,9 +146,12 @@ RUNS = (
 
 def plan_of(run: Run) -> Plan:
     """The plan of a published run. Llama 3's pipeline: interleaved, two layers a stage, which its page leaves open."""
-    axes = find_strategy("fsdp2").axes
+    strategy = find_strategy("fsdp2")
     mesh = MeshSpec(
-        run.shards * run.tp * run.pp * run.cp, axes.mesh, (run.pp, 1, run.shards, run.cp, run.tp), axes.flattened
+        run.shards * run.tp * run.pp * run.cp,
+        strategy.axes.mesh,
+        (run.pp, 1, run.shards, run.cp, run.tp),
+        strategy.axes.flattened,
     )
     policy = {"enabled": True, "param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "bfloat16"}
     pipeline = {
@@ -159,7 +162,7 @@ def plan_of(run: Run) -> Plan:
         "module_fqns_per_model_part": None,
     }
     job = Job(
-        strategy="fsdp2",
+        strategy=strategy,
         options={"mp_policy": policy, "enable_compile": run.compiled, "sequence_parallel": run.tp > 1},
         mesh=mesh,
         model=shape_of(run.model),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 __all__ = [
     "ACTIVATION_CHECKPOINTING_MODES",
@@ -76,11 +76,12 @@ def checkpointing_mode(value: Any) -> bool | str | None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A pipeline schedule: torch's class name and how many stages a rank holds.
+    """A pipeline schedule: torch's class name, how many stages a rank holds, and what the plan plays.
 
     multi: a rank holds several stages. v_shaped: exactly two, the r-th from the front and from the back.
     rounds: microbatches come in equal rounds of pp_size or more. splits_backward: gradients of inputs and of weights
-    are computed apart.
+    are computed apart. least: (pp_size, stages) -> microbatches that torch needs. played: ``module:OBJECT``, a
+    PlayedSchedule of nemo_dist_conf.plan.schedule_orders; None: the plan refuses the schedule by name.
     """
 
     torch_name: str
@@ -88,18 +89,37 @@ class Schedule:
     v_shaped: bool = False
     rounds: bool = False
     splits_backward: bool = False
+    least: Callable[[int, int], int] = lambda pp_size, stages: 1
+    played: str | None = None
 
+
+_PLAYED = "nemo_dist_conf.plan.schedule_orders"
 
 #: Option name of the group ``pipeline`` -> schedule. torch's own class names are accepted as well.
 #: Source: torch/distributed/pipelining/schedules.py, get_schedule_class.
 SCHEDULES: dict[str, Schedule] = {
-    "gpipe": Schedule("GPipe"),
-    "1f1b": Schedule("1F1B"),
-    "interleaved_1f1b": Schedule("Interleaved1F1B", multi=True, rounds=True),
-    "looped_bfs": Schedule("LoopedBFS", multi=True),
-    "interleaved_zero_bubble": Schedule("InterleavedZeroBubble", multi=True, rounds=True, splits_backward=True),
-    "zbv_zero_bubble": Schedule("ZBVZeroBubble", multi=True, v_shaped=True, splits_backward=True),
-    "dualpipe_v": Schedule("DualPipeV", multi=True, v_shaped=True, splits_backward=True),
+    "gpipe": Schedule("GPipe", played=f"{_PLAYED}:GPIPE"),
+    "1f1b": Schedule("1F1B", least=lambda pp_size, stages: pp_size, played=f"{_PLAYED}:ONE_F_ONE_B"),
+    "interleaved_1f1b": Schedule("Interleaved1F1B", multi=True, rounds=True, played=f"{_PLAYED}:INTERLEAVED_1F1B"),
+    "looped_bfs": Schedule("LoopedBFS", multi=True, played=f"{_PLAYED}:LOOPED_BFS"),
+    "interleaved_zero_bubble": Schedule(
+        "InterleavedZeroBubble",
+        multi=True,
+        rounds=True,
+        splits_backward=True,
+        played=f"{_PLAYED}:INTERLEAVED_ZERO_BUBBLE",
+    ),
+    "zbv_zero_bubble": Schedule(
+        "ZBVZeroBubble", multi=True, v_shaped=True, splits_backward=True, played=f"{_PLAYED}:ZBV_ZERO_BUBBLE"
+    ),
+    "dualpipe_v": Schedule(
+        "DualPipeV",
+        multi=True,
+        v_shaped=True,
+        splits_backward=True,
+        least=lambda pp_size, stages: stages,
+        played=f"{_PLAYED}:DUALPIPE_V",
+    ),
 }
 
 

@@ -30,9 +30,10 @@ def test_imports_go_down_the_layers_only() -> None:
         ("topology/solve.py", "from nemo_dist_conf.strategies import STRATEGIES", "Layers of nemo_dist_conf"),
         ("composition/check.py", "import nemo_dist_conf.runtime", "Layers of nemo_dist_conf"),
         ("stray.py", "", "Layers of nemo_dist_conf"),
+        ("plan/plan.py", "from nemo_dist_conf.plan.text_report import table", "Layers of the plan"),
         ("schema/moe.py", "def later():\n    import torch", "Names, schemas and topology"),
     ],
-    ids=["upwards", "runtime", "without a place", "torch"],
+    ids=["upwards", "runtime", "without a place", "inside the plan", "torch"],
 )
 def test_a_breach_is_found(tmp_path: Path, module: str, line: str, contract: str) -> None:
     """The contracts above are not empty: a copy with one wrong import (or a module without a place) breaks them."""
@@ -48,7 +49,7 @@ def test_a_breach_is_found(tmp_path: Path, module: str, line: str, contract: str
 
 
 def test_composing_loads_neither_torch_nor_the_runtime() -> None:
-    """What setup.cfg lets the strategies import, they import inside functions."""
+    """Nothing that a composed config needs imports torch, whatever way it would take."""
     script = """
 import importlib, pkgutil, sys
 import nemo_dist_conf

@@ -14,7 +14,6 @@ from nemo_dist_conf.composition.sections import (
     SECTIONS,
     default_choice,
     flat_defaults,
-    inline_text,
     leaves,
     misspelt_sections,
     read_section,
@@ -26,14 +25,15 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.families.model_rules import layerdrop_problems, model_problems
 from nemo_dist_conf.families.plan_rules import plan_problems
-from nemo_dist_conf.names import BATCH_STATISTICS, checkpointing_mode
+from nemo_dist_conf.names import BATCH_STATISTICS
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
-from nemo_dist_conf.strategies import STRATEGIES, Strategy, find_strategy
+from nemo_dist_conf.strategies import STRATEGIES, Strategy, default_strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.topology.axes import AXES, Axis
+from nemo_dist_conf.topology.checkpointing_modes import one_mode
 from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
-from nemo_dist_conf.topology.solve import MeshSpec, solve
+from nemo_dist_conf.topology.solve import MeshSpec, number_problem, solve
 from nemo_dist_conf.wording import Spelling
 
 __all__ = ["Checked", "check", "check_values", "find_roots", "is_root"]
@@ -106,7 +106,11 @@ def _check(cfg: Any, world_size: int | None, facts: ModelFacts | None, seq_len: 
     problems += unread_problems(root, ("activation_checkpointing", "batch_statistics"))
     ConfigError.raise_if(problems)  # the rules below need well-typed values
     facts = facts or _facts(cfg, root) or ModelFacts()
-    mode, mode_problems = _activation_checkpointing(root, values, strategy, spelling)
+    said = {
+        "activation_checkpointing": root.get("activation_checkpointing", False),
+        "strategy.activation_checkpointing": values["activation_checkpointing"],
+    }
+    mode, mode_problems = one_mode(said, strategy.activation_checkpointing, strategy.name, spelling)
     checked, found = check_values(strategy, values, sections, mode, world_size, facts, seq_len, spelling)
     statistics, statistics_problems = _batch_statistics(root, spelling)
     problems += mode_problems + statistics_problems + found
@@ -157,9 +161,8 @@ def check_values(
 
 
 def _usable(size: Any, axis: Axis, strategy: Strategy) -> Any:
-    if size is None or not isinstance(size, int) or size < 1 or axis.name not in strategy.axes.allowed:
-        return axis.default
-    return size
+    possible = number_problem(axis, size) is None and axis.name in strategy.axes.allowed
+    return size if possible else axis.default
 
 
 def _prefix(node: DictConfig) -> str:
@@ -211,9 +214,9 @@ def _choice_of_a_strategy(cfg: Any) -> str:
     """The words that choose one: where the other sections stand, and by the name that the group has in this app."""
     package = _package_of_sections(cfg)
     place = Spelling(package).key("strategy")
-    choice = Spelling(package).choose("strategy", "fsdp2")
+    choice = Spelling(package).choose("strategy", default_strategy())
     if not is_ours("strategy"):
-        return f"+nemo_dist/strategy@{place}=fsdp2"
+        return f"+nemo_dist/strategy@{place}={default_strategy()}"
     return choice if is_chosen(cfg, choice.partition("=")[0]) else f"+{choice}"
 
 
@@ -265,36 +268,6 @@ def _model_texts(cfg: Any, root: DictConfig) -> list[Problem]:
     return [problem for config in configs for problem in text_problems(config)]
 
 
-def _activation_checkpointing(
-    root: DictConfig, values: Mapping[str, Any], strategy: Strategy, spelling: Spelling
-) -> tuple[bool | str, list[Problem]]:
-    """One answer from the two places that can hold it."""
-    given = {
-        "activation_checkpointing": root.get("activation_checkpointing", False),
-        "strategy.activation_checkpointing": values["activation_checkpointing"],
-    }
-    problems = []
-    for key, value in given.items():
-        mode = checkpointing_mode(value)
-        if mode is None or mode not in strategy.activation_checkpointing:
-            what = f"{key}={value} is not a mode" + (f" of strategy={strategy.name}" if mode is not None else "")
-            allowed = ", ".join(str(m).lower() for m in strategy.activation_checkpointing)
-            problems.append(
-                Problem(what=what, asked=spelling.set(key, value), allowed=allowed, instead=spelling.set(key, True))
-            )
-    outer, inner = map(checkpointing_mode, given.values())
-    if not problems and outer and inner and outer != inner:
-        problems.append(
-            Problem(
-                what="activation checkpointing has two different answers",
-                asked=" ".join(spelling.set(key, value) for key, value in given.items()),
-                allowed="one of them, or both the same",
-                instead=" ".join(spelling.set(key, outer) for key in given),
-            )
-        )
-    return outer or inner or False, problems
-
-
 def _batch_statistics(root: DictConfig, spelling: Spelling) -> tuple[str, list[Problem]]:
     value, key = root.get("batch_statistics", "local"), "batch_statistics"
     if value in BATCH_STATISTICS:
@@ -333,11 +306,11 @@ def _changed_while_off(
     changed = {key: value for key, value in leaves(dict(values)).items() if value != defaults.get(key)}
     if not changed:
         return []
-    shown = [spelling.set(f"{section}.{key}", inline_text(value)) for key, value in changed.items()]
+    shown = [spelling.set(f"{section}.{key}", value) for key, value in changed.items()]
     instead = [
         default_choice(section, spelling)
         if key == "pp_schedule"
-        else spelling.set(f"{section}.{key}", inline_text(defaults.get(key)))
+        else spelling.set(f"{section}.{key}", defaults.get(key))
         for key in changed
     ]
     return [

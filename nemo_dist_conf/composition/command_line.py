@@ -6,7 +6,6 @@ brought is left away with that word.
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.hydra_inside import root_of
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.wording import for_shell
 
 __all__ = ["WITHOUT", "as_typed_here", "is_chosen", "raw_words"]
 
@@ -69,7 +69,7 @@ def _fitted(problem: Problem, words: list[str]) -> str:
         gone += [word for word in words if word.startswith("+") and any(_is_in(word, _key(other)) for other in gone)]
         if not gone and _key(problem.asked) == key:  # of a node that is not whole any more
             gone = [word for word in words if (word in deleted or word.endswith(_NOTHING)) and _is_in(word, key)]
-    return WITHOUT + shlex.join(gone) if gone else offer
+    return WITHOUT + " ".join(map(for_shell, gone)) if gone else offer
 
 
 def _is_in(word: str, key: str) -> bool:
@@ -78,4 +78,4 @@ def _is_in(word: str, key: str) -> bool:
 
 def _key(word: str) -> str:
     """Where a word leads: ``strategy@dist.strategy=ddp`` to dist.strategy."""
-    return word.lstrip("+~").partition("=")[0].rpartition("@")[2]
+    return word.lstrip("+~'\"").partition("=")[0].rpartition("@")[2]

@@ -7,13 +7,12 @@ import textwrap
 from typing import Any, Mapping, Sequence
 
 from nemo_dist_conf.composition.sections import SECTIONS, section_of
-from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.schema import SwitchesConf, documented
 from nemo_dist_conf.schema.launcher import TorchrunConf
-from nemo_dist_conf.schema.option import typed
 from nemo_dist_conf.schema.sweeper import LayoutsConf
-from nemo_dist_conf.strategies import STRATEGIES, find_strategy, strategy_names
+from nemo_dist_conf.strategies import STRATEGIES, default_strategy, find_strategy, strategy_names
+from nemo_dist_conf.wording import typed, unknown_name
 
 __all__ = ["explain", "main"]
 
@@ -34,7 +33,7 @@ def explain(*words: str, values: Mapping[str, Any] | None = None) -> str:
 def _section(word: str, values: Mapping[str, Any]) -> str:
     section, _, option = word.partition("=")
     if section == "strategy":
-        strategy = find_strategy(option or "fsdp2")
+        strategy = find_strategy(option or default_strategy())
         schema, title = strategy.schema, f"strategy={' | '.join(strategy.names)}"
     elif section in SECTIONS:
         schema, title = SECTIONS[section], section
@@ -46,12 +45,16 @@ def _section(word: str, values: Mapping[str, Any]) -> str:
         schema, title, section = LayoutsConf, _SWEEPER, "hydra.sweeper"
     else:
         known = ["strategy", *SECTIONS, *_SWITCHES, _LAUNCHER, _SWEEPER]
+        owner = _owner(section, known)
         raise ConfigError(
-            Problem(
+            unknown_name(
+                section,
+                known,
                 what=f"there is no section {section!r}",
                 asked=word,
                 allowed=", ".join(known),
-                instead=_meant(section, known),
+                offer=lambda meant: owner or meant,
+                otherwise=owner,
             )
         )
     rows = [
@@ -66,12 +69,12 @@ def _section(word: str, values: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _meant(section: str, known: Sequence[str]) -> str:
-    """What was probably meant: a strategy's name, an option, a word written otherwise."""
-    if section in strategy_names():
-        return f"strategy={section}"
-    holders = [section.partition(".")[0]] if "." in section else [section_of(section)]
-    return next((name for name in known if name in holders), (nearest(section, known) or known)[0])
+def _owner(word: str, known: Sequence[str]) -> str | None:
+    """The section that a word belongs to: a strategy's name, an option; None where it is neither."""
+    if word in strategy_names():
+        return f"strategy={word}"
+    holder = word.partition(".")[0] if "." in word else section_of(word)
+    return holder if holder in known else None
 
 
 def _wrap(text: str, indent: str) -> list[str]:

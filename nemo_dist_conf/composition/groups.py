@@ -45,7 +45,8 @@ def register_groups(search_path: ConfigSearchPath) -> None:
     """Register everything with Hydra; called by the plugin for every app, so it must cost next to nothing."""
     register_resolvers()
     hardware = {"hardware": {name: functools.partial(_hardware, name) for name in HARDWARE}}
-    register(config_groups(), search_path, {"activation_checkpointing": False, "batch_statistics": "local"}, hardware)
+    switches = {"activation_checkpointing": False, "batch_statistics": "local"}
+    register(config_groups(), search_path, switches, hardware, {"strategy": _added_strategies})
     register_launcher(_torchrun)
     register_sweeper(_layouts)
     if _RANK_COUNTS & os.environ.keys():
@@ -58,7 +59,8 @@ def register_groups(search_path: ConfigSearchPath) -> None:
 def __getattr__(name: str) -> Any:
     """A node class by name: pickle asks for it in a process where Hydra has not asked for the node yet."""
     if name.endswith("Conf"):
-        for make in [make for options in config_groups().values() for make in options.values()] + [_torchrun, _layouts]:
+        makers = [make for options in config_groups().values() for make in options.values()]
+        for make in (*makers, _torchrun, _layouts, *_added_strategies().values()):
             make()
         if name in NODE_CLASSES:
             return NODE_CLASSES[name]
@@ -70,6 +72,12 @@ def _strategy(name: str) -> Any:
 
     strategy = find_strategy(name)
     return typed_node(strategy.schema, strategy.target, __name__, hooks=True)
+
+
+def _added_strategies() -> dict[str, Callable[[], Any]]:
+    from nemo_dist_conf.strategies.registry import added_strategy_names
+
+    return {name: functools.partial(_strategy, name) for name in added_strategy_names()}
 
 
 def _parallelism() -> Any:

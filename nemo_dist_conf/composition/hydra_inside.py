@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LazyNode",
+    "OpenOptions",
     "asked_by_callbacks",
     "call_last_at_the_end",
     "config_of_the_running_job",
@@ -355,7 +356,32 @@ class _SharedEntries(dict):
 
 
 def _levels(level: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _levels(value) if isinstance(value, dict) else value for key, value in level.items()}
+    copied = {key: _levels(value) if isinstance(value, dict) else value for key, value in level.items()}
+    return OpenOptions(copied, level.added) if isinstance(level, OpenOptions) else copied
+
+
+class OpenOptions(dict[str, Any]):
+    """The options of a group of the store, to which other packages add.
+
+    Theirs are looked for when Hydra asks for a name that is not here, or for all names, and not before: most apps ask
+    for neither. Hydra 1.3.8 to 1.4.0rc3 ask a level of the store by ``in``, ``[]`` and ``keys()`` (config_store.py),
+    and publish nothing that is asked for names. Test: tests/third_party/test_strategy.py,
+    test_it_is_an_option_of_the_group_with_help_and_only_where_it_is_installed.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], added: Callable[[], Mapping[str, Any]]) -> None:
+        """added: what there is by then, by the name of the entry."""
+        super().__init__(entries)
+        self.added = added
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.added()
+
+    def __missing__(self, name: str) -> Any:
+        return self.added()[name]
+
+    def keys(self) -> Any:
+        return {**self.added(), **dict(self.items())}.keys()
 
 
 def put_into_base_config(key: str, value: Any) -> None:

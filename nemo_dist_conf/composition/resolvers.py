@@ -6,10 +6,10 @@ from typing import Any, Mapping
 
 from omegaconf import OmegaConf
 
-from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.topology.gpu_presence import cuda_present
 from nemo_dist_conf.topology.launched_ranks import planned_world_size
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = ["autocast_dtype", "compute_dtype", "explain_target", "pipeline_rows"]
 
@@ -19,11 +19,14 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 def compute_dtype(dtype: Any, device: str) -> str:
     """``train.dtype`` as a dtype's name: auto is bfloat16 on CUDA and float32 on the CPU."""
     if dtype not in _DTYPES:
-        likely = nearest(str(dtype), _DTYPES) or ["auto"]
-        what = f"train.dtype={dtype} is not a dtype to train in"
         raise ConfigError(
-            Problem(
-                what=what, asked=f"train.dtype={dtype}", allowed=", ".join(_DTYPES), instead=f"train.dtype={likely[0]}"
+            unknown_name(
+                dtype,
+                _DTYPES,
+                what=f"train.dtype={dtype} is not a dtype to train in",
+                asked=assigned("train.dtype", dtype),
+                allowed=", ".join(_DTYPES),
+                offer=lambda known: assigned("train.dtype", known),
             )
         )
     if dtype != "auto":

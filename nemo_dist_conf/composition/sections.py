@@ -16,20 +16,19 @@ from nemo_dist_conf.composition.hydra_inside import flag_of, has_values, is_null
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import DType, nearest
 from nemo_dist_conf.schema import MoEConf, ParallelismConf, PipelineConf
-from nemo_dist_conf.strategies import STRATEGIES, Strategy, strategy_of_target
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.strategies import STRATEGIES, Strategy, default_strategy, strategy_of_target
+from nemo_dist_conf.wording import Spelling, unknown_name
 
 __all__ = [
     "SECTIONS",
     "default_choice",
     "flat_defaults",
-    "inline_text",
     "leaves",
     "misspelt_sections",
     "read_section",
     "section_of",
     "strategy_of",
-    "typed_words",
+    "values_below",
 ]
 
 #: The sibling nodes of ``strategy``, with their schema classes.
@@ -83,7 +82,7 @@ def read_section(
         problems.append(
             Problem(
                 what=f"{spelling.key(name)} is null",
-                asked=f"{spelling.key(name)}=null",
+                asked=spelling.set(name, None),
                 allowed="its own defaults are the way to leave it alone",
                 instead=default_choice(name, spelling),
             )
@@ -92,7 +91,7 @@ def read_section(
         problems.append(
             Problem(
                 what=f"{spelling.key(name)} is {node!r}, not a group of options",
-                asked=f"{spelling.key(name)}={node}",
+                asked=spelling.set(name, node),
                 allowed=", ".join(item.name for item in dataclasses.fields(schema)),
                 instead=default_choice(name, spelling),
             )
@@ -208,10 +207,10 @@ def _resolvers_refusal(error: BaseException | None) -> ConfigError | None:
 
 
 def _raw(node: DictConfig, key: str) -> Any:
-    """What was written at a key, not resolved; a nested node as its inline text."""
+    """What was written at a key, not resolved."""
     value = node_at(node, key)
     if OmegaConf.is_config(value):
-        return inline_text(OmegaConf.to_container(value))
+        return OmegaConf.to_container(value)
     return written(value) if value is not None else None
 
 
@@ -229,7 +228,7 @@ def _default_text(item: dataclasses.Field[Any]) -> Any:
 
 def default_choice(section: str, spelling: Spelling) -> str:
     """The words that choose the section's default option."""
-    return spelling.choose(section, {"pipeline": "1f1b", "strategy": "fsdp2"}.get(section, "default"))
+    return spelling.choose(section, {"pipeline": "1f1b", "strategy": default_strategy()}.get(section, "default"))
 
 
 def _plain(typed: DictConfig) -> dict[str, Any]:
@@ -242,25 +241,27 @@ def _plain(typed: DictConfig) -> dict[str, Any]:
 def _stray(path: str, value: Any, known: Mapping[str, Any], spelling: Spelling) -> Problem:
     """A key that ``+`` or ``++`` slipped in: the nearest option, or the strategy or section that has it."""
     key = path.rsplit(".", 1)[-1]
-    asked = f"+{spelling.set(path, value)}"
+    asked = spelling.set(path, value, "+")
     section = path.split(".", 1)[0]
     owners = [s.name for s in STRATEGIES if key in {item.name for item in dataclasses.fields(s.schema)}]
     other = section_of(key)
-    likely = nearest(key, known)
+    problem = unknown_name(
+        key,
+        known,
+        what=f"{spelling.key(path)} is not an option",
+        asked=asked,
+        offer=lambda name: spelling.set(f"{path.rsplit('.', 1)[0]}.{name}", value),
+        otherwise=f"~{spelling.key(path)}",
+        hint=True,
+    )
     if section == "strategy" and owners:
         what = f"{spelling.key(path)} is not an option of this strategy; {' and '.join(owners)} has it"
         instead = f"{spelling.choose('strategy', owners[0])} {spelling.set(path, value)}"
-    elif other and other != section:
+        return dataclasses.replace(problem, what=what, instead=instead)
+    if other and other != section:
         what = f"{spelling.key(path)} is not an option; {other} has it"
-        instead = spelling.set(f"{other}.{key}", value)
-    elif likely:
-        what = f"{spelling.key(path)} is not an option; did you mean {likely[0]}?"
-        instead = spelling.set(f"{path.rsplit('.', 1)[0]}.{likely[0]}", value)
-    else:
-        what = f"{spelling.key(path)} is not an option"
-        instead = f"~{spelling.key(path)}"
-    ordered = likely + [name for name in known if name not in likely]
-    return Problem(what=what, asked=asked, allowed=", ".join(ordered), instead=instead)
+        return dataclasses.replace(problem, what=what, instead=spelling.set(f"{other}.{key}", value))
+    return problem
 
 
 def misspelt_sections(root: DictConfig, spelling: Spelling) -> list[Problem]:
@@ -271,24 +272,26 @@ def misspelt_sections(root: DictConfig, spelling: Spelling) -> list[Problem]:
         likely = [] if key in names else nearest(key, names, cutoff=0.8)
         if not likely or likely[0] in _closer(root, key, likely[0]):
             continue
-        words = typed_words(root, key)
+        values = values_below(root, key)
+        renamed = {name.replace(key, likely[0], 1): value for name, value in values.items()}
         problems.append(
             Problem(
                 what=f"{spelling.key(key)} is not a section of nemo_dist_conf; did you mean {likely[0]}?",
-                asked=" ".join(f"+{spelling.key(word)}" for word in words),
+                asked=" ".join(spelling.set(name, value, "+") for name, value in values.items()),
                 allowed=", ".join(names),
-                instead=" ".join(spelling.key(word.replace(key, likely[0], 1)) for word in words),
+                instead=" ".join(spelling.set(name, value) for name, value in renamed.items()),
             )
         )
     return problems
 
 
-def typed_words(node: DictConfig, key: str) -> list[str]:
-    """The overrides that would set a key, one for each value below it."""
+def values_below(node: DictConfig, key: str) -> dict[str, Any]:
+    """What was written at a key of the node, not resolved: its value, or each value below it, by dotted key."""
     value = node_at(node, key)
     if isinstance(value, DictConfig) and not is_null(value) and len(value):
-        return [f"{key}.{word}" for inner in value for word in typed_words(value, str(inner))]
-    return [Spelling().set(key, _raw(node, key))]
+        below = (values_below(value, str(inner)) for inner in value)
+        return {f"{key}.{name}": its for values in below for name, its in values.items()}
+    return {key: _raw(node, key)}
 
 
 def section_of(option: str) -> str | None:
@@ -313,11 +316,3 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found.update(leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return found
-
-
-def inline_text(value: Any) -> Any:
-    """A value as it is typed on a command line."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{inline_text(v)}" for k, v in value.items()) + "}"
-    value = getattr(value, "name", value)
-    return str(value).lower() if isinstance(value, bool) else value

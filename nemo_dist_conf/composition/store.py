@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, Callable, Mapping
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.composition.group_owners import claim_of_app, places_of
 from nemo_dist_conf.composition.hydra_inside import (
     LazyNode,
+    OpenOptions,
     put_into_base_config,
     store_entries,
     store_of_shared_entries,
@@ -55,7 +57,8 @@ NODE_CLASSES: dict[str, type] = {}
 
 def _node_class(schema: type, fields: tuple[Any, ...], home: str) -> type:
     """The schema with those fields: one class for each, which pickle finds by name in the module ``home``."""
-    name = schema.__name__
+    is_ours = schema.__module__.partition(".")[0] == PROVIDER
+    name = schema.__name__ if is_ours else f"{schema.__module__}.{schema.__qualname__}.Conf".replace(".", "_")
     if name not in NODE_CLASSES:
         NODE_CLASSES[name] = dataclasses.make_dataclass(name, fields, bases=(schema,), namespace={"__module__": home})
     return NODE_CLASSES[name]
@@ -66,6 +69,7 @@ def register(
     search_path: ConfigSearchPath,
     plain_base: Mapping[str, Any],
     beside: Mapping[str, Mapping[str, Callable[[], Any]]],
+    added: Mapping[str, Callable[[], Mapping[str, Callable[[], Any]]]],
 ) -> None:
     """Store every entry under ``nemo_dist/``, and under the short name where the app does not own that name.
 
@@ -74,7 +78,8 @@ def register(
 
     groups: group -> option -> maker of its node; the first option is the default of the base config, which brings
     all groups in with one line. plain_base: what the base config holds besides its defaults list.
-    beside: further groups, which stand under ``nemo_dist/`` only.
+    beside: further groups, which stand under ``nemo_dist/`` only. added: group -> further options that other packages
+    bring, asked for when Hydra wants a name that is not ours.
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = store_of_shared_entries()
@@ -100,6 +105,10 @@ def register(
             _put(store, f"{NAMESPACE}/{group}", name, make)
             if not claim.whole and name not in claim.options:
                 _put(store, group, name, make)
+        if group in added:
+            _open(store, f"{NAMESPACE}/{group}", added[group])
+            if not claim.whole:
+                _open(store, group, added[group])
     _put(store, NAMESPACE, BASE, lambda: _base_node(spaced, plain_base))
     if not claim_of_app(BASE, (), NAMESPACE, stored, places, ()).whole:
         _put(store, None, BASE, lambda: _base_node(short, plain_base))
@@ -146,6 +155,20 @@ def _put(store: dict[str, Any], group: str | None, name: str, make: Callable[[],
         level = level.setdefault(part, {}) if part else level
     if name not in _foreign_entries(store, group):
         level[f"{name}.yaml"] = LazyNode(name, group, PROVIDER, make)
+
+
+def _open(store: dict[str, Any], group: str, added: Callable[[], Mapping[str, Callable[[], Any]]]) -> None:
+    """Let a group have options that are found later. An app's own file or entry of such a name stands before them."""
+    *above, last = group.split("/")
+    level = store
+    for part in above:
+        level = level[part]
+
+    @functools.cache
+    def entries() -> dict[str, LazyNode]:
+        return {f"{name}.yaml": LazyNode(name, group, PROVIDER, make) for name, make in added().items()}
+
+    level[last] = OpenOptions(level.get(last, {}), entries)
 
 
 def _level(store: dict[str, Any], group: str | None) -> Any:

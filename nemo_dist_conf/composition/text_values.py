@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shlex
 from typing import Any, Callable, Iterable
 
 from omegaconf import DictConfig, OmegaConf, flag_override
@@ -22,6 +21,7 @@ from nemo_dist_conf.composition.hydra_inside import (
     written_at,
 )
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.wording import assigned, for_shell
 
 __all__ = ["text_problems", "told_as_texts", "unread_problems"]
 
@@ -43,17 +43,22 @@ def told_as_texts(error: ConfigError, cfg: Any, check: Callable[[Any], Any]) -> 
         check(read)
     except ConfigError as other:  # what these values hid may be texts again
         rest = told_as_texts(other, read, check).problems
-    before = {problem.what for problem in error.problems}
-    still = {_key_of(problem) for problem in rest if problem.what in before}  # that they are texts is not what is wrong
+    before = {_without_quotes(problem.what) for problem in error.problems}
+    # What is said of the value that was read is not that it was a text.
+    still = {_key_of(problem) for problem in rest if _without_quotes(problem.what) in before}
     allowed = dict(zip(reversed(asked), (problem.allowed for problem in reversed(error.problems))))
     told = [_problem(cfg, key, *found, allowed[key]) for key, found in texts.items() if key not in still]
     others = [problem for problem in rest if _key_of(problem) not in texts or _key_of(problem) in still]
-    return ConfigError(*told, *others) if told else error
+    return ConfigError(*told, *others) if told or others else error
 
 
 def _key_of(problem: Problem) -> str:
     """The first key that a problem's words set."""
-    return problem.asked.lstrip("+'").partition("=")[0]
+    return problem.asked.lstrip("+'\"").partition("=")[0]
+
+
+def _without_quotes(text: str) -> str:
+    return text.replace('"', "").replace("'", "")
 
 
 def text_problems(node: Any) -> Iterable[Problem]:
@@ -97,7 +102,7 @@ def _unread(node: DictConfig, key: str, why: str) -> Problem:
     typed = [word for word in words if f"{key}.".startswith(word.lstrip("+").partition("=")[0] + ".")]
     variable = re.search(r"\$\{oc\.env:(\w+)\}", str(raw))
     way_out = f"export {variable[1]}=VALUE" if variable else f"{key}=null"
-    asked = shlex.join(typed) if typed else f"'{key}={raw}'"
+    asked = " ".join(map(for_shell, typed)) if typed else assigned(key, raw)
     allowed = "values, and references to what is there"
     return Problem(
         what=f"{key} cannot be read: {why}",
@@ -112,11 +117,10 @@ def _problem(node: DictConfig, key: str, raw: str, text: str, allowed: str) -> P
     overrides = raw_words(OmegaConf.select(root_of(node), "hydra.overrides.task"))
     key = f"+{key}" if any(word.startswith(f"+{key}=") for word in overrides) else key
     if "${" not in raw:
-        return Problem(what=what, asked=f"'{key}=\"{text}\"'", allowed=allowed, instead=f"{key}={text}")
+        return Problem(what=what, asked=assigned(key, text), allowed=allowed, instead=for_shell(f"{key}={text}"))
     if "oc.env:" in raw:
         what += ": an environment variable holds nothing else"
-    # Hydra's grammar takes an interpolation inside of another in quotes only, and the shell takes those away.
-    return Problem(what=what, asked=f"'{key}={raw}'", allowed=allowed, instead=f"'{key}=\"{_decoded(raw)}\"'")
+    return Problem(what=what, asked=assigned(key, raw), allowed=allowed, instead=assigned(key, _decoded(raw)))
 
 
 def _decoded(raw: str) -> str:

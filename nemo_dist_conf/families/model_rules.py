@@ -6,6 +6,7 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.families.config_facts import ModelFacts, is_dense_family
+from nemo_dist_conf.topology.sequence_chunks import chunk_problem
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.wording import Spelling
 
@@ -100,16 +101,9 @@ def model_problems(
                 instead=spelling.set("parallelism.tp_size", max(d for d in legal if d <= tp and world_size % d == 0)),
             )
         )
-    if cp > 1 and seq_len is not None and seq_len % (2 * cp):
-        nearest = max(2 * cp, round(seq_len / (2 * cp)) * 2 * cp)
-        problems.append(
-            Problem(
-                what=f"cp_size={cp} splits a sequence into {2 * cp} equal chunks, and {seq_len} tokens do not split so",
-                asked=f"{spelling.set('parallelism.cp_size', cp)} data.seq_len={seq_len}",
-                allowed=f"a multiple of {2 * cp} tokens",
-                instead=f"data.seq_len={nearest}",
-            )
-        )
+    uneven = None if seq_len is None else chunk_problem(seq_len, cp, spelling)
+    if uneven is not None:
+        problems.append(uneven)
     if cp > 1 and facts.own_mixer is not None:
         problems.append(
             Problem(

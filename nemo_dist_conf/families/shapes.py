@@ -7,7 +7,7 @@ from math import prod
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = ["ModelShape", "SHAPED_FAMILIES", "Weight", "block_weights", "outer_weights", "shape_of", "weights"]
 
@@ -133,12 +133,17 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """
     family = str(config.get("model_type"))
     if family not in SHAPED_FAMILIES:
-        likely = nearest(family, SHAPED_FAMILIES)
-        what = f"sizes of a model of type {config.get('model_type')} are not known"
-        allowed = ", ".join([*likely, *(name for name in SHAPED_FAMILIES if name not in likely)])
-        # Fields of one family are not those of another; a model of the recipe brings its own.
-        best = f"model.config.model_type={likely[0]}" if likely else "model=llama3_8b"
-        raise ConfigError(Problem(what=what, asked=f"model.config.model_type={family}", allowed=allowed, instead=best))
+        raise ConfigError(
+            unknown_name(
+                family,
+                SHAPED_FAMILIES,
+                what=f"sizes of a model of type {config.get('model_type')} are not known",
+                asked=assigned("model.config.model_type", config.get("model_type")),
+                offer=lambda known: assigned("model.config.model_type", known),
+                # Fields of one family are not those of another; a model of the recipe brings its own.
+                otherwise="model=llama3_8b",
+            )
+        )
     given = {key: value for key, value in config.items() if value is not None}
     if "num_local_experts" in given and family == "qwen3_moe":  # transformers has two names for it
         given.setdefault("num_experts", given["num_local_experts"])

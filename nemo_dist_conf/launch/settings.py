@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from nemo_dist_conf.composition.command_line import WITHOUT
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema.launcher import StartMethod, TorchrunConf
 from nemo_dist_conf.topology.gpu_presence import cuda_count
 from nemo_dist_conf.topology.launched_ranks import Start, set_by_elastic
+from nemo_dist_conf.wording import assigned, typed, unknown_name
 
 __all__ = ["Settings", "read_settings"]
 
@@ -58,10 +58,9 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     problems = [_stray(name, options[name], known) for name in options if name not in known]
 
     def wrong(name: str, allowed: str, instead: Any, why: str = "does not fit") -> None:
-        key, value = f"hydra.launcher.{name}", _word(getattr(conf, name))
-        problems.append(
-            Problem(what=f"{key}={value} {why}", asked=f"{key}={value}", allowed=allowed, instead=f"{key}={instead}")
-        )
+        key, value = f"hydra.launcher.{name}", _number(getattr(conf, name))
+        what, asked = f"{key}={typed(value)} {why}", assigned(key, value)
+        problems.append(Problem(what=what, asked=asked, allowed=allowed, instead=assigned(key, instead)))
 
     ranks = _ranks(conf.nproc_per_node)
     if ranks is None:
@@ -83,26 +82,26 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     if conf.rdzv_backend == "static" and (conf.node_rank is None or not 0 <= conf.node_rank < conf.nnodes):
         wrong("node_rank", f"0 to {conf.nnodes - 1}, another one on each node", 0)
     if conf.rdzv_backend == "c10d" and conf.node_rank is not None:
-        wrong("node_rank", "null (c10d numbers the nodes itself)", "null", "needs rdzv_backend=static")
+        wrong("node_rank", "null (c10d numbers the nodes itself)", None, "needs rdzv_backend=static")
     for name, least in (("max_restarts", 0), ("rdzv_timeout_s", 1), ("shutdown_timeout_s", 0)):
         if getattr(conf, name) < least:
             wrong(name, f"{least} or more", least)
     if conf.monitor_interval_s <= 0:
         wrong("monitor_interval_s", "above 0", 0.1)
     if conf.threads_per_rank is not None and conf.threads_per_rank < 1:
-        wrong("threads_per_rank", "1 or more, null", "null")
+        wrong("threads_per_rank", "1 or more, null", None)
     if conf.job_timeout_s is not None and conf.job_timeout_s <= 0:
-        wrong("job_timeout_s", "above 0, null", "null")
+        wrong("job_timeout_s", "above 0, null", None)
     if conf.job_timeout_s is not None and threading.current_thread() is not threading.main_thread():
-        wrong("job_timeout_s", "null outside the main thread, where no alarm can be set", "null")
+        wrong("job_timeout_s", "null outside the main thread, where no alarm can be set", None)
     if conf.tee is not None and not _TEE.fullmatch(conf.tee):
-        wrong("tee", "0 to 3 for all ranks, or rank:value pairs such as 0:1,1:3; null", "3")
+        wrong("tee", "0 to 3 for all ranks, or rank:value pairs such as 0:1,1:3; null", 3)
     elif conf.tee and ranks and any(int(rank) >= ranks for rank in re.findall(r"(\d+):", conf.tee)):
-        wrong("tee", f"ranks of this node, 0 to {ranks - 1}", "3", "names a rank that is not there")
+        wrong("tee", f"ranks of this node, 0 to {ranks - 1}", 3, "names a rank that is not there")
     for name in conf.env:
         if set_by_elastic(name):
             what = f"hydra.launcher.env.{name} would be overwritten: the launcher sets it for each rank"
-            asked = f"+hydra.launcher.env.{name}={conf.env[name]}"
+            asked = assigned(f"+hydra.launcher.env.{name}", _number(conf.env[name]))
             problems.append(Problem(what=what, asked=asked, allowed="any other variable", instead=f"{WITHOUT}{asked}"))
     problems += _preload_problems(conf)
     if conf.resume is not None and not (Path(conf.resume) / "multirun.yaml").is_file():
@@ -114,13 +113,20 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
 
 def _stray(name: str, value: Any, known: list[str]) -> Problem:
     """A key that ``+`` added."""
-    likely = nearest(name, known) or [option for option in known if option.startswith(name)]
-    asked = f"+hydra.launcher.{name}={_word(_plain(value))}"
-    instead = f"hydra.launcher.{likely[0]}={_word(_plain(value))}" if likely else f"{WITHOUT}{asked}"
-    ordered = likely + [option for option in known if option not in likely]
-    return Problem(
-        what=f"hydra.launcher.{name} is not an option", asked=asked, allowed=", ".join(ordered), instead=instead
+    asked = assigned(f"+hydra.launcher.{name}", _plain(value))
+    return unknown_name(
+        name,
+        known,
+        what=f"hydra.launcher.{name} is not an option",
+        asked=asked,
+        offer=lambda option: assigned(f"hydra.launcher.{option}", _plain(value)),
+        otherwise=f"{WITHOUT}{asked}",
     )
+
+
+def _number(value: Any) -> Any:
+    """The number that a text says: a field of texts takes it without the quotes that make a text of it elsewhere."""
+    return int(value) if isinstance(value, str) and value.isdigit() and str(int(value)) == value else value
 
 
 def _ranks(asked: Any) -> int | None:
@@ -139,30 +145,26 @@ def _cores() -> int:
 
 
 def _preload_problems(conf: TorchrunConf) -> list[Problem]:
-    asked = f"hydra.launcher.preload={_word(conf.preload)}"
+    asked = assigned("hydra.launcher.preload", conf.preload)
     if not isinstance(conf.preload, list):
         return [
             Problem(
                 what=f"{asked} is not a list",
                 asked=asked,
                 allowed="a list of modules",
-                instead="hydra.launcher.preload=[torch]",
+                instead=assigned("hydra.launcher.preload", ["torch"]),
             )
         ]
     if conf.start_method is not StartMethod.forkserver and conf.preload != TorchrunConf().preload:
         what = f"{asked} has an effect with start_method=forkserver only"
         allowed = "hydra.launcher.start_method=forkserver"
-        return [Problem(what=what, asked=asked, allowed=allowed, instead="hydra.launcher.preload=[torch]")]
+        return [Problem(what=what, asked=asked, allowed=allowed, instead=assigned("hydra.launcher.preload", ["torch"]))]
     missing = [str(name) for name in conf.preload if not _importable(str(name))]
     if not missing:
         return []
-    rest = ",".join(str(name) for name in conf.preload if str(name) not in missing)
+    rest = assigned("hydra.launcher.preload", [str(name) for name in conf.preload if str(name) not in missing])
     what = f"{asked}: there is no module {', '.join(missing)}"
-    return [
-        Problem(
-            what=what, asked=asked, allowed="modules that can be imported", instead=f"hydra.launcher.preload=[{rest}]"
-        )
-    ]
+    return [Problem(what=what, asked=asked, allowed="modules that can be imported", instead=rest)]
 
 
 def _importable(name: str) -> bool:
@@ -174,9 +176,3 @@ def _importable(name: str) -> bool:
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ",".join(str(item) for item in value) + "]"
-    return "null" if value is None else str(getattr(value, "name", value))

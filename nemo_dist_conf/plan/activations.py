@@ -51,7 +51,7 @@ def _norm(job: Job, readers_bytes: int) -> int:
     """
     tokens, hidden, stream = job.tokens, job.model.hidden, _stream(job)
     split = _split(job)
-    if job.options.get("enable_compile"):
+    if job.compiled:
         return tokens * hidden * stream // split + tokens * _FP32 // split
     own = tokens * hidden * (_FP32 + stream) // split + tokens * _FP32 // split
     return own + tokens * hidden * readers_bytes
@@ -67,7 +67,7 @@ def _attention(job: Job) -> int:
     kept += tokens * model.heads * _FP32 // tp
     if job.cp > 1:  # the output is put together from two parts and laid out anew
         kept += tokens * model.q_width * item // tp
-    if model.qk_norm and not job.options.get("enable_compile"):
+    if model.qk_norm and not job.compiled:
         kept += tokens * (model.q_width + model.kv_width) * (_FP32 + item) // tp
     return kept
 
@@ -76,7 +76,7 @@ def _mlp(job: Job, sparse: bool) -> int:
     """Gate, its activation, up and their product; of experts for each token that they were sent."""
     model, item = job.model, _item(job)
     if not sparse:
-        per_token = (2 if job.options.get("enable_compile") else 4) * model.intermediate // job.tp
+        per_token = (2 if job.compiled else 4) * model.intermediate // job.tp
         return job.tokens * per_token * item
     rows = job.tokens * model.experts_per_token
     # Tokens sorted by expert, gate and up, the activation, the product, and the output before its weight.

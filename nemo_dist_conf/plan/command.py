@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
-from nemo_dist_conf.composition.sections import inline_text
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.names import nearest
 from nemo_dist_conf.plan.from_config import job_of, planned_start
 from nemo_dist_conf.plan.plan import make_plan
 from nemo_dist_conf.plan.search import search
-from nemo_dist_conf.plan.text_report import found_table
+from nemo_dist_conf.plan.text_report import found_table, table
 from nemo_dist_conf.recipe.checks import RecipeCallback, check_recipe
 from nemo_dist_conf.topology.launched_ranks import about_to_start
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = ["PlanCallback", "run"]
 
@@ -49,10 +49,10 @@ def run(cfg: DictConfig, hydra: Any = None) -> str:
             top = _whole(cfg.plan, "top", "plan.")
             result = search(recipe, world_size, cfg.hardware, top)
             found: Any = [{"overrides": one.words, **one.plan.to_dict()} for one in result.best]
-            text, best = found_table(result.best, result.allowed, result.fitting), result.best[0].plan
+            text, best = found_table(result), result.best[0].plan
         else:
             best = make_plan(job_of(recipe, world_size, cfg.hardware))
-            text, found = best.table(bool(cfg.plan.formulas)), best.to_dict()
+            text, found = table(best, bool(cfg.plan.formulas)), best.to_dict()
     picture, written = cfg.plan.get("picture"), cfg.plan.get("json")
     if picture is not None:
         from nemo_dist_conf.plan.drawing import page, svg
@@ -71,7 +71,7 @@ def _check_nodes(cfg: DictConfig) -> None:
     for key, best in (("plan", "plan.search=false"), ("hardware", "hardware=h100")):
         node = cfg.get(key)
         if not isinstance(node, DictConfig):
-            asked = f"{key}={'null' if node is None else node}" if key in cfg else f"~{key}"
+            asked = assigned(key, node) if key in cfg else f"~{key}"
             problems.append(
                 Problem(
                     what=f"{key} is not a group of options",
@@ -110,9 +110,9 @@ def _whole(node: Any, key: str, prefix: str = "") -> int:
         raise ConfigError(
             Problem(
                 what=what,
-                asked=f"{prefix}{key}={value}",
+                asked=assigned(f"{prefix}{key}", value),
                 allowed="a whole number, 1 or more",
-                instead=f"{prefix}{key}={example}",
+                instead=assigned(f"{prefix}{key}", example),
             )
         )
     return value
@@ -122,16 +122,27 @@ def _check_knobs(node: Any) -> None:
     problems = []
     for key in map(str, node):
         if key not in _KNOBS:
-            likely, value = nearest(key, _KNOBS), inline_text(node[key])
-            what, asked = f"plan.{key} is not an option of the plan", f"plan.{key}={value}"
-            instead = f"plan.{likely[0]}={value}" if likely else f"{WITHOUT}+{asked}"
-            problems.append(Problem(what=what, asked=f"+{asked}", allowed=", ".join(_KNOBS), instead=instead))
+            asked = assigned(f"+plan.{key}", node[key])
+            problems.append(
+                unknown_name(
+                    key,
+                    _KNOBS,
+                    what=f"plan.{key} is not an option of the plan",
+                    asked=asked,
+                    allowed=", ".join(_KNOBS),
+                    offer=functools.partial(_assigned_knob, node[key]),
+                    otherwise=f"{WITHOUT}{asked}",
+                )
+            )
     for key in ("search", "formulas"):
         if not isinstance(node.get(key), bool):
             what = f"plan.{key}={node.get(key)} is not true or false"
             problems.append(
                 Problem(
-                    what=what, asked=f"plan.{key}={node.get(key)}", allowed="true, false", instead=f"plan.{key}=true"
+                    what=what,
+                    asked=assigned(f"plan.{key}", node.get(key)),
+                    allowed="true, false",
+                    instead=f"plan.{key}=true",
                 )
             )
     if not isinstance(node.get("json"), (str, type(None))):
@@ -139,7 +150,7 @@ def _check_knobs(node: Any) -> None:
         problems.append(
             Problem(
                 what=what,
-                asked=f"plan.json={node.get('json')}",
+                asked=assigned("plan.json", node.get("json")),
                 allowed="a file; - for output alone",
                 instead="plan.json=-",
             )
@@ -148,11 +159,14 @@ def _check_knobs(node: Any) -> None:
     if picture is not None and _suffix(picture) not in _PICTURES:
         what = f"plan.picture={picture} ends in nothing that the plan can draw"
         stem = Path(str(picture)).with_suffix("")
-        allowed = f"a file whose name ends in {', '.join(_PICTURES)}"
-        problems.append(
-            Problem(what=what, asked=f"plan.picture={picture}", allowed=allowed, instead=f"plan.picture={stem}.html")
-        )
+        asked, allowed = assigned("plan.picture", picture), f"a file whose name ends in {', '.join(_PICTURES)}"
+        instead = assigned("plan.picture", f"{stem}.html")
+        problems.append(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
     ConfigError.raise_if(problems)
+
+
+def _assigned_knob(value: Any, name: str) -> str:
+    return assigned(f"plan.{name}", value)
 
 
 def _suffix(path: Any) -> str:
@@ -169,7 +183,7 @@ def _write(key: str, path: Any, text: str) -> Path:
         raise DataError(
             Problem(
                 what=what,
-                asked=f"plan.{key}={path}",
+                asked=assigned(f"plan.{key}", path),
                 allowed="a file in a folder that is there",
                 instead=f"plan.{key}=plan.{suffix}",
             )

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Iterable, Iterator, Sequence
 
+from nemo_dist_conf.plan.fit import FITS, NO, usable_bytes
 from nemo_dist_conf.plan.memory import Memory
-from nemo_dist_conf.plan.plan import FITS, NO, Plan
+from nemo_dist_conf.plan.plan import Plan
 from nemo_dist_conf.plan.rank_groups import Groups
 from nemo_dist_conf.plan.schedule_timeline import Slot
 from nemo_dist_conf.plan.text_report import amount, count_of, counted, duration, percent, table
@@ -71,7 +72,7 @@ def _drawings(plan: Plan) -> list[_Drawing]:
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.job.strategy}, {plan.job.mesh.describe()}, {counted(plan.job.mesh.world_size, 'rank')}"
+    return f"{plan.job.strategy.name}, {plan.job.mesh.describe()}, {counted(plan.job.mesh.world_size, 'rank')}"
 
 
 def _facts(plan: Plan, verdict: str) -> str:
@@ -227,7 +228,7 @@ def _memory_bars(plan: Plan) -> _Drawing:
                 )
             x += wide
         shapes.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{amount(memory.peak)}</text>')
-    for limit, dash in ((whole, ""), (plan.room / _GIB, ' stroke-dasharray="4 3"')):
+    for limit, dash in ((whole, ""), (usable_bytes(plan.job.hardware) / _GIB, ' stroke-dasharray="4 3"')):
         x = 110 + limit * scale
         shapes.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="-4" y2="{len(rows) * 24}" stroke="#a02000"{dash}/>')
     text = f"Lines: {whole:g} GiB of the hardware, and (dashed) what of it is free for torch."

@@ -14,13 +14,14 @@ from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import plain_floats
 from nemo_dist_conf.families.shapes import ModelShape, shape_of
-from nemo_dist_conf.names import HARDWARE, nearest
+from nemo_dist_conf.names import HARDWARE
 from nemo_dist_conf.plan.job import Job, Update
+from nemo_dist_conf.plan.strategy_costs import costs_of
 from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
-from nemo_dist_conf.wording import typed_path
+from nemo_dist_conf.wording import assigned, typed_path, unknown_name
 
 __all__ = ["batch_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
 
@@ -52,7 +53,7 @@ def model_shape(cfg: DictConfig) -> ModelShape:
         if not folder:
             raise
         # What the folder's config says cannot be typed.
-        asked, best = f"model.name_or_path={folder}", "model=llama3_8b"
+        asked, best = assigned("model.name_or_path", folder), "model=llama3_8b"
         raise ConfigError(*(dataclasses.replace(each, asked=asked, instead=best) for each in error.problems)) from None
 
 
@@ -62,14 +63,9 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
     if checked.mesh.size("pp") > 1:
         batch, micro = checked.pipeline["pp_batch_size"], checked.pipeline["pp_microbatch_size"]
         microbatches, calls = batch // micro, rows // batch
-    autocast = checked.strategy_values.get("autocast_dtype")
-    name = getattr(autocast, "name", autocast)
-    if checked.strategy.name == "megatron_fsdp":  # the strategy has no option for it; the recipe runs it so
-        from nemo_dist_conf.composition.resolvers import autocast_dtype
-
-        name = autocast_dtype(OmegaConf.select(cfg, "train.dtype") or "auto", machine.device)
+    dtype = OmegaConf.select(cfg, "train.dtype") or "auto"
     return Job(
-        strategy=checked.strategy.name,
+        strategy=checked.strategy,
         options=checked.strategy_values,
         mesh=checked.mesh,
         model=model,
@@ -81,7 +77,7 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
         pipeline=checked.pipeline,
         moe=checked.moe,
         checkpointing=checked.activation_checkpointing,
-        autocast=name,
+        autocast=costs_of(checked.strategy).autocast(checked.strategy_values, dtype, machine.device),
         update=update_of(cfg.get("optimizer")),
     )
 
@@ -98,28 +94,27 @@ def hardware_of(node: Any) -> HardwareConf:
         return node
     if isinstance(node, str) or node is None:
         if node not in PROFILES:
-            likely = nearest(str(node), HARDWARE) or ["h100"]
-            raise ConfigError(
-                Problem(
-                    what=f"there is no hardware profile {node!r}",
-                    asked=f"hardware={node}",
-                    allowed=", ".join(
-                        [*likely, *(name for name in HARDWARE if name not in likely), "or a file of your own"]
-                    ),
-                    instead=f"hardware={likely[0]}",
-                )
+            problem = unknown_name(
+                node,
+                HARDWARE,
+                what=f"there is no hardware profile {node!r}",
+                asked=assigned("hardware", node),
+                offer=lambda known: assigned("hardware", known),
             )
+            raise ConfigError(dataclasses.replace(problem, allowed=f"{problem.allowed}, or a file of your own"))
         return HardwareConf(**PROFILES[node])
     known = [item.name for item in dataclasses.fields(HardwareConf)]
     for key in (str(key) for key in node if key not in known):
-        likely, asked = nearest(key, known), f"hardware.{key}={node[key]}"
-        instead = f"hardware.{likely[0]}={node[key]}" if likely else f"{WITHOUT}+{asked}"
+        asked, value = assigned(f"+hardware.{key}", node[key]), node[key]
         raise ConfigError(
-            Problem(
+            unknown_name(
+                key,
+                known,
                 what=f"hardware.{key} is no figure of a machine",
-                asked=f"+{asked}",
+                asked=asked,
                 allowed=", ".join(known),
-                instead=instead,
+                offer=lambda name: assigned(f"hardware.{name}", value),
+                otherwise=f"{WITHOUT}{asked}",
             )
         )
     try:
@@ -165,7 +160,7 @@ def model_config(cfg: Any) -> dict[str, Any]:
         )
     if "_target_" in model:
         what = "a plan needs a model's config, and a module of your own has none"
-        asked = f"model._target_={model['_target_']}"
+        asked = assigned("model._target_", model["_target_"])
         raise ConfigError(Problem(what=what, asked=asked, allowed="a model of transformers", instead="model=llama3_8b"))
     ConfigError.raise_if(model_problems(model if isinstance(model, DictConfig) else OmegaConf.create(dict(model))))
     if not model.get("name_or_path"):
@@ -175,7 +170,7 @@ def model_config(cfg: Any) -> dict[str, Any]:
         config = plain_floats(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         what = f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not JSON'})"
-        asked = f"model.name_or_path={model['name_or_path']}"
+        asked = assigned("model.name_or_path", model["name_or_path"])
         raise ConfigError(
             Problem(what=what, asked=asked, allowed="a folder with a config.json", instead="model.name_or_path=null")
         ) from None

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping
 
-from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
 from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.names import SCHEDULES, nearest
+from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.plan.schedule_orders import PlayedSchedule, from_file, played_schedule, unknown_schedule
+from nemo_dist_conf.plan.strategy_costs import costs_of
 from nemo_dist_conf.schema.hardware import HardwareConf
+from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.schedule_rules import find_schedule, stage_count
 from nemo_dist_conf.topology.solve import MeshSpec
 from nemo_dist_conf.topology.stage_layers import rank_of_stage, spread_layers
 
-__all__ = ["DTYPE_BYTES", "Job", "Stage", "Styles", "Update", "unknown_schedule"]
+if TYPE_CHECKING:
+    from nemo_dist_conf.plan.strategies.base import StrategyCosts
+
+__all__ = ["DTYPE_BYTES", "Dtypes", "Job", "Stage", "Styles", "Update"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -29,6 +34,15 @@ class Update:
     states: int = 2
     scalars: int = 1
     fused: bool = False
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Dtypes by name: of gathered parameters, of gradients as they are reduced, of logits (None: as computed)."""
+
+    param: str = "float32"
+    reduce: str = "float32"
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class Job:
     calls: times a step hands rows to a pipeline; 1 without one. options: values of the strategy node by field.
     """
 
-    strategy: str
+    strategy: Strategy
     options: Mapping[str, Any]
     mesh: MeshSpec
     model: ModelShape
@@ -95,6 +109,11 @@ class Job:
     checkpointing: bool | str = False
     autocast: str | None = None
     update: Update = Update()
+
+    @cached_property
+    def costs(self) -> StrategyCosts:
+        """What the strategy costs. Raises ConfigError for one that the plan knows nothing of."""
+        return costs_of(self.strategy)
 
     # ------------------------------------------------------------------------------------------------ sizes
 
@@ -131,18 +150,7 @@ class Job:
     @cached_property
     def shards(self) -> int:
         """Ranks over which parameters, or what ZeRO shards, are split."""
-        if self.strategy == "ddp":
-            return 1
-        data = "dp" if self.strategy == "megatron_fsdp" else "dp_shard"
-        return self.mesh.size(data) * self.cp
-
-    @cached_property
-    def shard_axis(self) -> str:
-        """The name of the axis that ``shards`` counts, as the runtime chooses it."""
-        if self.strategy == "megatron_fsdp":
-            return "dp_cp" if self.cp > 1 and self.mesh.size("dp") > 1 else "cp" if self.cp > 1 else "dp"
-        shard = self.mesh.size("dp_shard")
-        return "dp_shard_cp" if shard > 1 and self.cp > 1 else "cp" if self.cp > 1 else "dp_shard"
+        return self.costs.shards(self)
 
     @cached_property
     def global_rows(self) -> int:
@@ -156,19 +164,13 @@ class Job:
     # ------------------------------------------------------------------------------------------------ dtypes
 
     @cached_property
-    def policy(self) -> Mapping[str, Any] | None:
-        """Mixed precision of fsdp2, None where it is off."""
-        node = self.options.get("mp_policy")
-        return node if node and node.get("enabled", True) else None
-
-    def _dtype(self, key: str) -> str | None:
-        value = (self.policy or {}).get(key)
-        return getattr(value, "name", value)
+    def _dtypes(self) -> Dtypes:
+        return self.costs.dtypes(self.options)
 
     @cached_property
     def param_dtype(self) -> str:
         """Of gathered parameters."""
-        return self._dtype("param_dtype") or "float32"
+        return self._dtypes.param
 
     @cached_property
     def compute_dtype(self) -> str:
@@ -177,12 +179,12 @@ class Job:
 
     @cached_property
     def reduce_dtype(self) -> str:
-        return self._dtype("reduce_dtype") or self.param_dtype
+        return self._dtypes.reduce
 
     @cached_property
     def output_dtype(self) -> str:
         """Of the logits that the model returns."""
-        return self._dtype("output_dtype") or self.compute_dtype
+        return self._dtypes.output or self.compute_dtype
 
     # ------------------------------------------------------------------------------------------------ techniques
 
@@ -200,32 +202,10 @@ class Job:
             return Styles({str(key): str(style) for key, style in dict(given).items()})
         return _own_styles(self.model.model_type, bool(self.options.get("sequence_parallel")))
 
-    def reshards(self, last: bool, expert: bool = False) -> bool:
-        """Whether a block's gathered parameters are freed after forward.
-
-        last: it is the last block of its module. expert: of the block's experts, which have an option of their own.
-        """
-        if expert:
-            return bool(self.moe.get("reshard_after_forward"))
-        if self.strategy == "megatron_fsdp":
-            return self.options.get("zero_dp_strategy") == 3
-        asked = self.options.get("reshard_after_forward")
-        return bool(asked) if asked is not None else self.pp == 1 and not last
-
     @cached_property
-    def prefetch_depth(self) -> int:
-        """Blocks that are gathered ahead in backward; torch gathers one by itself."""
-        if self.options.get("enable_fsdp2_prefetch"):
-            return int(self.options["fsdp2_backward_prefetch_depth"])
-        return 1
-
-    @cached_property
-    def splits_steps(self) -> bool:
-        """Whether gradients stay whole on a rank until a step's last microbatch."""
-        several = self.microbatches > 1
-        if self.strategy == "megatron_fsdp":
-            return several and self.options.get("zero_dp_strategy", 3) < 2
-        return several and bool(self.options.get("defer_fsdp_grad_sync", True))
+    def compiled(self) -> bool:
+        """Whether blocks are compiled."""
+        return bool(self.options.get("enable_compile"))
 
     # ------------------------------------------------------------------------------------------------ stages
 
@@ -234,12 +214,19 @@ class Job:
         """The option name of the pipeline's schedule, or ``file``. Raises ConfigError for a name that is none."""
         if self.pipeline.get("pp_schedule_csv") is not None:
             return "file"
-        asked = str(self.pipeline.get("pp_schedule") or "1f1b")
+        asked = str(self.pipeline.get("pp_schedule"))
         found = find_schedule(asked)
         names = [name for name, schedule in SCHEDULES.items() if schedule is found]
         if not names:
             raise unknown_schedule(asked)
         return names[0]
+
+    @cached_property
+    def played(self) -> PlayedSchedule:
+        """How the plan plays the schedule. Raises ConfigError for one whose row does not say."""
+        if self.schedule == "file":
+            return from_file(read_schedule(self.pipeline["pp_schedule_csv"]))
+        return played_schedule(self.schedule)
 
     @cached_property
     def splits_backward(self) -> bool:
@@ -274,13 +261,6 @@ class Job:
 
     def stages_of(self, pp_rank: int) -> list[Stage]:
         return [stage for stage in self.stages if stage.rank == pp_rank]
-
-
-def unknown_schedule(name: str) -> ConfigError:
-    likely = nearest(name, SCHEDULES) or ["1f1b"]
-    known = [*likely, *(option for option in SCHEDULES if option not in likely)]
-    what, asked = f"the plan knows no schedule {name!r}", f"pipeline.pp_schedule={name}"
-    return ConfigError(Problem(what=what, asked=asked, allowed=", ".join(known), instead=f"pipeline={likely[0]}"))
 
 
 def _named_stage(index: int, rank: int, names: list[str]) -> Stage:

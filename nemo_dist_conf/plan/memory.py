@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Callable
 
 from nemo_dist_conf.plan.activations import Kept, loss_bytes, stage_bytes
-from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
-from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Place, gathered_bytes, held_elements, units_of
+from nemo_dist_conf.plan.job import Job
+from nemo_dist_conf.plan.rank_shards import Place, held_elements, units_of
 
 __all__ = ["Memory", "memory_of", "resting_bytes"]
 
@@ -50,58 +50,8 @@ def resting_bytes(job: Job, pp_rank: int, place: Place) -> tuple[int, int, int]:
             elements += unit.count * held_elements(job, unit, place)
             tensors += unit.count * len(unit.weights)
     parameters = 4 * elements
-    gradients = states = parameters
-    if job.strategy == "megatron_fsdp":
-        zero = job.options.get("zero_dp_strategy", 3)
-        gradients = parameters if zero in (0, 3) else -(-parameters // job.shards) if zero == 2 else parameters
-        states = parameters if zero in (0, 3) else -(-parameters // job.shards)
+    gradients, states = job.costs.resting(job, parameters)
     return parameters, gradients, job.update.states * states + 4 * job.update.scalars * tensors
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """Bytes of whole parameters and unreduced gradients: at the loss, and while backward is in a block."""
-
-    at_loss: int
-    in_backward: int
-    accumulated: int
-
-
-def _gathered(job: Job, stages: list[Stage]) -> _Gathered:
-    if job.strategy == "ddp":
-        # Buckets are copies of all gradients, unless gradients live in them; one rank has none.
-        none = job.data_size == 1 or job.options.get("gradient_as_bucket_view")
-        buckets = 0 if none else 4 * job.model.parameters
-        return _Gathered(buckets, buckets, 0)
-    narrow, wide = DTYPE_BYTES[job.param_dtype], DTYPE_BYTES[job.reduce_dtype]
-    at_loss = in_backward = accumulated = 0
-    in_block: dict[int, int] = {}
-    for stage in stages:
-        for unit in units_of(job, stage):
-            size = gathered_bytes(job, unit, narrow)
-            whole = gathered_bytes(job, unit, 1)
-            if unit.layer == EMBEDDING:
-                kept_whole = job.options.get("reshard_after_forward") is False
-                at_loss += size if kept_whole else 0
-                in_backward += size if kept_whole else 0
-            elif unit.layer < 0:
-                freed = job.options.get("reshard_after_forward") is True and job.pp == 1
-                at_loss += 0 if freed else size
-                in_backward += 0 if unit.layer == HEAD else size  # a head is done before the blocks
-            else:
-                kept = [not job.reshards(index == unit.count - 1, unit.expert) for index in range(unit.count)]
-                frees = job.reshards(False, unit.expert)
-                at_loss += sum(kept) * size
-                in_backward += 0 if frees else unit.count * size
-                # In the backward of a block: its gradients as they come and as they are reduced, and the gathered
-                # parameters of this block and of those ahead.
-                once = whole * (narrow + wide) + ((1 + job.prefetch_depth) * size if frees else 0)
-                in_block[unit.layer] = in_block.get(unit.layer, 0) + once
-            if job.splits_steps or job.pp > 1:
-                accumulated += unit.count * whole * wide
-    if job.strategy == "megatron_fsdp" and job.options.get("zero_dp_strategy") != 3:
-        return _Gathered(0, 0, 0)
-    return _Gathered(at_loss, in_backward + max(in_block.values(), default=0), accumulated)
 
 
 def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] | None = None) -> Memory:
@@ -116,10 +66,10 @@ def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] |
     recomputed = max((saved[stage.index].working for stage in stages), default=0)
     has_loss = any("final_norm" in stage.outer for stage in stages)
     loss = loss_bytes(job)[1] if has_loss else 0
-    gathered = _gathered(job, stages)
+    gathered = job.costs.gathered(job, stages)
     states = parameters + optimizer
     host = 0
-    if _offloaded(job):
+    if job.costs.offloads(job):
         host, states, resting_gradients = states + gradients, 0, 0
     else:
         resting_gradients = gradients
@@ -158,8 +108,3 @@ def _gradients_before(job: Job, accumulated: int, resting: int) -> int:
     if accumulated:
         return accumulated
     return resting if job.microbatches > 1 else 0
-
-
-def _offloaded(job: Job) -> bool:
-    policy = job.options.get("offload_policy")
-    return bool(policy and policy.get("enabled", True))

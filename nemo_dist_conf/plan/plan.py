@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Iterator
+from typing import Any
 
-from nemo_dist_conf.plan.activations import kept_by_stage
+from nemo_dist_conf.plan.collectives import Collective
+from nemo_dist_conf.plan.fit import FITS, memories_of, verdict_of
 from nemo_dist_conf.plan.job import Job
-from nemo_dist_conf.plan.memory import Memory, memory_of
+from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.rank_groups import Groups, all_groups
-from nemo_dist_conf.plan.rank_shards import Place
-from nemo_dist_conf.plan.step_time import StepTime, step_time
-from nemo_dist_conf.plan.text_report import amount, duration, percent, table
-from nemo_dist_conf.plan.traffic import Collective, traffic_of
+from nemo_dist_conf.plan.remedies import ways_to_fit
+from nemo_dist_conf.plan.step_time import StepTime, step_time, timeline_of
+from nemo_dist_conf.plan.traffic import traffic_of
 
-__all__ = ["FITS", "NO", "Plan", "TIGHT", "make_plan"]
-
-FITS, TIGHT, NO = "fits", "tight", "does not fit"
-#: Above this part of the memory that is free for torch a plan is called tight.
-_TIGHT = 0.9
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +36,8 @@ class Plan:
         return min(self.memory, key=lambda memory: memory.peak)
 
     @property
-    def room(self) -> float:
-        """Memory of a rank that torch can use [bytes]."""
-        return (self.job.hardware.memory_gib - self.job.hardware.reserved_gib) * 2**30
-
-    @property
     def verdict(self) -> str:
-        return NO if self.most.peak > self.room else TIGHT if self.most.peak > _TIGHT * self.room else FITS
+        return verdict_of(self.memory, self.job.hardware)
 
     @cached_property
     def groups(self) -> list[Groups]:
@@ -66,23 +56,13 @@ class Plan:
 
     def ways_out(self) -> list[str]:
         """Words that make a job fit which does not, the least costly first; none where it fits."""
-        if self.verdict == FITS:
-            return []
-        found = []
-        for words, job in _smaller(self.job):
-            if make_plan(job).verdict != NO:
-                found.append(words)
-            if len(found) == 3:
-                break
-        return found
+        return [] if self.verdict == FITS else ways_to_fit(self.job)
 
     @property
     def notes(self) -> list[str]:
         """What was asked for and is not in the numbers, a sentence each."""
         job = self.job
-        found = []
-        if job.options.get("enable_async_tensor_parallel"):
-            found.append("strategy.enable_async_tensor_parallel: its overlap is not in the time")
+        found = list(job.costs.notes(job))
         policy = job.moe.get("mp_policy")
         changed = {
             "lm_head_precision": job.moe.get("lm_head_precision") is not None,
@@ -94,23 +74,12 @@ class Plan:
             found += [f"moe.{key}: its units and dtypes are not in memory and traffic" for key in asked]
         return found
 
-    def table(self, formulas: bool = False) -> str:
-        return table(self, formulas)
-
-    def short(self) -> str:
-        """One line: memory, time and verdict."""
-        job, step = self.job, self.step
-        return (
-            f"{amount(self.most.peak)} of {job.hardware.memory_gib:g} GiB ({self.verdict}), "
-            f"{duration(step.seconds)} a step, {step.tokens_per_second:,.0f} tokens/s, MFU {percent(step.mfu)}"
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; bytes, seconds, counts."""
         job = self.job
         return {
             "world_size": job.mesh.world_size,
-            "strategy": job.strategy,
+            "strategy": job.strategy.name,
             "layout": job.mesh.describe(),
             "mesh": dict(zip(job.mesh.axes, job.mesh.shape)),
             "hardware": job.hardware.name,
@@ -136,53 +105,7 @@ class Plan:
 
 
 def make_plan(job: Job) -> Plan:
-    """Memory of the first and last rank of every pipeline rank, and the time of a step."""
-    first = step_time(job)
-    saved = {index: kept.saved for index, kept in kept_by_stage(job).items()}
-    timeline = first.timeline
-    kept = None if timeline is None else functools.partial(timeline.kept, size=saved.__getitem__)
-    last = Place(job.tp - 1, job.shards - 1, job.ep - 1, job.ep_shard - 1)
-    memory: list[Memory] = []
-    for rank in range(job.pp):
-        both = [memory_of(job, rank, place, kept) for place in (Place(), last)]
-        memory += both if both[0] != both[1] else both[:1]
-    return Plan(job, tuple(memory), step_time(job, {m.pp_rank: m for m in reversed(memory)}, first.timeline))
-
-
-def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
-    """Changes that save memory without another number of ranks, and two of them together."""
-    options = dict(job.options)
-    modes = [mode for mode in ("selective", True) if job.checkpointing is False or mode is True]
-    if job.strategy == "megatron_fsdp":
-        modes = [True]
-    if job.pp > 1 and job.splits_backward:
-        modes = []  # a rule forbids both together
-    lighter: list[tuple[str, dict[str, Any]]] = [
-        (f"activation_checkpointing={str(mode).lower()}", {"checkpointing": mode})
-        for mode in modes
-        if mode != job.checkpointing
-    ]
-    split: list[tuple[str, dict[str, Any]]] = []
-    changed: dict[str, Any]
-    if job.rows > 1 and job.pp == 1:
-        changed = {"rows": 1, "microbatches": job.rows * job.microbatches}
-        split.append(("train.micro_batch_size=1", changed))
-    if job.strategy == "fsdp2" and job.tp > 1 and not job.sequence_parallel and job.model.experts == 0:
-        changed = {"options": {**options, "sequence_parallel": True}}
-        split.append(("strategy.sequence_parallel=true", changed))
-    if job.strategy == "fsdp2" and options.get("reshard_after_forward") is False:
-        split.append(("strategy.reshard_after_forward=null", {"options": {**options, "reshard_after_forward": None}}))
-    single = [*split, *lighter]
-    pairs = [(f"{a} {b}", {**x, **y}) for a, x in split for b, y in lighter]
-    if job.strategy == "fsdp2":
-        policy = {"enabled": True, "pin_memory": True}
-        words = "strategy.offload_policy.enabled=true"
-        together = [*split, *lighter[-1:]]
-        everything = {key: value for _, changed in together for key, value in changed.items()}
-        merged = dict(options)
-        for _, changed in together:
-            merged |= {key: value for key, value in changed.get("options", {}).items() if value != options.get(key)}
-        everything["options"] = {**merged, "offload_policy": policy}
-        pairs.append((" ".join([*(word for word, _ in together), words]), everything))
-    for words, changed in (*single, *pairs):
-        yield words, dataclasses.replace(job, **changed)
+    """Memory of every pipeline rank, and the time of a step. Raises ConfigError for what cannot be planned."""
+    timeline = timeline_of(job)
+    memory = memories_of(job, timeline)
+    return Plan(job, memory, step_time(job, {m.pp_rank: m for m in reversed(memory)}, timeline))

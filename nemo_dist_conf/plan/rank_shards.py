@@ -19,14 +19,13 @@ __all__ = [
     "gathered_bytes",
     "held_elements",
     "padded",
+    "stage_units",
     "tp_shape",
     "units_of",
 ]
 
 #: Layers of units that are outside of layers: the root, or in its place an embedding and a head with the final norm.
 _ROOT, EMBEDDING, HEAD = -1, -2, -3
-#: Elements from which FSDP2 gathers embedding and head on their own (runtime/engines/fsdp2_units.py, with torch).
-_OUTER_UNIT_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class _Split:
-    """How a job splits parameters: ranks of each kind, and whether the dense part rests in shards."""
+    """How a job splits parameters: ranks of each kind, and whether they rest in shards."""
 
     styles: Styles
     tp: int
@@ -81,18 +80,19 @@ def padded(size: int, parts: int) -> int:
 
 
 def units_of(job: Job, stage: Stage) -> tuple[Unit, ...]:
-    """The units of a stage: one for each block, of its experts where they are split apart, and for the rest.
-
-    That is one unit, or two where FSDP2 shards a large embedding by itself: without stages and split experts.
-    """
-    model = job.model
-    is_large = not model.tied and model.vocab * model.hidden >= _OUTER_UNIT_ELEMENTS
-    splits_outer = is_large and job.strategy == "fsdp2" and job.pp == 1 and job.ep == 1
-    return _units(model, stage, job.ep > 1, splits_outer)
+    """The units of a stage, as the strategy makes them."""
+    return job.costs.units(job, stage)
 
 
 @lru_cache(maxsize=4096)
-def _units(model: ModelShape, stage: Stage, splits_experts: bool, splits_outer: bool) -> tuple[Unit, ...]:
+def stage_units(
+    model: ModelShape, stage: Stage, splits_experts: bool = False, splits_outer: bool = False
+) -> tuple[Unit, ...]:
+    """A unit for each block of a stage, for a block's experts where they are split apart, and for the rest.
+
+    splits_outer: the rest is two units, the embedding, and the head with the final norm. The same arguments give the
+    same objects, by which other answers are remembered.
+    """
     found: list[Unit] = []
     for sparse, count in model.kinds(stage.first, stage.last).items():
         layer = next(i for i in range(stage.first, stage.last) if model.sparse[i] is sparse)
@@ -127,9 +127,7 @@ def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> 
 
 
 def _split_of(job: Job) -> _Split:
-    zero = job.options.get("zero_dp_strategy") if job.strategy == "megatron_fsdp" else None
-    rests_sharded = job.strategy == "fsdp2" or zero == 3
-    return _Split(job.styles, job.tp, job.shards, job.ep, job.ep_shard, rests_sharded)
+    return _Split(job.styles, job.tp, job.shards, job.ep, job.ep_shard, job.costs.rests_sharded(job))
 
 
 def held_elements(job: Job, unit: Unit, place: Place) -> int:
@@ -140,9 +138,8 @@ def held_elements(job: Job, unit: Unit, place: Place) -> int:
 @lru_cache(maxsize=65536)
 def _held(unit: Unit, split: _Split, place: Place) -> int:
     index = place.ep_shard if unit.expert else place.shard
-    rests_whole = not unit.expert and not split.rests_sharded
     return sum(
-        outer * (size if rests_whole else chunk(size, parts, index))
+        outer * (chunk(size, parts, index) if split.rests_sharded else size)
         for outer, size, parts in _dimensions(unit, split, place.tp, place.ep)
     )
 

@@ -1,9 +1,7 @@
 """A pipeline schedule played through: who computes what when, how long a rank waits, what it keeps meanwhile.
 
-The orders of gpipe, 1f1b, interleaved_1f1b and looped_bfs are torch's, action by action; a schedule file has its
-own. The three schedules that split backward are played greedily (a gradient for a neighbour first, then a forward
-where memory allows, then gradients of weights), which comes close to the tables of torch.
-Sources: GPipe (arXiv:1811.06965), 1F1B (arXiv:2104.04473), zero bubble (arXiv:2401.10241), torch's pipelining.
+In the order that its row names (plan/schedule_orders.py). One without an order is played greedily: a gradient for a
+neighbour first, then a forward where memory allows, then gradients of weights.
 """
 
 from __future__ import annotations
@@ -11,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, Iterator, Mapping, Sequence
 
-from nemo_dist_conf.names import SCHEDULES
-from nemo_dist_conf.plan.job import Job, unknown_schedule
-from nemo_dist_conf.topology.schedule_file import Action, read_schedule
+from nemo_dist_conf.plan.job import Job
+from nemo_dist_conf.topology.schedule_file import Action
 
 __all__ = ["Costs", "Slot", "Timeline", "orders", "play"]
 
@@ -68,60 +65,15 @@ class Timeline:
 def orders(job: Job) -> list[list[Action]] | None:
     """The actions of every pipeline rank in the order that torch runs them; None for a schedule played greedily.
 
-    Raises ConfigError for a schedule whose order is not known here.
+    Raises ConfigError for a schedule that the plan does not know.
     """
-    if job.schedule == "file":
-        return [list(row) for row in read_schedule(job.pipeline["pp_schedule_csv"]).rows]
-    if job.splits_backward:
+    order = job.played.order
+    if order is None:
         return None
-    known = {"gpipe": _gpipe, "1f1b": _one_f_one_b, "interleaved_1f1b": _interleaved, "looped_bfs": _looped_bfs}
-    if job.schedule not in known:
-        raise unknown_schedule(job.schedule)
-    make = known[job.schedule]
-    held = [[stage.index for stage in job.stages_of(rank)] for rank in range(job.pp)]
-    return [list(make(rank, job.pp, held[rank], job.microbatches)) for rank in range(job.pp)]
-
-
-def _gpipe(rank: int, ranks: int, stages: Sequence[int], count: int) -> Iterator[Action]:
-    for kind in "FB":
-        yield from (Action(stages[0], kind, index) for index in range(count))
-
-
-def _one_f_one_b(rank: int, ranks: int, stages: Sequence[int], count: int) -> Iterator[Action]:
-    warmup = min(count, ranks - rank)
-    yield from (Action(stages[0], "F", index) for index in range(warmup))
-    for index in range(count):
-        yield Action(stages[0], "B", index)
-        if index + warmup < count:
-            yield Action(stages[0], "F", index + warmup)
-
-
-def _looped_bfs(rank: int, ranks: int, stages: Sequence[int], count: int) -> Iterator[Action]:
-    for stage in stages:
-        yield from (Action(stage, "F", index) for index in range(count))
-    for stage in reversed(stages):
-        yield from (Action(stage, "B", index) for index in reversed(range(count)))
-
-
-def _interleaved(rank: int, ranks: int, stages: Sequence[int], count: int) -> Iterator[Action]:
-    """Rounds of microbatches go through a rank's stages in turn. Source: torch's ScheduleInterleaved1F1B."""
-    here, rounds = len(stages), max(1, count // ranks)
-    in_round, total = count // rounds, here * count
-    warmup = min(total, (here - 1) * in_round + 2 * (ranks - 1 - rank))
-    seen: dict[tuple[str, int], int] = {}
-
-    def take(kind: str, step: int) -> Action:
-        local = step // in_round % here
-        stage = stages[local if kind == "F" else here - 1 - local]
-        index = seen.get((kind, stage), 0)
-        seen[kind, stage] = index + 1
-        return Action(stage, kind, index)
-
-    yield from (take("F", step) for step in range(warmup))
-    for step in range(total):
-        if warmup + step < total:
-            yield take("F", warmup + step)
-        yield take("B", step)
+    return [
+        list(order(rank, job.pp, [stage.index for stage in job.stages_of(rank)], job.microbatches))
+        for rank in range(job.pp)
+    ]
 
 
 def play(job: Job, costs: Costs) -> Timeline:
@@ -189,15 +141,11 @@ def _played(job: Job, costs: Costs, rows: Sequence[Sequence[Action]]) -> list[Sl
 def _greedy(job: Job, costs: Costs) -> list[Slot]:
     """Each free rank takes the first of: a gradient that a neighbour waits for, a forward, gradients of weights.
 
-    A rank keeps no more microbatches than the schedule's paper allows: as many chunks as stages in a V, as
-    interleaved 1F1B else.
+    A rank keeps no more chunks than the schedule's paper allows.
     """
     ranks, count = job.pp, job.microbatches
     held = [[stage.index for stage in job.stages_of(rank)] for rank in range(ranks)]
-    v_shaped = SCHEDULES[job.schedule].v_shaped
-    limits = [
-        2 * ranks if v_shaped else (len(held[rank]) - 1) * ranks + 2 * (ranks - 1 - rank) + 1 for rank in range(ranks)
-    ]
+    limits = [job.played.kept(rank, ranks, len(held[rank]), count) for rank in range(ranks)]
     done: dict[tuple[int, str, int], float] = {}
     following = {stage.index: {"F": 0, "I": 0, "W": 0} for stage in job.stages}
     free, kept = [0.0] * ranks, [0] * ranks

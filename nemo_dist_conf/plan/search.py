@@ -11,29 +11,31 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.check import check_values
 from nemo_dist_conf.composition.command_line import raw_words
-from nemo_dist_conf.composition.resolvers import autocast_dtype, compute_dtype
 from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config
 from nemo_dist_conf.plan.activations import stage_bytes
+from nemo_dist_conf.plan.fit import NO, usable_bytes
 from nemo_dist_conf.plan.from_config import hardware_of, model_config, model_shape, planned_start, update_of
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import memory_of, resting_bytes
-from nemo_dist_conf.plan.plan import NO, Plan, make_plan
+from nemo_dist_conf.plan.plan import Plan, make_plan
 from nemo_dist_conf.plan.rank_shards import Place
+from nemo_dist_conf.plan.schedule_orders import planned_schedules, played_schedule
 from nemo_dist_conf.plan.step_time import quick_seconds
+from nemo_dist_conf.plan.strategy_costs import costs_of, planned_strategies, unplanned_strategies
 from nemo_dist_conf.recipe.checks import batch_problems
+from nemo_dist_conf.schema import PipelineConf
 from nemo_dist_conf.schema.hardware import HardwareConf
-from nemo_dist_conf.strategies import STRATEGIES, Strategy
+from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
+from nemo_dist_conf.topology.sequence_chunks import splits_evenly
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.wording import Spelling
 
 __all__ = ["Found", "Result", "search"]
 
-#: Schedules that are tried; the others need more memory or time than one of these for the same layout.
-_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv_zero_bubble")
 #: What the search chooses; words for it would be overruled.
 _CHOSEN = ("strategy", "parallelism.", "pipeline", "moe.", "activation_checkpointing", "train.micro_batch_size")
 #: So many of the quick estimates' best are planned in full.
@@ -50,11 +52,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Result:
-    """The best layouts, fastest first; how many the rules allow, and how many of those fit."""
+    """The best layouts, fastest first; how many the rules allow, and how many of those fit.
+
+    left_out: names of strategies that say nothing of their costs, so that no layout of theirs was planned.
+    """
 
     best: tuple[Found, ...]
     allowed: int
     fitting: int
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class _Search:
         ConfigError.raise_if(problems)
         self.dtype = OmegaConf.select(cfg, "train.dtype") or "auto"
         self.update = update_of(cfg.get("optimizer"))
+        self.schedules = [name for name in planned_schedules() if played_schedule(name).searched]
         self.sections = {name: _defaults(schema) for name, schema in SECTIONS.items()}
         # What the config leaves to transformers' defaults is known from the shape.
         self.facts = dataclasses.replace(
@@ -120,7 +127,7 @@ class _Search:
     def best(self, world_size: int, top: int) -> Result:
         quick: list[tuple[float, int, Job, _Layout, bool | str]] = []
         allowed = 0
-        room = (self.machine.memory_gib - self.machine.reserved_gib) * 2**30
+        room = usable_bytes(self.machine)
         for layout in self.layouts(world_size):
             job = self.job(layout, world_size)
             if job is None:
@@ -151,13 +158,13 @@ class _Search:
                 found.append(Found(_words(layout, job, mode), plan))
         found.sort(key=lambda one: one.plan.step.seconds)
         fitting = len({id(layout) for _, _, _, layout, _ in quick})
-        return Result(tuple(found[:top]), allowed, fitting)
+        return Result(tuple(found[:top]), allowed, fitting, tuple(one.name for one in unplanned_strategies()))
 
     def layouts(self, world_size: int) -> Iterator[_Layout]:
         """All sizes whose product is world_size and that divide the model and the batch."""
-        for strategy in STRATEGIES:
+        for strategy in planned_strategies():
             axes = strategy.axes.allowed
-            values = self.values(strategy)
+            values = costs_of(strategy).recipe_options(_defaults(strategy.schema), self.dtype, self.machine.device)
             widths = [w for w in (self.model.heads, self.model.kv_heads, self.model.intermediate) if w]
             for pp in divisors(world_size) if "pp" in axes else [1]:
                 if pp > self.model.layers:
@@ -167,7 +174,7 @@ class _Search:
                         continue
                     for cp in divisors(world_size // (pp * tp)) if "cp" in axes else [1]:
                         dp = world_size // (pp * tp * cp)
-                        if self.rows % dp or (cp > 1 and self.seq_len % (2 * cp)):
+                        if self.rows % dp or not splits_evenly(self.seq_len, cp):
                             continue
                         yield from self.with_data(strategy, values, pp, tp, cp, dp)
 
@@ -186,19 +193,8 @@ class _Search:
                     "cp_size": cp,
                     "ep_size": ep,
                 }
-                for schedule in _SCHEDULES if pp > 1 else (None,):
+                for schedule in self.schedules if pp > 1 else (None,):
                     yield _Layout(strategy, values, sizes, schedule, tp > 1 and "sequence_parallel" in values)
-
-    def values(self, strategy: Strategy) -> dict[str, Any]:
-        """The strategy's defaults, in the dtype of the recipe."""
-        values = _defaults(strategy.schema)
-        device = self.machine.device
-        if "autocast_dtype" in values and strategy.name == "ddp":
-            values["autocast_dtype"] = autocast_dtype(self.dtype, device)
-        if "mp_policy" in values:
-            narrow = compute_dtype(self.dtype, device)
-            values["mp_policy"] = {**values["mp_policy"], "param_dtype": narrow, "output_dtype": "float32"}
-        return values
 
     def job(self, layout: _Layout, world_size: int) -> Job | None:
         """The layout's job with as small a microbatch as there is; None where a rule forbids it."""
@@ -217,11 +213,8 @@ class _Search:
         )
         if checked is None:
             return None
-        autocast = values.get("autocast_dtype")
-        if layout.strategy.name == "megatron_fsdp":
-            autocast = autocast_dtype(self.dtype, self.machine.device)
         return Job(
-            strategy=layout.strategy.name,
+            strategy=layout.strategy,
             options=values,
             mesh=checked.mesh,
             model=self.model,
@@ -231,7 +224,7 @@ class _Search:
             microbatches=rows,
             pipeline=pipeline,
             moe=self.sections["moe"],
-            autocast=autocast,
+            autocast=costs_of(layout.strategy).autocast(values, self.dtype, self.machine.device),
             update=self.update,
         )
 
@@ -253,13 +246,9 @@ def _may_fit(job: Job, room: float) -> bool:
     per_rank = len(job.stages) // job.pp
 
     def kept(rank: int) -> int:
-        flights = {
-            "1f1b": min(job.microbatches, job.pp - rank),
-            "interleaved_1f1b": min(job.microbatches * per_rank, (per_rank - 1) * job.pp + 2 * (job.pp - 1 - rank) + 1),
-            "zbv_zero_bubble": min(job.microbatches * per_rank, 2 * job.pp),
-        }[job.schedule]
+        chunks = job.played.kept(rank, job.pp, per_rank, job.microbatches)
         sizes = [stage_bytes(job, stage).saved for stage in job.stages_of(rank)]
-        return flights * sum(sizes) // len(sizes)
+        return chunks * sum(sizes) // len(sizes)
 
     ranks = sorted({0, job.pp - 1})
     return all(memory_of(job, rank, Place(), kept if job.pp > 1 else None).peak <= room for rank in ranks)
@@ -281,7 +270,7 @@ def _words(layout: _Layout, job: Job, mode: bool | str) -> str:
     if layout.sequence:
         words.append("strategy.sequence_parallel=true")
     if job.pp > 1:
-        words += [f"pipeline={job.schedule}"] if job.schedule != "1f1b" else []
+        words += [f"pipeline={job.schedule}"] if job.schedule != PipelineConf.pp_schedule else []
         words += [f"pipeline.pp_microbatch_size={job.rows}"] if job.rows > 1 else []
     elif job.microbatches > 1:
         words.append(f"train.micro_batch_size={job.rows}")

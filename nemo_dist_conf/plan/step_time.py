@@ -11,13 +11,23 @@ from dataclasses import dataclass
 from typing import Iterable, Mapping
 
 from nemo_dist_conf.families.shapes import block_weights
+from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.rank_groups import Groups, groups_of
 from nemo_dist_conf.plan.schedule_timeline import Costs, Timeline, play
-from nemo_dist_conf.plan.traffic import Collective, traffic_of
+from nemo_dist_conf.plan.traffic import traffic_of
 
-__all__ = ["FORMULAS", "StepTime", "collective_seconds", "model_flops", "quick_seconds", "stage_seconds", "step_time"]
+__all__ = [
+    "FORMULAS",
+    "StepTime",
+    "collective_seconds",
+    "model_flops",
+    "quick_seconds",
+    "stage_seconds",
+    "step_time",
+    "timeline_of",
+]
 
 #: What each line of the estimate is, for ``plan.formulas=true``.
 FORMULAS: dict[str, str] = {
@@ -100,7 +110,7 @@ def stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
     model, hardware, tokens = job.model, job.hardware, job.tokens
     peak, memory = _peak(job), 1e9 * hardware.memory_gb_s * hardware.bandwidth_efficiency
     matmul = attention = bytes_moved = 0.0
-    style = 1 if job.options.get("enable_compile") else 0
+    style = 1 if job.compiled else 0
     item = DTYPE_BYTES[job.compute_dtype] / 2
     split = job.tp if job.sequence_parallel else 1
     for sparse, count in model.kinds(stage.first, stage.last).items():
@@ -178,17 +188,24 @@ def _work(job: Job, ranks: Iterable[int]) -> _Work:
 
 
 def quick_seconds(job: Job) -> float:
-    """The estimate without playing the schedule through: bubbles by their formula, the first and last rank's work.
-
-    The bubble of p ranks with v stages each is (p - 1) / v forwards and backwards of a rank; a zero-bubble schedule in
-    a V has about a third of it. Sources: arXiv:2104.04473, section 2.2; arXiv:2401.10241.
-    """
+    """The estimate without playing the schedule through: its bubble by formula, the first and last rank's work."""
     work = _work(job, sorted({0, job.pp - 1}))
     of_rank = [sum(sum(work.costs[stage.index]) for stage in job.stages_of(rank)) for rank in work.calls]
-    per_rank = len(job.stages) // job.pp
-    bubble = (job.pp - 1) / per_rank * (1 / 3 if job.splits_backward else 1.0) if job.pp > 1 else 0
+    bubble = job.played.bubble(job.pp, len(job.stages) // job.pp) if job.pp > 1 else 0
     busy = job.calls * (job.microbatches + bubble) * max(of_rank)
     return busy + max(_unhidden(job, work.calls[rank], work.groups, busy) for rank in work.calls)
+
+
+def timeline_of(job: Job) -> Timeline | None:
+    """The schedule as it runs with the times of this job; None without a pipeline."""
+    return _played(job, _work(job, range(job.pp))) if job.pp > 1 else None
+
+
+def _played(job: Job, work: _Work) -> Timeline | None:
+    if job.pp == 1:
+        return None
+    forward, backward = ({index: cost[side] for index, cost in work.costs.items()} for side in (0, 1))
+    return play(job, Costs(forward, backward, work.hop))
 
 
 def step_time(job: Job, memories: Mapping[int, Memory] | None = None, timeline: Timeline | None = None) -> StepTime:
@@ -198,9 +215,8 @@ def step_time(job: Job, memories: Mapping[int, Memory] | None = None, timeline: 
     """
     work = _work(job, range(job.pp))
     runs = job.microbatches * job.calls
-    if job.pp > 1 and timeline is None:
-        forward, backward = ({index: cost[side] for index, cost in work.costs.items()} for side in (0, 1))
-        timeline = play(job, Costs(forward, backward, work.hop))
+    if timeline is None:
+        timeline = _played(job, work)
     busy = runs * sum(work.costs[0]) if timeline is None else job.calls * timeline.seconds
     busiest = max(range(job.pp), key=lambda rank: sum(sum(work.costs[s.index]) for s in job.stages_of(rank)))
     sharding = max(_unhidden(job, work.calls[rank], work.groups, busy) for rank in range(job.pp))

@@ -17,12 +17,13 @@ from nemo_dist_conf.composition.agreement.shared_failure import end
 from nemo_dist_conf.composition.command_line import WITHOUT
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.launch.settings import read_settings
-from nemo_dist_conf.names import HARDWARE, nearest
+from nemo_dist_conf.names import HARDWARE
 from nemo_dist_conf.plan.search import Found, search
 from nemo_dist_conf.plan.text_report import columns, duration
 from nemo_dist_conf.schema.sweeper import LayoutsConf
 from nemo_dist_conf.topology.gpu_presence import cuda_present
 from nemo_dist_conf.topology.launched_ranks import planned_world_size
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = ["LayoutsSweep"]
 
@@ -55,12 +56,12 @@ class LayoutsSweep:
     def _search(self, arguments: list[str]) -> Sequence[Found]:
         known = [item.name for item in dataclasses.fields(LayoutsConf)]
         for key in (key for key in self.options if key not in known):
-            what, asked = f"hydra.sweeper.{key} is not an option", f"+hydra.sweeper.{key}={self.options[key]}"
+            what, asked = f"hydra.sweeper.{key} is not an option", assigned(f"+hydra.sweeper.{key}", self.options[key])
             raise ConfigError(Problem(what=what, asked=asked, allowed=", ".join(known), instead=f"{WITHOUT}{asked}"))
         top = self.options.get("top")
         if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             what = f"hydra.sweeper.top={top} is not a number of layouts"
-            asked = f"hydra.sweeper.top={top}"
+            asked = assigned("hydra.sweeper.top", top)
             raise ConfigError(
                 Problem(what=what, asked=asked, allowed="a whole number, 1 or more", instead="hydra.sweeper.top=3")
             )
@@ -83,11 +84,15 @@ class LayoutsSweep:
         if name in HARDWARE:
             return str(name)
         if name is not None:
-            likely = nearest(str(name), HARDWARE) or ["h100"]
-            what, asked = f"there is no hardware profile {name!r}", f"hydra.sweeper.hardware={name}"
+            key = "hydra.sweeper.hardware"
             raise ConfigError(
-                Problem(
-                    what=what, asked=asked, allowed=", ".join(HARDWARE), instead=f"hydra.sweeper.hardware={likely[0]}"
+                unknown_name(
+                    name,
+                    HARDWARE,
+                    what=f"there is no hardware profile {name!r}",
+                    asked=assigned(key, name),
+                    allowed=", ".join(HARDWARE),
+                    offer=lambda known: assigned(key, known),
                 )
             )
         if cuda_present():

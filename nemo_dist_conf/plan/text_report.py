@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from typing import Sequence
 
+from nemo_dist_conf.plan.fit import NO, usable_bytes
 from nemo_dist_conf.plan.memory import Memory
+from nemo_dist_conf.plan.plan import Plan
+from nemo_dist_conf.plan.search import Result
 from nemo_dist_conf.plan.step_time import FORMULAS
 
-if TYPE_CHECKING:
-    from nemo_dist_conf.plan.plan import Plan
-    from nemo_dist_conf.plan.search import Found
-
-__all__ = ["amount", "columns", "count_of", "counted", "duration", "found_table", "percent", "table"]
+__all__ = ["amount", "columns", "count_of", "counted", "duration", "found_table", "percent", "summary", "table"]
 
 
 def amount(size: float) -> str:
@@ -63,6 +62,15 @@ def table(plan: Plan, formulas: bool = False) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def summary(plan: Plan) -> str:
+    """One line: memory, time and verdict."""
+    job, step = plan.job, plan.step
+    return (
+        f"{amount(plan.most.peak)} of {job.hardware.memory_gib:g} GiB ({plan.verdict}), "
+        f"{duration(step.seconds)} a step, {step.tokens_per_second:,.0f} tokens/s, MFU {percent(step.mfu)}"
+    )
+
+
 def _head(plan: Plan) -> list[str]:
     job = plan.job
     model, mesh = job.model, job.mesh
@@ -74,7 +82,7 @@ def _head(plan: Plan) -> list[str]:
     layers = counted(model.layers, "layer")
     facts = [
         ("model", f"{model.model_type}, {count_of(model.parameters)} parameters{active}, {layers}"),
-        ("layout", f"{job.strategy}, {mesh.describe()} ({ranks})"),
+        ("layout", f"{job.strategy.name}, {mesh.describe()} ({ranks})"),
         ("batch", f"{rows}: {counted(job.data_size, 'data rank')} x {runs} x {counted(job.rows, 'row')}"),
         ("hardware", f"{job.hardware.name}, {job.hardware.memory_gib:g} GiB, {job.compute_dtype}"),
     ]
@@ -126,22 +134,23 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    room = plan.job.hardware.memory_gib - plan.job.hardware.reserved_gib
-    lines = [f"{plan.verdict}: {amount(plan.most.peak)} of {room:.1f} GiB that are free for torch"]
+    room_gib = usable_bytes(plan.job.hardware) / 2**30
+    lines = [f"{plan.verdict}: {amount(plan.most.peak)} of {room_gib:.1f} GiB that are free for torch"]
     lines += [f"  not counted  {note}" for note in plan.notes]
     ways = plan.ways_out()
     if ways:
         lines += [f"  type  {way}" for way in ways]
-    elif plan.verdict == "does not fit":
+    elif plan.verdict == NO:
         lines.append("  more ranks, or another layout: plan.search=true lists those that fit")
     return lines
 
 
-def found_table(found: Sequence[Found], total: int, fitting: int) -> str:
+def found_table(result: Result) -> str:
     """The best layouts, with the words that choose them."""
-    head = f"{total:,} layouts that the rules allow, {fitting:,} fit"
+    head = f"{result.allowed:,} layouts that the rules allow, {result.fitting:,} fit"
+    left_out = [f"not searched  strategy={name}: the plan does not know what it costs" for name in result.left_out]
     rows = [("", "step", "MFU", "peak", "type")]
-    for place, one in enumerate(found, 1):
+    for place, one in enumerate(result.best, 1):
         step, peak = one.plan.step, one.plan.most.peak
         rows.append((f"{place}.", duration(step.seconds), percent(step.mfu), amount(peak), one.words))
-    return "\n".join([head, *columns(rows)])
+    return "\n".join([head, *columns(rows), *left_out])

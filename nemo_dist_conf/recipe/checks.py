@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,7 +14,7 @@ from nemo_dist_conf.composition.callback import DistributedCallback
 from nemo_dist_conf.composition.check import Checked, check
 from nemo_dist_conf.composition.command_line import as_typed_here, raw_words
 from nemo_dist_conf.composition.hydra_inside import node_at
-from nemo_dist_conf.composition.sections import SECTIONS, section_of, typed_words
+from nemo_dist_conf.composition.sections import SECTIONS, section_of, values_below
 from nemo_dist_conf.composition.text_values import told_as_texts
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, facts_from_folder
@@ -23,7 +24,9 @@ from nemo_dist_conf.recipe.node_checks import node_problems
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.recipe.yaml_folder import config_folder
+from nemo_dist_conf.strategies import default_strategy
 from nemo_dist_conf.topology.launched_ranks import launched, planned_world_size
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = [
     "RecipeCallback",
@@ -104,38 +107,39 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
 
 def _dtype_problems(dtype: Any, checked: Checked) -> list[Problem]:
     """``train.dtype`` and the strategy's own option, where a preset or a typed word answers otherwise."""
-    values = checked.strategy_values
-    policy = values.get("mp_policy") or {}
-    if "mp_policy" in values:
-        key, own = "strategy.mp_policy.param_dtype", policy.get("param_dtype") if policy.get("enabled") else None
-    else:
-        key, own = "strategy.autocast_dtype", values.get("autocast_dtype")
-    name = getattr(own, "name", own) or "float32"
-    if not {"mp_policy", "autocast_dtype"} & values.keys():
-        return _unscaled_problems(dtype, checked)
-    if dtype == "auto" or name == dtype:
+    strategy = checked.strategy
+    if dtype == "float16" and not strategy.loss_scaling:
+        return [_unscaled_problem(checked)]
+    if dtype == "auto" or strategy.compute_dtype is None:
         return []
+    *holder, option = strategy.compute_dtype.split(".")
+    values: Any = checked.strategy_values
+    for name in holder:
+        values = values.get(name) or {"enabled": False}
+    own = values[option] if values.get("enabled", True) else None
+    name = getattr(own, "name", own) or "float32"
+    if name == dtype:
+        return []
+    key = f"strategy.{strategy.compute_dtype}"
     return [
         Problem(
             what="what the model computes in has two different answers",
-            asked=f"train.dtype={dtype} {key}={'null' if own is None else name}",
+            asked=f"{assigned('train.dtype', dtype)} {assigned(key, None if own is None else name)}",
             allowed="one of them, or both the same",
             instead="train.dtype=auto",
         )
     ]
 
 
-def _unscaled_problems(dtype: Any, checked: Checked) -> list[Problem]:
-    """float16 under a strategy that keeps gradients in buffers of its own, where nothing scales them."""
-    if dtype != "float16":
-        return []
-    what = f"strategy={checked.strategy.name} has no loss scaling here, without which gradients in float16 become zero"
-    asked = f"{checked.spelling.choose('strategy', checked.strategy.name)} train.dtype=float16"
-    return [
-        Problem(
-            what=what, asked=asked, allowed="auto, float32, bfloat16; or strategy=fsdp2", instead="train.dtype=bfloat16"
-        )
-    ]
+def _unscaled_problem(checked: Checked) -> Problem:
+    """float16 under a strategy in which nothing scales the loss."""
+    name = checked.strategy.name
+    return Problem(
+        what=f"strategy={name} has no loss scaling here, without which gradients in float16 become zero",
+        asked=f"{checked.spelling.choose('strategy', name)} train.dtype=float16",
+        allowed=f"auto, float32, bfloat16; or strategy={default_strategy()}",
+        instead="train.dtype=bfloat16",
+    )
 
 
 def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | None) -> Problem | None:
@@ -191,7 +195,7 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
         if not isinstance(node, DictConfig):
             yield Problem(
                 what=f"{section} is {node!r}, not a group of options",
-                asked=f"{section}={node}",
+                asked=assigned(section, OmegaConf.to_container(node) if OmegaConf.is_config(node) else node),
                 allowed=", ".join(names),
                 instead=f"~{section}",
             )
@@ -202,26 +206,36 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
             if not section and nearest(key, ("strategy", *SECTIONS), cutoff=0.8):
                 continue  # told by the package's own check
             path = f"{section}.{key}" if section else key
-            likely = nearest(key, names)
-            words = typed_words(node, key)
-            known_elsewhere = [(word, section_of(word.partition("=")[0].rpartition(".")[2])) for word in words]
-            if all(owner for _, owner in known_elsewhere):
-                instead = " ".join(f"{owner}.{word.rpartition('.')[2]}" for word, owner in known_elsewhere)
-                what = f"{path} is not an option of the recipe; {known_elsewhere[0][1]} has what it holds"
+            inside, values = f"{section}." if section else "", values_below(node, key)
+            owners = [section_of(name.rpartition(".")[2]) for name in values]
+            if all(owners):
+                options = [f"{owner}.{name.rpartition('.')[2]}" for name, owner in zip(values, owners)]
                 yield Problem(
-                    what=what, asked=" ".join(f"+{word}" for word in words), allowed=", ".join(names), instead=instead
+                    what=f"{path} is not an option of the recipe; {owners[0]} has what it holds",
+                    asked=" ".join(assigned(f"+{inside}{name}", value) for name, value in values.items()),
+                    allowed=", ".join(names),
+                    instead=" ".join(map(assigned, options, values.values())),
                 )
                 continue
-            what = f"{path} is not an option of the recipe" + (f"; did you mean {likely[0]}?" if likely else "")
-            ordered = likely + [name for name in names if name not in likely]
-            best = f"{section}.{likely[0]}" if section and likely else likely[0] if likely else ""
-            plain = "" if OmegaConf.is_config(node_at(node, key)) else f"={words[0].partition('=')[2]}"
-            yield Problem(
-                what=what,
-                asked=f"+{path}{plain}",
-                allowed=", ".join(ordered),
-                instead=f"{best}{plain}" if likely else f"~{path}",
+            spell = _bare if OmegaConf.is_config(node_at(node, key)) else assigned
+            yield unknown_name(
+                key,
+                names,
+                what=f"{path} is not an option of the recipe",
+                asked=spell(f"+{path}", values.get(key)),
+                offer=functools.partial(_offered, spell, inside, values.get(key)),
+                otherwise=f"~{path}",
+                hint=True,
             )
+
+
+def _bare(key: str, value: Any) -> str:
+    """A key that holds a whole group, whose values are not typed with it."""
+    return key
+
+
+def _offered(spell: Callable[[str, Any], str], inside: str, value: Any, name: str) -> str:
+    return spell(f"{inside}{name}", value)
 
 
 def legal_batch_sizes(global_batch_size: int, unit: int) -> list[int]:
@@ -241,7 +255,10 @@ def batch_problems(global_batch_size: Any, micro_batch_size: Any, data_size: int
             what = f"{key}={value} is not a number of rows"
             problems.append(
                 Problem(
-                    what=what, asked=f"{key}={value}", allowed="a whole number, 1 or more", instead=f"{key}={data_size}"
+                    what=what,
+                    asked=assigned(key, value),
+                    allowed="a whole number, 1 or more",
+                    instead=assigned(key, data_size),
                 )
             )
     if problems:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Iterable
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.strategies import default_strategy
 
 __all__ = ["refuse_words"]
 
 #: Group -> the option that is offered.
 _OFFERED = {
-    "strategy": "fsdp2",
+    "strategy": default_strategy(),
     "parallelism": "default",
     "pipeline": "1f1b",
     "moe": "default",

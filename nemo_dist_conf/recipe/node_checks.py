@@ -7,9 +7,9 @@ from typing import Any, Iterable, Mapping
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dist_conf.composition.sections import inline_text
 from nemo_dist_conf.composition.text_values import unread_problems
 from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.wording import assigned
 
 __all__ = ["model_problems", "node_problems"]
 
@@ -24,7 +24,7 @@ _GROUPS: Mapping[str, tuple[str, str]] = {
 
 
 #: Keys of ``train`` that other nodes refer to.
-_SIZES = {"global_batch_size": 16, "micro_batch_size": "null"}
+_SIZES = {"global_batch_size": 16, "micro_batch_size": None}
 
 
 def node_problems(config: DictConfig) -> Iterable[Problem]:
@@ -39,19 +39,17 @@ def node_problems(config: DictConfig) -> Iterable[Problem]:
             asked = f"{name}=null" if name in config else f"~{name}"
             yield Problem(what=f"the recipe needs {_article(name)}", asked=asked, allowed=allowed, instead=best)
         elif not isinstance(node, DictConfig):
-            shown = inline_text(OmegaConf.to_container(node)) if OmegaConf.is_config(node) else str(node)
-            yield Problem(
-                what=f"{name} is not a group of options", asked=f"{name}={shown}", allowed=allowed, instead=best
-            )
+            what = f"{name} is not a group of options"
+            yield Problem(what=what, asked=assigned(name, _plain(node)), allowed=allowed, instead=best)
         elif "_target_" in node and not isinstance(node.get("_target_"), str):
-            asked = f"{name}._target_={inline_text(_plain(node.get('_target_')))}"
+            asked = assigned(f"{name}._target_", _plain(node.get("_target_")))
             what = f"{name}._target_ is not the path of a class or function"
             yield Problem(what=what, asked=asked, allowed="package.module.name", instead=best)
         elif name == "model":
             yield from model_problems(node)
         elif name == "train":
             for key in [key for key in _SIZES if key not in node]:
-                allowed, best = "a number of rows", f"train.{key}={_SIZES[key]}"
+                allowed, best = "a number of rows", assigned(f"train.{key}", _SIZES[key])
                 yield Problem(what=f"train.{key} is missing", asked=f"~train.{key}", allowed=allowed, instead=best)
 
 
@@ -66,13 +64,13 @@ def model_problems(node: DictConfig) -> Iterable[Problem]:
     allowed, best = _GROUPS["model"]
     folder, config = node.get("name_or_path"), node.get("config")
     if folder is not None and not isinstance(folder, str):
-        asked = f"model.name_or_path={inline_text(_plain(folder))}"
+        asked = assigned("model.name_or_path", _plain(folder))
         what = "model.name_or_path is not a folder"
         yield Problem(
             what=what, asked=asked, allowed="a local folder of save_pretrained; null", instead="model.name_or_path=null"
         )
     elif config is not None and config != "" and not isinstance(config, DictConfig):
-        asked = f"model.config={inline_text(_plain(config))}"
+        asked = assigned("model.config", _plain(config))
         yield Problem(
             what="model.config is not a group of fields",
             asked=asked,
@@ -81,18 +79,17 @@ def model_problems(node: DictConfig) -> Iterable[Problem]:
         )
     elif not folder and not config:
         what = "the config does not say which model to build"
-        words = inline_text({str(key): _plain(value) for key, value in node.items()})
-        yield Problem(what=what, asked=f"model={words}", allowed=allowed, instead=best)
+        yield Problem(what=what, asked=assigned("model", _plain(node)), allowed=allowed, instead=best)
     elif not folder:
         kind = config.get("model_type")
         if kind is None or kind == "":
-            asked = f"model.config.model_type={_plain(kind)}"
+            asked = assigned("model.config.model_type", kind)
             what = "model.config has no model_type"
             yield Problem(
                 what=what, asked=asked, allowed="llama, qwen3, mistral, ...", instead="model.config.model_type=llama"
             )
         elif not isinstance(kind, str):
-            asked = f"model.config.model_type={inline_text(_plain(kind))}"
+            asked = assigned("model.config.model_type", _plain(kind))
             what = "model.config.model_type is not the name of a family"
             yield Problem(
                 what=what, asked=asked, allowed="llama, qwen3, mistral, ...", instead="model.config.model_type=llama"
@@ -100,4 +97,4 @@ def model_problems(node: DictConfig) -> Iterable[Problem]:
 
 
 def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else "null" if value is None else value
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

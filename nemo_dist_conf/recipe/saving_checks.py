@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from nemo_dist_conf.checkpoint.manifest import damaged, find_checkpoint, read_manifest, wrong_sizes
 from nemo_dist_conf.errors import DataError, Problem
-from nemo_dist_conf.wording import typed_path
+from nemo_dist_conf.wording import assigned, typed_path
 
 __all__ = ["saving_problems"]
 
@@ -25,14 +25,14 @@ def saving_problems(config: DictConfig, defaults: Mapping[str, Any]) -> Iterable
             unit = "steps" if name == "every" else "checkpoints"
             yield _problem(name, value, f"a number of {unit}, 1 or more; null", defaults[name] or 100)
     if not isinstance(node.get("async"), bool):
-        yield _problem("async", node.get("async"), "true, false", "false")
+        yield _problem("async", node.get("async"), "true, false", False)
     if node.get("export") not in (None, "hf"):
         yield _problem("export", node.get("export"), "hf, null", "hf")
     saves = node.get("every") is not None or node.get("export") is not None
     for name in ("keep", "async"):
         is_told = name == "async" and not isinstance(node.get(name), bool)  # above: it does not fit
         if not saves and node.get(name) != defaults[name] and not is_told:
-            asked = f"checkpoint.{name}={_word(node.get(name))}"
+            asked = assigned(f"checkpoint.{name}", node.get(name))
             what = f"{asked} has no effect: nothing is saved"
             allowed = "checkpoint.every=STEPS, or checkpoint.export=hf"
             yield Problem(what=what, asked=asked, allowed=allowed, instead=f"checkpoint.every=100 {asked}")
@@ -58,7 +58,7 @@ def _resume_problems(resume: Any) -> Iterable[Problem]:
     if resume is None or resume == "auto":
         return
     path = find_checkpoint(typed_path(str(resume)))
-    asked = f"checkpoint.resume={resume}"
+    asked = assigned("checkpoint.resume", resume)
     if path is None:
         what = f"{resume} holds no checkpoint"
         yield Problem(
@@ -77,10 +77,7 @@ def _resume_problems(resume: Any) -> Iterable[Problem]:
 
 
 def _problem(name: str, value: Any, allowed: str, best: Any) -> Problem:
-    asked = f"checkpoint.{name}={_word(value)}"
-    return Problem(what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"checkpoint.{name}={best}")
-
-
-def _word(value: Any) -> str:
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+    asked = assigned(f"checkpoint.{name}", value)
+    return Problem(
+        what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=assigned(f"checkpoint.{name}", best)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
@@ -11,12 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema.optimizers import optimizer_problems
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import assigned, typed, unknown_name
 
 __all__ = [
     "PATH_ALLOWED",
     "TOKENIZER_ALLOWED",
-    "as_typed",
     "data_problems",
     "schedule_problems",
     "train_problems",
@@ -43,18 +42,20 @@ def value_problems(config: DictConfig) -> Iterable[Problem]:
     """Every wrong value that is no matter of the layout; nodes with ``_target_`` are the user's own."""
     device, seed = config.get("device"), config.get("seed")
     if str(device).partition(":")[0] not in _DEVICES:
-        near = nearest("cuda" if str(device) == "gpu" else str(device), _DEVICES) or ["auto"]
-        yield Problem(
+        yield unknown_name(
+            device,
+            _DEVICES,
             what=f"device={device} is not supported",
-            asked=f"device={device}",
+            asked=assigned("device", device),
             allowed=", ".join(_DEVICES),
-            instead=f"device={near[0]}",
+            offer=lambda known: assigned("device", known),
+            meant=("cuda",) if device == "gpu" else (),
         )
     if not (_is_whole(seed, 0) and seed < 2**63):  # what torch and numpy both take
         allowed = "0 to 2**63 - 1" if _is_whole(seed, 0) else "0, 1, 2, ..."
         yield Problem(
-            what=f"seed={as_typed(seed)} does not fit",
-            asked=f"seed={as_typed(seed)}",
+            what=f"seed={typed(seed)} does not fit",
+            asked=assigned("seed", seed),
             allowed=allowed,
             instead="seed=0",
         )
@@ -86,21 +87,23 @@ def train_problems(node: Any) -> list[Problem]:
     """Wrong values of ``train``, but for the batch sizes, which depend on the ranks, and the schedule."""
     problems: list[Problem] = []
 
-    def wrong(key: str, allowed: str, example: str) -> None:
-        asked = Spelling().set(f"train.{key}", node.get(key))
+    def wrong(key: str, allowed: str, example: Any) -> None:
+        asked = assigned(f"train.{key}", node.get(key))
         problems.append(
-            Problem(what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"train.{key}={example}")
+            Problem(
+                what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=assigned(f"train.{key}", example)
+            )
         )
 
     if not _is_whole(node.get("steps"), 1):
-        wrong("steps", "1, 2, 3, ...", "200")
+        wrong("steps", "1, 2, 3, ...", 200)
     norm = node.get("max_grad_norm")
     if norm is not None and not (_is_number(norm) and norm >= 0):
-        wrong("max_grad_norm", "a number above 0; 0 or null: gradients are measured, not clipped", "1.0")
+        wrong("max_grad_norm", "a number above 0; 0 or null: gradients are measured, not clipped", 1.0)
     if not _is_whole(node.get("log_every"), 1):
-        wrong("log_every", "1, 2, 3, ...", "1")
+        wrong("log_every", "1, 2, 3, ...", 1)
     if not isinstance(node.get("tensorboard"), bool):
-        wrong("tensorboard", "true, false", "false")
+        wrong("tensorboard", "true, false", False)
     return problems
 
 
@@ -108,14 +111,19 @@ def schedule_problems(schedule: Any, warmup_steps: Any, steps: Any) -> list[Prob
     """What is wrong with the learning rate's schedule over so many steps."""
     problems = []
     if schedule not in _SCHEDULES:
-        best = nearest(schedule or "", _SCHEDULES) or ["constant"]
-        asked = Spelling().set("train.schedule", schedule)
-        what = f"{asked} is not a schedule"
+        asked = assigned("train.schedule", schedule)
         problems.append(
-            Problem(what=what, asked=asked, allowed=", ".join(_SCHEDULES), instead=f"train.schedule={best[0]}")
+            unknown_name(
+                schedule,
+                _SCHEDULES,
+                what=f"{asked} is not a schedule",
+                asked=asked,
+                allowed=", ".join(_SCHEDULES),
+                offer=lambda known: assigned("train.schedule", known),
+            )
         )
     if not _is_whole(warmup_steps, 0):
-        asked = Spelling().set("train.warmup_steps", warmup_steps)
+        asked = assigned("train.warmup_steps", warmup_steps)
         allowed = "0, 1, 2, ...; longer than the run: the rate rises to its end"
         example = steps // 10 if _is_whole(steps, 1) else 0
         problems.append(
@@ -129,7 +137,7 @@ def data_problems(values: Mapping[Any, Any]) -> list[Problem]:
     problems: list[Problem] = []
 
     def wrong(key: str, what: str, allowed: str, type_: str) -> None:
-        asked = f"data.{key}={as_typed(values.get(key))}"
+        asked = assigned(f"data.{key}", values.get(key))
         problems.append(Problem(what=f"data.{key}: {what}", asked=asked, allowed=allowed, instead=type_))
 
     for key, allowed in (("path", PATH_ALLOWED), ("tokenizer", TOKENIZER_ALLOWED)):
@@ -150,24 +158,25 @@ def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
         for key in map(str, fields):
             near = nearest(key, _MODEL_FIELDS, cutoff=0.85)
             if key not in _MODEL_FIELDS and near:
-                what = f"model.config.{key} is no field of a {family} config; did you mean {near[0]}?"
-                typed = f"model.config.{key}={as_typed(fields[key])}"
-                yield Problem(
-                    what=what,
-                    asked=f"+{typed}",
-                    allowed=", ".join(near),
-                    instead=f"model.config.{near[0]}={as_typed(fields[key])}",
+                yield unknown_name(
+                    key,
+                    near,
+                    what=f"model.config.{key} is no field of a {family} config",
+                    asked=assigned(f"+model.config.{key}", fields[key]),
+                    offer=functools.partial(_assigned_field, fields[key]),
+                    hint=True,
+                    meant=near,
                 )
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     given = [key for key in (*sizes, "num_key_value_heads") if fields.get(key) is not None]
     wrong = [key for key in given if not _is_whole(fields[key], 1)]
     for key in wrong:
-        asked = f"model.config.{key}={as_typed(fields[key])}"
+        asked = assigned(f"model.config.{key}", fields[key])
         yield Problem(what=f"{asked} does not fit", asked=asked, allowed="1, 2, 3, ...", instead=f"~model.config.{key}")
     yield from _expert_problems(fields)
     dropout = fields.get("attention_dropout")
     if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
-        asked = f"model.config.attention_dropout={as_typed(dropout)}"
+        asked = assigned("model.config.attention_dropout", dropout)
         yield Problem(
             what=f"{asked} does not fit",
             asked=asked,
@@ -199,6 +208,10 @@ def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
         yield Problem(what=what, asked=asked, allowed=allowed, instead=f"model.config.num_key_value_heads={best}")
 
 
+def _assigned_field(value: Any, name: str) -> str:
+    return assigned(f"model.config.{name}", value)
+
+
 def _expert_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
     """A token that asks for no expert, or for more than there are, which only the first forward would tell."""
     chosen = fields.get("num_experts_per_tok")
@@ -206,25 +219,12 @@ def _expert_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
     most = there if _is_whole(there, 1) else None
     if chosen is None or (_is_whole(chosen, 1) and (most is None or chosen <= most)):
         return
-    asked = f"model.config.num_experts_per_tok={as_typed(chosen)}"
+    asked = assigned("model.config.num_experts_per_tok", chosen)
     allowed = "1, 2, 3, ..." if most is None else f"1 to {most}, the number of experts"
     best = min(most or chosen, chosen) if _is_whole(chosen, 1) else 1
     yield Problem(
         what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"++model.config.num_experts_per_tok={best}"
     )
-
-
-def as_typed(value: Any) -> str:
-    """A value as one types it on Hydra's command line, quoted where its grammar needs it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(value)
-    if re.fullmatch(r"[\w/\-+.%*@?|~]+", text, re.ASCII):
-        return text
-    # In a quoted value only a quote is escaped, and backslashes only where they stand right before one.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def _is_whole(value: Any, least: int) -> bool:

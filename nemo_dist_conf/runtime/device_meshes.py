@@ -16,7 +16,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.process_group import choose_device, initialize_distributed
 from nemo_dist_conf.runtime.torch_inside import flattened, group_timeout, name_flattened, set_group_timeout
 from nemo_dist_conf.runtime.typed_configs import ParallelismSizes, typed_config
-from nemo_dist_conf.strategies import STRATEGIES, Strategy
+from nemo_dist_conf.strategies import STRATEGIES, Strategy, strategy_of_config
 from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.topology.solve import MeshSpec, solve
 
@@ -39,8 +39,8 @@ class MeshContext:
     device_mesh: root mesh of the strategy (fsdp2: pp, dp_replicate, dp_shard, cp, tp). moe_mesh: ep_shard, ep
     over the same ranks. Without meshes every size is 1 and dp_size is None.
     sums_gradients: the strategy adds gradients over ranks instead of averaging them.
-    ddp_ranks: (rank, number of ranks) of a context that was built for ddp before there was a process group, which
-    needs no mesh: DDP takes the group of all ranks, which wrapping the model starts.
+    ddp_ranks: (rank, number of ranks) of a context that was built before there was a process group, for a strategy
+    that needs no mesh: DDP takes the group of all ranks, which wrapping the model starts.
     """
 
     device_mesh: DeviceMesh | None = None
@@ -76,25 +76,35 @@ class MeshContext:
     ) -> MeshContext:
         """Meshes for these sizes on the current process group, which is started if there is none.
 
-        For ddp none is started, and without one there is no mesh (``ddp_ranks``).
+        For a strategy that needs no mesh none is started, and without one there is no mesh (``ddp_ranks``).
         Raises ConfigError where the sizes do not fit the strategy or the world size, and for what is no config.
         """
         strategy = _strategy_of(strategy_config)
         asked = typed_config(parallelism_sizes, ParallelismSizes, "parallelism") or ParallelismSizes()
-        sizes = dataclasses.asdict(asked)
-        if world_size is not None:  # refuse before a process group is started
-            solve(sizes, world_size, strategy.axes)
-        if strategy.axes.mesh == (A.DP,) and not dist.is_initialized():
+        if world_size is None:
+            world_size = dist.get_world_size() if dist.is_initialized() else launched().world_size
+        spec = solve(dataclasses.asdict(asked), world_size, strategy.axes)  # refused before a process group is started
+        return cls.of_spec(spec, strategy, strategy_config, device)
+
+    @classmethod
+    def of_spec(
+        cls, spec: MeshSpec, strategy: Strategy, strategy_config: Any, device: str | torch.device = "auto"
+    ) -> MeshContext:
+        """The meshes of a solved topology on the current process group, which is started if there is none.
+
+        For a strategy that needs no mesh none is started, and without one there is no mesh (``ddp_ranks``).
+        Raises ConfigError where the ranks are not as many as the topology has.
+        """
+        if not strategy.needs_mesh and not dist.is_initialized():
             place = launched()
-            ranks = world_size if world_size is not None and place.source == "none" else place.world_size
-            _require(world_size, ranks, "{found} ranks were started")
-            solve(sizes, ranks, strategy.axes)
-            return cls(device=choose_device(device, place.local_rank), ddp_ranks=(place.rank, ranks))
+            if place.source != "none":
+                _require(spec.world_size, place.world_size, "{found} ranks were started")
+            return cls(device=choose_device(device, place.local_rank), ddp_ranks=(place.rank, spec.world_size))
         info = initialize_distributed(device=device)
-        _require(world_size, info.world_size, _GROUP)
-        spec = solve(sizes, info.world_size, strategy.axes)
+        _require(spec.world_size, info.world_size, _GROUP)
         device_mesh, moe_mesh = build_meshes(spec, info.device.type)
-        return cls(device_mesh, moe_mesh, info.device, getattr(strategy_config, "calculate_per_token_loss", False))
+        sums = strategy.sums_gradients is not None and getattr(strategy_config, strategy.sums_gradients)
+        return cls(device_mesh, moe_mesh, info.device, sums)
 
     @classmethod
     def from_meshes(
@@ -239,7 +249,7 @@ class MeshContext:
 
 
 def _strategy_of(config: Any) -> Strategy:
-    found = next((strategy for strategy in STRATEGIES if isinstance(config, strategy.config)), None)
+    found = strategy_of_config(config)
     if found is None:
         known = [strategy.config.__name__ for strategy in STRATEGIES]
         likely = next((s.config.__name__ for s in STRATEGIES if config is s.config or config in s.names), known[0])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Literal, Union
+from typing import TYPE_CHECKING, Any, Dict, Literal, Union, cast
 
 from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.composition.sections import strategy_of
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import checkpointing_mode, nearest
+from nemo_dist_conf.names import STRATEGY_NAMES
 from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.runtime.typed_configs import (
     DDPConfig,
@@ -19,8 +19,10 @@ from nemo_dist_conf.runtime.typed_configs import (
     ParallelismSizes,
     PipelineConfig,
     typed_config,
+    unknown_options,
 )
-from nemo_dist_conf.strategies import STRATEGIES
+from nemo_dist_conf.strategies import find_strategy, strategy_names, strategy_of_config, unknown_strategy
+from nemo_dist_conf.topology.checkpointing_modes import one_mode
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +40,12 @@ DistributedStrategyConfig = Union["FSDP2Config", "MegatronFSDPConfig", "DDPConfi
 DistributedConfig = DistributedStrategyConfig
 
 _StrategyConfigClass = type[FSDP2Config] | type[MegatronFSDPConfig] | type[DDPConfig]
-_STRATEGY_MAP: Dict[str, _StrategyConfigClass] = {name: s.config for s in STRATEGIES for name in s.names}
+#: By the names of the page; a strategy of another package, whose class may import this module, is found by its own.
+_STRATEGY_MAP: Dict[str, _StrategyConfigClass] = {
+    name: find_strategy(strategy).config
+    for strategy, aliases in STRATEGY_NAMES.items()
+    for name in (strategy, *aliases)
+}
 
 
 def _resolve_strategy_config(
@@ -48,7 +55,7 @@ def _resolve_strategy_config(
 
     Raises ConfigError for an unknown name or option, and for options beside an object.
     """
-    if isinstance(strategy, (FSDP2Config, MegatronFSDPConfig, DDPConfig)):
+    if strategy_of_config(strategy) is not None:
         if strategy_kwargs:
             given = ", ".join(strategy_kwargs)
             what = "options were given beside a strategy config object"
@@ -60,33 +67,19 @@ def _resolve_strategy_config(
                     instead=type(strategy).__name__,
                 )
             )
-        return strategy
+        return cast(DistributedStrategyConfig, strategy)
     found = strategy_of(strategy)
     if found is not None and not strategy_kwargs:
         return typed_config(strategy, found.config, "strategy")
-    name = str(strategy).lower()
-    if not isinstance(strategy, str) or name not in _STRATEGY_MAP:
-        likely = nearest(name, _STRATEGY_MAP) or ["fsdp2"]
-        known = likely + [n for n in _STRATEGY_MAP if n not in likely]
-        what = f"there is no strategy {strategy!r}"
-        raise ConfigError(
-            Problem(what=what, asked=f"strategy={strategy}", allowed=", ".join(known), instead=f"strategy={likely[0]}")
-        )
-    fields = [item.name for item in dataclasses.fields(_STRATEGY_MAP[name])]
-    unknown = [key for key in strategy_kwargs if key not in fields]
+    if not isinstance(strategy, str) or strategy.lower() not in strategy_names():
+        raise ConfigError(unknown_strategy(strategy))
+    config = find_strategy(strategy.lower()).config
+    known = [item.name for item in dataclasses.fields(config)]
+    unknown = [key for key in strategy_kwargs if key not in known]
     if unknown:
-        likely = nearest(unknown[0], fields) or fields[:1]
-        what = f"strategy={name} has no option {', '.join(unknown)}"
-        asked = f"strategy.{unknown[0]}={strategy_kwargs[unknown[0]]}"
-        raise ConfigError(
-            Problem(
-                what=what,
-                asked=asked,
-                allowed=", ".join(fields),
-                instead=f"strategy.{likely[0]}={strategy_kwargs[unknown[0]]}",
-            )
-        )
-    return _STRATEGY_MAP[name](**strategy_kwargs)
+        said = f"strategy={strategy.lower()}"
+        raise ConfigError(unknown_options("strategy", said, unknown, strategy_kwargs, known))
+    return config(**strategy_kwargs)
 
 
 @dataclass(frozen=True)
@@ -122,52 +115,45 @@ class DistributedSetup:
         their defaults when None. world_size None: that of the process group or the launcher.
         Raises ConfigError with every problem that can be told from these values.
         """
-        return cls._build(
-            strategy, parallelism_sizes, pipeline_config, moe_parallel_config, activation_checkpointing, world_size
-        )
-
-    @classmethod
-    def _build(
-        cls,
-        strategy: Any,
-        sizes: Any,
-        pipeline: Any,
-        moe: Any,
-        mode: Any,
-        world_size: int | None,
-        device: str | torch.device = "auto",
-    ) -> DistributedSetup:
-        strategy_config = _resolve_strategy_config(strategy)
-        sizes = typed_config(sizes, ParallelismSizes, "parallelism") or ParallelismSizes()
-        pipeline = typed_config(pipeline, PipelineConfig, "pipeline")
-        moe = typed_config(moe, MoEParallelizerConfig, "moe")
+        config = _resolve_strategy_config(strategy)
+        own = strategy_of_config(config)
+        if own is None:
+            raise AssertionError(f"{config} was resolved, and is of no strategy")
+        sizes = typed_config(parallelism_sizes, ParallelismSizes, "parallelism") or ParallelismSizes()
+        pipeline = typed_config(pipeline_config, PipelineConfig, "pipeline")
+        moe = typed_config(moe_parallel_config, MoEParallelizerConfig, "moe")
         problems = _belongs("pipeline_config", pipeline, "pp_size", sizes.pp_size)
         problems += _belongs("moe_parallel_config", moe, "ep_size", sizes.ep_size)
-        problems += _mode_problems(mode, strategy_config)
-        ConfigError.raise_if(problems)
+        said = {
+            "activation_checkpointing": activation_checkpointing,
+            "strategy.activation_checkpointing": config.activation_checkpointing,
+        }
+        executed, wrong = one_mode(said, own.activation_checkpointing, own.name)
+        ConfigError.raise_if([*problems, *wrong])
         if sizes.pp_size > 1 and pipeline is None:
             pipeline = PipelineConfig()
         if sizes.ep_size > 1 and moe is None:
             moe = MoEParallelizerConfig()
-        executed: Any = checkpointing_mode(mode) or strategy_config.activation_checkpointing
-        if strategy_config.activation_checkpointing != executed:
-            strategy_config = dataclasses.replace(strategy_config, activation_checkpointing=executed)
-        context = MeshContext.build(strategy_config, sizes, world_size=world_size, device=device)
-        return cls(context, strategy_config, pipeline, moe, mode)
+        if config.activation_checkpointing != executed:
+            config = dataclasses.replace(config, activation_checkpointing=cast(Any, executed))
+        context = MeshContext.build(config, sizes, world_size=world_size)
+        return cls(context, config, pipeline, moe, activation_checkpointing)
 
 
 def setup_from_checked(checked: Checked, device: str | torch.device = "auto") -> DistributedSetup:
-    """DistributedSetup for a config that passed ``check``. Starts the process group if there is none."""
-    values = dict(checked.strategy_values) | {"activation_checkpointing": checked.activation_checkpointing}
-    sizes = dict(checked.sizes)
-    return DistributedSetup._build(
-        checked.strategy.config(**values),
-        ParallelismSizes(**sizes),
-        PipelineConfig(**checked.pipeline) if sizes["pp_size"] > 1 else None,
-        MoEParallelizerConfig(**checked.moe) if sizes["ep_size"] > 1 else None,
-        checked.activation_checkpointing,
-        None,
-        device,
+    """DistributedSetup for a config that passed ``check``, with the mesh that was solved there.
+
+    Starts the process group if there is none. Raises ConfigError where it has another number of ranks than the config
+    was checked for.
+    """
+    mode: Any = checked.activation_checkpointing
+    config = checked.strategy.config(**{**checked.strategy_values, "activation_checkpointing": mode})
+    return DistributedSetup(
+        MeshContext.of_spec(checked.mesh, checked.strategy, config, device),
+        config,
+        PipelineConfig(**checked.pipeline) if checked.sizes["pp_size"] > 1 else None,
+        MoEParallelizerConfig(**checked.moe) if checked.sizes["ep_size"] > 1 else None,
+        mode,
     )
 
 
@@ -176,35 +162,3 @@ def _belongs(name: str, config: Any, size_name: str, size: int) -> list[Problem]
         return []
     what = f"{name} was given, but {size_name} is 1, so it would do nothing"
     return [Problem(what=what, asked=name, allowed=f"{name}=None, or {size_name} of 2 or more", instead=f"{name}=None")]
-
-
-def _mode_problems(mode: Any, config: DistributedStrategyConfig) -> list[Problem]:
-    inner = config.activation_checkpointing
-    strategy = next(s for s in STRATEGIES if isinstance(config, s.config))
-    problems = []
-    for value in [mode] if mode is inner or mode == inner else [mode, inner]:
-        meant = checkpointing_mode(value)
-        if meant is None or meant not in strategy.activation_checkpointing:
-            allowed = ", ".join(map(str, strategy.activation_checkpointing))
-            what = f"activation_checkpointing={value!r} is not a mode of strategy={strategy.name}"
-            problems.append(
-                Problem(
-                    what=what,
-                    asked=f"activation_checkpointing={value}",
-                    allowed=allowed,
-                    instead="activation_checkpointing=true",
-                )
-            )
-    outer = checkpointing_mode(mode)
-    if not problems and outer and inner and outer != inner:
-        what = "activation checkpointing has two different answers"
-        asked = f"activation_checkpointing={mode} strategy.activation_checkpointing={inner}"
-        problems.append(
-            Problem(
-                what=what,
-                asked=asked,
-                allowed="one of them, or both the same",
-                instead=f"activation_checkpointing={mode}",
-            )
-        )
-    return problems

@@ -6,6 +6,7 @@ import logging
 from typing import Any, Callable, Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from nemo_dist_conf.composition.check import Checked, check
@@ -55,7 +56,8 @@ def instantiate(
         refuse_given_model(model)
     if optimizer is not None:
         refuse_given(optimizer)
-    checked = check(cfg)
+    # A group that the program has made already decides how many ranks there are, not a launcher's variables.
+    checked = check(cfg, dist.get_world_size() if dist.is_initialized() else None)
     device = _value(cfg, "device", "auto")
     info = initialize_distributed(device=device)
     node = _value(cfg, "model", None)

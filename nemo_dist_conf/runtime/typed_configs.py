@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Optional, TypeVar, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, TypeVar, Union
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.typed_values import LOWERED, lower_config
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
 from nemo_dist_conf.strategies.ddp import DDPConf
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Conf
 from nemo_dist_conf.strategies.megatron_fsdp import MegatronFSDPConf
+from nemo_dist_conf.topology.axes import AXES
+from nemo_dist_conf.topology.solve import number_problem
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = [
     "DDPConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "ParallelismSizes",
     "PipelineConfig",
     "typed_config",
+    "unknown_options",
 ]
 
 _Class = TypeVar("_Class", bound=type)
@@ -128,25 +131,8 @@ class ParallelismSizes:
     ep_size: int = 1
 
     def __post_init__(self) -> None:
-        problems = []
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if value is None and item.default is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                key = f"parallelism.{item.name}"
-                optional = " or null" if item.default is None else ""
-                default = "null" if item.default is None else item.default
-                what = f"{key}={value!r} is not a number of ranks"
-                problems.append(
-                    Problem(
-                        what=what,
-                        asked=f"{key}={value}",
-                        allowed=f"a whole number, 1 or more{optional}",
-                        instead=f"{key}={default}",
-                    )
-                )
-        ConfigError.raise_if(problems)
+        found = (number_problem(axis, getattr(self, axis.size_field)) for axis in AXES)
+        ConfigError.raise_if(problem for problem in found if problem is not None)
 
 
 @_with_hints
@@ -201,7 +187,9 @@ def _import(path: str) -> Callable[..., Any]:
         key = "pipeline.loss_fn"
         what = f"{key}: {path!r} is not an importable function"
         raise ConfigError(
-            Problem(what=what, asked=f"{key}={path}", allowed="package.module.function, or null", instead=f"{key}=null")
+            Problem(
+                what=what, asked=assigned(key, path), allowed="package.module.function, or null", instead=f"{key}=null"
+            )
         )
     return found
 
@@ -224,8 +212,19 @@ def typed_config(value: Any, config: type, section: str) -> Any:
     fields = {str(key): item for key, item in plain.items() if key != "_target_"}
     unknown = [key for key in fields if key not in known]
     if unknown:
-        likely = nearest(unknown[0], known) or known[:1]
-        what = f"{section} has no option {', '.join(map(str, unknown))}"
-        asked, instead = (f"{section}.{key}={fields[unknown[0]]}" for key in (unknown[0], likely[0]))
-        raise ConfigError(Problem(what=what, asked=asked, allowed=", ".join(known), instead=instead))
+        raise ConfigError(unknown_options(section, section, unknown, fields, known))
     return config(**fields)
+
+
+def unknown_options(
+    section: str, said: str, unknown: Sequence[str], values: Mapping[str, Any], known: Iterable[str]
+) -> Problem:
+    """The problem of options that a section does not have. said: the section as the finding calls it."""
+    return unknown_name(
+        unknown[0],
+        known,
+        what=f"{said} has no option {', '.join(unknown)}",
+        asked=assigned(f"{section}.{unknown[0]}", values[unknown[0]]),
+        allowed=", ".join(known),
+        offer=lambda name: assigned(f"{section}.{name}", values[unknown[0]]),
+    )

@@ -12,8 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, DType, checkpointing_mode, nearest
+from nemo_dist_conf.names import DType, checkpointing_mode
 from nemo_dist_conf.schema import MixedPrecisionConf, OffloadConf
+from nemo_dist_conf.topology.checkpointing_modes import mode_problem
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = [
     "LOWERED",
@@ -35,9 +37,17 @@ def lower_dtype(value: Any, path: str = "dtype") -> torch.dtype | None:
         return value
     name = value.value if isinstance(value, DType) else str(value).removeprefix("torch.")
     if name not in DType.__members__:
-        likely = nearest(name, DType.__members__) or ["bfloat16"]
-        what, allowed = f"{path}: {value!r} is not a dtype", ", ".join(DType.__members__)
-        raise ConfigError(Problem(what=what, asked=f"{path}={value}", allowed=allowed, instead=f"{path}={likely[0]}"))
+        raise ConfigError(
+            unknown_name(
+                name,
+                DType.__members__,
+                what=f"{path}: {value!r} is not a dtype",
+                asked=assigned(path, value),
+                allowed=", ".join(DType.__members__),
+                offer=lambda known: assigned(path, known),
+                otherwise=assigned(path, DType.bfloat16),
+            )
+        )
     return getattr(torch, name)
 
 
@@ -68,7 +78,7 @@ def lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
     raise ConfigError(
         Problem(
             what=f"{path} is {value!r}, not a policy",
-            asked=f"{path}={value}",
+            asked=assigned(path, value),
             allowed="null, or the keys " + ", ".join(item.name for item in dataclasses.fields(schema)),
             instead=f"{path}=null",
         )
@@ -79,25 +89,23 @@ def _set(typed: DictConfig, key: str, value: Any, path: str) -> None:
     if isinstance(value, torch.dtype):
         value = str(value).removeprefix("torch.")
     if key not in typed:
-        likely = nearest(key, map(str, typed)) or [str(next(iter(typed)))]
-        known = ", ".join(map(str, typed))
-        what = f"{path}.{key} is not an option; did you mean {likely[0]}?"
         raise ConfigError(
-            Problem(what=what, asked=f"{path}.{key}={value}", allowed=known, instead=f"{path}.{likely[0]}={value}")
+            unknown_name(
+                key,
+                map(str, typed),
+                what=f"{path}.{key} is not an option",
+                asked=assigned(f"{path}.{key}", value),
+                allowed=", ".join(map(str, typed)),
+                offer=lambda known: assigned(f"{path}.{known}", value),
+                hint=True,
+            )
         )
     try:
         typed[key] = value
     except OmegaConfBaseException as error:
         what = f"{path}.{key}: {str(error).splitlines()[0]}"
-        default = getattr(typed[key], "name", typed[key])
-        raise ConfigError(
-            Problem(
-                what=what,
-                asked=f"{path}.{key}={value}",
-                allowed="a value of its type",
-                instead=f"{path}.{key}={default}",
-            )
-        ) from None
+        asked, instead = assigned(f"{path}.{key}", value), assigned(f"{path}.{key}", typed[key])
+        raise ConfigError(Problem(what=what, asked=asked, allowed="a value of its type", instead=instead)) from None
 
 
 def lower_mp_policy(value: Any, path: str = "strategy.mp_policy") -> MixedPrecisionPolicy | None:
@@ -171,15 +179,10 @@ def _plain(value: Any) -> Any:
 
 
 def _lower_mode(value: Any, path: str) -> bool | str:
-    mode = checkpointing_mode(value)
-    if mode is not None:
-        return mode
-    allowed = ", ".join(str(mode).lower() for mode in ACTIVATION_CHECKPOINTING_MODES)
-    raise ConfigError(
-        Problem(
-            what=f"{path}={value!r} is not a mode", asked=f"{path}={value}", allowed=allowed, instead=f"{path}=true"
-        )
-    )
+    problem = mode_problem(path, value)
+    if problem is not None:
+        raise ConfigError(problem)
+    return checkpointing_mode(value) or False
 
 
 def plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
@@ -196,7 +199,7 @@ def plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
     raise ConfigError(
         Problem(
             what=f"{path} is {value!r}, not a mapping from module names to styles",
-            asked=f"{path}={value}",
+            asked=assigned(path, value),
             allowed="{module.name:style,...}, or null for the model's own plan",
             instead=f"{path}=null",
         )

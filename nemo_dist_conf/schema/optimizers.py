@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Mapping
 
 from nemo_dist_conf.errors import Problem
-from nemo_dist_conf.names import nearest
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, typed, unknown_name
 
 __all__ = ["SETTINGS", "Setting", "optimizer_problems"]
 
@@ -19,7 +18,7 @@ class Setting:
 
     allowed: str
     fits: Callable[[Any], bool]
-    example: str
+    example: Any
 
 
 def _number(value: Any) -> bool:
@@ -34,14 +33,14 @@ def _betas(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
 
 
-_LR = Setting("a number, at least 0", lambda v: _number(v) and v >= 0, "0.001")
-_FRACTION = Setting("0 to below 1", lambda v: _number(v) and 0 <= v < 1, "0.9")
-_NOT_NEGATIVE = Setting("a number, at least 0", lambda v: _number(v) and v >= 0, "0.0")
-_EPS = Setting("a number above 0", lambda v: _number(v) and v > 0, "1e-8")
-_BETAS = Setting("two numbers, each 0 to below 1", _betas, "[0.9,0.95]")
-_BOOL = Setting("true, false", lambda v: isinstance(v, bool), "false")
-_SWITCH = Setting("true, false; null: the fastest that these parameters allow", _flag_or_null, "null")
-_DECAY_1D = Setting("true: norms and biases decay too; false: they do not", lambda v: isinstance(v, bool), "false")
+_LR = Setting("a number, at least 0", lambda v: _number(v) and v >= 0, 0.001)
+_FRACTION = Setting("0 to below 1", lambda v: _number(v) and 0 <= v < 1, 0.9)
+_NOT_NEGATIVE = Setting("a number, at least 0", lambda v: _number(v) and v >= 0, 0.0)
+_EPS = Setting("a number above 0", lambda v: _number(v) and v > 0, 1e-8)
+_BETAS = Setting("two numbers, each 0 to below 1", _betas, [0.9, 0.95])
+_BOOL = Setting("true, false", lambda v: isinstance(v, bool), False)
+_SWITCH = Setting("true, false; null: the fastest that these parameters allow", _flag_or_null, None)
+_DECAY_1D = Setting("true: norms and biases decay too; false: they do not", lambda v: isinstance(v, bool), False)
 
 _COMMON = {
     "lr": _LR,
@@ -66,13 +65,14 @@ def optimizer_problems(values: Mapping[str, Any], spelling: Spelling = Spelling(
     name = values.get("name")
     settings = SETTINGS.get(name) if isinstance(name, str) else None
     if settings is None:
-        best = nearest(str(name).lower(), SETTINGS) or ["adamw"]
         return [
-            Problem(
-                what=f"optimizer.name={_text(name)} is not an optimizer",
-                asked=spelling.set("optimizer.name", _text(name)),
+            unknown_name(
+                name,
+                SETTINGS,
+                what=f"optimizer.name={typed(name)} is not an optimizer",
+                asked=spelling.set("optimizer.name", name),
                 allowed=f"{', '.join(SETTINGS)}; any other: a node with _target_",
-                instead=spelling.set("optimizer.name", best[0]),
+                offer=lambda known: spelling.set("optimizer.name", known),
             )
         ]
     problems: list[Problem] = []
@@ -80,11 +80,11 @@ def optimizer_problems(values: Mapping[str, Any], spelling: Spelling = Spelling(
         if key == "name":
             continue
         setting = settings.get(key)
-        asked = spelling.set(f"optimizer.{key}", _text(value))
+        asked = spelling.set(f"optimizer.{key}", value)
         if setting is None:
             problems.append(_unknown(str(key), value, str(name), settings, asked, spelling))
         elif not setting.fits(value):
-            what = f"optimizer.{key}={_text(value)} does not fit"
+            what = f"optimizer.{key}={typed(value)} does not fit"
             problems.append(
                 Problem(
                     what=what,
@@ -98,9 +98,9 @@ def optimizer_problems(values: Mapping[str, Any], spelling: Spelling = Spelling(
         problems.append(
             Problem(
                 what=what,
-                asked=f"optimizer.name={name}",
+                asked=spelling.set("optimizer.name", name),
                 allowed=_LR.allowed,
-                instead="++" + spelling.set("optimizer.lr", _LR.example),
+                instead=spelling.set("optimizer.lr", _LR.example, "++"),
             )
         )
     if values.get("fused") is True and values.get("foreach") is True:
@@ -129,26 +129,18 @@ def _unknown(
     key: str, value: Any, name: str, settings: Mapping[str, Setting], asked: str, spelling: Spelling
 ) -> Problem:
     others = [other for other, its in SETTINGS.items() if key in its]
-    alike = nearest(key, settings)
-    type_ = f"~{spelling.key(f'optimizer.{key}')}"
-    if alike:
-        meant = settings[alike[0]]
-        type_ = spelling.set(f"optimizer.{alike[0]}", _text(value) if meant.fits(value) else meant.example)
-    elif others:
-        type_ = spelling.choose("optimizer", others[0])
-    hint = f" ({', '.join(others)} has it)" if others else ""
-    return Problem(
-        what=f"optimizer.{key}: {name} has no such setting{hint}",
+    without = f"~{spelling.key(f'optimizer.{key}')}"
+
+    def offer(meant: str) -> str:
+        setting = settings[meant]
+        return spelling.set(f"optimizer.{meant}", value if setting.fits(value) else setting.example)
+
+    return unknown_name(
+        key,
+        settings,
+        what=f"optimizer.{key}: {name} has no such setting" + (f" ({', '.join(others)} has it)" if others else ""),
         asked=asked,
         allowed=", ".join(settings),
-        instead=type_,
+        offer=offer,
+        otherwise=spelling.choose("optimizer", others[0]) if others else without,
     )
-
-
-def _text(value: Any) -> str:
-    """As typed on the command line."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_text, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)

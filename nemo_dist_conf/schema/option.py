@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from typing import Any, Iterator, NamedTuple
 
-__all__ = ["Documented", "documented", "option", "typed"]
+from nemo_dist_conf.wording import typed
+
+__all__ = ["Documented", "documented", "option"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -42,16 +43,3 @@ def documented(schema: Any, prefix: str = "") -> Iterator[Documented]:
             yield from documented(value, f"{name}.")
         else:
             yield Documented(name, typed(value), text)
-
-
-def typed(value: Any) -> str:
-    """A value as it is typed on a command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, list):
-        return "[" + ",".join(typed(v) for v in value) + "]"
-    return str(value)

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_dist_conf.strategies.registry import find_strategy, strategy_names, strategy_of_target
+from nemo_dist_conf.strategies.registry import (
+    default_strategy,
+    find_strategy,
+    strategy_names,
+    strategy_of_config,
+    strategy_of_target,
+    unknown_strategy,
+)
 from nemo_dist_conf.strategies.spec import Strategy
 
-__all__ = ["STRATEGIES", "Strategy", "find_strategy", "strategy_names", "strategy_of_target"]
+__all__ = [
+    "STRATEGIES",
+    "Strategy",
+    "default_strategy",
+    "find_strategy",
+    "strategy_names",
+    "strategy_of_config",
+    "strategy_of_target",
+    "unknown_strategy",
+]
 
 STRATEGIES: tuple[Strategy, ...]
 

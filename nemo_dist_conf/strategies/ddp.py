@@ -16,7 +16,7 @@ from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
-    from nemo_dist_conf.runtime.engines.ddp import DDPManager
+    from nemo_dist_conf.runtime.managers import DDPManager
 
 __all__ = ["DDPConf", "DDPManager", "STRATEGY"]
 
@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
     """``DDPManager``, which holds torch's objects, when it is asked for."""
     if name != "DDPManager":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("nemo_dist_conf.runtime.engines.ddp"), name)
+    return getattr(importlib.import_module("nemo_dist_conf.runtime.managers"), name)
 
 
 def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
@@ -50,7 +50,7 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
         problems.append(
             Problem(
                 what=f"strategy.bucket_cap_mb={bucket:g} is not a size",
-                asked=spelling.set("strategy.bucket_cap_mb", f"{bucket:g}"),
+                asked=spelling.set("strategy.bucket_cap_mb", int(bucket) if float(bucket).is_integer() else bucket),
                 allowed="MiB above 0, or null for torch's 25",
                 instead=spelling.set("strategy.bucket_cap_mb", None),
             )
@@ -76,7 +76,12 @@ STRATEGY = Strategy(
             "cp": "gives every rank whole sequences",
             "dp_replicate": "is one group of replicas already",
         },
+        instead="fsdp2",
+        instead_for=frozenset({"dp_replicate", "tp"}),
     ),
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.ddp:DDPEngine",
+    costs="nemo_dist_conf.plan.strategies.ddp:COSTS",
+    needs_mesh=False,
+    compute_dtype="autocast_dtype",
 )

@@ -16,7 +16,7 @@ from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
-    from nemo_dist_conf.runtime.engines.fsdp2 import FSDP2Manager
+    from nemo_dist_conf.runtime.managers import FSDP2Manager
 
 __all__ = ["FSDP2Conf", "FSDP2Manager", "STRATEGY"]
 
@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
     """``FSDP2Manager``, which holds torch's objects, when it is asked for."""
     if name != "FSDP2Manager":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("nemo_dist_conf.runtime.engines.fsdp2"), name)
+    return getattr(importlib.import_module("nemo_dist_conf.runtime.managers"), name)
 
 
 def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
@@ -175,4 +175,6 @@ STRATEGY = Strategy(
     ),
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.fsdp2:FSDP2Engine",
+    costs="nemo_dist_conf.plan.strategies.fsdp2:COSTS",
+    compute_dtype="mp_policy.param_dtype",
 )

@@ -16,7 +16,7 @@ from nemo_dist_conf.topology.launched_ranks import runs_here
 from nemo_dist_conf.wording import Spelling
 
 if TYPE_CHECKING:
-    from nemo_dist_conf.runtime.engines.megatron_fsdp import MegatronFSDPManager
+    from nemo_dist_conf.runtime.managers import MegatronFSDPManager
 
 __all__ = ["MegatronFSDPConf", "MegatronFSDPManager", "STRATEGY", "library_problems"]
 
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
     """``MegatronFSDPManager``, which holds torch's objects, when it is asked for."""
     if name != "MegatronFSDPManager":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("nemo_dist_conf.runtime.engines.megatron_fsdp"), name)
+    return getattr(importlib.import_module("nemo_dist_conf.runtime.managers"), name)
 
 
 def library_problems(spelling: Spelling = Spelling()) -> list[Problem]:
@@ -130,9 +130,9 @@ def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling
             problems.append(
                 Problem(
                     what=f"megatron_fsdp_unit_modules: {path!r} {why}",
-                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{path}]"),
+                    asked=spelling.set("strategy.megatron_fsdp_unit_modules", [path]),
                     allowed="package.module.Class of a repeated layer; the default: the model's own blocks",
-                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", f"[{_llama_blocks()[0]}]"),
+                    instead=spelling.set("strategy.megatron_fsdp_unit_modules", _llama_blocks()),
                 )
             )
     if not problems:
@@ -193,8 +193,13 @@ STRATEGY = Strategy(
             "pp": "has no pipeline stages",
             "ep": "has no expert mesh here",
         },
+        instead="fsdp2",
+        instead_for=frozenset({"dp_replicate", "tp"}),
     ),
     rules=_rules,
     engine="nemo_dist_conf.runtime.engines.megatron_fsdp:MegatronFSDPEngine",
     activation_checkpointing=(False, True),
+    costs="nemo_dist_conf.plan.strategies.megatron_fsdp:COSTS",
+    sums_gradients="calculate_per_token_loss",
+    loss_scaling=False,
 )

@@ -24,6 +24,15 @@ class Strategy:
     typed: the class of its typed config. engine: what executes it (a subclass of ``runtime.engines.base.Engine``).
     Both as ``module:Class``, imported when the strategy is executed, never while composing.
     target: the class path that a composed node's ``_target_`` has, where it is not that of ``typed``.
+    costs: ``module:OBJECT``, an instance of nemo_dist_conf.plan.strategies.base.StrategyCosts, imported by the plan
+    alone; None: the plan refuses the strategy by name.
+    schema: its fields are the options; one is activation_checkpointing. Options that are called as some of ours are
+    (autocast_dtype, enable_compile) are executed as ours are.
+    needs_mesh: False: its ranks are all there are, and until a model is wrapped no process group has to be started.
+    sums_gradients: the option with which gradients are added over ranks instead of averaged.
+    compute_dtype: the option that holds the dtype in which a model computes, dotted, and off by a switch ``enabled``
+    beside it; None: the strategy has none, so ``train.dtype`` alone says it.
+    loss_scaling: whether losses can be scaled, without which gradients in float16 become zero.
     """
 
     name: str
@@ -34,6 +43,11 @@ class Strategy:
     engine: str
     target: str = ""
     activation_checkpointing: tuple[bool | str, ...] = ACTIVATION_CHECKPOINTING_MODES
+    costs: str | None = None
+    needs_mesh: bool = True
+    sums_gradients: str | None = None
+    compute_dtype: str | None = None
+    loss_scaling: bool = True
 
     def __post_init__(self) -> None:
         if not self.target:
@@ -42,7 +56,7 @@ class Strategy:
     @property
     def names(self) -> tuple[str, ...]:
         """The name and its aliases."""
-        return (self.name, *STRATEGY_NAMES[self.name])
+        return (self.name, *STRATEGY_NAMES.get(self.name, ()))
 
     @property
     def config(self) -> Any:

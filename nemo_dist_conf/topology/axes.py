@@ -43,5 +43,5 @@ class AxisRules:
     mesh: tuple[str, ...]
     flattened: tuple[tuple[str, tuple[str, ...]], ...] = ()
     why_not: Mapping[str, str] = field(default_factory=dict)
-    instead: str = "fsdp2"
-    instead_for: frozenset[str] = frozenset({"dp_replicate", "tp"})
+    instead: str = ""
+    instead_for: frozenset[str] = frozenset()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
-from nemo_dist_conf.names import SCHEDULES, Schedule, nearest
+from nemo_dist_conf.names import SCHEDULES, Schedule
 from nemo_dist_conf.topology.schedule_file import ScheduleFile, read_schedule
 from nemo_dist_conf.topology.stage_layers import stages_for
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, unknown_name
 
 __all__ = ["find_schedule", "pipeline_problems", "stage_count"]
 
@@ -144,7 +144,7 @@ def _microbatch_problems(
         ]
     if schedule is None:
         return []
-    needed = {"1F1B": pp_size, "DualPipeV": stages or 2 * pp_size}.get(schedule.torch_name, 1)
+    needed = schedule.least(pp_size, stages or pp_size * (2 if schedule.multi else 1))
     if count < needed:
         return [
             Problem(
@@ -298,14 +298,15 @@ def _schedule(
         return None, None
     schedule = find_schedule(name)
     if schedule is None:
-        likely = _AMBIGUOUS.get(name.lower()) or nearest(name, SCHEDULES) or ["1f1b"]
-        rest = [option for option in SCHEDULES if option not in likely]
         problems.append(
-            Problem(
+            unknown_name(
+                name,
+                SCHEDULES,
                 what=f"pp_schedule={name} is not a schedule of torch",
                 asked=spelling.set("pipeline.pp_schedule", name),
-                allowed=", ".join([*likely, *rest]),
-                instead=spelling.choose("pipeline", likely[0]),
+                offer=lambda option: spelling.choose("pipeline", option),
+                otherwise=spelling.choose("pipeline", "1f1b"),
+                meant=_AMBIGUOUS.get(name.lower(), ()),
             )
         )
     return schedule, None

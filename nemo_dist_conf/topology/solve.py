@@ -8,10 +8,10 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.topology.axes import AXES, AxisRules
+from nemo_dist_conf.topology.axes import AXES, Axis, AxisRules
 from nemo_dist_conf.wording import Spelling
 
-__all__ = ["LAUNCH", "MeshSpec", "divisors", "size_problems", "solve"]
+__all__ = ["LAUNCH", "MeshSpec", "divisors", "number_problem", "size_problems", "solve"]
 
 
 #: How ranks are started by hand, when the program's own name is not known.
@@ -52,6 +52,21 @@ def divisors(number: int) -> list[int]:
     return sorted(set(low) | {number // d for d in low})
 
 
+def number_problem(axis: Axis, size: Any, spelling: Spelling = Spelling()) -> Problem | None:
+    """What is wrong with the size of an axis by itself; None for a whole number of ranks, or what stands for one."""
+    key = f"parallelism.{axis.size_field}"
+    if size is None and axis.default is None:
+        return None
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 1:
+        return None
+    return Problem(
+        what=f"{key}={size!r} is not a number of ranks",
+        asked=spelling.set(key, size),
+        allowed=f"a whole number, 1 or more{' or null' if axis.default is None else ''}",
+        instead=spelling.set(key, axis.default),
+    )
+
+
 def size_problems(
     sizes: Mapping[str, Any], world_size: int, rules: AxisRules, spelling: Spelling = Spelling(), launch: str = LAUNCH
 ) -> list[Problem]:
@@ -59,20 +74,10 @@ def size_problems(
     problems = []
     for axis in AXES:
         value, key = sizes.get(axis.size_field), f"parallelism.{axis.size_field}"
-        if value is None and axis.default is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            optional = " or null" if axis.default is None else ""
-            default = "null" if axis.default is None else axis.default
-            problems.append(
-                Problem(
-                    what=f"{key}={value} is not a number of ranks",
-                    asked=spelling.set(key, value),
-                    allowed=f"a whole number, 1 or more{optional}",
-                    instead=spelling.set(key, default),
-                )
-            )
-        elif axis.name not in rules.allowed and value > 1:
+        problem = number_problem(axis, value, spelling)
+        if problem is not None:
+            problems.append(problem)
+        elif value is not None and axis.name not in rules.allowed and value > 1:
             why = rules.why_not.get(axis.name, f"it has no {axis.title}")
             asked = f"{spelling.choose('strategy', rules.strategy)} {spelling.set(key, value)}"
             instead = f"{spelling.choose('strategy', rules.instead)} {spelling.set(key, value)}"

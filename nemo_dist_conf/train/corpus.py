@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.recipe.value_checks import PATH_ALLOWED, TOKENIZER_ALLOWED, as_typed
-from nemo_dist_conf.wording import typed_path
+from nemo_dist_conf.recipe.value_checks import PATH_ALLOWED, TOKENIZER_ALLOWED
+from nemo_dist_conf.wording import assigned, typed_path
 
 __all__ = [
     "BYTE_VOCABULARY",
@@ -79,7 +79,7 @@ def data_error(what: str, asked: str, allowed: str, type_: str) -> DataError:
 
 
 def _path_error(what: str, path: str | None) -> DataError:
-    return data_error(f"data.path: {what}", f"data.path={as_typed(path)}", PATH_ALLOWED, "data.path=null")
+    return data_error(f"data.path: {what}", assigned("data.path", path), PATH_ALLOWED, "data.path=null")
 
 
 def _find_files(path: str | None) -> _Found:
@@ -90,7 +90,7 @@ def _find_files(path: str | None) -> _Found:
                 "data.path=null: this Python comes without the sources of its standard library",
                 "data.path=null",
                 "a text file, a folder of text files, or a glob",
-                "data.path='*'",
+                assigned("data.path", "*"),
             )
         return found
     if not path.strip():
@@ -294,7 +294,7 @@ def _load_tokenizer(tokenizer: str) -> tuple[_Encoder, int]:
 
 
 def _tokenizer_error(what: str, tokenizer: str) -> DataError:
-    asked = f"data.tokenizer={as_typed(tokenizer)}"
+    asked = assigned("data.tokenizer", tokenizer)
     return data_error(f"data.tokenizer: {what}", asked, TOKENIZER_ALLOWED, "data.tokenizer=null")
 
 
@@ -302,7 +302,7 @@ def _missing_package(package: str, tokenizer: str) -> ConfigError:
     return ConfigError(
         Problem(
             what=f"data.tokenizer needs the package {package}, which is not installed",
-            asked=f"data.tokenizer={as_typed(tokenizer)}",
+            asked=assigned("data.tokenizer", tokenizer),
             allowed=f"any tokenizer once {package} is installed (pip install {package}); null: bytes",
             instead="data.tokenizer=null",
         )
@@ -373,8 +373,8 @@ def check_vocabulary(corpus: Corpus, vocabulary: int, *, checkpoint: str | None 
             f"{largest:,}; the model has {vocabulary:,}"
         )
         need = max(corpus.vocabulary, largest + 1)
-    asked = f"data.tokenizer={as_typed(corpus.tokenizer)}"
+    asked = assigned("data.tokenizer", corpus.tokenizer)
     if checkpoint is None:
         raise data_error(what, asked, f"a model with at least {need} ids", f"model.config.vocab_size={need}")
     allowed = f"a tokenizer with at most {vocabulary:,} ids"
-    raise data_error(what, asked, allowed, f"data.tokenizer={as_typed(checkpoint)}")
+    raise data_error(what, asked, allowed, assigned("data.tokenizer", checkpoint))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from nemo_dist_conf.errors import NemoDistConfError
-from nemo_dist_conf.plan import Plan, job_of, make_plan
+from nemo_dist_conf.plan import Plan, job_of, make_plan, summary
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf, profile_of_device
 
-__all__ = ["measured", "plan_of_run"]
+__all__ = ["measured", "plan_of_run", "planned"]
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def plan_of_run(cfg: Any, context: Any) -> Plan | None:
         if machine is None:
             return None
         plan = make_plan(job_of(cfg, context.world_size, machine))
-        plan.short()
+        summary(plan)
         return plan
     except NemoDistConfError as error:  # a user's own module has no config to plan from
         log.debug("no plan: %s", error)
@@ -42,6 +42,11 @@ def _machine(device: torch.device) -> HardwareConf | None:
         return HardwareConf(**PROFILES[profile]) if profile is not None else None
     core = HardwareConf(**PROFILES["cpu"])
     return dataclasses.replace(core, fp32_tflops=core.fp32_tflops * torch.get_num_threads())
+
+
+def planned(plan: Plan | None) -> dict[str, str]:
+    """The plan in one line, for the start of a run."""
+    return {} if plan is None else {"plan": summary(plan)}
 
 
 def measured(plan: Plan | None, tokens_per_second: float, peak_bytes: int, context: Any) -> dict[str, str]:

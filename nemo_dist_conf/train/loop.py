@@ -33,7 +33,7 @@ from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
 from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
-from nemo_dist_conf.train.estimate import measured, plan_of_run
+from nemo_dist_conf.train.estimate import measured, plan_of_run, planned
 from nemo_dist_conf.train.learning_rate import LearningRate
 from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
@@ -208,7 +208,7 @@ def _train(
     is_main = context.is_main
     console = Console(settings.steps, enabled=is_main, first_step=start + 1)
     plan = plan_of_run(cfg, context) if is_main else None
-    console.header({**header(data, setup, model, folder), **({"plan": plan.short()} if plan is not None else {})})
+    console.header({**header(data, setup, model, folder), **planned(plan)})
     model.train()
     load = _expert_load(model)
     first: StepResult | None = None

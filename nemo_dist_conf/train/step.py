@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
-from nemo_dist_conf.runtime.gradients import scale_gradients
+from nemo_dist_conf.runtime.engines.gradient_norm import scale_gradients
 from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad, balancing_loss, routed
 from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
 

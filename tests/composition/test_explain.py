@@ -10,8 +10,8 @@ from nemo_dist_conf.composition.explain import explain, main
 from nemo_dist_conf.composition.sections import SECTIONS, leaves
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.recipe.yaml_folder import config_folder
-from nemo_dist_conf.schema.option import typed
 from nemo_dist_conf.strategies import STRATEGIES, strategy_names
+from nemo_dist_conf.wording import typed
 
 
 def test_without_a_name_every_option_of_every_section_is_explained():

@@ -415,3 +415,45 @@ def test_ddp_on_two_ranks_of_a_launcher_starts_its_group_when_the_model_is_wrapp
     done = warm.run(["torchrun", "--nproc-per-node", "2", "app.py"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 of 2 True", "rank 1 of 2 False"]
+
+
+def from_checked():
+    """The meshes of a checked config on this group, where nothing solves it again; what the wrong group is told."""
+    from nemo_dist_conf.composition.check import check
+    from nemo_dist_conf.runtime import device_meshes
+    from nemo_dist_conf.runtime.distributed_setup import setup_from_checked
+
+    config = {"strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config"}, "parallelism": {"tp_size": 2}}
+    config["activation_checkpointing"] = "full"
+    checked = check(config, 4)
+    solve = device_meshes.solve
+    device_meshes.solve = None
+    try:
+        setup = setup_from_checked(checked)
+        with pytest.raises(ConfigError, match="world_size=8 was given, but the process group has 4 ranks"):
+            setup_from_checked(check(config, 8))
+    finally:
+        device_meshes.solve = solve
+    built = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2), activation_checkpointing="full")
+    same = dataclasses.replace(built, mesh_context=setup.mesh_context, activation_checkpointing=True) == setup
+    return same, setup.mesh_context.layout(), facts(setup.mesh_context) == facts(built.mesh_context)
+
+
+def test_a_checked_config_is_not_solved_again():
+    assert run_ranks(4, from_checked) == [(True, "dp_shard 2 x tp 2", True)] * 4
+
+
+def checked_in_a_group():
+    """A group of the program's own, without a launcher's variables, decides what a config is checked for."""
+    import nemo_dist_conf
+
+    config = {"strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config"}, "parallelism": {"dp_size": 2}}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        setup, _, _ = nemo_dist_conf.instantiate({**config, "device": "cpu"})
+    return setup.mesh_context.layout()
+
+
+def test_a_group_that_is_there_says_how_many_ranks_a_config_has():
+    assert run_ranks(2, checked_in_a_group) == ["dp_shard 2"] * 2

@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import shlex
 import socket
 from typing import Any, Callable
 
@@ -145,10 +146,10 @@ REFUSED = [
     ({"tee": "0:4"}, "hydra.launcher.tee=3"),
     ({"tee": "0:1,2:3", "nproc_per_node": 2}, "hydra.launcher.tee=3"),
     ({"env": {"LOCAL_RANK": "0"}}, "the same without +hydra.launcher.env.LOCAL_RANK=0"),
-    ({"preload": "torch"}, "hydra.launcher.preload=[torch]"),
-    ({"preload": ["torch", "no_such_module"]}, "hydra.launcher.preload=[torch]"),
-    ({"preload": ["no_such_package.module"]}, "hydra.launcher.preload=[]"),
-    ({"preload": ["json"], "start_method": StartMethod.spawn}, "hydra.launcher.preload=[torch]"),
+    ({"preload": "torch"}, "'hydra.launcher.preload=[torch]'"),
+    ({"preload": ["torch", "no_such_module"]}, "'hydra.launcher.preload=[torch]'"),
+    ({"preload": ["no_such_package.module"]}, "'hydra.launcher.preload=[]'"),
+    ({"preload": ["json"], "start_method": StartMethod.spawn}, "'hydra.launcher.preload=[torch]'"),
     ({"resume": "/no/such/folder"}, "hydra.launcher.resume=multirun/DATE/TIME"),
     ({"max_restart": 3}, "hydra.launcher.max_restarts=3"),
     ({"zzz": 3}, "the same without +hydra.launcher.zzz=3"),
@@ -159,8 +160,9 @@ REFUSED = [
 def test_a_bad_option_is_refused_with_what_to_type(words, instead):
     (problem,) = problems(**words)
     assert problem.instead == instead
-    assert problem.asked.lstrip("+").split("=")[0] in problem.what or problem.asked.lstrip("+") in problem.what
-    assert problem.asked.lstrip("+") != problem.instead
+    [asked] = (word.lstrip("+") for word in shlex.split(problem.asked))
+    assert asked.split("=")[0] in problem.what or asked in problem.what
+    assert [asked] != shlex.split(problem.instead)
 
 
 # A key that is left out has no new value, and only the user knows the folder of a sweep.
@@ -169,7 +171,8 @@ TOLD = [case for case in REFUSED if not case[1].startswith(("the same without", 
 
 @pytest.mark.parametrize(("words", "instead"), TOLD, ids=str)
 def test_what_a_refusal_tells_to_type_is_accepted(words, instead):
-    name, _, value = instead.removeprefix("hydra.launcher.").partition("=")
+    [word] = shlex.split(instead)
+    name, _, value = word.removeprefix("hydra.launcher.").partition("=")
     typed = OmegaConf.merge(OmegaConf.structured(TorchrunConf), {name: yaml.safe_load(value)})[name]
     read(**{key: given for key, given in words.items() if hasattr(TorchrunConf(), key)} | {name: typed})
 

@@ -75,7 +75,7 @@ def job_for(words: list[str], ranks: int, config: dict[str, Any], optimizer: Any
         count = checked.pipeline["pp_batch_size"] // micro
     autocast = checked.strategy_values.get("autocast_dtype")
     return Job(
-        strategy=checked.strategy.name,
+        strategy=checked.strategy,
         options=checked.strategy_values,
         mesh=checked.mesh,
         model=shape_of(config),

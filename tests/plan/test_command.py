@@ -18,10 +18,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, DataError
-from nemo_dist_conf.plan import job_of, make_plan, search
+from nemo_dist_conf.plan import job_of, make_plan, search, summary
 from nemo_dist_conf.plan.command import _recipe_config, run
+from nemo_dist_conf.plan.fit import FITS, NO
 from nemo_dist_conf.plan.from_config import hardware_of, planned_start
-from nemo_dist_conf.plan.plan import FITS, NO
 from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.launched_ranks import about_to_start
@@ -400,9 +400,9 @@ def test_small_things_have_small_words() -> None:
     text = run(composed("parallelism.pp_size=2", "world_size=2", "train.global_batch_size=8"))
     assert "2.49 M parameters" in text and "(2 ranks on 1 node)" in text and "MiB of 76.0 GiB" in text
     plan = make_plan(job_of(_recipe_config(composed("world_size=2"), None), 2, "h100"))
-    assert " MiB of 79 GiB (fits)" in plan.short()
+    assert " MiB of 79 GiB (fits)" in summary(plan)
     for wrong in (" 0.0 ", "0.00", "1 nodes", "1 rows", "1 microbatches", " 0.0 %"):
-        assert wrong not in text and wrong not in plan.short()
+        assert wrong not in text and wrong not in summary(plan)
 
 
 def test_one_number_is_called_the_bubble() -> None:

@@ -11,10 +11,12 @@ import pytest
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.shapes import shape_of
 from nemo_dist_conf.names import SCHEDULES, Schedule
-from nemo_dist_conf.plan import Job
+from nemo_dist_conf.plan import Job, make_plan
 from nemo_dist_conf.plan.schedule_timeline import Costs, Timeline, orders, play
 from nemo_dist_conf.plan.step_time import quick_seconds
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
+from nemo_dist_conf.strategies import find_strategy
+from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import MeshSpec
 from tests.dist.pool import run_ranks
 
@@ -29,7 +31,7 @@ def job(schedule: str, ranks: int, microbatches: int, layers: int = 64, **pipeli
     mesh = MeshSpec(ranks, AXES, (ranks, 1, 1, 1, 1))
     model = shape_of({"model_type": "llama", "num_hidden_layers": layers})
     hardware = HardwareConf(**PROFILES["h100"])
-    return Job("fsdp2", {}, mesh, model, hardware, microbatches=microbatches, pipeline=settings)
+    return Job(find_strategy("fsdp2"), {}, mesh, model, hardware, microbatches=microbatches, pipeline=settings)
 
 
 def played(schedule: str, ranks: int, microbatches: int, forward: float = 1.0, backward: float = 2.0) -> Timeline:
@@ -154,6 +156,43 @@ def test_a_schedule_that_the_plan_does_not_know_is_refused(monkeypatch: pytest.M
     monkeypatch.setitem(SCHEDULES, "diagonal", Schedule("Diagonal"))
     with pytest.raises(ConfigError, match="no schedule 'diagonal'"):
         played("diagonal", 2, 4)
+
+
+@pytest.mark.parametrize("kind", [{}, {"multi": True, "splits_backward": True}, {"multi": True, "v_shaped": True}])
+def test_no_schedule_is_played_as_another_one(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that names no order is refused by name, whatever its kind, and wherever the plan asks for it."""
+    monkeypatch.setitem(SCHEDULES, "diagonal", Schedule("Diagonal", **kind))
+    made = job("diagonal", 2, 4)
+    for asked in (orders, quick_seconds, make_plan):
+        with pytest.raises(ConfigError, match="no schedule 'diagonal'") as refused:
+            asked(made)
+        assert "diagonal" not in refused.value.allowed
+
+
+def test_a_schedule_that_is_not_given_is_no_schedule() -> None:
+    with pytest.raises(ConfigError, match="no schedule"):
+        job("1f1b", 2, 4, pp_schedule=None).schedule
+
+
+def test_a_schedule_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = "nemo_dist_conf.plan.schedule_orders:GPIPE"
+    monkeypatch.setitem(SCHEDULES, "diagonal", Schedule("Diagonal", least=lambda ranks, stages: 4, played=played))
+    assert orders(job("diagonal", 2, 4)) == orders(job("gpipe", 2, 4))
+    settings = {**job("diagonal", 2, 3).pipeline, "pp_batch_size": 3, "pp_microbatch_size": 1, "pp_seq_len": None}
+    assert [problem.allowed.split()[0] for problem in pipeline_problems(settings, 2, 64)] == ["4"]
+
+
+@pytest.mark.parametrize("schedule", [*UNSPLIT, "file"])
+def test_what_a_rank_keeps_by_formula_is_what_it_keeps_in_order(schedule: str, tmp_path: Path) -> None:
+    file = tmp_path / "schedule.csv"
+    file.write_text("0F0,0I0,0F1,0W0,0I1,0W1\n1F0,1B0,1F1,1B1\n")
+    csv = {"pp_schedule": None, "pp_schedule_csv": str(file)} if schedule == "file" else {}
+    made = job(schedule, 2, 2, **csv) if csv else job(schedule, 4, 8)
+    once = dict.fromkeys([stage.index for stage in made.stages], 1.0)
+    line = play(made, Costs(once, once))
+    for rank in range(made.pp):
+        stages = len(made.stages_of(rank))
+        assert made.played.kept(rank, made.pp, stages, made.microbatches) == line.kept(rank, lambda stage: 1)
 
 
 def test_a_schedule_file_that_splits_backward_is_said_to(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -363,8 +364,10 @@ def test_a_path_that_gives_no_text_is_refused(tmp_path: Path, make: Any, what: s
     with pytest.raises(DataError) as error:
         load_corpus(path)
     refused(error, what=what, asked="data.path=", type_="data.path=null")
-    parsed = OverridesParser.create().parse_override(error.value.asked)
-    assert parsed.value() == path  # the words asked, typed again, are the same request
+    [word] = shlex.split(error.value.asked)
+    assert (
+        OverridesParser.create().parse_override(word).value() == path
+    )  # the words asked, typed again, are the same request
 
 
 def test_a_folder_without_any_text_says_what_is_in_it(tmp_path: Path) -> None:
@@ -387,7 +390,8 @@ def test_odd_names_are_quoted_as_hydra_reads_them(name: str, tmp_path: Path) -> 
     path = str(tmp_path / name)
     with pytest.raises(DataError) as error:
         load_corpus(path)
-    assert OverridesParser.create().parse_override(error.value.asked).value() == path
+    [word] = shlex.split(error.value.asked)
+    assert OverridesParser.create().parse_override(word).value() == path
 
 
 @pytest.mark.parametrize("seq_len, type_", [(20, "data.seq_len=5"), (6, "data.seq_len=5")])

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts
     from nemo_dist_conf.runtime.typed_configs import DDPConfig
 
-__all__ = ["DDPEngine", "DDPManager"]
+__all__ = ["DDPEngine"]
 
 log = logging.getLogger(__name__)
 
@@ -138,23 +137,3 @@ class DDPEngine(Engine):
     def replica_groups(self, model: nn.Module) -> Sequence[dist.ProcessGroup]:
         group = getattr(model, "process_group", None)
         return [group] if group is not None and group.size() > 1 else []
-
-
-class DDPManager:
-    """Wraps a model with DistributedDataParallel as its config says.
-
-    device_mesh: a mesh with an axis ``dp``, or None for the default process group.
-    """
-
-    def __init__(self, config: DDPConfig, device_mesh: DeviceMesh | None = None) -> None:
-        self.config = config
-        self.device_mesh = device_mesh
-
-    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The wrapped model; with an optimizer, the pair. Parameters stay the same objects.
-
-        Meta parameters must be materialised first (``instantiate`` does): DDP copies rank 0's values at once.
-        """
-        from nemo_dist_conf.runtime.parallelize import parallelize
-
-        return parallelize(model, DDPEngine(self.config, self.device_mesh), optimizer=optimizer)

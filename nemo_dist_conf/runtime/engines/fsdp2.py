@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts
     from nemo_dist_conf.runtime.typed_configs import FSDP2Config
 
-__all__ = ["FSDP2Engine", "FSDP2Manager"]
+__all__ = ["FSDP2Engine"]
 
 #: 16 MiB in float32. Sharding tensors on meta and filling them then takes tens of milliseconds longer.
 _SMALL_ELEMENTS = 2**22
@@ -148,29 +147,6 @@ class FSDP2Engine(Engine):
         meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
         widest = max(meshes, key=lambda mesh: mesh.ndim, default=None)
         return [] if widest is None else [widest.get_group(i) for i in range(widest.ndim) if widest.size(i) > 1]
-
-
-class FSDP2Manager:
-    """Applies tensor parallelism, activation checkpointing, compile and fully_shard as its config says.
-
-    device_mesh: axes pp, dp_replicate, dp_shard, cp, tp (or any 1-D mesh to shard over).
-    moe_mesh: axes ep_shard, ep, where experts are split.
-    """
-
-    def __init__(self, config: FSDP2Config, device_mesh: DeviceMesh, moe_mesh: DeviceMesh | None = None) -> None:
-        self.config = config
-        self.device_mesh = device_mesh
-        self.moe_mesh = moe_mesh
-
-    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The model, sharded in place; with an optimizer, the pair, the optimizer holding the sharded parameters.
-
-        A model on the meta device stays there; ``instantiate`` materialises it afterwards, shard by shard.
-        A materialised model is first made equal to rank 0's, as DDP does.
-        """
-        from nemo_dist_conf.runtime.parallelize import parallelize
-
-        return parallelize(model, FSDP2Engine(self.config, self.device_mesh, self.moe_mesh), optimizer=optimizer)
 
 
 def _patch_is_packed_sequence(model: nn.Module) -> None:

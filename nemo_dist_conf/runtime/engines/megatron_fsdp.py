@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_dist_conf.errors import ConfigError, Problem, TrainingError
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.engines.base import Engine
+from nemo_dist_conf.runtime.engines.gradient_norm import clip
 from nemo_dist_conf.runtime.engines.megatron_library import (
     ARGUMENTS,
     UsedParameters,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts
     from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 
-__all__ = ["MegatronFSDPEngine", "MegatronFSDPManager"]
+__all__ = ["MegatronFSDPEngine"]
 
 log = logging.getLogger(__name__)
 
@@ -253,37 +253,15 @@ class MegatronFSDPEngine(Engine):
             model.start_param_sync(force_sync=True)
 
     def _check_finite(self, model: Any) -> None:
-        from nemo_dist_conf.runtime.gradients import clip_grad_norm_
-
-        if self._norm is None:
-            clip_grad_norm_(model, None)
         norm, self._norm = self._norm, None
-        if norm is not None and not torch.isfinite(norm):
+        if norm is None:
+            norm = clip(model.parameters(), None)
+        if not torch.isfinite(norm):
             raise TrainingError(
                 f"the norm of all gradients is {float(norm)}; no weight was changed\n"
                 "  try     a smaller learning rate, or clip_grad_norm_ before optimizer.step()\n"
                 "  or      strategy.check_for_nan_in_grad=false, which goes on regardless"
             )
-
-
-class MegatronFSDPManager:
-    """Wraps a materialised model with the megatron-fsdp package as its config says.
-
-    device_mesh: axes dp, cp, tp.
-    """
-
-    def __init__(self, config: MegatronFSDPConfig, device_mesh: DeviceMesh) -> None:
-        self.config = config
-        self.device_mesh = device_mesh
-
-    def parallelize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The wrapped model; with an optimizer, the pair, the optimizer holding the sharded parameters.
-
-        Raises ConfigError without CUDA or the library, and for what the model cannot do.
-        """
-        from nemo_dist_conf.runtime.parallelize import parallelize
-
-        return parallelize(model, MegatronFSDPEngine(self.config, self.device_mesh), optimizer=optimizer)
 
 
 def _initialiser(built: Built) -> Fill:

@@ -34,6 +34,7 @@ from nemo_dist_conf.runtime.techniques.context.exchange import (
 from nemo_dist_conf.runtime.techniques.context.mask_rules import Documents
 from nemo_dist_conf.runtime.techniques.context.position_counts import CountsPositions, Site
 from nemo_dist_conf.runtime.torch_inside import attention_of, name_attention, names_attention, tree_map_only
+from nemo_dist_conf.topology.sequence_chunks import chunk_problem
 
 __all__ = [
     "apply_context_parallel",
@@ -73,7 +74,9 @@ def split_sequence(tensor: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
     Raises ConfigError where the tokens do not split into 2 * cp equal chunks.
     """
     length = tensor.size(dim)
-    _check_length(length, mesh.size())
+    uneven = chunk_problem(length, mesh.size())
+    if uneven is not None:
+        raise ConfigError(uneven)
     _split_over.setdefault(mesh.get_group().group_name, set()).add(length // mesh.size())
     positions = local_positions(length // mesh.size(), mesh, tensor.device)
     return tensor.index_select(dim, positions)
@@ -174,20 +177,6 @@ def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     own = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(parameter.name for parameter in own if parameter.kind not in several)
-
-
-def _check_length(length: int, size: int) -> None:
-    if length % (2 * size):
-        near = max(2 * size, round(length / (2 * size)) * 2 * size)
-        what = f"cp_size={size} splits a sequence into {2 * size} equal chunks, and {length} tokens do not split so"
-        raise ConfigError(
-            Problem(
-                what=what,
-                asked=f"{length} tokens",
-                allowed=f"a multiple of {2 * size} tokens",
-                instead=f"{near} tokens",
-            )
-        )
 
 
 def _enter(exchange: Exchange, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

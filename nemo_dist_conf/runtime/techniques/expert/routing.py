@@ -5,14 +5,16 @@ Shapes: T tokens of a forward on this rank, E experts of a layer.
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.runtime.device_meshes import MeshContext
+
+if TYPE_CHECKING:
+    from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.runtime.torch_inside import holds_experts
 
 __all__ = ["ExpertLoad", "balancing_loss", "routed"]

@@ -1,0 +1,1 @@
+"""What each strategy costs: one file a strategy, named by ``costs`` in the strategy's row."""

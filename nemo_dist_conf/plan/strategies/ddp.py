@@ -1,0 +1,56 @@
+"""What strategy=ddp costs: the whole model on every rank, gradients summed bucket by bucket."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator, Mapping, Sequence
+
+from nemo_dist_conf.composition.resolvers import autocast_dtype
+from nemo_dist_conf.families.shapes import block_weights, outer_weights
+from nemo_dist_conf.plan.collectives import Collective
+from nemo_dist_conf.plan.job import Job, Stage
+from nemo_dist_conf.plan.strategies.base import Gathered, StrategyCosts
+
+__all__ = ["COSTS", "DDPCosts"]
+
+_MIB = 2**20
+
+
+class DDPCosts(StrategyCosts):
+    def recipe_options(self, options: Mapping[str, Any], dtype: str, device: str) -> Mapping[str, Any]:
+        return {**options, "autocast_dtype": autocast_dtype(dtype, device)}
+
+    def gathered(self, job: Job, stages: Sequence[Stage]) -> Gathered:
+        """Buckets, which are copies of all gradients, unless gradients live in them; one rank has none."""
+        if job.data_size == 1 or job.options.get("gradient_as_bucket_view"):
+            return Gathered()
+        buckets = 4 * job.model.parameters
+        return Gathered(at_loss=buckets, in_backward=buckets)
+
+    def collectives(self, job: Job, stage: Stage, tp: int) -> Iterator[Collective]:
+        """Buckets, in the order in which backward has the gradients.
+
+        Source: torch/csrc/distributed/c10d/reducer.cpp, compute_bucket_assignment_by_size: a bucket is closed by the
+        gradient with which it reaches its limit, the first one's being 1 MiB at most.
+        """
+        if job.data_size == 1:
+            return
+        cap = job.options.get("bucket_cap_mb")
+        limit = int((25 if cap is None else cap) * _MIB)
+        model = job.model
+        outer = {weight.part: weight for weight in outer_weights(model)}
+        order = [outer[part] for part in ("head", "final_norm") if part in outer]
+        order += [weight for sparse in reversed(model.sparse) for weight in block_weights(model, sparse)]
+        order.append(outer["embedding"])
+        sizes: list[int] = []
+        filled, first = 0, min(limit, _MIB)
+        for weight in order:
+            filled += 4 * weight.count
+            if filled >= (limit if sizes else first):
+                sizes.append(filled)
+                filled = 0
+        sizes += [filled] if filled else []
+        for size in sorted(set(sizes), reverse=True):
+            yield Collective("dp", "all_reduce", sizes.count(size), size, "backward", True, "bucket")
+
+
+COSTS = DDPCosts()
