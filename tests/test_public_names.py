@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,29 @@ FILES = sorted(path for top in ("nemo_dist_conf", "hydra_plugins") for path in (
 
 #: names that a module may have for itself without an underscore
 USUAL = {"log", "logger"}
+#: modules whose names are for users, of the page and of the guides; programs; rows, which a registry finds by name
+FOR_USERS = re.compile(
+    r"nemo_dist_conf(\.(checkpoint|compose|config|explain|gradients|hooks|mesh|pipelining|schema))?"
+    r"|nemo_dist_conf\.strategies\.\w+|.*\.__main__"
+)
+#: names that have yet to get their underscore; none may come to it
+NOT_YET = {
+    "nemo_dist_conf.composition.check": "is_root",
+    "nemo_dist_conf.composition.group_owners": "OWN_GROUP",
+    "nemo_dist_conf.composition.store": "BASE HOOKS NAMESPACE",
+    "nemo_dist_conf.families.model_rules": "tensor_parallel_sizes",
+    "nemo_dist_conf.families.plans": "DECODER Family STYLE_ALIASES",
+    "nemo_dist_conf.plan.activations": "block_bytes",
+    "nemo_dist_conf.plan.from_config": "batch_of",
+    "nemo_dist_conf.plan.plan": "TIGHT",
+    "nemo_dist_conf.plan.rank_shards": "chunk",
+    "nemo_dist_conf.plan.step_time": "collective_seconds model_flops stage_seconds",
+    "nemo_dist_conf.recipe.checks": "legal_batch_sizes",
+    "nemo_dist_conf.runtime.device_meshes": "build_meshes",
+    "nemo_dist_conf.runtime.typed_values": "lower_mapping lower_mp_policy lower_offload_policy plain_mapping",
+}
+#: folders whose programs and texts count as users of a name
+USERS = ("benchmarks", "conf", "docs", "examples", "hydra_plugins", "nemo_dist_conf", "tests")
 
 
 def module_name(path: Path) -> str:
@@ -84,3 +109,79 @@ def test_all_lists_every_public_name(path: Path) -> None:
 def test_every_package_lists_its_names(path: Path) -> None:
     if defined_names(path) | passed_on_names(path):
         assert public_names(path) is not None, f"{module_name(path)} has no __all__"
+
+
+@functools.cache
+def imported_names() -> frozenset[tuple[str, str]]:
+    """(module, name) of every ``from module import name``."""
+    trees = (ast.parse(path.read_text()) for top in USERS for path in (ROOT / top).rglob("*.py"))
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    return frozenset((node.module or "", alias.name) for node in nodes for alias in node.names)
+
+
+@functools.cache
+def used_names() -> frozenset[tuple[str, str]]:
+    """(module, name) of every name of a module of ours that a file imports, or asks a module for."""
+    found = set(imported_names())
+    modules = set(map(module_name, FILES))
+    for path in (path for top in USERS for path in (ROOT / top).rglob("*.py")):
+        tree, known = ast.parse(path.read_text()), dict[str, str]()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                known.update({alias.asname or alias.name: alias.name for alias in node.names if alias.name in modules})
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                known.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+        attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        found |= {(known.get(ast.unparse(node.value), ""), node.attr) for node in attributes}
+    return frozenset(found)
+
+
+@functools.cache
+def dotted_names() -> frozenset[str]:
+    """Dotted names of ours in texts: targets of configs, entry points, programs of guides and of tests."""
+    files = [path for top in USERS for path in (ROOT / top).rglob("*") if path.suffix in (".md", ".py", ".yaml")]
+    text = "\n".join(path.read_text() for path in (*files, ROOT / "setup.cfg", ROOT / "README.md"))
+    dotted = re.findall(r"\b(?:nemo_dist_conf|hydra_plugins)[\w.:]*\w", text)
+    programs = re.findall(r"\bfrom (nemo_dist_conf[\w.]*) import ([\w, ]+)", text)
+    imported = {f"{module}.{name}" for module, names in programs for name in names.split(", ")}
+    return frozenset({found.replace(":", ".") for found in dotted} | imported)
+
+
+def constants_beside(path: Path) -> set[str]:
+    """Values that one statement gives names to, which make sense together."""
+    tuples = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Tuple)]
+    leaves = [leaf for node in tuples if isinstance(node.ctx, ast.Store) for leaf in node.elts]
+    return {leaf.id for leaf in leaves if isinstance(leaf, ast.Name)}
+
+
+def types_of_signatures(path: Path, listed: list[str]) -> set[str]:
+    """Words in annotations and bases of what a module lists: types that users of it are given or give."""
+    words: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if getattr(node, "name", None) in listed or getattr(getattr(node, "target", None), "id", None) in listed:
+            leaves = list(ast.walk(node))
+            hints = [getattr(leaf, key, None) for leaf in leaves for key in ("annotation", "returns")]
+            hints += [base for leaf in leaves for base in getattr(leaf, "bases", ())]
+            words |= {word for hint in hints if hint for word in re.findall(r"\w+", ast.unparse(hint))}
+    return words
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if module_name(path) != "nemo_dist_conf.config"], ids=module_name
+)
+def test_what_other_modules_import_is_listed(path: Path) -> None:
+    """A name that a module only imports is imported from where it is made."""
+    module, modules = module_name(path), set(map(module_name, FILES))
+    ours = {name for owner, name in imported_names() if owner == module and f"{module}.{name}" not in modules}
+    assert {name for name in ours if not name.startswith("_")} - set(public_names(path) or []) - {"*"} == set()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in LISTED if not FOR_USERS.fullmatch(module_name(path))], ids=module_name
+)
+def test_what_is_listed_is_used_elsewhere(path: Path) -> None:
+    """By an import, by its dotted name, as a type of something that is, or beside another value of the same kind."""
+    module, listed = module_name(path), public_names(path) or []
+    kept = {*types_of_signatures(path, listed), *constants_beside(path), *NOT_YET.get(module, "").split()}
+    used = {name for name in listed if (module, name) in used_names() or f"{module}.{name}" in dotted_names()}
+    assert set(listed) - used - kept == set()

@@ -19,7 +19,6 @@ from nemo_dist_conf.runtime.torch_inside import local_tensor
 __all__ = [
     "LEFT_OUT",
     "from_json",
-    "is_tensor",
     "merged",
     "random_state",
     "refuse_tensor",
@@ -141,14 +140,14 @@ def _packed(value: torch.Tensor, path: str) -> dict[str, Any]:
     return {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data": data}
 
 
-def is_tensor(tree: Any) -> bool:
+def _is_tensor(tree: Any) -> bool:
     """Whether this node of what ``to_json`` gave stands for a tensor."""
     return isinstance(tree, dict) and tree.get(_KIND) == "tensor"
 
 
 def tensors_in(tree: Any) -> Iterator[dict[str, Any]]:
     """What stands for a tensor in what ``to_json`` gave, in order."""
-    if is_tensor(tree):
+    if _is_tensor(tree):
         yield tree
     elif isinstance(tree, (dict, list)):
         for item in tree.values() if isinstance(tree, dict) else tree:
@@ -229,7 +228,7 @@ def _merged_entries(trees: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, A
 
 
 def _only_tensors(tree: Any) -> bool:
-    if is_tensor(tree):
+    if _is_tensor(tree):
         return True
     return isinstance(tree, dict) and _KIND not in tree and all(map(_only_tensors, tree.values()))
 

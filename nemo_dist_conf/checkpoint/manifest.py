@@ -36,7 +36,6 @@ __all__ = [
     "checkpoints_in",
     "damaged",
     "elsewhere",
-    "file_mark",
     "find_checkpoint",
     "read_json",
     "read_manifest",
@@ -177,7 +176,7 @@ def write_file(path: Path, content: bytes) -> tuple[int, str]:
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def file_mark(path: Path) -> str:
+def _file_mark(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
@@ -205,7 +204,7 @@ def wrong_bytes(manifest: Manifest, names: Sequence[str]) -> str:
     """Which of these files was changed after it was written, in words; "" where none was. Reads them all."""
     for name in names:
         try:
-            if file_mark(manifest.folder / name) != manifest.files[name][1]:
+            if _file_mark(manifest.folder / name) != manifest.files[name][1]:
                 return f"{name} was changed after it was written (its SHA-256 is another)"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

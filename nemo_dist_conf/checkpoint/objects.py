@@ -44,7 +44,6 @@ __all__ = [
     "BY_NAME",
     "BY_PLACE",
     "EXTRA_OF",
-    "Extra",
     "Held",
     "KEPT",
     "MODULE",
@@ -104,7 +103,7 @@ class Models:
     def _extras(self) -> dict[str, Any]:
         """What modules of these models keep by ``get_extra_state``, as objects of their own."""
         titles = {"": "the model", **{prefix_of(name): repr(name) for name in self.kinds}}
-        found = {f"{EXTRA_OF}{titles[prefix]}": Extra(one) for prefix, one in self.models.items()}
+        found = {f"{EXTRA_OF}{titles[prefix]}": _Extra(one) for prefix, one in self.models.items()}
         return {name: extra for name, extra in found.items() if extra.has_any()}
 
     @cached_property
@@ -152,7 +151,7 @@ def _is_split(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
 EXTRA_OF = "extra state of "
 
 
-class Extra:
+class _Extra:
     """What modules of a model give by ``get_extra_state``, as an object with a state; by the names of torch."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -27,7 +27,6 @@ __all__ = [
     "group_settings",
     "optimizer_pieces",
     "parameter_names",
-    "piece_of",
     "raw_names",
     "set_group_settings",
     "set_weights",
@@ -146,7 +145,7 @@ def weight_pieces(state: Mapping[str, Tensor], prefix: str = MODEL) -> dict[str,
     """What this rank holds of a model's tensors, by ``prefix`` and name."""
     for name, value in state.items():
         refuse_tensor(value, f"{prefix}{name}")
-    return {f"{prefix}{name}": piece_of(value) for name, value in state.items() if value.numel()}
+    return {f"{prefix}{name}": _piece_of(value) for name, value in state.items() if value.numel()}
 
 
 def whole_piece(values: Tensor) -> Piece:
@@ -154,7 +153,7 @@ def whole_piece(values: Tensor) -> Piece:
     return Piece(values, Box((0,) * values.dim(), tuple(values.shape)), values.shape)
 
 
-def piece_of(value: Tensor) -> Piece:
+def _piece_of(value: Tensor) -> Piece:
     """What this rank holds of a tensor."""
     return Piece(local_values(value), box_of(value), value.shape)
 
@@ -206,7 +205,7 @@ def _state_piece(parameter: Tensor, value: Tensor) -> Piece:
     """State of a parameter's shape lies as the parameter does; the rest is the same on every rank."""
     if value.shape == parameter.shape:
         return Piece(local_values(value), box_of(parameter), parameter.shape)
-    return piece_of(value)
+    return _piece_of(value)
 
 
 def _make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, key: str, stored: Stored) -> None:

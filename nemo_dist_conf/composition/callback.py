@@ -20,6 +20,7 @@ from nemo_dist_conf.composition.check import Checked, check, find_roots
 from nemo_dist_conf.composition.command_line import raw_words
 from nemo_dist_conf.composition.hydra_inside import error_of_job
 from nemo_dist_conf.composition.sweep_check import (
+    Check,
     SweepRefused,
     compose_jobs,
     folder_problems,
@@ -129,7 +130,7 @@ def callback_as_config() -> DictConfig:
     return OmegaConf.structured(_Default)
 
 
-def check_of(config: DictConfig) -> Any:
+def check_of(config: DictConfig) -> Check:
     """The check that a job's own callbacks do: ours, or what an app extended it to."""
     from hydra.utils import get_object
 

@@ -66,11 +66,11 @@ def resolver_calls(text: str) -> list[tuple[int, int, str]]:
     return found
 
 
-def _collect(context: Any, found: list[tuple[int, int, str]]) -> None:
-    for child in getattr(context, "children", None) or ():
+def _collect(tree: Any, found: list[tuple[int, int, str]]) -> None:
+    for child in getattr(tree, "children", None) or ():
         _collect(child, found)
-    if isinstance(context, OmegaConfGrammarParser.InterpolationResolverContext):
-        found.append((context.start.start, context.stop.stop + 1, context.resolverName().getText()))
+    if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
+        found.append((tree.start.start, tree.stop.stop + 1, tree.resolverName().getText()))
 
 
 def read_in_place(text: str, container: Any, key: Any) -> tuple[Any, Any]:
@@ -106,7 +106,7 @@ def written(node: Any) -> Any:
 def written_at(container: Any, key: Any) -> Any:
     """What is written at a key that is there, as ``written`` says.
 
-    Test: tests/composition/test_text_values.py
+    OmegaConf 2.3 and 2.4: as there. Test: tests/composition/test_text_values.py
     """
     return container._get_node(key)._value()
 
@@ -132,7 +132,7 @@ def is_missing(node: Any) -> bool:
 def has_values(container: Any) -> bool:
     """Whether a container holds keys of its own: it is neither null, nor ``???``, nor an interpolation.
 
-    As ``is_null`` and ``is_missing``. Test: tests/composition/test_check.py
+    OmegaConf 2.3 and 2.4: as ``is_null`` and ``is_missing``. Test: tests/composition/test_check.py
     """
     return not (container._is_none() or container._is_missing() or container._is_interpolation())
 
@@ -169,7 +169,7 @@ def path_of(container: Any, key: Any) -> tuple[Any, ...]:
 def place_of(node: Any) -> tuple[Any, Any]:
     """(container, key) of a node, as a resolver is given the node that it stands in.
 
-    As ``path_of``. Test: tests/composition/agreement/test_drawn_values.py
+    OmegaConf 2.3 and 2.4: as ``path_of``. Test: tests/composition/agreement/test_drawn_values.py
     """
     return node._get_parent_container(), node._key()
 

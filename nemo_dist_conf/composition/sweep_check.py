@@ -16,7 +16,11 @@ from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.composition.hydra_inside import grid_of_basic_sweeper, written_at
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["Job", "SweepRefused", "compose_jobs", "folder_problems", "jobs_of_basic_sweep", "judge", "refusal"]
+__all__ = ["Check", "Job", "SweepRefused", "compose_jobs", "folder_problems", "jobs_of_basic_sweep", "judge", "refusal"]
+
+
+#: Of a job's config; None: it uses none of our groups. Raises ConfigError.
+Check = Callable[[DictConfig], Checked | None]
 
 
 class SweepRefused(ConfigError, CompactHydraException):
@@ -81,12 +85,14 @@ def jobs_of_basic_sweep(config: DictConfig) -> list[list[str]]:
     return grid_of_basic_sweeper(parser.parse_overrides(words))
 
 
-def judge(jobs: list[Job], check: Callable[[DictConfig], Checked | None] | None = None, of: Any = None) -> list[Job]:
+def judge(jobs: list[Job], check: Check | None = None, of: Callable[[DictConfig], Check] | None = None) -> list[Job]:
     """The jobs with their layout or why they are refused. check: for all; of: gives the check of a job's config."""
     for job in jobs:
         try:
             ConfigError.raise_if(folder_problems(job.config, "sweep"))
-            checked = (check or of(job.config))(job.config)
+            own = check if of is None else of(job.config)
+            assert own is not None, "one of the two is given"
+            checked = own(job.config)
             if checked:
                 job.layout, job.model_type = checked.mesh.describe(), checked.facts.model_type
         except ConfigError as error:

@@ -33,7 +33,7 @@ def checked_main() -> None:
     try:
         refuse_words(sys.argv[1:])
     except NemoDistConfError as error:
-        from nemo_dist_conf.composition.callback import end
+        from nemo_dist_conf.composition.agreement.shared_failure import end
 
         end(error)
     main()

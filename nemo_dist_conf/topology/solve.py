@@ -11,7 +11,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.topology.axes import AXES, Axis, AxisRules
 from nemo_dist_conf.wording import Spelling
 
-__all__ = ["LAUNCH", "MeshSpec", "divisors", "number_problem", "size_problems", "solve"]
+__all__ = ["LAUNCH", "MeshSpec", "divisors", "number_problem", "solve"]
 
 
 #: How ranks are started by hand, when the program's own name is not known.
@@ -67,7 +67,7 @@ def number_problem(axis: Axis, size: Any, spelling: Spelling = Spelling()) -> Pr
     )
 
 
-def size_problems(
+def _size_problems(
     sizes: Mapping[str, Any], world_size: int, rules: AxisRules, spelling: Spelling = Spelling(), launch: str = LAUNCH
 ) -> list[Problem]:
     """What is wrong with the sizes alone: not whole and positive, or an axis that the strategy lacks."""
@@ -108,7 +108,7 @@ def solve(
     Raises ConfigError with all problems: a size that is not a positive whole number, an axis that the
     strategy lacks, or no product that equals world_size.
     """
-    problems = size_problems(sizes, world_size, rules, spelling, launch)
+    problems = _size_problems(sizes, world_size, rules, spelling, launch)
     ConfigError.raise_if(problems)
     tp, pp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "pp_size", "cp_size", "ep_size"))
     dp_asked, replicate = sizes.get("dp_size"), sizes.get("dp_replicate_size") or 1

@@ -10,6 +10,7 @@ import torch
 
 from nemo_dist_conf.errors import NemoDistConfError
 from nemo_dist_conf.plan import Plan, job_of, make_plan, summary
+from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf, profile_of_device
 
 __all__ = ["measured", "plan_of_run", "planned"]
@@ -17,7 +18,7 @@ __all__ = ["measured", "plan_of_run", "planned"]
 log = logging.getLogger(__name__)
 
 
-def plan_of_run(cfg: Any, context: Any) -> Plan | None:
+def plan_of_run(cfg: Any, context: MeshContext) -> Plan | None:
     """The plan for the machine that runs it; None for a device or a model of which too little is known.
 
     Nothing that goes wrong in it may stop the run that it is of.
@@ -49,7 +50,7 @@ def planned(plan: Plan | None) -> dict[str, str]:
     return {} if plan is None else {"plan": summary(plan)}
 
 
-def measured(plan: Plan | None, tokens_per_second: float, peak_bytes: int, context: Any) -> dict[str, str]:
+def measured(plan: Plan | None, tokens_per_second: float, peak_bytes: int, context: MeshContext) -> dict[str, str]:
     """What a run took, as a multiple of its plan; memory on a GPU only, where torch counts its own."""
     if plan is None or not tokens_per_second or not plan.step.seconds:
         return {}

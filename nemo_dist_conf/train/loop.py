@@ -19,8 +19,11 @@ from nemo_dist_conf.composition.resolvers import autocast_dtype
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.plan import Plan
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.recipe.value_checks import train_problems
+from nemo_dist_conf.runtime.device_meshes import MeshContext
+from nemo_dist_conf.runtime.distributed_setup import DistributedSetup
 from nemo_dist_conf.runtime.engines.base import unwrapped
 from nemo_dist_conf.runtime.parallelize import autocast_forward
 from nemo_dist_conf.runtime.process_group import initialize_distributed, shutdown_distributed
@@ -114,18 +117,17 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
             autocast_forward(model, context.device, dtype)  # the strategy has no option that says what to compute in
         size, micro = settings.global_batch_size, settings.micro_batch_size
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
-        rows = micro or size // context.data_size
         _check_model_knows(cfg, data, model, context)
         _refuse_both_directions(model)
         saving.loss_scale = _loss_scale(setup)
+        rows = micro or size // context.data_size
+        this = _Run(cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, saving, began)
         if saving.goes_on:
-            settle(model, optimizer, _microbatches(data, 0, rows, context)[0], context)
+            settle(model, optimizer, this.microbatches(0)[0], context)
         restored = saving.restore(model, optimizer, data, context.is_main)
         if restored is not None and restored.step >= settings.steps:
             return _nothing_left(restored, settings.steps, saving, context.is_main)
-        return _train(
-            cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, saving, began, restored
-        )
+        return this.train(restored)
     finally:
         if saving is not None:
             saving.close()
@@ -155,7 +157,7 @@ def _same_data(cfg: Any, settings: _Settings) -> DataSource:
     return data
 
 
-def _check_model_knows(cfg: Any, data: DataSource, model: nn.Module, context: Any) -> None:
+def _check_model_knows(cfg: Any, data: DataSource, model: nn.Module, context: MeshContext) -> None:
     """That the model has an embedding for every id of the text."""
     if not isinstance(data, TextData):
         return
@@ -188,80 +190,112 @@ def _vocabulary(model: nn.Module) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _train(
-    cfg: Any,
-    settings: _Settings,
-    learning_rate: LearningRate,
-    data: DataSource,
-    rows: int,
-    setup: Any,
-    model: nn.Module,
-    optimizer: Optimizer,
-    folder: Path,
-    saving: Saving,
-    began: float,
-    restored: Restored | None,
-) -> float:
-    """The steps after those of ``restored``; rows: of a microbatch on this rank."""
-    start = 0 if restored is None else restored.step
-    context = setup.mesh_context
-    is_main = context.is_main
-    console = Console(settings.steps, enabled=is_main, first_step=start + 1)
-    plan = plan_of_run(cfg, context) if is_main else None
-    console.header({**header(data, setup, model, folder), **planned(plan)})
-    model.train()
-    load = _expert_load(model)
-    first: StepResult | None = None
-    result: StepResult | None = None
-    last_loss = None if restored is None else restored.objects["position"]["loss"]
-    writer = MetricsWriter(
-        folder, enabled=is_main, first_step=start + 1, tensorboard=settings.tensorboard, last_loss=last_loss
-    )
-    with writer, console, Preemption(saving.is_on, saving.stopped) as preemption:
-        for step in range(start, settings.steps):
-            step_began = time.perf_counter()
-            preemption.begin_step()
-            # Dropout too is a function of the step: a resumed run draws what an uninterrupted one does.
-            torch.manual_seed(mix_seed(cfg.seed, step, context.data_rank))
-            microbatches, labels = _microbatches(data, step, rows, context)
-            tokens = _global_tokens(data, labels, context)
-            lr = learning_rate.apply(optimizer, step)
-            last = result
-            result = train_step(
-                model,
-                optimizer,
-                microbatches,
-                context,
-                global_tokens=tokens,
-                max_grad_norm=settings.max_grad_norm,
-                load=load,
-                loss_scale=saving.loss_scale,
-            )
-            if not result.updated:
-                raise not_finite(cfg, result, last, step, optimizer, folder)
-            first = first or result
-            seconds = time.perf_counter() - step_began
-            numbers: dict[str, Any] = {
-                "step": step + 1,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "tokens": tokens,
-                "seconds": seconds,
-            }
-            if (step + 1) % settings.log_every == 0 or step in (start, settings.steps - 1):
-                more: dict[str, Any] = {"lr": lr, "tokens_per_second": tokens / seconds, **result.more}
-                writer.write(**numbers, **more)
-            console.step(**numbers)
-            saving.after_step(step + 1, model, optimizer, data, result.loss, preemption.is_due() and preemption.by)
-        saved = saving.finish()
-    peak = _largest(peak_memory_bytes(context.device), context)
-    assert first is not None and result is not None
-    if result.more.get("expert_imbalance") and is_main:
-        log.info("experts: the busiest had %.2f times the mean one's tokens", result.more["expert_imbalance"])
-    seconds = time.perf_counter() - began
-    facts = summary(setup, model, first, result, peak, console, seconds, folder, settings.tensorboard)
-    console.summary({**facts, **measured(plan, console.tokens_per_second, peak, context), **saved})
-    return result.loss
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of a run are made of.
+
+    rows: of a microbatch on this rank. began: when the run did, on the clock of time.perf_counter.
+    """
+
+    cfg: Any
+    settings: _Settings
+    learning_rate: LearningRate
+    data: DataSource
+    rows: int
+    setup: DistributedSetup
+    model: nn.Module
+    optimizer: Optimizer
+    folder: Path
+    saving: Saving
+    began: float
+
+    @property
+    def context(self) -> MeshContext:
+        return self.setup.mesh_context
+
+    def train(self, restored: Restored | None) -> float:
+        """Make the steps after those of ``restored``; returns the last loss."""
+        settings, context, saving = self.settings, self.context, self.saving
+        start = 0 if restored is None else restored.step
+        last_loss = None if restored is None else restored.objects["position"]["loss"]
+        console = Console(settings.steps, enabled=context.is_main, first_step=start + 1)
+        plan = plan_of_run(self.cfg, context) if context.is_main else None
+        facts = header(self.data, self.setup, self.model, self.folder)
+        console.header({**facts, **planned(plan)})
+        self.model.train()
+        load = _expert_load(self.model)
+        first: StepResult | None = None
+        result: StepResult | None = None
+        writer = MetricsWriter(
+            self.folder,
+            enabled=context.is_main,
+            first_step=start + 1,
+            tensorboard=settings.tensorboard,
+            last_loss=last_loss,
+        )
+        with writer, console, Preemption(saving.is_on, saving.stopped) as preemption:
+            for step in range(start, settings.steps):
+                began = time.perf_counter()
+                preemption.begin_step()
+                last, lr = result, self.learning_rate.apply(self.optimizer, step)
+                result, tokens = self.step(step, load)
+                if not result.updated:
+                    raise not_finite(self.cfg, result, last, step, self.optimizer, self.folder)
+                first = first or result
+                seconds = time.perf_counter() - began
+                numbers: dict[str, Any] = {
+                    "step": step + 1,
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "tokens": tokens,
+                    "seconds": seconds,
+                }
+                if (step + 1) % settings.log_every == 0 or step in (start, settings.steps - 1):
+                    more: dict[str, Any] = {"lr": lr, "tokens_per_second": tokens / seconds, **result.more}
+                    writer.write(**numbers, **more)
+                console.step(**numbers)
+                told = preemption.is_due() and preemption.by
+                saving.after_step(step + 1, self.model, self.optimizer, self.data, result.loss, told)
+            saved = saving.finish()
+        assert first is not None and result is not None
+        self._summarise(first, result, console, plan, saved)
+        return result.loss
+
+    def step(self, step: int, load: ExpertLoad | None) -> tuple[StepResult, int]:
+        """(what a step gave, the counted tokens of its global batch)."""
+        # Dropout too is a function of the step: a resumed run draws what an uninterrupted one does.
+        torch.manual_seed(mix_seed(self.cfg.seed, step, self.context.data_rank))
+        microbatches, labels = self.microbatches(step)
+        tokens = _global_tokens(self.data, labels, self.context)
+        result = train_step(
+            self.model,
+            self.optimizer,
+            microbatches,
+            self.context,
+            global_tokens=tokens,
+            max_grad_norm=self.settings.max_grad_norm,
+            load=load,
+            loss_scale=self.saving.loss_scale,
+        )
+        return result, tokens
+
+    def microbatches(self, step: int) -> tuple[Microbatches, Tensor]:
+        """This rank's part of a step's batch, on its device; and all of its labels, on the CPU."""
+        context = self.context
+        batch = self.data.batch(step, context.data_rank, context.data_size)
+        input_ids, labels = context.split_sequence(*batch)
+        return split_microbatches(input_ids.to(context.device), labels.to(context.device), self.rows), labels
+
+    def _summarise(
+        self, first: StepResult, last: StepResult, console: Console, plan: Plan | None, saved: dict[str, str]
+    ) -> None:
+        context = self.context
+        peak = _largest(peak_memory_bytes(context.device), context)
+        if last.more.get("expert_imbalance") and context.is_main:
+            log.info("experts: the busiest had %.2f times the mean one's tokens", last.more["expert_imbalance"])
+        seconds, tensorboard = time.perf_counter() - self.began, self.settings.tensorboard
+        facts = summary(self.setup, self.model, first, last, peak, console, seconds, self.folder, tensorboard)
+        console.summary({**facts, **measured(plan, console.tokens_per_second, peak, context), **saved})
 
 
 def _layout(cfg: Any) -> str:
@@ -281,13 +315,7 @@ def _nothing_left(restored: Restored, steps: int, saving: Saving, is_main: bool)
     return float(restored.objects["position"]["loss"])
 
 
-def _microbatches(data: DataSource, step: int, rows: int, context: Any) -> tuple[Microbatches, Tensor]:
-    """This rank's part of a step's batch, on its device; and all of its labels, on the CPU."""
-    input_ids, labels = context.split_sequence(*data.batch(step, context.data_rank, context.data_size))
-    return split_microbatches(input_ids.to(context.device), labels.to(context.device), rows), labels
-
-
-def _loss_scale(setup: Any) -> LossScale | None:
+def _loss_scale(setup: DistributedSetup) -> LossScale | None:
     """For a model that computes in float16 somewhere; None for any other."""
     policies = [getattr(config, "mp_policy", None) for config in (setup.strategy_config, setup.moe_parallel_config)]
     dtypes = [policy.param_dtype for policy in policies if policy is not None]
@@ -302,7 +330,7 @@ def _expert_load(model: nn.Module) -> ExpertLoad | None:
     return ExpertLoad(model, experts) if experts else None
 
 
-def _global_tokens(data: DataSource, labels_BS: Tensor, context: Any) -> int:
+def _global_tokens(data: DataSource, labels_BS: Tensor, context: MeshContext) -> int:
     """Counted tokens of the global batch: known for text, asked of all data ranks for the user's own data."""
     if isinstance(data, TextData):
         return data.tokens_per_batch
@@ -310,7 +338,7 @@ def _global_tokens(data: DataSource, labels_BS: Tensor, context: Any) -> int:
     return max(1, int(context.sum_over_data(counted)))
 
 
-def _largest(value: int, context: Any) -> int:
+def _largest(value: int, context: MeshContext) -> int:
     """The largest of all ranks' values."""
     if context.world_size == 1:
         return value

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import TrainingError
+from nemo_dist_conf.runtime.distributed_setup import DistributedSetup
 from nemo_dist_conf.runtime.engines.base import engine_of
 from nemo_dist_conf.strategies import STRATEGIES
 from nemo_dist_conf.train.console import Console, duration
@@ -22,7 +23,7 @@ from nemo_dist_conf.train.step import StepResult
 __all__ = ["header", "not_finite", "summary"]
 
 
-def header(data: DataSource, setup: Any, model: nn.Module, folder: Path) -> dict[str, str]:
+def header(data: DataSource, setup: DistributedSetup, model: nn.Module, folder: Path) -> dict[str, str]:
     total, _ = _parameter_counts(model)
     return {
         "model": f"{engine_of(model).model_name(model)}, {_millions(total)} parameters",
@@ -35,7 +36,7 @@ def header(data: DataSource, setup: Any, model: nn.Module, folder: Path) -> dict
 
 
 def summary(
-    setup: Any,
+    setup: DistributedSetup,
     model: nn.Module,
     first: StepResult,
     last: StepResult,
@@ -61,7 +62,7 @@ def summary(
     }
 
 
-def _layout(setup: Any) -> str:
+def _layout(setup: DistributedSetup) -> str:
     context = setup.mesh_context
     name = next((s.name for s in STRATEGIES if isinstance(setup.strategy_config, s.config)), "no strategy")
     ranks = "1 rank" if context.world_size == 1 else f"{context.layout()} ({context.world_size} ranks)"

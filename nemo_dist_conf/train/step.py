@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
+from nemo_dist_conf.runtime.device_meshes import MeshContext
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.engines.gradient_norm import scale_gradients
 from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad, balancing_loss, routed
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Microbatches",
     "StepResult",
-    "forward_backward",
-    "run_pipeline",
     "settle",
     "train_step",
 ]
@@ -57,8 +56,8 @@ class StepResult:
     more: dict[str, float] = field(default_factory=dict)
 
 
-def forward_backward(
-    model: nn.Module, microbatches: Microbatches, scale: float, context: Any, times: float = 1.0
+def _forward_backward(
+    model: nn.Module, microbatches: Microbatches, scale: float, context: MeshContext, times: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """Accumulate the gradients of ``scale`` times the loss sum of all microbatches; returns the plain sum.
 
@@ -88,7 +87,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def _routed_before(model: nn.Module, microbatches: Microbatches, context: Any) -> Tensor | None:
+def _routed_before(model: nn.Module, microbatches: Microbatches, context: MeshContext) -> Tensor | None:
     """``routed`` of the global batch, whose tokens will draw the same random numbers; None without such a loss."""
     config: Any = getattr(unwrapped(model), "config", None)
     if not getattr(config, "output_router_logits", False) or not getattr(config, "router_aux_loss_coef", 0.0):
@@ -103,21 +102,21 @@ def _routed_before(model: nn.Module, microbatches: Microbatches, context: Any) -
     return None if found is None else context.sum_over_data(found)
 
 
-def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, context: Any) -> None:
+def settle(model: nn.Module, optimizer: Optimizer, microbatches: Microbatches, context: MeshContext) -> None:
     """Bring a wrapped model, before a checkpoint is loaded into it, to where it is after its first step.
 
     DDP sorts its buckets anew after its first backward, and the order of a sum of several ranks follows from the
     bucket: a run that goes on would differ in the last bit from one that never stopped. Nothing is updated here.
     """
     if engine_of(model).first_backward_differs and context.world_size > 1:
-        forward_backward(model, microbatches, 1.0, context)
+        _forward_backward(model, microbatches, 1.0, context)
         optimizer.zero_grad(set_to_none=True)
 
 
-def run_pipeline(
-    model: Pipeline, microbatches: Microbatches, scale: float, context: Any, times: float = 1.0
+def _run_pipeline(
+    model: Pipeline, microbatches: Microbatches, scale: float, context: MeshContext, times: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """``forward_backward`` of a pipeline, which splits what it is given into microbatches of its own."""
+    """``_forward_backward`` of a pipeline, which splits what it is given into microbatches of its own."""
     count = model.microbatches if model.scales_gradients else 1  # its losses and gradients are then means
     totals = [model.step(input_ids, labels, scale * times * count) * count for input_ids, labels in microbatches]
     return torch.stack(totals).sum(), None
@@ -127,7 +126,7 @@ def train_step(
     model: nn.Module,
     optimizer: Optimizer,
     microbatches: Microbatches,
-    context: Any,
+    context: MeshContext,
     *,
     global_tokens: int,
     max_grad_norm: float | None,
@@ -145,7 +144,7 @@ def train_step(
     Nothing is updated where the global loss or gradient norm is not finite: all ranks see the same two numbers, so
     all of them decide alike.
     """
-    run: Any = run_pipeline if context.pp_enabled else forward_backward
+    run: Any = _run_pipeline if context.pp_enabled else _forward_backward
     while True:
         times = 1.0 if loss_scale is None else loss_scale.value
         loss_sum, balance = run(model, microbatches, context.gradient_size / global_tokens, context, times)

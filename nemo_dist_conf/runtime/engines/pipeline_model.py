@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
@@ -23,7 +22,7 @@ from nemo_dist_conf.runtime.engines.refused_copies import refuse_copy
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
 from nemo_dist_conf.runtime.techniques.pipeline_stages import Chain, chain_of, plan_stages
-from nemo_dist_conf.runtime.torch_inside.pipelining import backward_of_stage, schedule_by_name, schedule_from_table
+from nemo_dist_conf.runtime.torch_inside.pipelining import ReducingStage, schedule_by_name, schedule_from_table
 from nemo_dist_conf.runtime.typed_configs import PipelineConfig
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.schedule_rules import find_schedule
@@ -131,7 +130,7 @@ class Pipeline(nn.Module):
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         stages = [
-            _Stage(
+            ReducingStage(
                 part,
                 int(index),
                 len(self.rows),
@@ -256,31 +255,6 @@ class Pipeline(nn.Module):
         for parameter, _ in held:
             parameter.grad = None
         return held
-
-
-class _Stage(PipelineStage):
-    """torch's stage; where asked, FSDP reduces gradients while backward runs, as it does outside of a pipeline.
-
-    torch holds all of them back and reduces them after a stage's last backward, when nothing is left to overlap with.
-    when: (in the last backward, in every one).
-    """
-
-    def __init__(self, *args: Any, when: tuple[bool, bool] = (False, False), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._in_last, self._in_every = when
-
-    def backward_maybe_with_nosync(
-        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
-    ) -> Any:
-        reduces = self._in_every or (self._in_last and last_backward)
-        if backward_type != "full" or not reduces or not isinstance(self.submod, FSDPModule):
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        self.submod.set_is_last_backward(last_backward)
-        self.submod.set_reshard_after_backward(last_backward)
-        self.submod.set_requires_gradient_sync(True)
-        return backward_of_stage(
-            bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]
-        ), None
 
 
 def _schedule(

@@ -21,7 +21,7 @@ from nemo_dist_conf.runtime.model.recording.python_answers import Answers
 from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded, Recorder
 from nemo_dist_conf.runtime.model.recording.tape import Constant, Ref, Tape, leaves
 from nemo_dist_conf.runtime.model.tensor_attributes import tensors_beside
-from nemo_dist_conf.runtime.torch_inside import RESETS, is_view, of_same_class, own_buffers
+from nemo_dist_conf.runtime.torch_inside import RESETS, generator_of, is_view, of_same_class, own_buffers
 
 __all__ = ["Record", "become", "construct", "named_tensors", "record", "record_resets"]
 
@@ -295,9 +295,8 @@ def _seeded(seed: int) -> Iterator[None]:
     states = random.getstate(), numpy and numpy.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
+        for device in (torch.device("cpu"), *(torch.device("cuda", index) for index in devices)):
+            generator_of(device).manual_seed(seed)
         random.seed(seed)
         if numpy is not None:
             numpy.seed(seed % 2**32)

@@ -16,14 +16,14 @@ from nemo_dist_conf.errors import DataError, Problem
 from nemo_dist_conf.runtime.model.shard_boxes import box_of
 from nemo_dist_conf.runtime.model.stored_names import Part, stored_parts
 
-__all__ = ["check_weights", "load_weights", "read_shapes"]
+__all__ = ["check_weights", "load_weights"]
 
 log = logging.getLogger(__name__)
 
 _KEY = "model.name_or_path"
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in the folder's safetensors files, from their headers alone.
 
     Raises DataError for a folder without safetensors, an incomplete index, or a damaged file.
@@ -115,7 +115,7 @@ def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> dict
 
     Returns what each tensor of the folder is, where it is stored otherwise than the model holds it; else {}.
     """
-    shapes = read_shapes(folder)
+    shapes = _read_shapes(folder)
     optional = {name for group in ties for name in group[1:]}
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     parts = stored_parts(model)

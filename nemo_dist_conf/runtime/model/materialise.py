@@ -22,7 +22,7 @@ from nemo_dist_conf.runtime.torch_inside import (
     with_local_tensor,
 )
 
-__all__ = ["give_storage", "initialise_in_turn", "materialise", "retie", "tied_names"]
+__all__ = ["initialise_in_turn", "materialise", "retie", "tied_names"]
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def materialise(
     store: where parameters live (the CPU under offload); None: where they are played back.
     loaded: names whose values come from elsewhere.
     """
-    targets = give_storage(model, store or record.device)
+    targets = _give_storage(model, store or record.device)
     filled: set[int] = set()
     with Player(record.tape, record.seed, record.device) as player:
         for group in record.groups:
@@ -71,7 +71,7 @@ def _play(player: Player, record: Record, targets: Mapping[str, Tensor]) -> None
             target.copy_(value)
 
 
-def give_storage(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+def _give_storage(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """``model.to_empty`` for what is on meta, without asking DTensor how an empty tensor is sharded: like that one.
 
     Whole tensors stay the objects that they are, with their hooks and attributes, so that whatever else refers to them

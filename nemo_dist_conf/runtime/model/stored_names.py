@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nemo_dist_conf.runtime.torch_inside import as_stored
+
 __all__ = ["Part", "stored_parts"]
 
 log = logging.getLogger(__name__)
@@ -39,12 +41,7 @@ def stored_parts(model: nn.Module) -> dict[str, Part]:
     """Stored name -> part, for all of a transformers model's state; {} where it is stored under its own names.
 
     Also {} where a tensor is stored as something else than rows of a parameter. ``model`` may be on meta.
-    Source: transformers/core_model_loading.py, revert_weight_conversion.
     """
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return {}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     numbers: dict[str, Tensor] = {}
     begins: list[int] = []
@@ -56,9 +53,11 @@ def stored_parts(model: nn.Module) -> dict[str, Part]:
         begins.append(count)
         count += size
     try:
-        stored: dict[str, Tensor] = revert_weight_conversion(model, dict(numbers))
+        stored = as_stored(model, dict(numbers))
     except Exception as error:  # a conversion that needs more than the rows of a tensor
         log.debug("no stored names for %s: %s", type(model).__name__, error)
+        return {}
+    if stored is None:
         return {}
     names = list(shapes)
     parts = {name: _part(found, numbers, names, begins, shapes) for name, found in stored.items()}

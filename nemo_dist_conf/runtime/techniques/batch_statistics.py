@@ -30,7 +30,6 @@ __all__ = [
     "refuse_sync_on_cpu",
     "use_global_statistics",
     "warn_of_own_rows",
-    "with_statistics",
 ]
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ _SIGNATURE = inspect.signature(F.batch_norm)
 _BARE = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 
 
-def with_statistics(model: nn.Module) -> dict[str, nn.Module]:
+def _with_statistics(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that normalise over a batch in training, or keep running statistics of it, by name.
 
     torch's and classes derived from them, and any whose code calls ``batch_norm`` itself. Not SyncBatchNorm, whose
@@ -113,7 +112,7 @@ def use_global_statistics(model: nn.Module, groups: Sequence[dist.ProcessGroup])
     groups: each joins ranks with different rows; statistics are added up over one after the other. Every rank has to
     run the same forwards in training mode.
     """
-    found = with_statistics(model)
+    found = _with_statistics(model)
     for module in found.values():
         module.forward = (_GlobalBatch if _is_batch(module) else _GlobalInstances)(module, groups)
     if found:
@@ -142,7 +141,7 @@ def warn_of_own_rows(model: nn.Module, ranks: int) -> None:
     if ranks > 1 and "return_loss" in names and dist.get_rank() == 0:
         compared = _Compared(type(model).__name__, names.index("return_loss"), ranks)
         model.register_forward_pre_hook(compared, with_kwargs=True)
-    local = {name: m for name, m in with_statistics(model).items() if not isinstance(m.forward, _Global)}
+    local = {name: m for name, m in _with_statistics(model).items() if not isinstance(m.forward, _Global)}
     if ranks > 1 and local and dist.get_rank() == 0:
         what = "%s: statistics of a rank's own rows, so the losses of %d ranks are not those of one process; "
         log.warning(what + "batch_statistics=global: of all ranks' rows, in each microbatch", _listed(local), ranks)

@@ -23,12 +23,12 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.model.replaced_forwards import Around, code_of_forward
 from nemo_dist_conf.runtime.torch_inside import hide_sharding
 
-__all__ = ["layerdrop_of", "refuse_layerdrop", "share_draws"]
+__all__ = ["refuse_layerdrop", "share_draws"]
 
 log = logging.getLogger(__name__)
 
 
-def layerdrop_of(model: nn.Module) -> dict[str, float]:
+def _layerdrop_of(model: nn.Module) -> dict[str, float]:
     """Where the model says that it skips layers, and how often: ``encoder.layerdrop``, ``config.layerdrop`` -> 0.1."""
     found: dict[str, float] = {}
     for name, module in model.named_modules():
@@ -44,7 +44,7 @@ def layerdrop_of(model: nn.Module) -> dict[str, float]:
 
 def share_draws(model: nn.Module, groups: Sequence[dist.ProcessGroup]) -> None:
     """Let every rank of the groups skip the same layers, in place. Of a model that skips none, nothing changes."""
-    found = layerdrop_of(model)
+    found = _layerdrop_of(model)
     if not found:
         return
     for module in model.modules():
@@ -56,7 +56,7 @@ def share_draws(model: nn.Module, groups: Sequence[dist.ProcessGroup]) -> None:
 
 def refuse_layerdrop(model: nn.Module, asked: str, why: str, instead: str) -> None:
     """Raise ConfigError for a model that skips layers. asked: what does not go with it; instead: what does."""
-    for key, value in layerdrop_of(model).items():
+    for key, value in _layerdrop_of(model).items():
         allowed = f"{instead}, or {key.rpartition('.')[2]}=0 in the model's config"
         raise ConfigError(Problem(what=f"{key}={value:g}: {why}", asked=asked, allowed=allowed, instead=instead))
 

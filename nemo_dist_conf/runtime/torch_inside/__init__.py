@@ -29,6 +29,7 @@ from nemo_dist_conf.runtime.torch_inside.kernels import (
 from nemo_dist_conf.runtime.torch_inside.libraries import (
     DECLARED_PLANS,
     RESETS,
+    as_stored,
     attention_of,
     block_classes,
     holds_experts,
@@ -41,6 +42,7 @@ from nemo_dist_conf.runtime.torch_inside.libraries import (
     never_packed,
     plan_of_head,
     show_sharded,
+    split_experts,
 )
 from nemo_dist_conf.runtime.torch_inside.modules import (
     hide_sharding,
@@ -101,6 +103,7 @@ __all__ = [
     "RESETS",
     "TorchDispatchMode",
     "after_backward",
+    "as_stored",
     "attention_of",
     "before_backward",
     "block_classes",
@@ -155,6 +158,7 @@ __all__ = [
     "set_group_timeout",
     "share_parameters",
     "show_sharded",
+    "split_experts",
     "storage_id",
     "tree_flatten",
     "tree_iter",

@@ -49,7 +49,8 @@ def flash_on_cpu(
 ) -> tuple[Tensor, Tensor] | None:
     """(attention [B, H, L, D], log-sum-exp [B, H, L]), key heads a divisor of H; None where the kernel does not do it.
 
-    causal: query i sees keys 0 to i.
+    causal: query i sees keys 0 to i. torch 2.11 to 2.13: scaled_dot_product_attention gives no log-sum-exp.
+    Test: tests/runtime/techniques/test_whole_attention.py.
     """
     if _FLASH is None or _FLASH_BACKWARD is None or not query.size(-1) == key.size(-1) == value.size(-1):
         return None
@@ -66,7 +67,10 @@ def flash_backward_on_cpu(
     causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; out and log_sum are of all keys, also where these are some of them."""
+    """Gradients of query, key and value; out and log_sum are of all keys, also where these are some of them.
+
+    torch 2.11 to 2.13: as ``flash_on_cpu``. Test: tests/runtime/techniques/test_whole_attention.py.
+    """
     assert _FLASH_BACKWARD is not None, "flash_on_cpu gave something"
     return _FLASH_BACKWARD(gradient, query, key, value, out, log_sum, 0.0, causal, scale=scale)
 

@@ -7,10 +7,12 @@ import inspect
 from typing import Any, Callable, Iterable, Sequence
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "DECLARED_PLANS",
     "RESETS",
+    "as_stored",
     "attention_of",
     "block_classes",
     "holds_experts",
@@ -23,6 +25,7 @@ __all__ = [
     "never_packed",
     "plan_of_head",
     "show_sharded",
+    "split_experts",
 ]
 
 
@@ -114,6 +117,33 @@ def plan_of_head(model: nn.Module) -> Any:
 #: transformers 5.17 to 5.23: the second is the one that classes set.
 #: Test: tests/dist/test_tensor_parallel.py, test_training_equals_one_process.
 DECLARED_PLANS = ("tp_plan", "_tp_plan")
+
+
+def as_stored(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """A model's state under the names, and in the parts, in which its files have it; None: transformers keeps no other.
+
+    transformers 5.17 to 5.23 do this where a model is saved, with no function of its own that is published.
+    Raises what a conversion raises. Test: tests/dist/test_load.py, test_experts_that_are_stored_one_by_one.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return None
+    return revert_weight_conversion(model, state)
+
+
+def split_experts(model: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh, plan: dict[str, str]) -> bool:
+    """Split the experts of a model by its plan, in place; False where this version of transformers cannot.
+
+    transformers 5.23: the published way does it while it loads a model whole. tp_mesh: ranks with the same tokens.
+    Test: tests/dist/test_expert_parallel.py, test_equals_one_process.
+    """
+    try:
+        from transformers.distributed.expert_parallel import apply_expert_parallelism
+    except ImportError:
+        return False
+    apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, "all_to_all")
+    return True
 
 
 def initialiser_of(model: nn.Module, module: nn.Module) -> Callable[[], Any] | None:

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 from typing import Any, Sequence
 
-from torch.distributed.pipelining import PipelineStage, _backward
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _PipelineScheduleRuntime, get_schedule_class
 
-__all__ = ["backward_of_stage", "schedule_by_name", "schedule_from_table"]
+__all__ = ["ReducingStage", "schedule_by_name", "schedule_from_table"]
 
-#: ``backward_of_stage(output, output gradients, inputs)``: gradients of a stage's inputs; its graph is freed.
-#: torch 2.11 to 2.13: a stage's own method runs it together with FSDP's reductions, when torch sees fit.
-#: Test: tests/dist/test_pipeline.py, test_when_gradients_are_reduced.
-backward_of_stage = _backward.stage_backward
+
+class ReducingStage(PipelineStage):
+    """PipelineStage; where asked, FSDP reduces gradients while backward runs, as it does outside of a pipeline.
+
+    torch holds all of them back and reduces them after a stage's last backward, when nothing is left to overlap with.
+    when: (in the last backward, in every one).
+    torch 2.11 to 2.13: the method that decides is a stage's own, and not published.
+    Test: tests/dist/test_pipeline.py, test_when_gradients_are_reduced.
+    """
+
+    def __init__(self, *args: Any, when: tuple[bool, bool] = (False, False), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_last, self._in_every = when
+
+    def backward_maybe_with_nosync(
+        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        reduces = self._in_every or (self._in_last and last_backward)
+        if backward_type != "full" or not reduces or not isinstance(self.submod, FSDPModule):
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        self.submod.set_is_last_backward(last_backward)
+        self.submod.set_reshard_after_backward(last_backward)
+        self.submod.set_requires_gradient_sync(True)
+        return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
 
 
 def schedule_from_table(stages: Sequence[PipelineStage], microbatches: int, file: str, **options: Any) -> Any:

@@ -30,7 +30,6 @@ __all__ = [
     "Either",
     "Everything",
     "Function",
-    "Nothing",
     "Packed",
     "Rule",
     "Unpadded",
@@ -134,7 +133,7 @@ class Chunks(Rule):
 
 
 @dataclass(frozen=True)
-class Nothing(Rule):
+class _Nothing(Rule):
     """No key."""
 
     def seen(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -269,7 +268,7 @@ def simplified(rule: Rule, length: int) -> Rule:
     kept: list[Rule] = []
     for part in (simplified(part, length) for part in rule.rules):
         kept += part.rules if type(part) is type(rule) else [part]
-    idle, final = (Everything(), Nothing()) if isinstance(rule, Both) else (Nothing(), Everything())
+    idle, final = (Everything(), _Nothing()) if isinstance(rule, Both) else (_Nothing(), Everything())
     if final in kept:
         return final
     kept = [part for index, part in enumerate(kept) if part != idle and part not in kept[:index]]
@@ -301,7 +300,7 @@ def read_rule(function: Callable[..., Any], length: int, on_any_rank: Callable[[
     if name == "blockwise_overlay":
         if on_any_rank(bool((values["block_sequence_ids"] >= 0).any())):
             raise NotImplementedError("blocks that see both ways, of images for instance, are numbered by a rank")
-        return Nothing(), False
+        return _Nothing(), False
     if name in ("and_masks", "or_masks"):
         parts = values["mask_functions"]
         inner = _packed(parts) if name == "and_masks" else None

@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.plans import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.runtime.torch_inside import own_parameters
+from nemo_dist_conf.runtime.torch_inside import own_parameters, split_experts
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
-__all__ = ["SplitExperts", "apply_expert_parallel", "find_experts", "keep_routing"]
+__all__ = ["SplitExperts", "apply_expert_parallel", "keep_routing"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class SplitExperts:
     config: MoEParallelizerConfig
 
 
-def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+def _find_experts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold a layer's experts, by name: those that the model's own plan sends tokens to."""
     plan = _plan(model)
     return {name: model.get_submodule(name) for name, style in plan.items() if style == _STYLE}
@@ -51,7 +51,7 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
 def apply_expert_parallel(
     model: nn.Module, moe_mesh: DeviceMesh, tp_mesh: DeviceMesh, gradient_size: int
 ) -> dict[str, nn.Module]:
-    """Split the experts of a transformers model over the axis ep of ``moe_mesh``, in place; returns ``find_experts``.
+    """Split the experts of a transformers model over the axis ep of ``moe_mesh``, in place; returns them by name.
 
     tp_mesh: ranks that hold the same tokens. gradient_size: ranks over which all other gradients are averaged; those
     of experts hold the tokens of all of them in sum, and are divided by their number here.
@@ -59,7 +59,7 @@ def apply_expert_parallel(
     Raises ConfigError for a model without a plan for its experts, and where ep does not divide them.
     """
     ep_mesh = moe_mesh[A.EP.value]
-    experts, plan = find_experts(model), _plan(model)
+    experts, plan = _find_experts(model), _plan(model)
     if not experts:
         what = f"ep_size={ep_mesh.size()}: {type(model).__name__} has no experts that can be split"
         asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", "a mixture-of-experts model of transformers"
@@ -70,15 +70,12 @@ def apply_expert_parallel(
         what = f"ep_size={ep_mesh.size()} does not divide the model's {odd[0]} experts"
         asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", f"a divisor of {odd[0]}"
         raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.ep_size=1"))
-    try:
-        from transformers.distributed.expert_parallel import apply_expert_parallelism
-    except ImportError:
+    if not split_experts(model, ep_mesh, tp_mesh, plan):
         what = "this version of transformers has no expert parallelism"
         asked = f"parallelism.ep_size={ep_mesh.size()}"
         raise ConfigError(
             Problem(what=what, asked=asked, allowed="transformers 5.23 or newer", instead="pip install -U transformers")
-        ) from None
-    apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, "all_to_all")
+        )
     for module in experts.values():
         module.forward = _Averaged(module, module.forward, gradient_size)
     log.info("expert parallel over %d ranks: %d layers of %d experts", ep_mesh.size(), len(experts), max(counts))

@@ -19,7 +19,7 @@ from nemo_dist_conf.runtime.model.materialise import retie, tied_names
 from nemo_dist_conf.runtime.torch_inside import AsyncCollectiveTensor, is_view, local_tensor, own_parameters
 from nemo_dist_conf.runtime.torch_inside.styles import Style, laid_out_by
 
-__all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles", "plain_outputs"]
+__all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles"]
 
 #: [batch, seq, hidden]
 SEQUENCE_DIM = 1
@@ -111,6 +111,8 @@ class _Replicated(Style):
             replica = DTensor.from_local(whole.detach(), device_mesh, [Replicate()], run_check=False)
             own_parameters(owner)[key] = nn.Parameter(replica, requires_grad=whole.requires_grad)
 
+        during: dict[str, Any] = {}  # one forward: the parameters that are put back, the shape of the input
+
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if self.sequence:
                 args, kwargs = _map_first(args, kwargs, split)
@@ -125,20 +127,20 @@ class _Replicated(Style):
                 # a norm over gradients that are still partial would be wrong.
                 replica = parameter.redistribute(placements=[Replicate()])
                 own[key] = replica.to_local(grad_placements=[self.gradient])
-            module.__dict__["_tp_kept"] = kept
+            during["kept"] = kept
             return args, kwargs
 
         def split(x: torch.Tensor) -> torch.Tensor:
             x = _as_dtensor(x, device_mesh, Shard(SEQUENCE_DIM))
-            module.__dict__["_tp_shape"] = x.shape
+            during["shape"] = x.shape
             return x.to_local()
 
         def leave(_: nn.Module, args: tuple, output: Any) -> Any:
-            for owner, key, parameter in module.__dict__.pop("_tp_kept", ()):
+            for owner, key, parameter in during.pop("kept", ()):
                 own_parameters(owner)[key] = parameter
             if not self.sequence or not isinstance(output, torch.Tensor):
                 return output
-            shape = module.__dict__.pop("_tp_shape")
+            shape = during.pop("shape")
             stride = torch.empty(shape, device="meta").stride()
             placements = [Shard(SEQUENCE_DIM)]
             return DTensor.from_local(output, device_mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -179,7 +181,7 @@ def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) 
     for name, style in sorted(objects.items(), key=lambda entry: -entry[0].count(".")):
         parallelize_module(model.get_submodule(name), mesh, style, src_data_rank=None)
     retie(model, ties)
-    model.register_forward_hook(plain_outputs)
+    model.register_forward_hook(_plain_outputs)
     return objects
 
 
@@ -216,7 +218,7 @@ class _OwnTensor(torch.autograd.Function):
         return gradients[0]
 
 
-def plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
+def _plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     """Forward hook of the whole model: what leaves it is full, plain tensors (a new container where one changed)."""
     if isinstance(output, DTensor):
         output = output.full_tensor()
@@ -224,12 +226,12 @@ def plain_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
         return _OwnTensor.apply(output) if is_view(output) or type(output) is AsyncCollectiveTensor else output
     if isinstance(output, dict):
         for key, value in list(output.items()):
-            plain = plain_outputs(module, args, value)
+            plain = _plain_outputs(module, args, value)
             if plain is not value:
                 output[key] = plain  # in place: transformers' outputs have attributes too
         return output
     if isinstance(output, (tuple, list)):
-        parts = [plain_outputs(module, args, value) for value in output]
+        parts = [_plain_outputs(module, args, value) for value in output]
         if any(new is not old for new, old in zip(parts, output)):
             return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     return output
