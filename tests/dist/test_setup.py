@@ -423,18 +423,19 @@ def from_checked():
     from nemo_dist_conf.runtime import device_meshes
     from nemo_dist_conf.runtime.distributed_setup import setup_from_checked
 
-    config = {"strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config"}, "parallelism": {"tp_size": 2}}
+    config: dict[str, Any] = {"strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config"}, "parallelism": {"tp_size": 2}}
     config["activation_checkpointing"] = "full"
     checked = check(config, 4)
     solve = device_meshes.solve
-    device_meshes.solve = None
+    setattr(device_meshes, "solve", None)
     try:
         setup = setup_from_checked(checked)
         with pytest.raises(ConfigError, match="world_size=8 was given, but the process group has 4 ranks"):
             setup_from_checked(check(config, 8))
     finally:
         device_meshes.solve = solve
-    built = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2), activation_checkpointing="full")
+    full: Any = "full"
+    built = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2), activation_checkpointing=full)
     same = dataclasses.replace(built, mesh_context=setup.mesh_context, activation_checkpointing=True) == setup
     return same, setup.mesh_context.layout(), facts(setup.mesh_context) == facts(built.mesh_context)
 
