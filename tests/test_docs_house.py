@@ -65,6 +65,21 @@ def test_files_to_touch_are_counted_and_are_there(kind: str) -> None:
             assert [str(file) for file in made if not file.is_file()] == []
 
 
+def test_an_axis_touches_every_file_that_names_all_of_them() -> None:
+    _, own, elsewhere, _ = COUNTS["axis"]
+    sources = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
+    named = {
+        axis: {
+            path
+            for path, text in sources.items()
+            if re.search(rf'\b{axis}_size\b|\bA\.{axis.upper()}\b|"{axis}"', text)
+        }
+        for axis in ("tp", "cp", "ep")
+    }
+    assert named["tp"] & named["cp"] & named["ep"] <= set(names(elsewhere))
+    assert set(names(elsewhere)) <= named["tp"] | named["cp"] | named["ep"]
+
+
 def test_setting_up_is_what_the_readme_sets_up() -> None:
     readme = (ROOT / "README.md").read_text()
     found = re.search(r"<!-- command: test -->\n```bash\n(.*?) && \.venv/bin/python -m pytest", readme)
