@@ -93,24 +93,30 @@ class Schedule:
     played: str | None = None
 
 
-_PLAYED = "nemo_dist_conf.plan.schedule_orders"
-
 #: Option name of the group ``pipeline`` -> schedule. torch's own class names are accepted as well.
 #: Source: torch/distributed/pipelining/schedules.py, get_schedule_class.
 SCHEDULES: dict[str, Schedule] = {
-    "gpipe": Schedule("GPipe", played=f"{_PLAYED}:GPIPE"),
-    "1f1b": Schedule("1F1B", least=lambda pp_size, stages: pp_size, played=f"{_PLAYED}:ONE_F_ONE_B"),
-    "interleaved_1f1b": Schedule("Interleaved1F1B", multi=True, rounds=True, played=f"{_PLAYED}:INTERLEAVED_1F1B"),
-    "looped_bfs": Schedule("LoopedBFS", multi=True, played=f"{_PLAYED}:LOOPED_BFS"),
+    "gpipe": Schedule("GPipe", played="nemo_dist_conf.plan.schedule_orders:GPIPE"),
+    "1f1b": Schedule(
+        "1F1B", least=lambda pp_size, stages: pp_size, played="nemo_dist_conf.plan.schedule_orders:ONE_F_ONE_B"
+    ),
+    "interleaved_1f1b": Schedule(
+        "Interleaved1F1B", multi=True, rounds=True, played="nemo_dist_conf.plan.schedule_orders:INTERLEAVED_1F1B"
+    ),
+    "looped_bfs": Schedule("LoopedBFS", multi=True, played="nemo_dist_conf.plan.schedule_orders:LOOPED_BFS"),
     "interleaved_zero_bubble": Schedule(
         "InterleavedZeroBubble",
         multi=True,
         rounds=True,
         splits_backward=True,
-        played=f"{_PLAYED}:INTERLEAVED_ZERO_BUBBLE",
+        played="nemo_dist_conf.plan.schedule_orders:INTERLEAVED_ZERO_BUBBLE",
     ),
     "zbv_zero_bubble": Schedule(
-        "ZBVZeroBubble", multi=True, v_shaped=True, splits_backward=True, played=f"{_PLAYED}:ZBV_ZERO_BUBBLE"
+        "ZBVZeroBubble",
+        multi=True,
+        v_shaped=True,
+        splits_backward=True,
+        played="nemo_dist_conf.plan.schedule_orders:ZBV_ZERO_BUBBLE",
     ),
     "dualpipe_v": Schedule(
         "DualPipeV",
@@ -118,7 +124,7 @@ SCHEDULES: dict[str, Schedule] = {
         v_shaped=True,
         splits_backward=True,
         least=lambda pp_size, stages: stages,
-        played=f"{_PLAYED}:DUALPIPE_V",
+        played="nemo_dist_conf.plan.schedule_orders:DUALPIPE_V",
     ),
 }
 

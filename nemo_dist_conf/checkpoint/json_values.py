@@ -120,7 +120,7 @@ def refuse_tensor(value: torch.Tensor, path: str) -> None:
 
 
 def _address(value: torch.Tensor) -> int:
-    """Of a tensor's numbers; 0 where it has none of its own, as wrappers of other tensors."""
+    """Address of a tensor's numbers; 0 where it has none of its own, as wrappers of other tensors."""
     try:
         return value.data_ptr()
     except RuntimeError:
@@ -188,7 +188,7 @@ def from_json(
 
 
 def _as_many(like: Any, count: int) -> list[Any]:
-    """Of a list, so many; of anything else as many times nothing."""
+    """The first so many elements of a list, filled up with None; of anything else None alone, so many times."""
     return [*like[:count], *[None] * (count - len(like))] if isinstance(like, (list, tuple)) else [None] * count
 
 

@@ -163,7 +163,7 @@ class Loading:
         return target
 
     def _names(self, target: _Target) -> Iterator[str]:
-        """Of tensors that this rank has of an object."""
+        """Names of the tensors that this rank has of an object."""
         if target.kind == MODULE:
             return iter(self._models.states[prefix_of(target.name)])
         return iter(target.tensors)

@@ -261,7 +261,7 @@ def places_of(optimizer: Optimizer) -> dict[int, str]:
 
 
 def shapes_of(optimizer: Optimizer) -> list[list[list[int]]]:
-    """Of the parameters of each group, in full."""
+    """Shapes of the parameters of each group, in full."""
     return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
 
 
@@ -291,7 +291,7 @@ def _state(name: str, value: Any, models: Models) -> Held:
 
 
 def _mark(value: Tensor, models: Models, alike: bool = False) -> str:
-    """Of a tensor: where it lies, if it is sharded; of one that nothing keeps alike on all ranks, what it holds."""
+    """What two ranks compare of a tensor: where it lies, if it is sharded; what it holds, if nothing keeps it alike."""
     facts: list[Any] = [str(value.dtype), list(value.shape)]
     if isinstance(value, DTensor):
         mesh = value.device_mesh.mesh

@@ -62,7 +62,7 @@ def _without_quotes(text: str) -> str:
 
 
 def text_problems(node: Any) -> Iterable[Problem]:
-    """Of values below a node that are taken from elsewhere, those that are texts and say a number, a bool or null."""
+    """Problems of values below a node that come from elsewhere, are texts and say a number, a bool or null."""
     if not isinstance(node, DictConfig) or is_null(node) or is_missing(node):
         return
     for name in map(str, node):
@@ -80,7 +80,7 @@ def text_problems(node: Any) -> Iterable[Problem]:
 
 
 def unread_problems(node: DictConfig, names: Iterable[str] | None = None) -> Iterable[Problem]:
-    """Of values below a node, those that refer to what is not there. names: of its keys; None: all."""
+    """Problems of values below a node that refer to what is not there. names: of its keys; None: all."""
     for name in map(str, node) if names is None else names:
         child = node_at(node, name) if name in node else None
         if isinstance(child, DictConfig) and not OmegaConf.is_interpolation(child) and not is_null(child):

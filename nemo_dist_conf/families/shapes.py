@@ -70,7 +70,7 @@ class ModelShape:
 
     @property
     def active_parameters(self) -> int:
-        """Of one token: the experts that it does not visit are left out."""
+        """Parameters that one token uses: the experts that it does not visit are left out."""
         idle = self.experts - self.experts_per_token
         unused = sum(w.count // self.experts * idle for _, w in weights(self) if w.expert)
         return self.parameters - unused
@@ -200,7 +200,7 @@ def _is_sparse(said: Mapping[str, Any], index: int, family: str) -> bool:
 
 
 def block_weights(shape: ModelShape, sparse: bool) -> tuple[Weight, ...]:
-    """Of one layer, in the order in which backward has their gradients."""
+    """Weights of one layer, in the order in which backward has their gradients."""
     hidden, q, kv = shape.hidden, shape.q_width, shape.kv_width
     found = list(_expert_weights(shape) if sparse else _mlp_weights(shape))
     found.append(Weight("post_attention_layernorm.weight", (hidden,), "norm"))

@@ -326,7 +326,7 @@ def _task_words(job: Job) -> list[str]:
 
 
 def _different_jobs(leads: tuple[str, list[str]], other: tuple[str, list[str]], first: int) -> ConfigError:
-    """Of two nodes what was typed and the words of each job. first: number of the first job."""
+    """The refusal of two nodes with different jobs: what was typed, and the words. first: number of the first job."""
     pairs = [(number, *pair) for number, pair in enumerate(zip(leads[1], other[1]), first) if pair[0] != pair[1]]
     shown = [f"#{number} {one} | {two}" for number, one, two in pairs[:5]]
     if len(leads[1]) != len(other[1]):

@@ -128,7 +128,7 @@ def loss_bytes(job: Job) -> tuple[int, int]:
 
 
 def stage_bytes(job: Job, stage: Stage) -> Kept:
-    """Of one microbatch on a stage: its blocks, the final norm, head and loss; on later stages what came in."""
+    """Bytes that one microbatch keeps on a stage: blocks, final norm, head and loss; on later stages what came in."""
     saved = working = 0
     for sparse, count in job.model.kinds(stage.first, stage.last).items():
         kept = _block(job, sparse)

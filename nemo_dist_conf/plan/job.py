@@ -158,7 +158,7 @@ class Job:
 
     @cached_property
     def tokens(self) -> int:
-        """Of a microbatch on one rank: rows x seq_len / cp."""
+        """Tokens of a microbatch on one rank: rows x seq_len / cp."""
         return self.rows * self.seq_len // self.cp
 
     # ------------------------------------------------------------------------------------------------ dtypes
@@ -169,12 +169,12 @@ class Job:
 
     @cached_property
     def param_dtype(self) -> str:
-        """Of gathered parameters."""
+        """Dtype of gathered parameters."""
         return self._dtypes.param
 
     @cached_property
     def compute_dtype(self) -> str:
-        """Of matrix products: the gathered parameters', or autocast's."""
+        """Dtype of matrix products: the gathered parameters', or autocast's."""
         return self.autocast or self.param_dtype
 
     @cached_property
@@ -183,7 +183,7 @@ class Job:
 
     @cached_property
     def output_dtype(self) -> str:
-        """Of the logits that the model returns."""
+        """Dtype of the logits that the model returns."""
         return self._dtypes.output or self.compute_dtype
 
     # ------------------------------------------------------------------------------------------------ techniques

@@ -45,7 +45,7 @@ class Plan:
 
     @cached_property
     def traffic(self) -> list[Collective]:
-        """Of a rank of the first pipeline stage, calls of one kind added up."""
+        """Collectives of a rank of the first pipeline stage, calls of one kind added up."""
         found: dict[tuple[str, str, int, str], Collective] = {}
         for entry in traffic_of(self.job, 0):
             key = (entry.axis, entry.kind, entry.size, entry.when)

@@ -36,7 +36,7 @@ class Groups:
         return self.world_size // self.size
 
     def offsets(self) -> list[int]:
-        """Of a group's ranks from its first one, in order."""
+        """Offsets of a group's ranks from its first one, in order."""
         found = [0]
         for size, stride in self.steps:
             found = [base + index * stride for base in found for index in range(size)]

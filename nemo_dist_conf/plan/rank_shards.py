@@ -145,7 +145,7 @@ def _held(unit: Unit, split: _Split, place: Place) -> int:
 
 
 def _dimensions(unit: Unit, split: _Split, tp: int, ep: int) -> Iterator[tuple[int, int, int]]:
-    """Of each weight after tp and ep: elements beside the dimension that shards cut, its size, and the shards.
+    """For each weight after tp and ep: elements beside the dimension that shards cut, its size, and the shards.
 
     Shards cut experts along the second dimension, because ep cuts the first, and everything else along the first.
     """

@@ -73,7 +73,7 @@ class StepTime:
 
 
 def model_flops(job: Job) -> float:
-    """Of a step on all ranks, forward and backward, as MFU counts them."""
+    """Floating point operations of a step on all ranks, forward and backward, as MFU counts them."""
     model = job.model
     weights = model.active_parameters - model.vocab * model.hidden * (0 if model.tied else 1)
     per_token = 6 * weights + 12 * model.layers * model.q_width * job.seq_len
@@ -87,7 +87,7 @@ def _peak(job: Job) -> float:
 
 
 def collective_seconds(entry: Collective, groups: Groups, job: Job) -> float:
-    """Of one call."""
+    """Seconds of one call of a collective."""
     hardware, ranks = job.hardware, groups.size
     if ranks == 1:
         return 0.0
@@ -106,7 +106,7 @@ def collective_seconds(entry: Collective, groups: Groups, job: Job) -> float:
 
 
 def stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
-    """Of one microbatch on a stage, computing only: by part, forward and backward together."""
+    """Seconds of one microbatch on a stage, computing only: by part, forward and backward together."""
     model, hardware, tokens = job.model, job.hardware, job.tokens
     peak, memory = _peak(job), 1e9 * hardware.memory_gb_s * hardware.bandwidth_efficiency
     matmul = attention = bytes_moved = 0.0

@@ -27,7 +27,7 @@ def traffic_of(job: Job, pp_rank: int, tp: int = 0) -> list[Collective]:
 
 
 def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
-    """Of tensor parallelism: two sums a block forward and two backward, or their halves along the sequence."""
+    """What tensor parallelism sends: two sums a block forward, two backward, or their halves along the sequence."""
     if job.tp == 1:
         return
     model, times = job.model, job.microbatches * job.calls

@@ -10,12 +10,12 @@ from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import Job, Stage
 from nemo_dist_conf.plan.strategies.base import Gathered, StrategyCosts
 
-__all__ = ["COSTS", "DDPCosts"]
+__all__ = ["COSTS"]
 
 _MIB = 2**20
 
 
-class DDPCosts(StrategyCosts):
+class _DDPCosts(StrategyCosts):
     def recipe_options(self, options: Mapping[str, Any], dtype: str, device: str) -> Mapping[str, Any]:
         return {**options, "autocast_dtype": autocast_dtype(dtype, device)}
 
@@ -53,4 +53,4 @@ class DDPCosts(StrategyCosts):
             yield Collective("dp", "all_reduce", sizes.count(size), size, "backward", True, "bucket")
 
 
-COSTS = DDPCosts()
+COSTS = _DDPCosts()

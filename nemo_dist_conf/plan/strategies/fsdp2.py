@@ -11,7 +11,7 @@ from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Unit, gathered_byte
 from nemo_dist_conf.plan.schedule_timeline import orders
 from nemo_dist_conf.plan.strategies.base import Gathered, Remedy, StrategyCosts
 
-__all__ = ["COSTS", "FSDP2Costs"]
+__all__ = ["COSTS"]
 
 #: Elements from which embedding and head are gathered on their own (runtime/engines/fsdp2_units.py, with torch).
 _OUTER_UNIT_ELEMENTS = 2**18
@@ -48,7 +48,7 @@ def _shard_axis(job: Job) -> str:
     return "dp_shard_cp" if job.mesh.size("dp_shard") > 1 else "cp"
 
 
-class FSDP2Costs(StrategyCosts):
+class _FSDP2Costs(StrategyCosts):
     def dtypes(self, options: Mapping[str, Any]) -> Dtypes:
         """As ``mp_policy`` has them; gradients are reduced in the dtype of parameters where it says nothing."""
         policy = options.get("mp_policy")
@@ -167,4 +167,4 @@ def _gathered_again(job: Job, unit: Unit) -> int:
     return sum(_frees(job, index == unit.count - 1, unit.expert) for index in range(unit.count))
 
 
-COSTS = FSDP2Costs()
+COSTS = _FSDP2Costs()

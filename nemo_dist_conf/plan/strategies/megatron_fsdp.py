@@ -11,7 +11,7 @@ from nemo_dist_conf.plan.job import Job, Stage
 from nemo_dist_conf.plan.rank_shards import gathered_bytes, tp_shape
 from nemo_dist_conf.plan.strategies.base import Gathered, StrategyCosts, data_group
 
-__all__ = ["COSTS", "MegatronFSDPCosts"]
+__all__ = ["COSTS"]
 
 #: Parameters, their gradients, and what is gathered and reduced of them are float32.
 _FP32 = 4
@@ -22,7 +22,7 @@ def _zero(job: Job) -> int:
     return int(job.options.get("zero_dp_strategy", 3))
 
 
-class MegatronFSDPCosts(StrategyCosts):
+class _MegatronFSDPCosts(StrategyCosts):
     def autocast(self, options: Mapping[str, Any], dtype: str, device: str) -> str | None:
         """The strategy has no option for it; the recipe runs it under autocast in ``train.dtype``."""
         return autocast_dtype(dtype, device)
@@ -68,4 +68,4 @@ class MegatronFSDPCosts(StrategyCosts):
             yield Collective(axis, "reduce_scatter", unit.count * reductions, size, "backward", True, unit.title)
 
 
-COSTS = MegatronFSDPCosts()
+COSTS = _MegatronFSDPCosts()

@@ -67,7 +67,7 @@ class UsedParameters:
                 parameter.register_post_accumulate_grad_hook(lambda used: self._used.add(id(used)))
 
     def check(self, model: Any) -> None:
-        """Of the step that ends now; raises ConfigError with the names of what was not used."""
+        """Raise ConfigError, with names, for a step in which a part of a group of parameters got no gradient."""
         used = set(self._used)
         self._used.clear()
         group_of = model.param_and_grad_buffer.param_to_param_group

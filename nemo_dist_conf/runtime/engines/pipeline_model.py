@@ -204,7 +204,7 @@ class Pipeline(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         return sum(row.parameters for row in self.rows)
 
     def table(self) -> str:

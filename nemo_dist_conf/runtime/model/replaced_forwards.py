@@ -46,7 +46,7 @@ class Autocast(Around):
 
 
 def code_of_forward(module: nn.Module) -> types.CodeType | None:
-    """Of the module's own class; None where it is not Python's, as in a module of TorchScript."""
+    """The code of the forward that the module's class defines; None where it is not Python's, as in TorchScript."""
     forward = None if isinstance(module, torch.jit.ScriptModule) else type(module).forward
     return getattr(inspect.unwrap(forward), "__code__", None)  # type: ignore[arg-type]  # of None as well
 

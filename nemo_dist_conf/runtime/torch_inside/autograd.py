@@ -22,7 +22,7 @@ def after_backward(call: Callable[[], None]) -> None:
 
 
 def number_of_backward() -> int:
-    """Of the backward that runs now; -1 outside of one.
+    """Number of the backward that runs now; -1 outside of one.
 
     torch 2.11 to 2.13: nothing else tells one from the next.
     Test: tests/dist/test_entries.py.

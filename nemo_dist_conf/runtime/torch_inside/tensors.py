@@ -110,7 +110,7 @@ def chunks_told(tensor: DTensor) -> Any:
 def with_local_tensor(like: DTensor, local: Tensor) -> DTensor:
     """A DTensor that is sharded as another one, of which this rank holds ``local``.
 
-    torch 2.11 to 2.13: the published ``DTensor.from_local`` gives a view, which cannot be a parameter's memory.
+    torch 2.11 to 2.13: the published ``DTensor.from_local`` goes through autograd, and holds a view.
     Test: tests/runtime/model/test_materialise.py, test_shards_may_be_uneven_or_empty.
     """
     return DTensor(local, like._spec, requires_grad=False)

@@ -345,7 +345,7 @@ def _by_token(tensor: Tensor, rows: int, length: int) -> Tensor | None:
 
 
 def _gathered(exchange: Exchange, tensor: Tensor, rows: int, length: int) -> Tensor:
-    """Of the whole row, where it has a value for every token of a rank."""
+    """The tensor for the whole row, where it has a value for every token of a rank."""
     if tensor.dtype == torch.bool:
         return _gathered(exchange, tensor.to(torch.uint8), rows, length).to(torch.bool)
     if tensor.shape[:2] == (rows, length):

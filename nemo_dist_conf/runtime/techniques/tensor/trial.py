@@ -134,7 +134,7 @@ def _described(inputs: Mapping[str, Any]) -> str:
 
 
 def _gradients(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of a sum over all outputs, each element with a weight of its own, by the parameter's name."""
+    """Gradients, by parameter, of a sum over all outputs in which each element has a weight of its own."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return {}
     output = model(**inputs)
