@@ -88,6 +88,14 @@ def test_every_file_is_as_ruff_formats_it() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_ruff_leaves_out_no_folder_of_ours() -> None:
+    """Its own list leaves out every folder that is called dist, and so tests/dist."""
+    seen = {Path(line).relative_to(ROOT) for line in ruff("check", "--show-files").stdout.splitlines()}
+    folders = ("benchmarks", "conf", "docs", "examples", "hydra_plugins", "nemo_dist_conf", "tests", ".ci")
+    files = {path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert files - seen == set()
+
+
 # One line of bad style each, otherwise as the formatter writes it: what pyflakes and pycodestyle know, import order.
 CHECKED = [
     "import sys\nimport os\n\nprint(os, sys)\n",

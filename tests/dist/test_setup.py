@@ -358,8 +358,17 @@ def test_a_world_size_that_is_not_the_groups_is_refused():
 
 def test_without_meshes_sizes_are_one_and_dp_size_is_none():
     assert facts(MeshContext()) == dict(
-        pp_size=1, tp_size=1, cp_size=1, ep_size=1, dp_size=None, dp_replicate_size=None, dp_shard_size=1,
-        pp_enabled=False, world_size=1, data_rank=0, data_size=1,
+        pp_size=1,
+        tp_size=1,
+        cp_size=1,
+        ep_size=1,
+        dp_size=None,
+        dp_replicate_size=None,
+        dp_shard_size=1,
+        pp_enabled=False,
+        world_size=1,
+        data_rank=0,
+        data_size=1,
     )
     assert dataclasses.is_dataclass(MeshContext)
 
@@ -423,7 +432,10 @@ def from_checked():
     from nemo_dist_conf.runtime import device_meshes
     from nemo_dist_conf.runtime.distributed_setup import setup_from_checked
 
-    config: dict[str, Any] = {"strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config"}, "parallelism": {"tp_size": 2}}
+    config: dict[str, Any] = {
+        "strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config"},
+        "parallelism": {"tp_size": 2},
+    }
     config["activation_checkpointing"] = "full"
     checked = check(config, 4)
     solve = device_meshes.solve
