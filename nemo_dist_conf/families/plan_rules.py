@@ -29,7 +29,7 @@ def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling())
     """
     if plan is None:
         return []
-    asked = f"{spelling.key(_KEY)}={plan}"
+    asked = spelling.set(_KEY, plan)
     if not isinstance(plan, Mapping) or not plan:
         what = (
             f"{spelling.key(_KEY)} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
@@ -52,9 +52,8 @@ def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling())
             name = next((other for other in close if other not in plan), "")
         if name:
             fixed[name] = better
-    entries = ",".join(f"{pattern}:{style}" for pattern, style in fixed.items())
     # A family's own plan is known to fit; of any other only a run could tell.
-    way_out = f"'{spelling.key(_KEY)}={{{entries}}}'" if _fits(fixed, facts) else spelling.set(_KEY, None)
+    way_out = spelling.set(_KEY, fixed if _fits(fixed, facts) else None)
     return [Problem(what=what, asked=asked, allowed=allowed, instead=way_out) for what, asked, allowed in found]
 
 

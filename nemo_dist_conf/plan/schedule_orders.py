@@ -41,7 +41,8 @@ class PlayedSchedule:
 
     kept: (rank, ranks, stages a rank, microbatches) -> chunks that a rank keeps for their backward at most.
     bubble: (ranks, stages a rank) -> what a rank waits, in forwards and backwards of a microbatch through its stages.
-    order: (rank, ranks, its stages, microbatches) -> its actions; None: played greedily, with ``kept`` as the limit.
+    order: (rank, ranks, its stages, microbatches) -> its actions; None, of a schedule that splits backward: played
+    greedily, with ``kept`` as the limit.
     searched: whether a search tries it; the others need more memory or time than one of those for the same layout.
     """
 
@@ -159,12 +160,14 @@ def from_file(file: ScheduleFile) -> PlayedSchedule:
 def played_schedule(name: str) -> PlayedSchedule:
     """The object behind ``Schedule.played``, by the option's name.
 
-    Raises ConfigError for a schedule that names none: no other one's order is taken for it.
+    Raises ConfigError for a schedule that names none, and for one without an order whose backward is whole, which
+    cannot be played greedily: no other one's order is taken for it.
     """
-    path = SCHEDULES[name].played
-    if path is None:
+    schedule = SCHEDULES[name]
+    played = _loaded(schedule.played) if schedule.played is not None else None
+    if played is None or (played.order is None and not schedule.splits_backward):
         raise unknown_schedule(name)
-    return _loaded(path)
+    return played
 
 
 @functools.cache

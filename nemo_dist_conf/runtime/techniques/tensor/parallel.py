@@ -28,6 +28,7 @@ from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
 from nemo_dist_conf.topology.solve import divisors
+from nemo_dist_conf.wording import assigned
 
 __all__ = ["apply_tensor_parallel"]
 
@@ -163,7 +164,10 @@ def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "st
     own = f"{where}=null" if _is_transformers(model) else offers.plan()
     raise ConfigError(
         Problem(
-            what=what, asked=f"{where}={plan}", allowed="a mapping from module names (* allowed) to styles", instead=own
+            what=what,
+            asked=assigned(where, plan),
+            allowed="a mapping from module names (* allowed) to styles",
+            instead=own,
         )
     )
 
@@ -382,9 +386,8 @@ def _words(style: Any) -> str:
 
 
 def _set(plan: Mapping[str, Any]) -> str:
-    """The plan as one word of a command line, quoted for a shell."""
-    entries = ",".join(f"{pattern}:{_words(style)}" for pattern, style in plan.items())
-    return f"'strategy.tp_plan={{{entries}}}'"
+    """The plan as one word of a command line."""
+    return assigned("strategy.tp_plan", {pattern: _words(style) for pattern, style in plan.items()})
 
 
 def _pattern_of(name: str) -> str:
