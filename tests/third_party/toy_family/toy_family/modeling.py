@@ -133,7 +133,7 @@ class PlainToy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config: Any = SimpleNamespace(model_type="toy", **FAMILY.defaults)
-        self.trunk = Trunk(self.config)
+        self.trunk = Trunk(self.config)  # type: ignore[arg-type]
         self.to_words = nn.Linear(self.config.width, self.config.n_words, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
