@@ -13,8 +13,7 @@ from nemo_dist_conf.families.registry import FAMILY_NAMES, find_family
 from nemo_dist_conf.families.shapes import shape_of, weights
 from nemo_dist_conf.recipe.yaml_folder import config_folder
 
-KNOWN = [family for family in map(find_family, FAMILY_NAMES) if family is not None]
-SHAPED_FAMILIES = [family.name for family in KNOWN if family.shapes is not None]
+SHAPED_FAMILIES = [row.name for row in map(find_family, FAMILY_NAMES) if row is not None and row.shapes is not None]
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
