@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-__all__ = ["SEQUENCE_STYLES", "STYLES", "STYLE_ALIASES", "Style", "find_style", "match_pattern", "unalias"]
+__all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_pattern", "unalias"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ STYLES: dict[str, Style] = {
 }
 
 #: Other names in use -> style name.
-STYLE_ALIASES: dict[str, str] = {
+_STYLE_ALIASES: dict[str, str] = {
     "colwise_rep": "colwise_gather_output",
     "rowwise_rep": "rowwise_split_input",
 }
@@ -112,7 +112,7 @@ def find_style(name: str) -> Style | None:
 
 def unalias(style: str) -> str:
     """The name in STYLES that a style name stands for; an unknown name as it is."""
-    return STYLE_ALIASES.get(style, style)
+    return _STYLE_ALIASES.get(style, style)
 
 
 def match_pattern(pattern: str, name: str) -> bool:
