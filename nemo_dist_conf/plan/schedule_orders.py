@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Callable, Iterator, Sequence
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.names import SCHEDULES, Schedule
 from nemo_dist_conf.topology.schedule_file import Action, ScheduleFile
 from nemo_dist_conf.wording import assigned, unknown_name
 
@@ -41,7 +41,8 @@ class PlayedSchedule:
 
     kept: (rank, ranks, stages a rank, microbatches) -> chunks that a rank keeps for their backward at most.
     bubble: (ranks, stages a rank) -> what a rank waits, in forwards and backwards of a microbatch through its stages.
-    order: (rank, ranks, its stages, microbatches) -> its actions; None: played greedily, with ``kept`` as the limit.
+    order: (rank, ranks, its stages, microbatches) -> its actions; None, of a schedule that splits backward: played
+    greedily, with ``kept`` as the limit.
     searched: whether a search tries it; the others need more memory or time than one of those for the same layout.
     """
 
@@ -159,23 +160,26 @@ def from_file(file: ScheduleFile) -> PlayedSchedule:
 def played_schedule(name: str) -> PlayedSchedule:
     """The object behind ``Schedule.played``, by the option's name.
 
-    Raises ConfigError for a schedule that names none: no other one's order is taken for it.
+    Raises ConfigError for a schedule that names none, and for one without an order whose backward is whole, which
+    cannot be played greedily: no other one's order is taken for it.
     """
-    path = SCHEDULES[name].played
-    if path is None:
+    played = _of_row(SCHEDULES[name])
+    if played is None:
         raise unknown_schedule(name)
-    return _loaded(path)
+    return played
 
 
 @functools.cache
-def _loaded(path: str) -> PlayedSchedule:
-    played: PlayedSchedule = pkgutil.resolve_name(path)
-    return played
+def _of_row(schedule: Schedule) -> PlayedSchedule | None:
+    if schedule.played is None:
+        return None
+    played: PlayedSchedule = pkgutil.resolve_name(schedule.played)
+    return played if played.order is not None or schedule.splits_backward else None
 
 
 def planned_schedules() -> list[str]:
     """Option names of the schedules that the plan can play."""
-    return [name for name, schedule in SCHEDULES.items() if schedule.played is not None]
+    return [name for name, schedule in SCHEDULES.items() if _of_row(schedule) is not None]
 
 
 def unknown_schedule(name: str) -> ConfigError:

@@ -158,7 +158,18 @@ def test_a_schedule_that_the_plan_does_not_know_is_refused(monkeypatch: pytest.M
         played("diagonal", 2, 4)
 
 
-@pytest.mark.parametrize("kind", [{}, {"multi": True, "splits_backward": True}, {"multi": True, "v_shaped": True}])
+GREEDY = "nemo_dist_conf.plan.schedule_orders:ZBV_ZERO_BUBBLE"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"multi": True, "splits_backward": True},
+        {"multi": True, "v_shaped": True},
+        {"multi": True, "v_shaped": True, "played": GREEDY},
+    ],
+)
 def test_no_schedule_is_played_as_another_one(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that names no order is refused by name, whatever its kind, and wherever the plan asks for it."""
     monkeypatch.setitem(SCHEDULES, "diagonal", Schedule("Diagonal", **kind))
