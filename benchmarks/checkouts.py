@@ -103,7 +103,8 @@ def _markdown(written: dict[str, Any]) -> str:
     return (
         f"# Before and after a change\n\n{_table(written)}\n\n"
         f"Before is commit {commits['before']}, after {commits['after']}. Medians of "
-        f"{len(written['results'][0]['rounds']['after'])} rounds, in turns.\n\n{written['date']}, {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{len(written['results'][0]['rounds']['after'])} rounds, in turns.\n\n"
+        f"{written['date']}, {hardware['cpu']}, {hardware['cores']} cores, "
         f"load before {hardware['load_before']}; {report.used(written)}.\n\n    {written['command']}\n"
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Collection, Generic, Protocol, TypeVar
 
@@ -31,7 +30,8 @@ class AddedRows(Generic[_Row]):
     """What packages add to one registry, by name. Nothing is read before the first question.
 
     Reading the metadata of all installed packages takes milliseconds to tenths of a second, so a registry asks only for
-    a name that is not its own. It is read once in a process, and a package is imported when its row is asked for.
+    a name that is not its own. It is read again only after sys.path has changed, and a package is imported when its row
+    is asked for.
     """
 
     def __init__(self, group: str, kind: type[_Row], title: str, ours: Collection[str]) -> None:
@@ -40,10 +40,11 @@ class AddedRows(Generic[_Row]):
         title: what a row is called in messages ("family"). ours: names that a package cannot take.
         """
         self._group, self._kind, self._title, self._ours = group, kind, title, ours
+        self._read: tuple[list[str], dict[str, list[EntryPoint]]] | None = None
 
     def names(self) -> tuple[str, ...]:
         """The names that packages add, sorted; no package is imported."""
-        return tuple(self._found)
+        return tuple(self._found())
 
     def all(self) -> list[_Row]:
         """Every row that can be used; what a package adds wrongly is left out, with a warning that names it."""
@@ -63,7 +64,7 @@ class AddedRows(Generic[_Row]):
         Raises ConfigError, by the name of the package, for a row that cannot be loaded, is none, or has the name of
         another package's.
         """
-        entries = self._found.get(name)
+        entries = self._found().get(name)
         if not entries:
             return None
         if len(entries) > 1:
@@ -84,8 +85,12 @@ class AddedRows(Generic[_Row]):
             raise ConfigError(self._problem(entry, reason, f"one name in both: {row.name} = {entry.value}"))
         return row
 
-    @cached_property
     def _found(self) -> dict[str, list[EntryPoint]]:
+        if self._read is None or self._read[0] != sys.path:
+            self._read = list(sys.path), self._entries()
+        return self._read[1]
+
+    def _entries(self) -> dict[str, list[EntryPoint]]:
         """Entry points by name, of which there should be one each. A package that takes a name of ours gets nothing."""
         if not _mentioned(self._group):
             return {}

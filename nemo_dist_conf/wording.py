@@ -16,11 +16,12 @@ from nemo_dist_conf.names import nearest
 
 __all__ = ["Spelling", "assigned", "for_shell", "typed", "typed_path", "unknown_name"]
 
-#: What Hydra's grammar takes in a text without quotes: runs of these, a space or a colon between them.
-_BARE = r"[\w/\-+.%*@?|]+(?:[ :][\w/\-+.%*@?|]+)*"
-#: What it reads as a number, a boolean or null, and a reference without another inside.
+#: What Hydra's grammar takes in a text without quotes: runs of these signs and of references that have no other
+#: inside, a space or a colon between them.
+_RUN = r"(?:[\w/\-+.%*@?|]|\$\{[^{}'\"\s]+\})+"
+_BARE = rf"{_RUN}(?:[ :]{_RUN})*"
+#: What it reads as a number, a boolean or null.
 _OTHER_THAN_TEXT = r"(?i:[+-]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:e[+-]?\d[\d_]*)?|[+-]?(?:inf|nan)|true|false|null)"
-_REFERENCE = r"\$\{[^{}'\"\s]+\}"
 #: What bash and zsh leave alone in a word.
 _SAFE_IN_SHELL = r"[\w@%+=:,./-]*"
 
@@ -45,8 +46,7 @@ def typed(value: Any) -> str:
 
 
 def _typed_text(text: str) -> str:
-    is_bare = re.fullmatch(_BARE, text, re.ASCII) and not re.fullmatch(_OTHER_THAN_TEXT, text, re.ASCII)
-    if is_bare or re.fullmatch(_REFERENCE, text, re.ASCII):
+    if re.fullmatch(_BARE, text, re.ASCII) and not re.fullmatch(_OTHER_THAN_TEXT, text, re.ASCII):
         return text
     quote = "'" if '"' in text and "'" not in text or not text else '"'
     # Of a quoted text only its own quote is escaped, and backslashes only where they stand right before one.

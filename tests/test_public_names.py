@@ -22,19 +22,8 @@ FOR_USERS = re.compile(
 )
 #: names that have yet to get their underscore; none may come to it
 NOT_YET = {
-    "nemo_dist_conf.composition.check": "is_root",
-    "nemo_dist_conf.composition.group_owners": "OWN_GROUP",
-    "nemo_dist_conf.composition.store": "BASE HOOKS NAMESPACE",
-    "nemo_dist_conf.families.model_rules": "tensor_parallel_sizes",
     "nemo_dist_conf.families.plans": "DECODER Family STYLE_ALIASES",
-    "nemo_dist_conf.plan.activations": "block_bytes",
-    "nemo_dist_conf.plan.from_config": "batch_of",
-    "nemo_dist_conf.plan.plan": "TIGHT",
     "nemo_dist_conf.plan.rank_shards": "chunk",
-    "nemo_dist_conf.plan.step_time": "collective_seconds model_flops stage_seconds",
-    "nemo_dist_conf.recipe.checks": "legal_batch_sizes",
-    "nemo_dist_conf.runtime.device_meshes": "build_meshes",
-    "nemo_dist_conf.runtime.typed_values": "lower_mapping lower_mp_policy lower_offload_policy plain_mapping",
 }
 #: folders whose programs and texts count as users of a name
 USERS = ("benchmarks", "conf", "docs", "examples", "hydra_plugins", "nemo_dist_conf", "tests")

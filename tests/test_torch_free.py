@@ -22,6 +22,7 @@ TORCH_FREE_MODULES = [
     "nemo_dist_conf.hooks",
     "nemo_dist_conf.families.config_facts",
     "nemo_dist_conf.families.plans",
+    "nemo_dist_conf.families.registry",
     "nemo_dist_conf.families.model_rules",
     "nemo_dist_conf.composition.resolvers",
     "nemo_dist_conf.schema",

@@ -31,6 +31,7 @@ from nemo_dist_conf.checkpoint.storage import FolderReader, Index
 from nemo_dist_conf.checkpoint.tensor_file import write_tensors
 from nemo_dist_conf.errors import DataError, Problem, TrainingError
 from nemo_dist_conf.families.config_facts import plain_floats
+from nemo_dist_conf.runtime.model.family_code import import_modeling
 from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.model.shard_boxes import Box
 from nemo_dist_conf.runtime.model.stored_names import Part, stored_parts
@@ -129,6 +130,7 @@ def _opened(source: Path) -> tuple[Manifest, Index, Any]:
         )
     import transformers
 
+    import_modeling(fields.get("model_type"))
     try:
         config = transformers.AutoConfig.for_model(**plain_floats(fields))
         with torch.device("meta"):

@@ -30,6 +30,7 @@ from nemo_dist_conf.composition.sweep_check import (
 )
 from nemo_dist_conf.errors import ConfigError, NemoDistConfError, Problem
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, is_starting, launch_command, launched, program
+from nemo_dist_conf.wording import for_shell
 
 __all__ = ["DistributedCallback", "callback_as_config", "check_of"]
 
@@ -176,15 +177,15 @@ def _refuse_plugins_without_sweep(config: DictConfig) -> None:
         raise ConfigError(
             Problem(
                 what=f"a {name} {does} the jobs of a sweep; without -m Hydra would run this as one process",
-                asked=" ".join(typed),
+                asked=" ".join(map(for_shell, typed)),
                 allowed="-m before the overrides, also for a single job; or torchrun",
-                instead=" ".join(["python", program(), "-m", *words, *tasks]),
+                instead=" ".join(["python", program(), "-m", *map(for_shell, [*words, *tasks])]),
             )
         )
 
 
 def _sweep_in_every_rank(config: DictConfig, world_size: int) -> ConfigError:
-    words = " ".join(raw_words(OmegaConf.select(config, "hydra.overrides.task")))
+    words = " ".join(map(for_shell, raw_words(OmegaConf.select(config, "hydra.overrides.task"))))
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) or 1
     more = f" hydra.launcher.nnodes={nodes} hydra.launcher.rdzv_endpoint=HOST:29400" if nodes > 1 else ""
     ranks = f"hydra.launcher.nproc_per_node={world_size // nodes}"

@@ -34,9 +34,9 @@ from nemo_dist_conf.topology.checkpointing_modes import one_mode
 from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import MeshSpec, number_problem, solve
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, assigned
 
-__all__ = ["Checked", "check", "check_values", "find_roots", "is_root"]
+__all__ = ["Checked", "check", "check_values", "find_roots"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Checked:
     batch_statistics: str = "local"
 
 
-def is_root(node: Any) -> bool:
+def _is_root(node: Any) -> bool:
     """Whether this mapping holds a strategy node of ours under the key ``strategy``."""
     if not isinstance(node, DictConfig) or is_null(node) or is_missing(node) or "strategy" not in node:
         return False
@@ -71,7 +71,7 @@ def find_roots(cfg: Any) -> Iterator[DictConfig]:
     """Every mapping of the tree that holds our groups: the tree itself, and packages such as ``dist``."""
     if not isinstance(cfg, DictConfig) or not has_values(cfg):
         return
-    if is_root(cfg):
+    if _is_root(cfg):
         yield cfg
     for key in cfg:
         yield from find_roots(node_at(cfg, key))
@@ -173,7 +173,7 @@ def _prefix(node: DictConfig) -> str:
 def _single_root(cfg: Any) -> DictConfig:
     if isinstance(cfg, Mapping) and not isinstance(cfg, DictConfig):
         cfg = OmegaConf.create(dict(cfg), flags={"allow_objects": True})
-    if is_root(cfg):
+    if _is_root(cfg):
         return cfg
     roots = list(find_roots(cfg))
     if len(roots) == 1:
@@ -205,9 +205,7 @@ def _single_root(cfg: Any) -> DictConfig:
         allowed = "one of " + ", ".join(name for s in STRATEGIES for name in s.names)
         instead = _choice_of_a_strategy(cfg)
     shown = value if isinstance(value, (str, type(None))) else type(value).__name__
-    raise ConfigError(
-        Problem(what=what, asked=f"strategy={'null' if shown is None else shown}", allowed=allowed, instead=instead)
-    )
+    raise ConfigError(Problem(what=what, asked=assigned("strategy", shown), allowed=allowed, instead=instead))
 
 
 def _choice_of_a_strategy(cfg: Any) -> str:

@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 
 from nemo_dist_conf.composition.hydra_inside import node_at
 
-__all__ = ["Claim", "OWN_GROUP", "Places", "claim_of_app", "places_of"]
+__all__ = ["Claim", "Places", "claim_of_app", "places_of"]
 
 #: A file of this name in the folder of a group: these are all its options, ours are not wanted beside them.
-OWN_GROUP = "OWN_GROUP"
+_OWN_GROUP = "OWN_GROUP"
 #: A primary config is a page or two; larger files of YAML are data.
 _MOST_BYTES = 2**18
 
@@ -69,7 +69,7 @@ def claim_of_app(
     extended = set()
     for folder in places.folders:
         inside = _names(folder / group)
-        if OWN_GROUP in inside or (folder / f"{group}.yaml").is_file():
+        if _OWN_GROUP in inside or (folder / f"{group}.yaml").is_file():
             return Claim(True)
         same = {name for name in options if f"{name}.yaml" in inside}
         if any(f"/{namespace}/{group}" not in _text(folder / group / f"{name}.yaml") for name in same):

@@ -20,9 +20,6 @@ from nemo_dist_conf.composition.hydra_inside import (
 )
 
 __all__ = [
-    "BASE",
-    "HOOKS",
-    "NAMESPACE",
     "NODE_CLASSES",
     "PROVIDER",
     "always_call_hooks",
@@ -35,9 +32,9 @@ __all__ = [
 ]
 
 PROVIDER = "nemo_dist_conf"
-NAMESPACE = "nemo_dist"
-BASE = "nemo_dist_conf"
-HOOKS = "/nemo_dist/hooks@_global_"
+_NAMESPACE = "nemo_dist"
+_BASE = "nemo_dist_conf"
+_HOOKS = "/nemo_dist/hooks@_global_"
 
 
 def typed_node(schema: type, target: str, home: str, hooks: bool = False, **changed: Any) -> Any:
@@ -47,7 +44,7 @@ def typed_node(schema: type, target: str, home: str, hooks: bool = False, **chan
     """
     fields: list[Any] = [("_target_", str, dataclasses.field(default=target))]
     if hooks:
-        fields.append(("defaults", list[Any], dataclasses.field(default_factory=lambda: [HOOKS, "_self_"])))
+        fields.append(("defaults", list[Any], dataclasses.field(default_factory=lambda: [_HOOKS, "_self_"])))
     return _node_class(schema, tuple(fields), home)(**changed)
 
 
@@ -83,7 +80,7 @@ def register(
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = store_of_shared_entries()
-    _put(store, NAMESPACE, "hooks", _hooks_node)
+    _put(store, _NAMESPACE, "hooks", _hooks_node)
     places = places_of(search_path, PROVIDER)
     stored = {
         name.removesuffix(".yaml"): entry
@@ -94,24 +91,24 @@ def register(
     spaced: list[Any] = []
     for group, options in beside.items():
         for name, make in options.items():
-            _put(store, f"{NAMESPACE}/{group}", name, make)
+            _put(store, f"{_NAMESPACE}/{group}", name, make)
     for group, options in groups.items():
         first = next(iter(options))
-        spaced.append({f"/{NAMESPACE}/{group}@{group}": first})
-        claim = claim_of_app(group, options, NAMESPACE, stored, places, _foreign_entries(store, group))
+        spaced.append({f"/{_NAMESPACE}/{group}@{group}": first})
+        claim = claim_of_app(group, options, _NAMESPACE, stored, places, _foreign_entries(store, group))
         short.append(spaced[-1] if claim.whole else {group: first})
         _remove_ours(store, group)  # another app in this process may have claimed less
         for name, make in options.items():
-            _put(store, f"{NAMESPACE}/{group}", name, make)
+            _put(store, f"{_NAMESPACE}/{group}", name, make)
             if not claim.whole and name not in claim.options:
                 _put(store, group, name, make)
         if group in added:
-            _open(store, f"{NAMESPACE}/{group}", added[group])
+            _open(store, f"{_NAMESPACE}/{group}", added[group])
             if not claim.whole:
                 _open(store, group, added[group])
-    _put(store, NAMESPACE, BASE, lambda: _base_node(spaced, plain_base))
-    if not claim_of_app(BASE, (), NAMESPACE, stored, places, ()).whole:
-        _put(store, None, BASE, lambda: _base_node(short, plain_base))
+    _put(store, _NAMESPACE, _BASE, lambda: _base_node(spaced, plain_base))
+    if not claim_of_app(_BASE, (), _NAMESPACE, stored, places, ()).whole:
+        _put(store, None, _BASE, lambda: _base_node(short, plain_base))
 
 
 def register_launcher(make: Callable[[], Any]) -> None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.composition.hydra_inside import grid_of_basic_sweeper, written_at
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.wording import assigned, for_shell
 
 __all__ = ["Check", "Job", "SweepRefused", "compose_jobs", "folder_problems", "jobs_of_basic_sweep", "judge", "refusal"]
 
@@ -51,7 +52,7 @@ class Job:
     @property
     def words(self) -> str:
         """The overrides as they are typed, without those of Hydra itself."""
-        return " ".join(filter_overrides(self.overrides))
+        return " ".join(map(for_shell, filter_overrides(self.overrides)))
 
 
 def compose_jobs(
@@ -117,14 +118,14 @@ def folder_problems(config: DictConfig, mode: str) -> Iterable[Problem]:
     if longest > most:
         yield Problem(
             what=f"the name of the output folder has {longest} bytes, and the file system takes {most}",
-            asked=f"{keys[-1]}='{typed[-1]}'",
+            asked=assigned(keys[-1], typed[-1]),
             allowed=f"names of at most {most} bytes; hydra.job.config.override_dirname.exclude_keys leaves words out",
-            instead=f"{keys[-1]}='{names}'",
+            instead=assigned(keys[-1], names),
         )
     elif file is not None or not (folder.is_dir() or os.access(there, os.W_OK | os.X_OK)):
         reason = f"nothing may be written in {there}" if file is None else f"{file} is a file"
-        asked = f"{keys[0]}='{typed[0]}'"
-        best = f"{keys[0]}='{'multirun' if mode == 'sweep' else 'outputs'}/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}'"
+        asked = assigned(keys[0], typed[0])
+        best = assigned(keys[0], f"{'multirun' if mode == 'sweep' else 'outputs'}/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}")
         yield Problem(
             what=f"the output folder cannot be made: {reason}",
             asked=asked,

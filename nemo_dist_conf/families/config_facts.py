@@ -7,11 +7,13 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping
 
-from nemo_dist_conf.families.mixers import own_mixer
-from nemo_dist_conf.families.shapes import SHAPED_FAMILIES
+from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.wording import typed_path
+
+if TYPE_CHECKING:
+    from nemo_dist_conf.families.spec import Family
 
 __all__ = [
     "EXPERT_COUNTS",
@@ -32,7 +34,7 @@ class ModelFacts:
     """Sizes of a decoder; None where the config does not say, and what the family takes then is not known here.
 
     num_experts 0: a dense model. balances_experts: it computes a loss for an even load of its experts.
-    own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (``mixers.own_mixer``).
+    own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (families/mixers.py).
     folder: of the checkpoint whose config says so; None: its fields are the tree's own, and can be typed.
     """
 
@@ -52,21 +54,26 @@ class ModelFacts:
 
 def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     """Facts from the fields of a transformers config; what is absent is the family's own, or stays unknown."""
-    heads = _whole(config, "num_attention_heads", "n_head")
-    family = SHAPED_FAMILIES.get(str(config.get("model_type")), {})
-    shared = config.get("num_key_value_heads", family.get("num_key_value_heads"))
+    from nemo_dist_conf.families.spec import Family  # for a model only
+
+    # Without a row: the fields have the names that most configs use.
+    family = find_family(config.get("model_type")) or Family(name="")
+    fields = family.fields
+    config = fields.own_names(config)
+    heads = _whole(config, fields.heads, "num_attention_heads", "n_head")
+    shared = config.get(fields.kv_heads, family.defaults.get(fields.kv_heads))
     return ModelFacts(
         model_type=config.get("model_type"),
-        hidden_size=_whole(config, "hidden_size", "n_embd"),
-        intermediate_size=_whole(config, "intermediate_size"),
-        num_layers=_whole(config, "num_hidden_layers", "n_layer"),
+        hidden_size=_whole(config, fields.hidden, "hidden_size", "n_embd"),
+        intermediate_size=_whole(config, fields.intermediate, "intermediate_size"),
+        num_layers=_whole(config, fields.layers, "num_hidden_layers", "n_layer"),
         num_heads=heads,
         num_kv_heads=shared if isinstance(shared, int) else heads,
-        vocab_size=_whole(config, "vocab_size"),
+        vocab_size=_whole(config, fields.vocab, "vocab_size"),
         num_experts=_experts(config),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(config.get(fields.tied, family.defaults.get(fields.tied, False))),
         balances_experts=bool(config.get("output_router_logits", False)),
-        own_mixer=own_mixer(config),
+        own_mixer=next((mixer.text for mixer in family.mixers if mixer.is_chosen(config)), None),
     )
 
 
@@ -100,15 +107,22 @@ def plain_floats(value: Any) -> Any:
 
 def _experts(config: Mapping[str, Any]) -> int | None:
     """The number of a layer's experts: as any part of the config says it, else the family's own; None: not known."""
-    found = _whole(config, *EXPERT_COUNTS)
+    family = find_family(config.get("model_type"))
+    found = _whole(config, *_expert_counts(family))
     if found is not None:
         return found
     parts = [value if isinstance(value, Mapping) else fields_of(value) for value in config.values() if _is_part(value)]
     inside = {count for part in parts if (count := _experts(part)) is not None}
     if inside:
         return inside.pop() if len(inside) == 1 else None
-    family = SHAPED_FAMILIES.get(str(config.get("model_type")))
-    return None if family is None else next((family[name] for name in EXPERT_COUNTS if name in family), 0)
+    if family is None or family.shapes is None:
+        return None
+    return _whole(family.defaults, *_expert_counts(family)) or 0
+
+
+def _expert_counts(family: Family | None) -> tuple[str, ...]:
+    """What a config of the family may call the number of a layer's experts."""
+    return (family.fields.experts, *EXPERT_COUNTS) if family is not None else EXPERT_COUNTS
 
 
 def _is_part(value: Any) -> bool:
@@ -122,8 +136,9 @@ def is_dense_family(model_type: str) -> bool:
     Told from the file of transformers that holds the family's config, which is read and not imported: it knows no
     experts, and takes in no other family's config.
     """
-    if model_type in SHAPED_FAMILIES:
-        return not set(EXPERT_COUNTS) & SHAPED_FAMILIES[model_type].keys()
+    family = find_family(model_type)
+    if family is not None and family.shapes is not None:
+        return family.shapes.is_sparse is None
     spec = importlib.util.find_spec("transformers")
     places = spec.submodule_search_locations or () if spec is not None else ()
     folder = f"models/{model_type.replace('-', '_')}"

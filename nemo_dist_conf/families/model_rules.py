@@ -8,12 +8,12 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.families.config_facts import ModelFacts, is_dense_family
 from nemo_dist_conf.topology.sequence_chunks import chunk_problem
 from nemo_dist_conf.topology.solve import divisors
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, assigned
 
-__all__ = ["layerdrop_problems", "model_problems", "tensor_parallel_sizes", "tied_head_problems"]
+__all__ = ["layerdrop_problems", "model_problems", "tied_head_problems"]
 
 
-def tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
+def _tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
     """Every tp_size that divides heads, kv heads and MLP width; None when the model does not say them.
 
     The vocabulary is not in it: torch shards it unevenly and the logits stay exact.
@@ -82,7 +82,7 @@ def model_problems(
             )
         )
         tp = 1
-    legal = tensor_parallel_sizes(facts)
+    legal = _tensor_parallel_sizes(facts)
     if legal is not None and tp not in legal:
         odd = [
             f"{count} {title}"
@@ -146,7 +146,7 @@ def model_problems(
 
 def _said(facts: ModelFacts, field: str) -> str:
     """What asked for a field that is on: the folder of a checkpoint, or the field itself."""
-    return f"model.name_or_path={facts.folder}" if facts.folder else f"model.config.{field}=true"
+    return assigned("model.name_or_path", facts.folder) if facts.folder else f"model.config.{field}=true"
 
 
 def tied_head_problems(moe: Mapping[str, Any], spelling: Spelling = Spelling()) -> list[Problem]:

@@ -10,16 +10,15 @@ from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.families.config_facts import ModelFacts
-from nemo_dist_conf.families.plans import FAMILIES, STYLES, complete_plan, match_pattern, unalias
-from nemo_dist_conf.families.shapes import SHAPED_FAMILIES
+from nemo_dist_conf.families.plans import complete_plan
+from nemo_dist_conf.families.registry import find_family
+from nemo_dist_conf.families.styles import STYLES, find_style, match_pattern, unalias
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.wording import Spelling
 
 __all__ = ["plan_problems", "style_names"]
 
 _KEY = "strategy.tp_plan"
-#: Modules of a decoder that hold no weights, relative to its base model.
-_WITHOUT_WEIGHTS = ("layers", "rotary_emb", "layers.*.mlp.act_fn")
 
 
 def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling()) -> list[Problem]:
@@ -29,7 +28,7 @@ def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling())
     """
     if plan is None:
         return []
-    asked = f"{spelling.key(_KEY)}={plan}"
+    asked = spelling.set(_KEY, plan)
     if not isinstance(plan, Mapping) or not plan:
         what = (
             f"{spelling.key(_KEY)} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
@@ -41,7 +40,7 @@ def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling())
     fixed: dict[str, Any] = {}
     for pattern, style in ((str(pattern), style) for pattern, style in plan.items()):
         better, name = style, pattern
-        if isinstance(style, str) and unalias(style) not in STYLES:
+        if isinstance(style, str) and find_style(style) is None:
             near, allowed = style_names(style)
             found.append((f"tp_plan: {style!r} is not the name of a style", f"{pattern}: {style}", allowed))
             better = near[0] if near else "replicated"
@@ -52,9 +51,8 @@ def plan_problems(plan: Any, facts: ModelFacts, spelling: Spelling = Spelling())
             name = next((other for other in close if other not in plan), "")
         if name:
             fixed[name] = better
-    entries = ",".join(f"{pattern}:{style}" for pattern, style in fixed.items())
     # A family's own plan is known to fit; of any other only a run could tell.
-    way_out = f"'{spelling.key(_KEY)}={{{entries}}}'" if _fits(fixed, facts) else spelling.set(_KEY, None)
+    way_out = spelling.set(_KEY, fixed if _fits(fixed, facts) else None)
     return [Problem(what=what, asked=asked, allowed=allowed, instead=way_out) for what, asked, allowed in found]
 
 
@@ -70,11 +68,10 @@ def _fits(plan: Mapping[str, Any], facts: ModelFacts) -> bool:
 
     A matrix that is split without those beside it gives a part where the code between them takes the whole.
     """
-    family = FAMILIES.get(facts.model_type or "")
-    if not plan or family is None:
+    own = complete_plan(facts.model_type)
+    if not plan or own is None:
         return False
     modules, split = _matching(_modules(facts), facts), set()
-    own = complete_plan(facts.model_type) or {}
     for module in dict.fromkeys(modules):
         style = next((unalias(its) for pattern, its in plan.items() if match_pattern(pattern, module)), "replicated")
         usual = next((style for pattern, style in own.items() if match_pattern(pattern, module)), "replicated")
@@ -89,15 +86,19 @@ def _fits(plan: Mapping[str, Any], facts: ModelFacts) -> bool:
 
 
 def _modules(facts: ModelFacts) -> list[str]:
-    """Patterns of all modules of a causal language model of a known family; empty for any other."""
-    family = FAMILIES.get(facts.model_type or "")
-    if family is None or facts.num_layers is None:
+    """Patterns of all modules of a causal language model; empty where its family's row does not say them all."""
+    family = find_family(facts.model_type)
+    if family is None or family.tensor_plan is None or facts.num_layers is None:
         return []
-    has_norms = bool(SHAPED_FAMILIES.get(facts.model_type or "", {}).get("qk_norm"))
-    layers = [name for name in family.layers if has_norms or not name.endswith(("q_norm", "k_norm"))]
-    inside = [*layers, *family.inputs, *family.norms]
-    names = [f"{family.block}.{name}" for name in inside] + [family.embedding, family.final_norm, family.block]
-    return [*(f"model.{name}" for name in (*names, *_WITHOUT_WEIGHTS)), family.head, "model"]
+    styles, places = family.tensor_plan, family.places
+    if places.unstyled is None:
+        return []
+    has_norms = family.shapes is not None and family.shapes.qk_norm
+    layers = [name for name in styles.block if has_norms or not name.endswith(("q_norm", "k_norm"))]
+    inside = [f"{places.blocks}.*.{name}" for name in (*layers, *styles.inputs, *styles.norms)]
+    others = [places.embedding, places.final_norm, f"{places.blocks}.*", *places.unstyled]
+    base = [places.base] if places.base else []
+    return [*map(places.in_base, (*inside, *others)), places.head, *base]
 
 
 def _matching(patterns: list[str], facts: ModelFacts) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nemo_dist_conf.families.shapes import block_weights
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
-__all__ = ["Kept", "block_bytes", "kept_by_stage", "loss_bytes", "stage_bytes"]
+__all__ = ["Kept", "kept_by_stage", "loss_bytes", "stage_bytes"]
 
 _FP32 = 4
 
@@ -86,7 +86,7 @@ def _mlp(job: Job, sparse: bool) -> int:
     return rows * per_row * item + job.tokens * model.experts * 2 * _FP32
 
 
-def block_bytes(job: Job, sparse: bool) -> int:
+def _block_bytes(job: Job, sparse: bool) -> int:
     """Everything that a block keeps where nothing is recomputed."""
     reader = _item(job)
     return 2 * _norm(job, reader) + _attention(job) + _mlp(job, sparse)
@@ -112,12 +112,12 @@ def _selective_bytes(job: Job, sparse: bool) -> int:
 
 def _block(job: Job, sparse: bool) -> Kept:
     if job.checkpointing is False:
-        return Kept(block_bytes(job, sparse), 0)
+        return Kept(_block_bytes(job, sparse), 0)
     saved = job.tokens * job.model.hidden * _stream(job) // _split(job)
     if job.checkpointing == "selective":
         saved = _selective_bytes(job, sparse)
-        return Kept(saved, max(0, block_bytes(job, sparse) - saved))
-    return Kept(saved, block_bytes(job, sparse))
+        return Kept(saved, max(0, _block_bytes(job, sparse) - saved))
+    return Kept(saved, _block_bytes(job, sparse))
 
 
 def loss_bytes(job: Job) -> tuple[int, int]:

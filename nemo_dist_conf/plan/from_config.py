@@ -23,7 +23,7 @@ from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
 from nemo_dist_conf.wording import assigned, typed_path, unknown_name
 
-__all__ = ["batch_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
+__all__ = ["hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
 
 
 def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start:
@@ -58,7 +58,7 @@ def model_shape(cfg: DictConfig) -> ModelShape:
 
 
 def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelShape) -> Job:
-    rows, micro, seq_len = batch_of(cfg, checked.mesh.size("dp"))
+    rows, micro, seq_len = _batch_of(cfg, checked.mesh.size("dp"))
     microbatches, calls = rows // micro, 1
     if checked.mesh.size("pp") > 1:
         batch, micro = checked.pipeline["pp_batch_size"], checked.pipeline["pp_microbatch_size"]
@@ -82,7 +82,7 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
     )
 
 
-def batch_of(cfg: Any, data_size: int) -> tuple[int, int, int]:
+def _batch_of(cfg: Any, data_size: int) -> tuple[int, int, int]:
     """(rows of a data rank in a step, rows of a microbatch, tokens of a row)."""
     rows = cfg.train.global_batch_size // data_size
     return rows, cfg.train.micro_batch_size or rows, int(cfg.data.seq_len)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Mapping
 
-from nemo_dist_conf.families.plans import SEQUENCE_STYLES, complete_plan, match_pattern, unalias
+from nemo_dist_conf.families.plans import complete_plan
 from nemo_dist_conf.families.shapes import ModelShape
+from nemo_dist_conf.families.spec import Places
+from nemo_dist_conf.families.styles import SEQUENCE_STYLES, match_pattern, unalias
 from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.plan.schedule_orders import PlayedSchedule, from_file, played_schedule, unknown_schedule
 from nemo_dist_conf.plan.strategy_costs import costs_of
@@ -250,7 +252,9 @@ class Job:
             ranks = tuple(rank_of_stage(stage, count, self.pp, v_shaped) for stage in range(count))
         parts = self.pipeline.get("module_fqns_per_model_part")
         if parts is not None:
-            return tuple(_named_stage(index, ranks[index], list(part)) for index, part in enumerate(parts))
+            return tuple(
+                _named_stage(index, ranks[index], list(part), self.model.places) for index, part in enumerate(parts)
+            )
         found, first = [], 0
         weighted = self.pipeline.get("layers_per_stage") is None
         for index, layers in enumerate(spread_layers(self.model.layers, count, weighted)):
@@ -263,10 +267,10 @@ class Job:
         return [stage for stage in self.stages if stage.rank == pp_rank]
 
 
-def _named_stage(index: int, rank: int, names: list[str]) -> Stage:
+def _named_stage(index: int, rank: int, names: list[str], places: Places) -> Stage:
     """A stage given by the names of its modules; layers are those whose last part is a number."""
     numbers = sorted(int(leaf) for leaf in (name.rpartition(".")[2] for name in names) if leaf.isdigit())
     leaves = {name.rpartition(".")[2] for name in names}
-    parts = (("embed_tokens", "embedding"), ("norm", "final_norm"), ("lm_head", "head"))
-    outer = tuple(part for leaf, part in parts if leaf in leaves)
+    parts = ((places.embedding, "embedding"), (places.final_norm, "final_norm"), (places.head, "head"))
+    outer = tuple(part for place, part in parts if place.rpartition(".")[2] in leaves)
     return Stage(index, rank, numbers[0] if numbers else 0, numbers[-1] + 1 if numbers else 0, outer)

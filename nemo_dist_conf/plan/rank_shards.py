@@ -8,6 +8,7 @@ from math import prod
 from typing import Iterator
 
 from nemo_dist_conf.families.shapes import ModelShape, Weight, block_weights, outer_weights
+from nemo_dist_conf.families.styles import STYLES
 from nemo_dist_conf.plan.job import Job, Stage, Styles
 
 __all__ = [
@@ -96,7 +97,7 @@ def stage_units(
     found: list[Unit] = []
     for sparse, count in model.kinds(stage.first, stage.last).items():
         layer = next(i for i in range(stage.first, stage.last) if model.sparse[i] is sparse)
-        held = tuple((f"model.layers.{layer}.{w.name}", w) for w in block_weights(model, sparse))
+        held = tuple((f"{model.places.block(layer)}.{w.name}", w) for w in block_weights(model, sparse))
         experts = tuple(entry for entry in held if entry[1].expert and splits_experts)
         title = "sparse block" if sparse else "block"
         found.append(Unit(title, layer, count, tuple(entry for entry in held if entry not in experts)))
@@ -109,21 +110,12 @@ def stage_units(
 
 
 def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:
-    """A weight's shape on rank ``index`` of an axis of ``tp`` ranks. name: in the whole model.
-
-    colwise splits the first dimension of a Linear and the second of an Embedding, rowwise the other one.
-    """
-    shape = weight.shape
-    style = styles.of(name.rpartition(".")[0]) if tp > 1 else "replicated"
-    if style.startswith("embedding_rowwise"):
-        return (chunk(shape[0], tp, index), *shape[1:])
-    if style.startswith("colwise"):
-        dim = 1 if weight.part == "embedding" else 0
-    elif style.startswith("rowwise") and len(shape) > 1:
-        dim = 1
-    else:
-        return shape
-    return tuple(chunk(size, tp, index) if d == dim else size for d, size in enumerate(shape))
+    """A weight's shape on rank ``index`` of an axis of ``tp`` ranks. name: in the whole model."""
+    style = STYLES.get(styles.of(name.rpartition(".")[0])) if tp > 1 else None
+    if style is None:
+        return weight.shape
+    dim = style.split_dim("Embedding" if weight.part == "embedding" else "Linear")
+    return tuple(chunk(size, tp, index) if d == dim else size for d, size in enumerate(weight.shape))
 
 
 def _split_of(job: Job) -> _Split:

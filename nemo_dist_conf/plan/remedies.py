@@ -9,6 +9,7 @@ from nemo_dist_conf.plan.fit import NO, memories_of, verdict_of
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.step_time import timeline_of
 from nemo_dist_conf.plan.strategies.base import Remedy
+from nemo_dist_conf.wording import assigned
 
 __all__ = ["ways_to_fit"]
 
@@ -34,7 +35,7 @@ def _tried(job: Job) -> Iterator[Sequence[Remedy]]:
     if job.pp > 1 and job.splits_backward:
         modes = []  # a rule forbids both together
     recomputing = [
-        Remedy(f"activation_checkpointing={str(mode).lower()}", {"checkpointing": mode})
+        Remedy(assigned("activation_checkpointing", mode), {"checkpointing": mode})
         for mode in modes
         if mode != job.checkpointing and (mode is True or job.checkpointing is False)
     ]

@@ -32,7 +32,7 @@ from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.sequence_chunks import splits_evenly
 from nemo_dist_conf.topology.solve import divisors
-from nemo_dist_conf.wording import Spelling
+from nemo_dist_conf.wording import Spelling, assigned
 
 __all__ = ["Found", "Result", "search"]
 
@@ -275,7 +275,7 @@ def _words(layout: _Layout, job: Job, mode: bool | str) -> str:
     elif job.microbatches > 1:
         words.append(f"train.micro_batch_size={job.rows}")
     if mode:
-        words.append(f"activation_checkpointing={str(mode).lower()}")
+        words.append(assigned("activation_checkpointing", mode))
     return " ".join(words)
 
 

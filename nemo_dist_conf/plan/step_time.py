@@ -21,10 +21,7 @@ from nemo_dist_conf.plan.traffic import traffic_of
 __all__ = [
     "FORMULAS",
     "StepTime",
-    "collective_seconds",
-    "model_flops",
     "quick_seconds",
-    "stage_seconds",
     "step_time",
     "timeline_of",
 ]
@@ -72,7 +69,7 @@ class StepTime:
         return 0.0 if self.timeline is None else self.timeline.bubble
 
 
-def model_flops(job: Job) -> float:
+def _model_flops(job: Job) -> float:
     """Floating point operations of a step on all ranks, forward and backward, as MFU counts them."""
     model = job.model
     weights = model.active_parameters - model.vocab * model.hidden * (0 if model.tied else 1)
@@ -86,7 +83,7 @@ def _peak(job: Job) -> float:
     return 1e12 * (hardware.fp32_tflops if job.compute_dtype == "float32" else hardware.bf16_tflops)
 
 
-def collective_seconds(entry: Collective, groups: Groups, job: Job) -> float:
+def _collective_seconds(entry: Collective, groups: Groups, job: Job) -> float:
     """Seconds of one call of a collective."""
     hardware, ranks = job.hardware, groups.size
     if ranks == 1:
@@ -105,7 +102,7 @@ def collective_seconds(entry: Collective, groups: Groups, job: Job) -> float:
     return moved / rate + 1e-6 * latency * math.log2(ranks)
 
 
-def stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
+def _stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
     """Seconds of one microbatch on a stage, computing only: by part, forward and backward together."""
     model, hardware, tokens = job.model, job.hardware, job.tokens
     peak, memory = _peak(job), 1e9 * hardware.memory_gb_s * hardware.bandwidth_efficiency
@@ -158,7 +155,7 @@ class _Work:
 
 
 def _work(job: Job, ranks: Iterable[int]) -> _Work:
-    parts = {stage.index: stage_seconds(job, stage) for rank in ranks for stage in job.stages_of(rank)}
+    parts = {stage.index: _stage_seconds(job, stage) for rank in ranks for stage in job.stages_of(rank)}
     calls = {rank: traffic_of(job, rank) for rank in ranks}
     axes = {entry.axis for entries in calls.values() for entry in entries}
     groups = {axis: groups_of(job.mesh, axis, job.hardware.ranks_per_node) for axis in axes}
@@ -171,9 +168,9 @@ def _work(job: Job, ranks: Iterable[int]) -> _Work:
         in_line = {True: 0.0, False: 0.0}
         for entry in entries:
             if entry.overlaps or entry.axis == "pp":
-                hop = max(hop, collective_seconds(entry, groups["pp"], job)) if entry.kind == "send" else hop
+                hop = max(hop, _collective_seconds(entry, groups["pp"], job)) if entry.kind == "send" else hop
                 continue
-            seconds = entry.calls * collective_seconds(entry, groups[entry.axis], job)
+            seconds = entry.calls * _collective_seconds(entry, groups[entry.axis], job)
             exposed[rank][entry.axis] = exposed[rank].get(entry.axis, 0.0) + seconds
             in_line[entry.when == "forward"] += seconds
         stages = job.stages_of(rank)
@@ -228,7 +225,7 @@ def step_time(job: Job, memories: Mapping[int, Memory] | None = None, timeline: 
     parts |= {"sharding": sharding, "update": update}
     parts["waiting"] = max(0.0, seconds - sum(parts.values())) if job.pp > 1 else 0.0
     tokens = job.global_rows * job.seq_len
-    mfu = model_flops(job) / (seconds * job.mesh.world_size * _peak(job))
+    mfu = _model_flops(job) / (seconds * job.mesh.world_size * _peak(job))
     return StepTime(seconds, parts, mfu, tokens / seconds, timeline)
 
 
@@ -240,7 +237,7 @@ def _unhidden(job: Job, calls: list[Collective], groups: Mapping[str, Groups], b
     total = first = 0.0
     for entry in calls:
         if entry.overlaps and entry.axis != "pp":
-            one = collective_seconds(entry, groups[entry.axis], job)
+            one = _collective_seconds(entry, groups[entry.axis], job)
             total += entry.calls * one
             if entry.kind in ("all_gather", "all_reduce"):
                 first = max(first, one if entry.calls else 0.0)

@@ -32,7 +32,6 @@ __all__ = [
     "RecipeCallback",
     "batch_problems",
     "check_recipe",
-    "legal_batch_sizes",
     "typed_model_config",
 ]
 
@@ -238,7 +237,7 @@ def _offered(spell: Callable[[str, Any], str], inside: str, value: Any, name: st
     return spell(f"{inside}{name}", value)
 
 
-def legal_batch_sizes(global_batch_size: int, unit: int) -> list[int]:
+def _legal_batch_sizes(global_batch_size: int, unit: int) -> list[int]:
     """The multiples of ``unit`` next to the size that was asked for, below and above."""
     below = global_batch_size // unit * unit
     return [size for size in (below, below + unit) if size > 0 and size != global_batch_size]
@@ -267,7 +266,7 @@ def batch_problems(global_batch_size: Any, micro_batch_size: Any, data_size: int
     if global_batch_size % unit == 0:
         return []
     rows = "" if micro_batch_size is None else f" x micro_batch_size={micro_batch_size}"
-    legal = legal_batch_sizes(global_batch_size, unit)
+    legal = _legal_batch_sizes(global_batch_size, unit)
     asked = f"train.global_batch_size={global_batch_size}"
     if micro_batch_size is not None:
         asked += f" train.micro_batch_size={micro_batch_size}"

@@ -9,6 +9,8 @@ from typing import Any, Iterable, Mapping
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.families.registry import find_family
+from nemo_dist_conf.families.spec import Fields
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.schema.optimizers import optimizer_problems
 from nemo_dist_conf.wording import assigned, typed, unknown_name
@@ -26,16 +28,6 @@ PATH_ALLOWED = "a text file, a folder of text files, or a glob; null: the source
 TOKENIZER_ALLOWED = "a local tokenizer folder, or a tokenizer.json file; null: bytes"
 _DEVICES = ("auto", "cpu", "cuda")
 _SCHEDULES = ("constant", "cosine")
-#: Fields of the configs of the families that the presets use (transformers 5), also under their older names.
-_MODEL_FIELDS = frozenset(
-    """attention_bias attention_dropout bos_token_id decoder_sparse_step dtype eos_token_id head_dim hidden_act
-    hidden_size initializer_range intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias
-    mlp_only_layers model_type moe_intermediate_size norm_topk_prob num_attention_heads num_experts num_experts_per_tok
-    num_hidden_layers num_key_value_heads num_local_experts output_router_logits pad_token_id pretraining_tp
-    rms_norm_eps rope_parameters rope_scaling rope_theta router_aux_loss_coef router_jitter_noise sliding_window
-    tie_word_embeddings torch_dtype use_cache use_sliding_window vocab_size""".split()
-)
-_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def value_problems(config: DictConfig) -> Iterable[Problem]:
@@ -153,27 +145,28 @@ def data_problems(values: Mapping[Any, Any]) -> list[Problem]:
 
 def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
     """Misspelt fields, which transformers keeps without a word, and heads that do not fit each other."""
-    family = fields.get("model_type")
-    if family in _FAMILIES:
+    family = find_family(fields.get("model_type"))
+    if family is not None and family.config_fields:
         for key in map(str, fields):
-            near = nearest(key, _MODEL_FIELDS, cutoff=0.85)
-            if key not in _MODEL_FIELDS and near:
+            near = nearest(key, family.config_fields, cutoff=0.85)
+            if key not in family.config_fields and near:
                 yield unknown_name(
                     key,
                     near,
-                    what=f"model.config.{key} is no field of a {family} config",
+                    what=f"model.config.{key} is no field of a {family.name} config",
                     asked=assigned(f"+model.config.{key}", fields[key]),
                     offer=functools.partial(_assigned_field, fields[key]),
                     hint=True,
                     meant=near,
                 )
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    given = [key for key in (*sizes, "num_key_value_heads") if fields.get(key) is not None]
+    names = family.fields if family is not None else Fields()
+    sizes = (names.vocab, names.hidden, names.intermediate, names.layers, names.heads, names.kv_heads)
+    given = [key for key in sizes if fields.get(key) is not None]
     wrong = [key for key in given if not _is_whole(fields[key], 1)]
     for key in wrong:
         asked = assigned(f"model.config.{key}", fields[key])
         yield Problem(what=f"{asked} does not fit", asked=asked, allowed="1, 2, 3, ...", instead=f"~model.config.{key}")
-    yield from _expert_problems(fields)
+    yield from _expert_problems(fields, names)
     dropout = fields.get("attention_dropout")
     if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
         asked = assigned("model.config.attention_dropout", dropout)
@@ -185,46 +178,46 @@ def _model_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
         )
     if wrong:
         return
-    hidden, heads, shared = (fields.get(key) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    hidden, heads, shared = (fields.get(key) for key in (names.hidden, names.heads, names.kv_heads))
     # Rotary embeddings turn pairs, so a head of these families has an even width.
-    unit = 2 * heads if heads and family in _FAMILIES else heads
-    if hidden and heads and not fields.get("head_dim") and hidden % unit:
+    unit = 2 * heads if heads and family is not None and family.rotary else heads
+    if hidden and heads and not fields.get(names.head_dim) and hidden % unit:
         parts = "pairs" if hidden % heads == 0 else "parts"
         what = f"the hidden size {hidden} does not split into {parts} for the model's {heads} attention heads"
-        asked = f"model.config.hidden_size={hidden} model.config.num_attention_heads={heads}"
+        asked = f"model.config.{names.hidden}={hidden} model.config.{names.heads}={heads}"
         fits = max(1, round(hidden / unit)) * unit
         yield Problem(
             what=what,
             asked=asked,
-            allowed=f"hidden_size: a multiple of {unit}",
-            instead=f"model.config.hidden_size={fits}",
+            allowed=f"{names.hidden}: a multiple of {unit}",
+            instead=f"model.config.{names.hidden}={fits}",
         )
     if heads and shared and heads % shared:
         what = f"the model's {shared} key/value heads do not divide its {heads} attention heads"
-        asked = f"model.config.num_attention_heads={heads} model.config.num_key_value_heads={shared}"
+        asked = f"model.config.{names.heads}={heads} model.config.{names.kv_heads}={shared}"
         legal = [size for size in range(1, heads + 1) if heads % size == 0]
         best = max(size for size in legal if size <= max(1, shared))
-        allowed = f"num_key_value_heads: {', '.join(map(str, legal))}"
-        yield Problem(what=what, asked=asked, allowed=allowed, instead=f"model.config.num_key_value_heads={best}")
+        allowed = f"{names.kv_heads}: {', '.join(map(str, legal))}"
+        yield Problem(what=what, asked=asked, allowed=allowed, instead=f"model.config.{names.kv_heads}={best}")
 
 
 def _assigned_field(value: Any, name: str) -> str:
     return assigned(f"model.config.{name}", value)
 
 
-def _expert_problems(fields: Mapping[Any, Any]) -> Iterable[Problem]:
+def _expert_problems(fields: Mapping[Any, Any], names: Fields) -> Iterable[Problem]:
     """A token that asks for no expert, or for more than there are, which only the first forward would tell."""
-    chosen = fields.get("num_experts_per_tok")
-    there = next((fields[key] for key in ("num_local_experts", "num_experts") if fields.get(key) is not None), None)
+    key = names.experts_per_token or "num_experts_per_tok"
+    chosen = fields.get(key)
+    counts = (names.experts, "num_local_experts", "num_experts")
+    there = next((fields[count] for count in counts if fields.get(count) is not None), None)
     most = there if _is_whole(there, 1) else None
     if chosen is None or (_is_whole(chosen, 1) and (most is None or chosen <= most)):
         return
-    asked = assigned("model.config.num_experts_per_tok", chosen)
+    asked = assigned(f"model.config.{key}", chosen)
     allowed = "1, 2, 3, ..." if most is None else f"1 to {most}, the number of experts"
     best = min(most or chosen, chosen) if _is_whole(chosen, 1) else 1
-    yield Problem(
-        what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"++model.config.num_experts_per_tok={best}"
-    )
+    yield Problem(what=f"{asked} does not fit", asked=asked, allowed=allowed, instead=f"++model.config.{key}={best}")
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.wording import assigned
 
 __all__ = ["build_target"]
 
@@ -36,7 +37,7 @@ def build_target(node: Any, section: str, *args: Any, instead: str, **kwargs: An
         what = f"{section}: {misfit}"
         allowed = "the path of a class or function, and arguments that it takes"
         raise ConfigError(
-            Problem(what=what, asked=f"{section}._target_={target}", allowed=allowed, instead=instead)
+            Problem(what=what, asked=assigned(f"{section}._target_", target), allowed=allowed, instead=instead)
         ) from error
 
 

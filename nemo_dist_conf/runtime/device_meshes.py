@@ -20,7 +20,7 @@ from nemo_dist_conf.strategies import STRATEGIES, Strategy, strategy_of_config
 from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.topology.solve import MeshSpec, solve
 
-__all__ = ["MeshContext", "build_meshes", "fsdp_mesh"]
+__all__ = ["MeshContext", "fsdp_mesh"]
 
 #: Names of several axes together, with the axes of a root mesh that they may join.
 _JOINED = {
@@ -102,7 +102,7 @@ class MeshContext:
             return cls(device=choose_device(device, place.local_rank), ddp_ranks=(place.rank, spec.world_size))
         info = initialize_distributed(device=device)
         _require(spec.world_size, info.world_size, _GROUP)
-        device_mesh, moe_mesh = build_meshes(spec, info.device.type)
+        device_mesh, moe_mesh = _build_meshes(spec, info.device.type)
         sums = strategy.sums_gradients is not None and getattr(strategy_config, strategy.sums_gradients)
         return cls(device_mesh, moe_mesh, info.device, sums)
 
@@ -275,7 +275,7 @@ def _axes(mesh: DeviceMesh) -> list[tuple[str, int]]:
     return [(name, mesh.size(i)) for i, name in enumerate(mesh.mesh_dim_names or ())]
 
 
-def build_meshes(spec: MeshSpec, device_type: str) -> tuple[DeviceMesh, DeviceMesh | None]:
+def _build_meshes(spec: MeshSpec, device_type: str) -> tuple[DeviceMesh, DeviceMesh | None]:
     """The root mesh with its flattened names, and the MoE mesh where experts are split.
 
     A collective over all ranks: every rank calls it, with the same spec.

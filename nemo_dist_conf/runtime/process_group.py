@@ -15,6 +15,7 @@ from nemo_dist_conf.composition.agreement.rendezvous import all_have_come, is_st
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.torch_inside import group_timeout
 from nemo_dist_conf.topology.launched_ranks import Launched, launched
+from nemo_dist_conf.wording import assigned
 
 __all__ = ["DistInfo", "choose_device", "host_group", "initialize_distributed", "shutdown_distributed"]
 
@@ -42,7 +43,7 @@ def choose_device(device: str | torch.device = "auto", local_rank: int = 0) -> t
     """
     kind = None if str(device) == "auto" else str(device).partition(":")[0]
     if kind not in (None, "cpu", "cuda"):
-        asked = f"device={device}"
+        asked = assigned("device", device)
         raise ConfigError(
             Problem(what=f"{asked} is not supported", asked=asked, allowed="auto, cpu, cuda", instead="device=auto")
         )
@@ -55,7 +56,7 @@ def choose_device(device: str | torch.device = "auto", local_rank: int = 0) -> t
         raise ConfigError(
             Problem(
                 what=what,
-                asked=f"device={device}",
+                asked=assigned("device", device),
                 allowed="one GPU per rank of a node, or device=cpu",
                 instead=instead,
             )

@@ -21,10 +21,6 @@ __all__ = [
     "LOWERED",
     "lower_config",
     "lower_dtype",
-    "lower_mapping",
-    "lower_mp_policy",
-    "lower_offload_policy",
-    "plain_mapping",
 ]
 
 
@@ -51,7 +47,7 @@ def lower_dtype(value: Any, path: str = "dtype") -> torch.dtype | None:
     return getattr(torch, name)
 
 
-def lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
+def _lower_mapping(value: Any, schema: type, path: str) -> dict[str, Any] | None:
     """A node's fields typed as its schema, from a mapping or a schema object; None where it is off.
 
     Raises ConfigError for unknown keys and wrong types.
@@ -108,31 +104,31 @@ def _set(typed: DictConfig, key: str, value: Any, path: str) -> None:
         raise ConfigError(Problem(what=what, asked=asked, allowed="a value of its type", instead=instead)) from None
 
 
-def lower_mp_policy(value: Any, path: str = "strategy.mp_policy") -> MixedPrecisionPolicy | None:
+def _lower_mp_policy(value: Any, path: str = "strategy.mp_policy") -> MixedPrecisionPolicy | None:
     """MixedPrecisionPolicy for one, a schema node or a mapping of dtype names; None where it is off."""
     if isinstance(value, MixedPrecisionPolicy):
         return value
-    fields = lower_mapping(value, MixedPrecisionConf, path)
+    fields = _lower_mapping(value, MixedPrecisionConf, path)
     if fields is None:
         return None
     dtypes = {name: lower_dtype(fields[name], f"{path}.{name}") for name in fields if name.endswith("_dtype")}
     return MixedPrecisionPolicy(**dtypes, cast_forward_inputs=fields["cast_forward_inputs"])
 
 
-def lower_offload_policy(value: Any, path: str = "strategy.offload_policy") -> CPUOffloadPolicy | None:
+def _lower_offload_policy(value: Any, path: str = "strategy.offload_policy") -> CPUOffloadPolicy | None:
     """CPUOffloadPolicy for one, a schema node or a mapping; None where it is off."""
     if isinstance(value, CPUOffloadPolicy):
         return value
     if isinstance(value, Mapping) and "enabled" not in value:
         value = {**value, "enabled": True}  # a mapping in Python says what it wants; the switch is for the command line
-    fields = lower_mapping(value, OffloadConf, path)
+    fields = _lower_mapping(value, OffloadConf, path)
     return None if fields is None else CPUOffloadPolicy(**fields)
 
 
 #: Fields whose torch type the schema spells differently, with what makes the one from the other.
 LOWERED = {
-    "mp_policy": lower_mp_policy,
-    "offload_policy": lower_offload_policy,
+    "mp_policy": _lower_mp_policy,
+    "offload_policy": _lower_offload_policy,
     "autocast_dtype": lower_dtype,
     "dtype": lower_dtype,
     "lm_head_precision": lower_dtype,
@@ -156,7 +152,7 @@ def lower_config(config: Any, section: str) -> None:
             elif item.name in LOWERED:
                 setattr(config, item.name, LOWERED[item.name](value, path))
             elif item.name == "tp_plan":
-                setattr(config, item.name, plain_mapping(value, path))
+                setattr(config, item.name, _plain_mapping(value, path))
             elif item.name != "loss_fn" and not _is_plain(value, item.default):
                 typed = OmegaConf.structured(schema) if typed is None else typed
                 _set(typed, item.name, value, section)
@@ -185,7 +181,7 @@ def _lower_mode(value: Any, path: str) -> bool | str:
     return checkpointing_mode(value) or False
 
 
-def plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
+def _plain_mapping(value: Any, path: str) -> dict[str, Any] | None:
     """A plain dict for a mapping or a composed node; None and a dict stay as they are.
 
     Raises ConfigError for anything else.

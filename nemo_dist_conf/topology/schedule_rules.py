@@ -8,7 +8,7 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import SCHEDULES, Schedule
 from nemo_dist_conf.topology.schedule_file import ScheduleFile, read_schedule
 from nemo_dist_conf.topology.stage_layers import stages_for
-from nemo_dist_conf.wording import Spelling, unknown_name
+from nemo_dist_conf.wording import Spelling, assigned, unknown_name
 
 __all__ = ["find_schedule", "pipeline_problems", "stage_count"]
 
@@ -204,7 +204,7 @@ def _option_problems(
         Problem(
             what=what,
             asked=spelling.set(key, value),
-            allowed=f"{key}={str(off).lower()}, or {', '.join(others)}",
+            allowed=f"{assigned(key, off)}, or {', '.join(others)}",
             instead=spelling.set(key, off),
         )
         for key, value, off, what in found

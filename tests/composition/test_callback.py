@@ -231,7 +231,7 @@ def test_a_folder_below_a_file_is_refused_with_another(app, tmp_path):
     (tmp_path / "taken").write_text("")
     done = app("hydra.run.dir=taken/here", "strategy=ddp")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "taken is a file" in done.stderr
-    assert "type     hydra.run.dir='outputs/" in done.stderr
+    assert "type     'hydra.run.dir=outputs/" in done.stderr
 
 
 def test_a_callback_of_the_apps_own_composes_the_jobs_of_a_sweep(app, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from nemo_dist_conf.strategies import strategy_names
 
 PACKAGE = Path(__file__).parents[2] / "nemo_dist_conf"
-#: Where strategies are.
-HOMES = ("strategies/", "runtime/engines/", "plan/strategies/")
+#: Where strategies are, and what stands in for torch's own classes, which know their own kind.
+HOMES = ("strategies/", "runtime/engines/", "plan/strategies/", "runtime/torch_inside/")
 #: Classes by which one could be told.
 CLASSES = {
     "DDPConf",

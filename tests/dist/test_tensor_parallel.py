@@ -20,12 +20,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.families.plans import FAMILIES, STYLES, complete_plan
+from nemo_dist_conf.families.plans import complete_plan
+from nemo_dist_conf.families.registry import FAMILY_NAMES, find_family
+from nemo_dist_conf.families.styles import STYLES
 from nemo_dist_conf.runtime.techniques.tensor.parallel import apply_tensor_parallel
 from nemo_dist_conf.runtime.techniques.tensor.styles import STYLE_OBJECTS
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
+
+FAMILIES = [name for name in FAMILY_NAMES if find_family(name).tensor_plan is not None]
 
 VOCAB = 64
 SMALL = dict(

@@ -7,9 +7,11 @@ import torch
 import yaml
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.families.shapes import SHAPED_FAMILIES, shape_of, weights
+from nemo_dist_conf.families.registry import FAMILY_NAMES, find_family
+from nemo_dist_conf.families.shapes import shape_of, weights
 from nemo_dist_conf.recipe.yaml_folder import config_folder
 
+SHAPED_FAMILIES = [name for name in FAMILY_NAMES if find_family(name).shapes is not None]
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
 VARIANTS = {
     "plain": {},

@@ -21,6 +21,7 @@ from nemo_dist_conf.composition.agreement.rendezvous import (
 from nemo_dist_conf.composition.hydra_inside import config_of_the_running_job
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.topology.launched_ranks import Launched
+from nemo_dist_conf.wording import assigned, for_shell
 
 __all__ = ["agree_on_job", "agree_on_run"]
 
@@ -79,9 +80,9 @@ def agree_on_job(config: DictConfig, place: Launched, *, strict: bool) -> None:
         raise ConfigError(
             Problem(
                 what=f"rank {place.rank} has another output folder than rank 0 ({their_folder})",
-                asked=f"hydra.sweep.subdir={config.hydra.sweep.subdir}",
+                asked=assigned("hydra.sweep.subdir", config.hydra.sweep.subdir),
                 allowed="a name that is the same on all ranks: ${hydra.job.num}, ${hydra.job.override_dirname}",
-                instead="hydra.sweep.subdir='${hydra.job.num}'",
+                instead=assigned("hydra.sweep.subdir", "${hydra.job.num}"),
             )
         )
     if strict:
@@ -126,8 +127,10 @@ def _refuse_different(mine: dict[str, str], theirs: dict[str, str]) -> None:
     if not keys:
         return
     shown = [f"{key} ({theirs.get(key, 'absent')} on rank 0, {mine.get(key, 'absent')} here)" for key in keys]
-    asked = [f"{key}={mine[key]}" for key in keys if key in mine] or ["the defaults"]
-    instead = [f"{'' if key in mine else '+'}{key}={theirs[key]}" if key in theirs else f"~{key}" for key in keys]
+    asked = [for_shell(f"{key}={mine[key]}") for key in keys if key in mine] or ["the defaults"]
+    instead = [
+        for_shell(f"{'' if key in mine else '+'}{key}={theirs[key]}") if key in theirs else f"~{key}" for key in keys
+    ]
     raise ConfigError(
         Problem(
             what=f"ranks were started with different configs: {'; '.join(shown)}",

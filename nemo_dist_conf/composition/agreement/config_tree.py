@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_dist_conf.composition.agreement.drawn_values import can_be_sent, rank_variables_open
 from nemo_dist_conf.composition.hydra_inside import is_missing, is_null, written_at
 from nemo_dist_conf.composition.store import register_resolver
+from nemo_dist_conf.wording import typed
 
 __all__ = ["as_ranks_read", "different_keys", "flat_config", "same_now"]
 
@@ -47,7 +48,7 @@ def same_now(now: datetime.datetime, *configs: DictConfig) -> None:
 
 
 def flat_config(config: DictConfig) -> dict[str, str]:
-    """Dotted key -> value as it is written, without Hydra's own node; interpolations are not resolved."""
+    """Dotted key -> value as it is typed, without Hydra's own node; interpolations are not resolved."""
     tree: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     return dict(_flatten({key: value for key, value in tree.items() if key != "hydra"}))
 
@@ -62,8 +63,4 @@ def _flatten(tree: Any, path: str = "") -> Any:
         for key, value in tree.items():
             yield from _flatten(value, f"{path}.{key}" if path else str(key))
     else:
-        yield path, {None: "null", True: "true", False: "false"}.get(tree, str(tree)) if _is_word(tree) else str(tree)
-
-
-def _is_word(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+        yield path, typed(tree)

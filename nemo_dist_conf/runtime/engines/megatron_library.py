@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.engines.model_refusals import refuse_sparse
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.torch_inside import flattened
 from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
+from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = ["ARGUMENTS", "UsedParameters", "refuse_parameters", "require_cuda", "shard_axis", "unit_classes"]
 
@@ -135,7 +135,7 @@ def unit_classes(model: nn.Module, config: MegatronFSDPConfig, units: Blocks) ->
         if classes:
             return classes
     if config.zero_dp_strategy == 3:
-        raise _units_problem(f"{type(model).__name__} shows no blocks to shard as units", "[]", own)
+        raise _units_problem(f"{type(model).__name__} shows no blocks to shard as units", "", own)
     return []
 
 
@@ -152,8 +152,13 @@ def _import(path: str, own: list[type]) -> type:
 
 def _units_problem(what: str, path: str, own: list[type]) -> ConfigError:
     paths = [f"{kind.__module__}.{kind.__qualname__}" for kind in own]
-    likely = nearest(path, paths) or paths[:1] or ["package.module.Class"]
-    allowed = ", ".join(paths) or "class paths of the model's repeated layers"
     return ConfigError(
-        Problem(what=what, asked=f"{_KEY}=[{path.strip('[]')}]", allowed=allowed, instead=f"{_KEY}=[{likely[0]}]")
+        unknown_name(
+            path,
+            paths or ["package.module.Class"],
+            what=what,
+            asked=assigned(_KEY, [path] if path else []),
+            allowed=", ".join(paths) or "class paths of the model's repeated layers",
+            offer=lambda known: assigned(_KEY, [known]),
+        )
     )

@@ -19,15 +19,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
-from nemo_dist_conf.families.config_facts import plain_floats
+from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_folder, plain_floats
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.config_targets import build_target
 from nemo_dist_conf.runtime.model.construct import Record, construct, record, record_resets
+from nemo_dist_conf.runtime.model.family_code import import_modeling
 from nemo_dist_conf.runtime.model.load_weights import check_weights
 from nemo_dist_conf.runtime.model.materialise import materialise, tied_names
 from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded
 from nemo_dist_conf.runtime.model.stored_names import Part
-from nemo_dist_conf.wording import typed_path
+from nemo_dist_conf.wording import assigned, typed_path, unknown_name
 
 __all__ = ["Built", "Fill", "build_model", "refuse_given_model"]
 
@@ -150,7 +151,7 @@ def _not_a_model(node: Any) -> ConfigError:
     return ConfigError(
         Problem(
             what="the config does not say which model to build",
-            asked=f"model={node if not OmegaConf.is_config(node) else OmegaConf.to_container(node)}",
+            asked=assigned("model", OmegaConf.to_container(node) if OmegaConf.is_config(node) else node),
             allowed="model._target_ (your class), model.config.model_type (transformers), "
             "or model.name_or_path (a folder)",
             instead="model=llama_tiny, or nemo_dist_conf.instantiate(cfg, model=my_module)",
@@ -243,7 +244,7 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
         raise
     except Exception as error:  # of many types, by what a model's constructor does with the fields
         kind = config.model_type
-        asked = f"model.name_or_path={folder}" if folder else f"model.config.model_type={kind}"
+        asked = assigned("model.name_or_path", folder) if folder else assigned("model.config.model_type", kind)
         what = f"transformers cannot build {kind} from this config: {_first(error)}"
         if "Unrecognized configuration class" in str(error):
             what = f"{kind} is no causal language model of transformers"
@@ -264,7 +265,12 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
         what = f"model.config is {type(fields).__name__}, not a group of fields"
         allowed = "fields of a transformers config, with model_type"
         raise ConfigError(
-            Problem(what=what, asked=f"model.config={fields}", allowed=allowed, instead="model.config.model_type=llama")
+            Problem(
+                what=what,
+                asked=assigned("model.config", fields),
+                allowed=allowed,
+                instead="model.config.model_type=llama",
+            )
         )
     fields = plain_floats(dict(fields))
     try:
@@ -272,8 +278,9 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
             if not (folder / "config.json").is_file():
                 what = f"{node.get('name_or_path')} is not a checkpoint folder: it has no config.json"
                 typed = node.get("name_or_path")
-                asked, allowed = f"model.name_or_path={typed}", "a local folder of save_pretrained"
+                asked, allowed = assigned("model.name_or_path", typed), "a local folder of save_pretrained"
                 raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead="model=llama_tiny"))
+            import_modeling((facts_from_folder(folder) or ModelFacts()).model_type)
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **fields)
         model_type = fields.pop("model_type", None)
         if model_type is None:
@@ -281,15 +288,20 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
             raise ConfigError(
                 Problem(what="no model_type", asked=asked, allowed=known, instead="model.config.model_type=llama")
             )
+        import_modeling(model_type)
         if model_type not in transformers.CONFIG_MAPPING:
             families = list(transformers.CONFIG_MAPPING.keys())
-            likely = nearest(str(model_type), families)
-            shown = ", ".join(dict.fromkeys([*likely, "llama", "qwen3", "mistral"]))
-            allowed = f"{shown}, ...: {len(families)} families"
-            best = f"model.config.model_type={likely[0]}" if likely else "model=llama_tiny"
-            what = f"transformers has no model family {model_type}"
+            shown = ", ".join(dict.fromkeys([*nearest(str(model_type), families), "llama", "qwen3", "mistral"]))
             raise ConfigError(
-                Problem(what=what, asked=f"model.config.model_type={model_type}", allowed=allowed, instead=best)
+                unknown_name(
+                    model_type,
+                    families,
+                    what=f"transformers has no model family {model_type}",
+                    asked=assigned("model.config.model_type", model_type),
+                    allowed=f"{shown}, ...: {len(families)} families",
+                    offer=lambda known: assigned("model.config.model_type", known),
+                    otherwise="model=llama_tiny",
+                )
             )
         config = transformers.AutoConfig.for_model(model_type, **fields)
         _tell_unread(config, fields)
@@ -297,7 +309,7 @@ def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> A
     except ConfigError:
         raise
     except Exception as error:  # transformers raises many types for a bad field; the text is the user's
-        asked = f"model.name_or_path={node.get('name_or_path')}" if folder else "model.config"
+        asked = assigned("model.name_or_path", node.get("name_or_path")) if folder else "model.config"
         what = f"transformers does not accept this config: {_first(error)}"
         raise (DataError if folder else ConfigError)(
             Problem(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from nemo_dist_conf.errors import DataError, Problem
 from nemo_dist_conf.runtime.model.shard_boxes import box_of
 from nemo_dist_conf.runtime.model.stored_names import Part, stored_parts
+from nemo_dist_conf.wording import assigned
 
 __all__ = ["check_weights", "load_weights"]
 
@@ -37,7 +38,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise DataError(
             Problem(
                 what=f"{folder} holds no safetensors weights{also}",
-                asked=f"{_KEY}={folder}",
+                asked=assigned(_KEY, folder),
                 allowed="a folder with config.json and *.safetensors",
                 instead="model.save_pretrained(folder), then " + f"{_KEY}=folder",
             )
@@ -52,7 +53,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             raise DataError(
                 Problem(
                     what=what,
-                    asked=f"{_KEY}={folder}",
+                    asked=assigned(_KEY, folder),
                     allowed="complete safetensors files",
                     instead="copy the file again",
                 )
@@ -93,7 +94,7 @@ def _check_index(folder: Path, present: set[str]) -> set[str] | None:
         raise DataError(
             Problem(
                 what=what,
-                asked=f"{_KEY}={folder}",
+                asked=assigned(_KEY, folder),
                 allowed="a complete checkpoint folder",
                 instead="copy the folder again",
             )
@@ -136,7 +137,7 @@ def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> dict
     raise DataError(
         Problem(
             what=f"the weights in {folder} are not those of {type(model).__name__}: {'; '.join(found)}",
-            asked=f"{_KEY}={folder}",
+            asked=assigned(_KEY, folder),
             allowed="weights and config.json of one and the same model, without overrides of its sizes",
             instead="a folder written by model.save_pretrained",
         )

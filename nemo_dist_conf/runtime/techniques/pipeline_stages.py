@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.model.forward_state import generators_kept
 from nemo_dist_conf.runtime.model.materialise import tied_names
@@ -38,6 +37,7 @@ from nemo_dist_conf.runtime.torch_inside import (
 )
 from nemo_dist_conf.topology.schedule_rules import stage_count
 from nemo_dist_conf.topology.stage_layers import spread_layers
+from nemo_dist_conf.wording import unknown_name
 
 __all__ = ["Chain", "chain_of", "cut", "plan_stages"]
 
@@ -407,11 +407,14 @@ def _given(chain: Chain, parts: Sequence[Sequence[str]]) -> list[tuple[str, ...]
     unknown = [name for name in listed if name not in chain.names]
     missing = [name for name in chain.names if name not in listed]
     if unknown:
-        likely = nearest(unknown[0], chain.names) or list(chain.names[:1])
-        what = f"{key} names {unknown[0]}, which is not a module of the chain"
         problems.append(
-            Problem(
-                what=what, asked=f"{key} with {unknown[0]}", allowed=_short(list(chain.names), 12), instead=likely[0]
+            unknown_name(
+                unknown[0],
+                chain.names,
+                what=f"{key} names {unknown[0]}, which is not a module of the chain",
+                asked=f"{key} with {unknown[0]}",
+                allowed=_short(list(chain.names), 12),
+                offer=str,
             )
         )
     if missing:

@@ -48,7 +48,7 @@ def test_a_flat_config_is_what_is_written():
     flat = flat_config(
         OmegaConf.create({"a": {"b": True, "c": None}, "d": "${a.b}", "e": [1, 2], "f": {}, "hydra": {"x": 1}})
     )
-    assert flat == {"a.b": "true", "a.c": "null", "d": "${a.b}", "e": "[1, 2]", "f": "{}"}
+    assert flat == {"a.b": "true", "a.c": "null", "d": "${a.b}", "e": "[1,2]", "f": "{}"}
 
 
 def test_different_keys_are_those_with_another_value_or_on_one_side_only():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.families.mixers import EXCHANGED_FAMILIES
+from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.trial import differ, keep_generators, observed, parted, small_input, tensors_of, twin
 from nemo_dist_conf.runtime.techniques.context.exchange import Exchange
@@ -73,12 +73,12 @@ def try_context_parallel(model: nn.Module, mesh: DeviceMesh, blocks: Blocks | No
 def _is_known(model: nn.Module) -> bool:
     """Whether this is a model of a family whose numbers tests compare, with nothing in it that is not the family's."""
     config: Any = getattr(model, "config", None)
-    family = getattr(config, "model_type", None)
-    if family not in EXCHANGED_FAMILIES or not type(model).__name__.endswith(("ForCausalLM", "Model")):
+    family = find_family(getattr(config, "model_type", None))
+    if family is None or "cp" not in family.proven or not type(model).__name__.endswith(("ForCausalLM", "Model")):
         return False
     if attention_of(config) not in ("eager", "sdpa") and not _is_kernel(attention_of(config)):
         return False  # somebody's own
-    known = ("torch.nn.modules.", "transformers.activations", f"transformers.models.{family}.")
+    known = ("torch.nn.modules.", "transformers.activations", f"transformers.models.{family.name}.")
     for module in model.modules():
         if not type(module).__module__.startswith(known) or "forward" in vars(module):
             return False

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.families.plans import match_pattern
+from nemo_dist_conf.families.registry import find_family
+from nemo_dist_conf.families.styles import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.torch_inside import own_parameters, split_experts
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
@@ -143,14 +144,21 @@ class _CopiedTopK(TorchFunctionMode):
 
 
 def _plan(model: nn.Module) -> dict[str, str]:
-    """Style by the full name of each module and parameter that ``base_model_ep_plan`` of the model's config means."""
-    patterns = getattr(getattr(model, "config", None), "base_model_ep_plan", None) or {}
+    """Style by the full name of each module and parameter that the expert-parallel plan means.
+
+    That is the one in the family's row, else ``base_model_ep_plan`` of the model's config.
+    """
+    config: Any = getattr(model, "config", None)
+    family = find_family(getattr(config, "model_type", None))
+    patterns = (family and family.expert_plan) or getattr(config, "base_model_ep_plan", None) or {}
     inner: Any = getattr(model, "base_model", model)
     prefix = "" if inner is model else f"{model.base_model_prefix}."
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    return {
+    found = {
         name: style
         for pattern, style in patterns.items()
         for name in names
         if match_pattern(f"{prefix}{pattern}", name)
     }
+    # Innermost first: what sends the tokens asks its module how many experts are left on this rank.
+    return dict(sorted(found.items(), key=lambda entry: -entry[0].count(".")))

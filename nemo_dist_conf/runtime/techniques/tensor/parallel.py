@@ -21,13 +21,16 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
 from nemo_dist_conf.families.model_rules import model_problems
 from nemo_dist_conf.families.plan_rules import style_names
-from nemo_dist_conf.families.plans import FAMILIES, SEQUENCE_STYLES, STYLES, complete_plan, match_pattern, unalias
+from nemo_dist_conf.families.plans import complete_plan, planned_families
+from nemo_dist_conf.families.registry import find_family
+from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, match_pattern, unalias
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
 from nemo_dist_conf.topology.solve import divisors
+from nemo_dist_conf.wording import assigned
 
 __all__ = ["apply_tensor_parallel"]
 
@@ -52,9 +55,9 @@ def apply_tensor_parallel(
     Parameters become DTensors on tp_mesh (1-D), each rank keeping its part of the values it has, which must be the
     same on all ranks; on the meta device nothing is read. Outputs of the model are plain tensors, equal on every rank.
     Tied parameters stay tied. Call it before activation checkpointing, compile and fully_shard.
-    plan: pattern -> style name (families/plans.py) or torch ParallelStyle, relative to ``model``. None: the model's
-    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its transformers family. But for families in
-    families/plans.py, whose plans the tests hold against one process, a plan is tried on a small input first.
+    plan: pattern -> style name (families/styles.py) or torch ParallelStyle, relative to ``model``. None: the model's
+    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its family. But for families whose plan the tests hold
+    against one process (``proven`` in the family's row), a plan is tried on a small input first.
     sequence_parallel: norms and the residual stream are split over the sequence, of any length.
     example: what the model's forward takes, by keyword, for that trial; None: ids or vectors are tried.
     Raises ConfigError, with every problem found, where there is no plan, an entry matches no module or names no
@@ -62,7 +65,7 @@ def apply_tensor_parallel(
     model split by the plan computes something else.
     """
     tp_size, ties = tp_mesh.size(), tied_names(model)
-    own = plan is None and _is_transformers(model)
+    own = plan is None and _declared(model) is None
     offers = _Offers(model, tp_mesh, example)
     entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, sequence_parallel, offers)
     named, problems = _resolve(model, entries, own, offers)
@@ -79,8 +82,8 @@ def apply_tensor_parallel(
 
 def _is_proven(model: nn.Module) -> bool:
     """Whether a family's plan meets the family's own code, and not that of a class made of it."""
-    config: Any = model.config
-    return config.model_type in FAMILIES and type(model).__module__.startswith("transformers.models.")
+    family = find_family(_model_type(model))
+    return family is not None and "tp" in family.proven and type(model).__module__.startswith("transformers.models.")
 
 
 def _trial_problems(
@@ -121,33 +124,45 @@ def _is_transformers(model: nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "base_model_tp_plan")
 
 
+def _model_type(model: nn.Module) -> object:
+    """What a model's config calls its family; None where it does not say."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _declared(model: nn.Module) -> tuple[str, Any] | None:
+    """The attribute in which a model that is none of transformers brings a plan, and the plan; None without one."""
+    if _is_transformers(model):
+        return None
+    return next(((name, plan) for name in DECLARED_PLANS if (plan := getattr(model, name, None))), None)
+
+
 def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
     """The plan that a model comes with; ConfigError with the way out where it has none."""
-    if not _is_transformers(model):
-        for name in DECLARED_PLANS:
-            declared = getattr(model, name, None)
-            if declared:
-                return _checked_plan(model, declared, offers, f"{type(model).__name__}.{name}")
-        raise ConfigError(_no_plan(model, offers))
-    config: Any = model.config
-    inner = getattr(model, "base_model", model)
-    prefix = "" if inner is model else str(model.base_model_prefix)
-    base, head = config.base_model_tp_plan, plan_of_head(model)
-    found = complete_plan(config.model_type, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
+    declared, family = _declared(model), _model_type(model)
+    if declared is not None:
+        return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
+    base = head = prefix = None
+    if _is_transformers(model):
+        config: Any = model.config
+        base, head = config.base_model_tp_plan, plan_of_head(model)
+        inner = getattr(model, "base_model", model)
+        prefix = "" if inner is model else str(model.base_model_prefix)
+    row = find_family(family)
+    found = complete_plan(family, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
     if found is None and sequence_parallel and base:
-        what = f"no sequence-parallel plan is known for the model family {config.model_type}"
-        allowed = f"the families {', '.join(FAMILIES)}; a tp_plan of your own"
+        what = f"no sequence-parallel plan is known for the model family {family}"
+        allowed = f"the families {planned_families()}; a tp_plan of your own"
         off = "strategy.sequence_parallel=false"
         raise ConfigError(Problem(what=what, asked="strategy.sequence_parallel=true", allowed=allowed, instead=off))
     if found is None:
         raise ConfigError(_no_plan(model, offers))
-    unknown = sorted({style for style in found.values() if unalias(style) not in STYLES})
+    unknown = sorted({style for style in found.values() if find_style(style) is None})
     if unknown:
-        what = f"the tp_plan of {config.model_type} asks for what is not supported: {', '.join(unknown)}"
+        what = f"the tp_plan of {family} asks for what is not supported: {', '.join(unknown)}"
         asked = f"parallelism.tp_size={offers.mesh.size()}"
-        allowed = f"tp_size=1, or the families {', '.join(FAMILIES)}"
+        allowed = f"tp_size=1, or the families {planned_families()}"
         raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.tp_size=1"))
-    if config.model_type not in FAMILIES:
+    if row is None or row.tensor_plan is None:
         # transformers leaves the embedding out; tied to a head in the plan, it has to be laid out alike.
         names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
         if any(match_pattern(pattern, name) for pattern in found for name in names):
@@ -163,7 +178,10 @@ def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "st
     own = f"{where}=null" if _is_transformers(model) else offers.plan()
     raise ConfigError(
         Problem(
-            what=what, asked=f"{where}={plan}", allowed="a mapping from module names (* allowed) to styles", instead=own
+            what=what,
+            asked=assigned(where, plan),
+            allowed="a mapping from module names (* allowed) to styles",
+            instead=own,
         )
     )
 
@@ -183,7 +201,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
     fixed = dict(plan)
     for pattern in (*patterns, *(pattern for pattern in plan if pattern not in patterns)):
         style = plan[pattern]
-        if isinstance(style, str) and unalias(style) in STYLES:
+        if isinstance(style, str) and find_style(style) is not None:
             style = unalias(style)
         elif not isinstance(style, ParallelStyle):
             near, allowed = style_names(style)
@@ -240,11 +258,8 @@ def _is_pattern(name: str) -> bool:
 
 def _kinds(style: Any) -> tuple[type[nn.Module], ...]:
     """Module classes that a style name is for; empty: any."""
-    if not isinstance(style, str) or not ("colwise" in style or "rowwise" in style):
-        return ()
-    if style.startswith("embedding"):
-        return (nn.Embedding,)
-    return (nn.Linear,) if style.startswith("rowwise") else (nn.Linear, nn.Embedding)
+    known = STYLES.get(style) if isinstance(style, str) else None
+    return tuple(getattr(nn, layer) for layer in known.layers) if known is not None else ()
 
 
 def _takes(style: Any, module: nn.Module) -> bool:
@@ -281,10 +296,13 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
     widths: dict[str, int] = {}
     for name, style in named.items():
         module: Any = model.get_submodule(name)
-        if style == "colwise":
-            widths[name] = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
-        elif style in ("rowwise", "rowwise_scatter_output"):
+        known = STYLES.get(style) if isinstance(style, str) else None
+        if known is None or not known.keeps_part:
+            continue
+        if known.splits == "input":
             widths[name] = module.in_features
+        else:
+            widths[name] = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
     odd = [f"{name} ({width})" for name, width in widths.items() if width % tp_size]
     if not odd:
         return []
@@ -322,13 +340,13 @@ def _tie_problems(model: nn.Module, plan: _Plan, named: Mapping[str, Any], ties:
 
 
 def _layout(module: nn.Module, style: Any) -> str:
-    """Which dimension of a weight [out, in] or [vocabulary, hidden] a style splits."""
+    """Which dimension of a weight a style splits, in words that are equal where the layouts are."""
     if style is None:
         return "plain"
-    kind = style if isinstance(style, str) else type(style).__name__.lower()
-    if "colwise" not in kind and "rowwise" not in kind:
-        return "replicated"
-    return "first" if isinstance(module, nn.Linear) == ("colwise" in kind) else "second"
+    kind = style if isinstance(style, str) else type(style).__name__.lower()  # torch's are called like ours
+    known = STYLES.get(kind) or next((known for name, known in STYLES.items() if name in kind), None)
+    dim = known.split_dim("Linear" if isinstance(module, nn.Linear) else "Embedding") if known is not None else None
+    return "replicated" if dim is None else f"dimension {dim}"
 
 
 # What to say.
@@ -382,9 +400,8 @@ def _words(style: Any) -> str:
 
 
 def _set(plan: Mapping[str, Any]) -> str:
-    """The plan as one word of a command line, quoted for a shell."""
-    entries = ",".join(f"{pattern}:{_words(style)}" for pattern, style in plan.items())
-    return f"'strategy.tp_plan={{{entries}}}'"
+    """The plan as one word of a command line."""
+    return assigned("strategy.tp_plan", {pattern: _words(style) for pattern, style in plan.items()})
 
 
 def _pattern_of(name: str) -> str:
@@ -392,11 +409,11 @@ def _pattern_of(name: str) -> str:
 
 
 def _no_plan(model: nn.Module, offers: _Offers) -> Problem:
-    family = getattr(getattr(model, "config", None), "model_type", None)
+    family = _model_type(model)
     return Problem(
         what=f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
         asked=f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",
-        allowed=f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {', '.join(FAMILIES)}",
+        allowed=f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {planned_families()}",
         instead=offers.plan(),
     )
 

@@ -150,7 +150,7 @@ class _Replicated(Style):
         return module
 
 
-#: Style name -> torch's object; the keys are those of families/plans.py.
+#: Style name -> torch's object; the keys are those of families/styles.py.
 STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": _Colwise,
     "colwise_gather_output": lambda: _Colwise(output_layouts=Replicate()),

@@ -74,7 +74,7 @@ class Trial:
     def finding(self, styles: Mapping[str, Any]) -> str | None:
         """Where a model that is split so parts from the plain one, in words, the same on every rank; None: nowhere.
 
-        styles: name of a module -> its style, a name of families/plans.py or a ParallelStyle.
+        styles: name of a module -> its style, a name of families/styles.py or a ParallelStyle.
         """
         split = self._twin()
         # Blocks that only hand their input on have no values.

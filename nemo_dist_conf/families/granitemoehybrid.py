@@ -1,0 +1,10 @@
+"""Granite 4 hybrid, with experts: recurrent layers among attentions."""
+
+from __future__ import annotations
+
+from nemo_dist_conf.families.mixers import HYBRID
+from nemo_dist_conf.families.spec import Family
+
+__all__ = ["FAMILY"]
+
+FAMILY = Family(name="granitemoehybrid", mixers=(HYBRID,))

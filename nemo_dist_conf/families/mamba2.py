@@ -1,0 +1,10 @@
+"""Mamba 2: recurrent layers."""
+
+from __future__ import annotations
+
+from nemo_dist_conf.families.mixers import RECURRENT
+from nemo_dist_conf.families.spec import Family
+
+__all__ = ["FAMILY"]
+
+FAMILY = Family(name="mamba2", mixers=(RECURRENT,))

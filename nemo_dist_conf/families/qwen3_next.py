@@ -1,0 +1,10 @@
+"""Qwen3-Next: recurrent layers among attentions."""
+
+from __future__ import annotations
+
+from nemo_dist_conf.families.mixers import HYBRID
+from nemo_dist_conf.families.spec import Family
+
+__all__ = ["FAMILY"]
+
+FAMILY = Family(name="qwen3_next", mixers=(HYBRID,))

@@ -1,0 +1,124 @@
+"""Names of tensor- and sequence-parallel styles, and the patterns by which a plan gives them to modules; no torch.
+
+A plan maps a pattern to a style name. A pattern is a module's name seen from the model's root; ``*`` stands for any
+one part of it (``model.layers.*.self_attn.q_proj``). The names are those of transformers where it has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+__all__ = ["SEQUENCE_STYLES", "STYLES", "STYLE_ALIASES", "Style", "find_style", "match_pattern", "unalias"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a module of one style does.
+
+    text: it in words; tensors are [batch, seq, hidden]. layers: classes of torch.nn that it is for; empty: any.
+    splits: features of the weight that the ranks share, "output" or "input"; "": none, every rank has them all.
+    keeps_part: what is split stays the rank's own between this layer and the next, so the ranks have to divide it.
+    splits_sequence: activations are split over the sequence. sequence_twin: the style that takes its place under
+    sequence parallelism; "": itself.
+    """
+
+    text: str
+    layers: tuple[str, ...] = ()
+    splits: str = ""
+    keeps_part: bool = False
+    splits_sequence: bool = False
+    sequence_twin: str = ""
+
+    def split_dim(self, layer: str) -> int | None:
+        """The dimension of a layer's weight that is split; None: none. layer: class of torch.nn.
+
+        A Linear's weight is [output, input], an Embedding's [vocabulary, hidden], which is [input, output].
+        """
+        if not self.splits:
+            return None
+        return int((self.splits == "output") == (layer == "Embedding"))
+
+
+_LINEAR, _EMBEDDING = ("Linear",), ("Embedding",)
+
+#: Style name -> what it does. runtime/techniques/tensor/styles.py has the same names with torch's objects.
+STYLES: dict[str, Style] = {
+    "colwise": Style(
+        "output features split over the ranks, each rank keeps its part (Linear, Embedding)",
+        layers=(*_LINEAR, *_EMBEDDING),
+        splits="output",
+        keeps_part=True,
+    ),
+    "colwise_gather_output": Style(
+        "output features split over the ranks, the output gathered (Linear, Embedding)",
+        layers=(*_LINEAR, *_EMBEDDING),
+        splits="output",
+    ),
+    "rowwise": Style(
+        "input features split over the ranks, takes colwise outputs, the outputs summed (Linear)",
+        layers=_LINEAR,
+        splits="input",
+        keeps_part=True,
+        sequence_twin="rowwise_scatter_output",
+    ),
+    "rowwise_split_input": Style(
+        "as rowwise, of an input that every rank has in full (Linear)", layers=_LINEAR, splits="input"
+    ),
+    "rowwise_scatter_output": Style(
+        "as rowwise, the summed output split over the sequence (Linear)",
+        layers=_LINEAR,
+        splits="input",
+        keeps_part=True,
+        splits_sequence=True,
+    ),
+    "embedding_rowwise": Style(
+        "vocabulary split over the ranks, the outputs summed (Embedding)",
+        layers=_EMBEDDING,
+        splits="input",
+        sequence_twin="embedding_rowwise_scatter_output",
+    ),
+    "embedding_rowwise_scatter_output": Style(
+        "as embedding_rowwise, the output split over the sequence (Embedding)",
+        layers=_EMBEDDING,
+        splits="input",
+        splits_sequence=True,
+    ),
+    "replicated": Style("the same weights and the same input on every rank", sequence_twin="sequence_parallel"),
+    "replicated_with_grad_allreduce": Style(
+        "the same weights on different inputs, gradients summed (a norm of split heads)"
+    ),
+    "sequence_parallel": Style(
+        "the same weights on each rank's part of the sequence, gradients summed (norms)", splits_sequence=True
+    ),
+    "gather_input": Style("no weights of its own: the input made full once for all layers inside (attention, MLP)"),
+    "scatter_input": Style("no weights of its own: the input split over the sequence (blocks)", splits_sequence=True),
+}
+
+#: Other names in use -> style name.
+STYLE_ALIASES: dict[str, str] = {
+    "colwise_rep": "colwise_gather_output",
+    "rowwise_rep": "rowwise_split_input",
+}
+
+#: Styles that split activations over the sequence; a plan with none of them is not sequence-parallel.
+SEQUENCE_STYLES = frozenset(name for name, style in STYLES.items() if style.splits_sequence)
+
+
+def find_style(name: str) -> Style | None:
+    """What the style of this name or alias does; None for an unknown name."""
+    return STYLES.get(unalias(name))
+
+
+def unalias(style: str) -> str:
+    """The name in STYLES that a style name stands for; an unknown name as it is."""
+    return STYLE_ALIASES.get(style, style)
+
+
+def match_pattern(pattern: str, name: str) -> bool:
+    """Whether a module's name is meant by a pattern; ``*`` within one part between dots, as in torch's plans."""
+    parts, wanted = name.split("."), pattern.split(".")
+    # Most parts are words, for which no regular expression needs to be built.
+    return len(parts) == len(wanted) and all(
+        part == want or (not want.isidentifier() and fnmatchcase(part, want)) for part, want in zip(parts, wanted)
+    )
