@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# where hand and work are found
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 sys.path.insert(0, str(Path(__file__).parent / "peers" / "sides"))
 
-import torch  # noqa: E402  (the lines above find work and hand)
-import torch.distributed as dist  # noqa: E402
-from hand import split  # noqa: E402
-from work import Job, batches, held, loss_of, model_fields  # noqa: E402
-from work import build as build_job  # noqa: E402
+import torch
+import torch.distributed as dist
+from hand import split
+from work import Job, batches, held, loss_of, model_fields
+from work import build as build_job
 
 JOB = Job("fsdp2", "0.04M", "fp32", 1)
 
@@ -35,7 +36,7 @@ def build(**fields: Any) -> Any:
 
 
 #: side -> module -> what its code may use.
-NAMES = {
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "hand": {
         "torch.distributed.device_mesh": ("init_device_mesh",),
         "torch.distributed.fsdp": ("CPUOffloadPolicy", "MixedPrecisionPolicy", "fully_shard"),

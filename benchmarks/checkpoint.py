@@ -17,8 +17,8 @@ from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.ranks import joined, on_ranks, timed  # noqa: E402
-from benchmarks.report import add_files, finish, new_report, table, used  # noqa: E402
+from benchmarks.ranks import joined, on_ranks, timed
+from benchmarks.report import add_files, finish, new_report, table, used
 
 AIM = 1.10
 RANKS = 2
@@ -76,7 +76,7 @@ def _measure(folder: Path, width: int, layers: int, rounds: int) -> dict[str, An
 
     def plain_load(path: Path) -> None:
         weights, state = get_state_dict(model, optimizer)
-        held = {"model": weights, "optimizer": state}
+        held: dict[str, Any] = {"model": weights, "optimizer": state}
         dcp.load(held, checkpoint_id=path)
         set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
 
@@ -104,7 +104,8 @@ def _measure(folder: Path, width: int, layers: int, rounds: int) -> dict[str, An
                     path.unlink()
         dist.barrier()
     checkpoints.close()
-    size = 3 * sum(p.numel() * p.element_size() for p in get_model_state_dict(model).values())
+    weights: dict[str, Any] = get_model_state_dict(model)
+    size = 3 * sum(p.numel() * p.element_size() for p in weights.values())
     return {"bytes": size, "seconds": seconds}
 
 

@@ -83,18 +83,20 @@ def measure(rank: int, folder: str, kinds: list[str], lengths: list[int]) -> Non
                 rule, more = rule_of(kind, length)
                 whole = [torch.randn(1, heads, length, WIDTH) for heads in (HEADS, GROUPS, GROUPS)]
                 own = [split_sequence(part, mesh, 2).requires_grad_() for part in whole]
+                query, key, value = whole
 
                 def call() -> Any:
                     for part in own:
                         part.grad = None
                     if kind == BY_HAND:
-                        key, value = (exchange.whole(part, 2) for part in own[1:])
+                        keys, values = (exchange.whole(part, 2) for part in own[1:])
                         chunk, outputs = length // (2 * WORLD_SIZE), []
                         for index, part in zip(chunks_of(rank, WORLD_SIZE), own[0].chunk(2, 2)):
-                            outputs.append(dense(part, key, value, index * chunk, rule, more))
+                            outputs.append(dense(part, keys, values, index * chunk, rule, more))
                         out = torch.cat(outputs, 2).transpose(1, 2).contiguous()
                     else:
-                        out, _ = exchanged_attention(exchange, torch.nn.Module().eval(), *own, rule, **more)
+                        q, k, v = own
+                        out, _ = exchanged_attention(exchange, torch.nn.Module().eval(), q, k, v, rule, **more)
                     out.sum().backward()
                     return out.detach()
 
@@ -102,7 +104,7 @@ def measure(rank: int, folder: str, kinds: list[str], lengths: list[int]) -> Non
                     out = call()
                     for part in whole:
                         part.requires_grad_()
-                    expected = dense(*whole, 0, rule, more)
+                    expected = dense(query, key, value, 0, rule, more)
                     expected.sum().backward()
                     pairs = [(out.transpose(1, 2), expected.detach())] + [(a.grad, b.grad) for a, b in zip(own, whole)]
                     for mine, all_of_it in pairs:

@@ -81,10 +81,10 @@ class Sweep:
     def __init__(self, folder: Path, method: str, jobs: int) -> None:
         words = [f"hydra.launcher.nproc_per_node={RANKS}", f"hydra.launcher.start_method={method}"]
         words += [f"hydra.sweep.dir={method}", "+hydra.callbacks.gate._target_=gate.Gate", f"+x=range({jobs})"]
-        command = [sys.executable, "app.py", "-m", "hydra/launcher=torchrun", *words]
+        self.words = [sys.executable, "app.py", "-m", "hydra/launcher=torchrun", *words]
         start = time.perf_counter()
         self.child = subprocess.Popen(
-            command, cwd=folder, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            self.words, cwd=folder, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._next()
         self.before_first_s = time.perf_counter() - start
@@ -105,13 +105,13 @@ class Sweep:
             if line.startswith("gate "):
                 return line.removeprefix("gate ")
             seen.append(line)
-        raise AssertionError(f"{shlex.join(map(str, self.child.args))} ended:\n{''.join(seen)}")
+        raise AssertionError(f"{shlex.join(self.words)} ended:\n{''.join(seen)}")
 
     def end(self) -> None:
         """The sweep must have ended well: jobs that failed would have been quick."""
         self.child.communicate(timeout=60)
         if self.child.returncode:
-            raise AssertionError(f"{shlex.join(map(str, self.child.args))} ended with {self.child.returncode}")
+            raise AssertionError(f"{shlex.join(self.words)} ended with {self.child.returncode}")
 
 
 def by_hand(folder: Path, job: int) -> float:

@@ -30,7 +30,7 @@ from ranks import SIDES, joined, largest, on_ranks, pair_ratio, peak_mb, timed
 
 WORLD_SIZE = 4
 SEED = 0
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SIZES: dict[str, dict[str, int]] = {
     "0.1M": {"hidden": 32, "layers": 4, "heads": 4, "vocab": 128, "rows": 8, "tokens": 16},
     "9M": {"hidden": 320, "layers": 8, "heads": 5, "vocab": 2048, "rows": 8, "tokens": 128},
@@ -87,7 +87,7 @@ def compose_ours(layout: str, size: str) -> Any:
     with open_dict(cfg):
         cfg.seed = SEED
         cfg.model = {"config": {"model_type": "llama", **llama_fields(size)}}
-        cfg.optimizer = OmegaConf.create({"name": "adamw", **ADAMW, "betas": list(ADAMW["betas"])})  # type: ignore
+        cfg.optimizer = OmegaConf.create({"name": "adamw", **ADAMW, "betas": list(ADAMW["betas"])})
     return cfg
 
 
@@ -248,7 +248,8 @@ def adamw(parameters: list[Any]) -> Any:
     import torch
 
     decayed, spared = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-    return torch.optim.AdamW([{"params": decayed}, {"params": spared, "weight_decay": 0.0}], **ADAMW)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **ADAMW)
 
 
 def builder(side: str, layout: str, size: str) -> Callable[[], tuple[Any, Callable[[Any, Any, int], float]]]:

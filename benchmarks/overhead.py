@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 WORLD_SIZE = 2
 SEED = 0
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 MAX_GRAD_NORM = 1.0
 STRATEGIES = ("ddp", "fsdp2")
 
@@ -78,7 +78,8 @@ def adamw(model: Any) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     decayed = [p for p in parameters if p.dim() > 1]
     spared = [p for p in parameters if p.dim() <= 1]
-    return torch.optim.AdamW([{"params": decayed}, {"params": spared, "weight_decay": 0.0}], **ADAMW)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **ADAMW)
 
 
 def wrap_hand_ddp(size: str) -> tuple[Any, torch.optim.Optimizer]:
@@ -115,7 +116,7 @@ def compose_ours(strategy: str, size: str) -> Any:
     with open_dict(cfg):
         cfg.seed = SEED
         cfg.model = {"config": {"model_type": "llama", **llama_fields(size)}}
-        cfg.optimizer = OmegaConf.create({"name": "adamw", **ADAMW, "betas": list(ADAMW["betas"])})  # type: ignore
+        cfg.optimizer = OmegaConf.create({"name": "adamw", **ADAMW, "betas": list(ADAMW["betas"])})
     return cfg
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib._bootstrap as bootstrap  # type: ignore[import-not-found]
 import json
 import os
 import runpy
@@ -25,6 +24,8 @@ from typing import Any
 
 SIDES = {"ours": "the recipe", "hand": "by hand"}
 MEASURES = ("imports", "rest")
+bootstrap: Any = importlib.import_module("importlib._bootstrap")
+
 WORDS = ("train.steps=1", "train.global_batch_size=4", "data.max_mb=1")
 
 

@@ -55,7 +55,7 @@ def _class(node: Any, classes: dict[type, str]) -> str:
     return "\n".join(lines)
 
 
-def _type(hint: Any, classes: dict[type, str]) -> str:
+def _type(hint: Any, classes: dict[Any, str]) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return f"Union[{', '.join(_type(one, classes) for one in inner)}]"
@@ -63,8 +63,8 @@ def _type(hint: Any, classes: dict[type, str]) -> str:
         return f"{origin.__name__.title()}[{', '.join(_type(one, classes) for one in inner)}]"
     if hint is Any or hint is type(None):
         return "Any" if hint is Any else "None"
-    if hint not in classes and dataclasses.is_dataclass(hint):
-        classes[hint] = _class(hint(), classes)  # type: ignore[arg-type]
+    if hint not in classes and dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        classes[hint] = _class(hint(), classes)
     if hint not in classes and issubclass(hint, enum.Enum):
         members = [f"    {member.name} = {member.value!r}" for member in hint]
         classes[hint] = "\n".join([f"class {hint.__name__}(Enum):", *members])

@@ -18,7 +18,9 @@ def _expected() -> dict[tuple[int, str], str]:
     table = {}
     for entry in entries:
         head, _, text = entry.partition("\n")
-        world, line = re.fullmatch(r"\[(\d+)\] (.*)", head).groups()
+        found = re.fullmatch(r"\[(\d+)\] (.*)", head)
+        assert found is not None, head
+        world, line = found.groups()
         table[int(world), line] = text.strip()
     return table
 

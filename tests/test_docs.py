@@ -17,7 +17,7 @@ import pytest
 from tests import warm
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```bash\n(?P<lines>.*?)```(?:\n+```text\n(?P<shown>.*?)```)?", re.DOTALL
 )

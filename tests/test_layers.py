@@ -1,4 +1,4 @@
-"""Imports go down the table of layers only, and composing stays torch-free; style as setup.cfg says."""
+"""Imports go down the table of layers only, and composing stays torch-free; types, style and format."""
 
 from __future__ import annotations
 
@@ -73,7 +73,67 @@ def test_mypy_has_nothing_to_say() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_flake8_has_nothing_to_say() -> None:
-    command = [sys.executable, "-m", "flake8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def ruff(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ruff", *words, "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_ruff_finds_neither_style_nor_import_order_to_change() -> None:
+    done = ruff("check")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_file_is_as_ruff_formats_it() -> None:
+    done = ruff("format", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff_leaves_out_no_folder_of_ours() -> None:
+    """Its own list leaves out every folder that is called dist, and so tests/dist."""
+    seen = {Path(line).relative_to(ROOT) for line in ruff("check", "--show-files").stdout.splitlines()}
+    folders = ("benchmarks", "conf", "docs", "examples", "hydra_plugins", "nemo_dist_conf", "tests", ".ci")
+    files = {path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert files - seen == set()
+
+
+# One line of bad style each, otherwise as the formatter writes it: what pyflakes and pycodestyle know, import order.
+CHECKED = [
+    "import sys\nimport os\n\nprint(os, sys)\n",
+    "import os\n",
+    "print(nowhere)\n",
+    "def twice():\n    pass\n\n\ndef twice():\n    pass\n",
+    "def unused():\n    value = 1\n",
+    'print("%s" % (1, 2))\n',
+    'print(f"")\n',
+    'assert (1, "always true")\n',
+    "if print == None:\n    pass\n",
+    "value = lambda: 1\n",
+    "try:\n    pass\nexcept:\n    pass\n",
+    "if type(1) == type(2):\n    pass\n",
+    "l = 1\n",
+    'print("\\d")\n',
+    f"# {'word ' * 30}end\n",
+    "print(1)  # noqa: E501\n",
+]
+FORMATTED = [
+    "def close():\n    pass\ndef by():\n    pass\n",
+    "print( 1 )\n",
+    "print(1,2)\n",
+    "if print:\n  pass\n",
+    "print(1); print(2)\n",
+    "print(1) \n",
+    "print(1)\n\n\n",
+    "print(1)",
+    "\tprint(1)\n",
+]
+
+
+@pytest.mark.parametrize(
+    "words, texts", [(["check"], CHECKED), (["format", "--check"], FORMATTED)], ids=["check", "format"]
+)
+def test_bad_style_is_found(tmp_path: Path, words: list[str], texts: list[str]) -> None:
+    for number, text in enumerate(texts):
+        (tmp_path / f"sample{number}.py").write_text(text)
+    done = ruff(*words, "--config", str(ROOT / "ruff.toml"), folder=tmp_path)
+    said = done.stdout + done.stderr
+    assert [text for number, text in enumerate(texts) if f"sample{number}.py" not in said] == []

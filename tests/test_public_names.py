@@ -37,7 +37,9 @@ def module_name(path: Path) -> str:
 def public_names(path: Path) -> list[str] | None:
     """The module's ``__all__`` as it stands in the file; None without one."""
     for node in ast.parse(path.read_text()).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
             return ast.literal_eval(node.value)
     return None
@@ -79,7 +81,7 @@ LISTED = [path for path in FILES if public_names(path) is not None]
 
 @pytest.mark.parametrize("path", LISTED, ids=module_name)
 def test_all_is_sorted_and_every_name_exists(path: Path) -> None:
-    names = public_names(path)
+    names = public_names(path) or []
     assert names == sorted(set(names))
     module = importlib.import_module(module_name(path))
     assert [name for name in names if not hasattr(module, name)] == []
@@ -89,7 +91,7 @@ def test_all_is_sorted_and_every_name_exists(path: Path) -> None:
 def test_all_lists_every_public_name(path: Path) -> None:
     """A name that is not for others starts with an underscore."""
     defined = defined_names(path) | (passed_on_names(path) if path.name == "__init__.py" else set())
-    assert defined - set(public_names(path)) == set()
+    assert defined - set(public_names(path) or ()) == set()
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=module_name)

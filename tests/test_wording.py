@@ -9,6 +9,7 @@ import random
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -136,7 +137,7 @@ TEXTS = (
         "C:\\x",
     ),
 )
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(
         None,
         True,
@@ -180,11 +181,15 @@ def test_a_shell_hands_a_word_on_as_it_was_meant():
     assert found == texts
 
 
+class _Kind(enum.Enum):
+    up = 1
+
+
 def test_what_needs_no_quotes_has_none():
     plain_ones = {None: "null", True: "true", 1e-5: "1e-05", "a/b-c.txt": "a/b-c.txt", "node0:29400": "node0:29400"}
     for value, text in plain_ones.items():
         assert assigned("key", value) == f"key={text}"
-    assert typed(DType.bfloat16) == "bfloat16" and typed(enum.Enum("Kind", {"up": 1}).up) == "up"
+    assert typed(DType.bfloat16) == "bfloat16" and typed(_Kind.up) == "up"
     assert typed(Path("/a b")) == "/a b" and typed(("a", 1)) == "[a,1]"
     spelling = Spelling("dist")
     assert spelling.set("moe.x", "1", "+") == "'+dist.moe.x=\"1\"'" and spelling.set("moe.x", 1) == "dist.moe.x=1"

@@ -120,7 +120,8 @@ class _Forked:
     """What stands for subprocess.Popen where a Python program is forked."""
 
     def __init__(self, words: list[str], cwd: Any, env: Mapping[str, str], printed: list[Any]) -> None:
-        self.args, self.returncode = words, None
+        self.args = words
+        self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid:
             return

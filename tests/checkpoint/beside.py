@@ -49,7 +49,7 @@ class Ema:
         if MegatronFSDPEngine.owns(model):
             engine_of(model).show_shards(model)
         self.decay = 0.99
-        self.copies = {name: p.detach().clone() * factor for name, p in model.named_parameters()}
+        self.copies: dict[str, Any] = {name: p.detach().clone() * factor for name, p in model.named_parameters()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"decay": self.decay, "copies": self.copies}
@@ -66,7 +66,9 @@ class List(Ema):
 
     def __init__(self, model: nn.Module, factor: float) -> None:
         super().__init__(model, factor)
-        self.copies = {name: copy for name, copy in self.copies.items() if name.endswith("layernorm.weight")}
+        self.copies: dict[str, Any] = {
+            name: copy for name, copy in self.copies.items() if name.endswith("layernorm.weight")
+        }
 
     def state_dict(self) -> Any:
         return list(self.copies.values())

@@ -152,10 +152,11 @@ def test_an_infinity_in_a_config_goes_there_and_back(tmp_path: Path, family: str
     model.save_pretrained(tmp_path / "theirs")
     assert "__float__" in (tmp_path / "theirs" / "config.json").read_text()
     folder = {"name_or_path": str(tmp_path / "theirs")}
-    built = build_model(folder, None, 0, torch.device("cpu"), 1e9)
+    built: Any = build_model(folder, None, 0, torch.device("cpu"), 1e9)
     assert tuple(built.model.config.time_step_limit) == (0.0, math.inf)
     fields = {"config": json.loads((tmp_path / "theirs" / "config.json").read_text())}
-    assert tuple(build_model(fields, None, 0, torch.device("cpu")).model.config.time_step_limit) == (0.0, math.inf)
+    built = build_model(fields, None, 0, torch.device("cpu"))
+    assert tuple(built.model.config.time_step_limit) == (0.0, math.inf)
     assert model_config(OmegaConf.create({"model": folder}))["time_step_limit"] == [0.0, math.inf]
 
     save(tmp_path / "one", model)

@@ -330,7 +330,8 @@ def test_what_modules_keep_by_themselves_comes_back(tmp_path: Path) -> None:
     """It stood in state_dict() and was left out without a word."""
     model = nn.Sequential(Scaled({"scale": 2.5, "history": torch.arange(3)}), Scaled(torch.ones(2)))
     save(tmp_path / "one", model, objects={"second": Scaled((1, 2))})
-    again, second = nn.Sequential(Scaled(), Scaled()), Scaled()
+    again: Any = nn.Sequential(Scaled(), Scaled())
+    second = Scaled()
     found = load(tmp_path / "one", again, objects={"second": second})
     assert again[0].scale["scale"] == 2.5 and again[0].scale["history"].tolist() == [0, 1, 2]
     assert again[1].scale.tolist() == [1, 1] and second.scale == (1, 2) and list(found.objects) == ["second"]
@@ -349,8 +350,8 @@ class Counting(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return {"seen": list(self.seen), "total": self.total.clone()}
 
-    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        self.seen, self.total = state["seen"], state["total"]
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        self.seen, self.total = state_dict["seen"], state_dict["total"]
 
 
 def test_a_module_with_a_state_of_its_own_kind_is_given_it(tmp_path: Path) -> None:
@@ -428,7 +429,7 @@ def test_what_is_offered_for_a_value_keeps_its_numbers(tmp_path: Path) -> None:
 
 def test_dtypes_and_shapes_of_every_kind(tmp_path: Path) -> None:
     """Complex numbers, views of their conjugates, unsigned ones, empty and single ones."""
-    state = {
+    state: dict[str, Any] = {
         "angles": torch.tensor([1 + 2j, 3 - 1j]),
         "conjugate": torch.tensor([1 + 2j]).conj(),
         "unsigned": torch.tensor([7], dtype=torch.uint32),

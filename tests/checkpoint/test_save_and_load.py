@@ -17,7 +17,7 @@ from nemo_dist_conf.checkpoint import load, save
 from nemo_dist_conf.errors import ConfigError, DataError, TrainingError
 from tests.checkpoint.small import bits, make, train
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
     "adamw, capturable": (torch.optim.AdamW, {"amsgrad": True, "foreach": False}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),

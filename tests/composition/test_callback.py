@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import hydra
 import pytest
@@ -197,7 +198,7 @@ def test_other_callbacks_of_an_app_are_no_check():
     register_resolvers()
     others = {"class": {"_target_": "operator.methodcaller", "name": "x"}, "function": {"_target_": "builtins.len"}}
     callbacks = {**others, "nemo_dist_conf": "${nemo_dist.callback:}"}
-    check = check_of(OmegaConf.create({"hydra": {"callbacks": callbacks}}))
+    check: Any = check_of(OmegaConf.create({"hydra": {"callbacks": callbacks}}))
     assert isinstance(check.__self__, DistributedCallback)
 
 

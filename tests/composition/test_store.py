@@ -55,7 +55,8 @@ def test_aliases_are_the_same_strategy(alias):
 def test_composed_nodes_are_typed_and_hold_no_bookkeeping_of_ours():
     with initialize(None, version_base="1.3"):
         cfg = compose("nemo_dist_conf")
-    assert OmegaConf.get_type(cfg.strategy).__name__ == "FSDP2Conf"
+    kind = OmegaConf.get_type(cfg.strategy)
+    assert kind is not None and kind.__name__ == "FSDP2Conf"
     assert "defaults" not in cfg.strategy and set(cfg) == {
         "strategy",
         "parallelism",

@@ -23,7 +23,7 @@ __all__ = ["CASES", "SMALL", "built", "compared", "documents"]
 
 AREA = "Rows split over ranks"
 ROWS, TOKENS, VOCABULARY, STEPS = 2, 32, 97, 3
-OPTIMIZER = {"lr": 0.02, "momentum": 0.9}
+OPTIMIZER: dict[str, Any] = {"lr": 0.02, "momentum": 0.9}
 CAUSAL, MASKED = "AutoModelForCausalLM", "AutoModelForMaskedLM"
 
 SMALL: dict[str, Any] = {
@@ -110,8 +110,8 @@ def compared(make: Callable[[], nn.Module], words: tuple[str, ...] = (), positio
     mesh = setup.mesh_context
     rows = slice(mesh.data_rank * ROWS // mesh.data_size, (mesh.data_rank + 1) * ROWS // mesh.data_size)
     more = {name: mesh.split_sequence(value[rows])[0] for name, value in more.items()}
-    parts = mesh.split_sequence(ids[rows], labels[rows])
-    found, gradients = trained(model, optimizer, *parts, mesh.gradient_size, more)
+    ids, labels = mesh.split_sequence(ids[rows], labels[rows])
+    found, gradients = trained(model, optimizer, ids, labels, mesh.gradient_size, more)
     sums = [mesh.sum_over_data(loss.double()) for loss in found]
     worst = max(float(abs(one - other) / abs(other)) for one, other in zip(sums, wanted))
     if "strategy=megatron_fsdp" in words:  # its gradients are flat pieces; the losses of later steps show them

@@ -35,7 +35,7 @@ def _seen(start: Callable[[Path], Any]) -> dict[str, tuple[dict[str, Any], str]]
         start(folder)
         found = {path.stem[4]: tuple(json.loads(path.read_text())) for path in folder.glob("rank*.0.json")}
         assert {seen[1] for seen in found.values()} == {str(path) for path in (folder / "outputs").glob("*/*")}
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _agrees(start: Callable[[Path], Any]) -> float:

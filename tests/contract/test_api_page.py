@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_positional_arguments_follow_the_page(name):
 def test_the_schema_twin_has_the_same_fields_and_lowers_to_the_same_defaults(name):
     schema = SCHEMAS[name]
     assert [f.name for f in dataclasses.fields(schema)] == [field for field, _, _ in GOLDEN[name]]
-    values = OmegaConf.to_container(OmegaConf.structured(schema))
+    values: Any = OmegaConf.to_container(OmegaConf.structured(schema))
     lowered = TYPED[name](**values)
     assert [_default(getattr(lowered, field)) for field, _, _ in GOLDEN[name]] == [d for _, _, d in GOLDEN[name]]
 
@@ -133,33 +134,35 @@ def test_policies_may_be_given_as_objects_or_mappings_and_none_turns_them_off():
     offload = CPUOffloadPolicy(pin_memory=False)
     made = config.FSDP2Config(mp_policy=policy, offload_policy=offload)
     assert made.mp_policy is policy and made.offload_policy is offload
-    made = config.FSDP2Config(mp_policy={"param_dtype": "float16"}, offload_policy={"pin_memory": False})
+    mappings: Any = {"mp_policy": {"param_dtype": "float16"}, "offload_policy": {"pin_memory": False}}
+    made = config.FSDP2Config(**mappings)
+    assert made.mp_policy is not None
     assert made.mp_policy.param_dtype is torch.float16 and made.mp_policy.reduce_dtype is torch.float32
     assert made.offload_policy == CPUOffloadPolicy(pin_memory=False)
-    made = config.FSDP2Config(mp_policy=None, offload_policy={"enabled": False})
+    made = config.FSDP2Config(mp_policy=None, offload_policy={"enabled": False})  # type: ignore[arg-type]
     assert made.mp_policy is None and made.offload_policy is None
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: config.FSDP2Config(autocast_dtype="bf16"), "bfloat16"),
-        (lambda: config.FSDP2Config(mp_policy="bfloat16"), "strategy.mp_policy"),
-        (lambda: config.FSDP2Config(mp_policy={"parm_dtype": "bfloat16"}), "param_dtype"),
-        (lambda: config.FSDP2Config(tp_plan="llama"), "strategy.tp_plan"),
+        (lambda: config.FSDP2Config(autocast_dtype="bf16"), "bfloat16"),  # type: ignore[arg-type]
+        (lambda: config.FSDP2Config(mp_policy="bfloat16"), "strategy.mp_policy"),  # type: ignore[arg-type]
+        (lambda: config.FSDP2Config(mp_policy={"parm_dtype": "bfloat16"}), "param_dtype"),  # type: ignore[arg-type]
+        (lambda: config.FSDP2Config(tp_plan="llama"), "strategy.tp_plan"),  # type: ignore[arg-type]
         (lambda: config.FSDP2Config(activation_checkpointing="some"), "selective"),
-        (lambda: config.FSDP2Config(fsdp2_forward_prefetch_depth="deep"), "fsdp2_forward_prefetch_depth"),
-        (lambda: config.DDPConfig(bucket_cap_mb="big"), "bucket_cap_mb"),
-        (lambda: config.MegatronFSDPConfig(zero_dp_strategy="three"), "zero_dp_strategy"),
+        (lambda: config.FSDP2Config(fsdp2_forward_prefetch_depth="deep"), "fsdp2_forward_prefetch_depth"),  # type: ignore[arg-type]
+        (lambda: config.DDPConfig(bucket_cap_mb="big"), "bucket_cap_mb"),  # type: ignore[arg-type]
+        (lambda: config.MegatronFSDPConfig(zero_dp_strategy="three"), "zero_dp_strategy"),  # type: ignore[arg-type]
         (lambda: mesh.ParallelismSizes(tp_size=0), "tp_size"),
         (lambda: mesh.ParallelismSizes(tp_size=True), "tp_size"),
-        (lambda: mesh.ParallelismSizes(dp_size=2.5), "dp_size"),
-        (lambda: pipelining.PipelineConfig(loss_fn="nowhere.at_all"), "loss_fn"),
+        (lambda: mesh.ParallelismSizes(dp_size=2.5), "dp_size"),  # type: ignore[arg-type]
+        (lambda: pipelining.PipelineConfig(loss_fn="nowhere.at_all"), "loss_fn"),  # type: ignore[arg-type]
         (lambda: pipelining.PipelineConfig(round_virtual_stages_to_pp_multiple="sideways"), "sideways"),
         (lambda: config._resolve_strategy_config("fdsp2"), "fsdp2"),
         (lambda: config._resolve_strategy_config("ddp", bucket_cap=1), "bucket_cap_mb"),
         (lambda: config._resolve_strategy_config(config.DDPConfig(), static_graph=True), "static_graph"),
-        (lambda: config._resolve_strategy_config(7), "7"),
+        (lambda: config._resolve_strategy_config(7), "7"),  # type: ignore[arg-type]
     ],
 )
 def test_a_wrong_value_is_a_config_error_that_names_the_way_out(make, words):

@@ -74,16 +74,17 @@ def test_hints_of_what_takes_them_can_be_read(function):
 def test_omegaconf_reads_a_class_and_gives_it_back(kind):
     node = OmegaConf.structured(kind)
     assert OmegaConf.to_object(node) == kind()
-    again = OmegaConf.create(OmegaConf.to_yaml(node))  # nothing in it that YAML cannot say
+    again: typing.Any = OmegaConf.create(OmegaConf.to_yaml(node))  # nothing in it that YAML cannot say
     assert kind(**again) == kind()
 
 
 def test_a_structured_class_takes_names_and_policies():
     typed = OmegaConf.structured(config.FSDP2Config)
     merged = OmegaConf.merge(typed, {"mp_policy": {"param_dtype": "float16"}, "autocast_dtype": "bfloat16"})
-    made = OmegaConf.to_object(merged)
+    made: typing.Any = OmegaConf.to_object(merged)
     assert made.mp_policy.param_dtype is torch.float16 and made.autocast_dtype is torch.bfloat16
-    assert OmegaConf.to_object(OmegaConf.merge(typed, {"mp_policy": None})).mp_policy is None
+    without: typing.Any = OmegaConf.to_object(OmegaConf.merge(typed, {"mp_policy": None}))
+    assert without.mp_policy is None
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
@@ -121,7 +122,7 @@ def test_hydras_instantiate_makes_the_typed_configs(strategy, mode):
     assert instantiate(cfg.strategy, _convert_=mode) == expected
     pipeline = pipelining.PipelineConfig(**{key: cfg.pipeline[key] for key in cfg.pipeline if key != "_target_"})
     for tree in (instantiate(cfg, _convert_=mode), instantiate({"inner": cfg}, _convert_=mode)["inner"]):
-        found = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in tree.items()}
+        found: typing.Any = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in tree.items()}
         assert found["strategy"] == expected and type(found["strategy"]) is typed
         assert found["pipeline"] == pipeline
         assert found["parallelism"].tp_size == 1
@@ -166,14 +167,16 @@ def test_objects_in_an_instantiated_tree_stay_objects():
 def test_a_policy_may_be_written_as_torchs_own_class(target):
     """As the page's neighbours write it in YAML; hydra.utils.instantiate would keep the dtype's name as a text."""
     node = {"param_dtype": "float16", "output_dtype": "torch.float32", **({"_target_": target} if target else {})}
-    tree = {"strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config", "mp_policy": node}}
+    tree: dict[str, typing.Any] = {"strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config", "mp_policy": node}}
     if target:
         tree |= {"moe": {"mp_policy": node}, "parallelism": {"ep_size": 2}}
     checked = check(OmegaConf.create(tree), 2)
     made = config.FSDP2Config(**checked.strategy_values).mp_policy
+    assert made is not None
     assert (made.param_dtype, made.output_dtype) == (torch.float16, torch.float32)
     if target:
-        assert config.MoEParallelizerConfig(**checked.moe).mp_policy.param_dtype is torch.float16
+        policy = config.MoEParallelizerConfig(**checked.moe).mp_policy
+        assert policy is not None and policy.param_dtype is torch.float16
 
 
 def test_what_is_given_and_needs_no_conversion_stays_that_object():
@@ -182,7 +185,8 @@ def test_what_is_given_and_needs_no_conversion_stays_that_object():
     assert config.MegatronFSDPConfig(megatron_fsdp_unit_modules=units).megatron_fsdp_unit_modules is units
     assert pipelining.PipelineConfig(module_fqns_per_model_part=parts).module_fqns_per_model_part is parts
     assert config.FSDP2Config(tp_plan={1: "colwise"}).tp_plan == {"1": "colwise"}
-    assert config.MegatronFSDPConfig(megatron_fsdp_unit_modules=("a",)).megatron_fsdp_unit_modules == ["a"]
+    pair: typing.Any = ("a",)
+    assert config.MegatronFSDPConfig(megatron_fsdp_unit_modules=pair).megatron_fsdp_unit_modules == ["a"]
 
 
 @pytest.mark.parametrize("kind", [config.DDPConfig, config.FSDP2Config, config.MegatronFSDPConfig])

@@ -6,7 +6,7 @@ Shapes: B rows of the global batch, S tokens, H width.
 from __future__ import annotations
 
 import copy
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, TypeVar
 
 import numpy
 import torch
@@ -35,9 +35,10 @@ BERT: dict[str, Any] = {**TEXT, "max_position_embeddings": 32, "hidden_dropout_p
 #: (model, arguments of its forward); every tensor among them has B rows.
 Made = tuple[nn.Module, dict[str, Any]]
 KINDS: dict[str, Callable[[], Made]] = {}
+Make = TypeVar("Make", bound=Callable[..., Made])
 
 
-def kind(make: Callable[[], Made]) -> Callable[[], Made]:
+def kind(make: Make) -> Make:
     KINDS[make.__name__] = make
     return make
 
@@ -337,12 +338,12 @@ def levels() -> Made:
             super().__init__()
             parts = [{"first": Block(), "then": nn.Linear(8, 8), "act": nn.Tanh()} for _ in range(2)]
             self.down = nn.ModuleList(nn.ModuleDict(part) for part in parts)
-            self.up = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
+            self.up: Any = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
 
         def forward(self, x: Tensor) -> Tensor:
             for level in self.down:
                 x = level["act"](level["then"](level["first"](x)))  # type: ignore[index]
-            for first, second in self.up:  # type: ignore[misc]
+            for first, second in self.up:
                 x = second(first(x))
             return x
 
@@ -368,7 +369,7 @@ def complex_parameters() -> Made:
 def shared_layer() -> Made:
     """A layer that every block uses, and a matrix that a block has from outside of it."""
     shared = nn.Linear(8, 8)
-    model = Stack(shared, nn.Linear(8, 8), nn.Linear(8, 8))
+    model: Any = Stack(shared, nn.Linear(8, 8), nn.Linear(8, 8))
     model.blocks[2].up.weight = model.head.weight
     model.last = shared
     return model, rows()
@@ -464,7 +465,7 @@ def recurrent() -> Made:
 def channels_last() -> Made:
     """Convolutions whose weights do not lie in memory in the order of their dimensions."""
     layers = [nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), nn.ReLU()) for c in (3, 8, 8)]
-    model = nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Linear(8 * 36, 4))
+    model: Any = nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Linear(8 * 36, 4))
     return model.to(memory_format=torch.channels_last), {"input": torch.randn(ROWS, 3, 6, 6)}
 
 

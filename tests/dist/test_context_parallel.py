@@ -254,7 +254,7 @@ def _adapted() -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    adapted = get_peft_model(built("llama", {}), LoraConfig(target_modules=["q_proj", "up_proj"]))  # type: ignore
+    adapted = get_peft_model(built("llama", {}), LoraConfig(target_modules=["q_proj", "up_proj"]))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora" in name:

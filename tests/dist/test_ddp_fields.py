@@ -20,6 +20,8 @@ pytestmark = pytest.mark.dist
 class Counting(nn.Module):
     """Has a buffer that each rank sets on its own, and says what it held in forward."""
 
+    mine: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(4, 4)

@@ -260,7 +260,8 @@ def test_what_uses_no_parameters_runs_on_one_rank_alone() -> None:
 
 
 def computed_in(layout: str, autocast: bool) -> tuple[torch.dtype, torch.dtype]:
-    words = {"ddp": ("strategy=ddp",), "fsdp2": () if not autocast else ("strategy.mp_policy=null",)}[layout]
+    policy = ("strategy.mp_policy=null",) if autocast else ()
+    words: tuple[str, ...] = {"ddp": ("strategy=ddp",), "fsdp2": policy}[layout]
     words += ("strategy.autocast_dtype=bfloat16",) if autocast else ()
     model = instantiate(composed(*words), Towers())[1]
     return model.project(torch.ones(2, 8)).dtype, model.right(torch.ones(2, 8)).dtype
@@ -289,7 +290,9 @@ def test_an_error_inside_a_method_is_the_users_own(layout: str) -> None:
 
 def copied(strategy: str, how: str) -> None:
     model = instantiate(composed(f"strategy={strategy}"), Towers())[1]
-    {"deepcopy": copy.deepcopy, "average": AveragedModel, "part": lambda m: copy.deepcopy(m.left)}[how](model)
+    ways: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "average": AveragedModel}
+    ways["part"] = lambda model: copy.deepcopy(model.left)
+    ways[how](model)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "average", "part"])

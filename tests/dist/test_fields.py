@@ -18,9 +18,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from nemo_dist_conf.config import DDPConfig, FSDP2Config
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.runtime.techniques import compile as block_compile
 from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
-from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.strategies.fsdp2 import FSDP2Manager
 from tests.dist import test_ddp_fields, test_sharding_fields  # noqa: F401
 from tests.dist.fields import BOTH, FP32, SHOWN, TP, inner, net, shows, words_of
@@ -153,7 +153,7 @@ def test_checkpointing_recomputes_blocks_and_selective_keeps_their_matmuls(words
 def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks() -> None:
     model = Net()
     apply_activation_checkpointing(model, find_blocks(model), True)
-    other = copy.deepcopy(model)
+    other: Any = copy.deepcopy(model)
     with torch.no_grad():
         other.blocks[0].down.weight.zero_()
     assert not torch.equal(other(batch()[0]), model(batch()[0]))

@@ -56,9 +56,7 @@ def test_a_forward_of_somebody_else_keeps_them_in_the_root() -> None:
 
 def whole_after_forward(value: str) -> tuple[dict[str, bool], int]:
     """Which parts are whole after forward; how many gathers backward makes."""
-    model = instantiate(
-        composed(FP32, f"strategy.reshard_after_forward={value}", model={"config": WIDE})
-    )[1]
+    model = instantiate(composed(FP32, f"strategy.reshard_after_forward={value}", model={"config": WIDE}))[1]
     loss = loss_sum(model, *batch())
     parts = {"embedding": model.model.embed_tokens, "norm": model.model.norm, "head": model.lm_head}
     found = {name: not isinstance(module.weight, DTensor) for name, module in parts.items()}

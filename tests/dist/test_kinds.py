@@ -105,7 +105,7 @@ def stepped() -> Stack:
 
 def scripted() -> Stack:
     model = Stack()
-    model.head = torch.jit.script(nn.Linear(8, 8))
+    model.head = torch.jit.script(nn.Linear(8, 8))  # type: ignore[assignment]
     return model
 
 
@@ -174,7 +174,7 @@ class Reaching(Stack):
     """Adds something of a block's weights to what it returns."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + x @ self.blocks[0].up.weight
+        return super().forward(x) + x @ self.get_parameter("blocks.0.up.weight")
 
 
 def reached(kind: type[Stack]) -> None:
@@ -240,7 +240,12 @@ def told(*words: str) -> list[str]:
     lines: list[str] = []
     logger = logging.getLogger("nemo_dist_conf.runtime.techniques.precision")
     logger.setLevel(logging.INFO)
-    logger.addFilter(lambda record: bool(lines.append(record.getMessage())))
+
+    def keep(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        return False
+
+    logger.addFilter(keep)
     try:
         instantiate(composed(*words), Stack())
     finally:

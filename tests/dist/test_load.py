@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, DataError
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def original(kind: str | dict[str, Any]) -> nn.Module:
+def original(kind: str | dict[str, Any]) -> Any:
     """A model whose weights no initialisation of ours would draw."""
     torch.manual_seed(11)
     model = plain_model(kind)

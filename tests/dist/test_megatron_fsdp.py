@@ -287,7 +287,7 @@ def _handed(*words: str) -> tuple[bool, bool, bool]:
     there = mock.patch("nemo_dist_conf.strategies.megatron_fsdp.has_module", lambda path: True)
     with there, mock.patch("megatron_fsdp.fully_shard_model", stop), pytest.raises(_Handed) as handed:
         instantiate(composed(MEGATRON, *words, optimizer=SGD), model=Net())
-    return handed.value.args  # type: ignore[return-value]
+    return handed.value.args
 
 
 def test_buffers_are_asked_for() -> None:

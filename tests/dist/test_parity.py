@@ -8,8 +8,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.dist.layouts import ADAMW, FEWER_STEPS, MAX_NORM, MODELS, SGD, STEPS, Trajectory
-from tests.dist.layouts import composed, single_process, train
+from tests.dist.layouts import (
+    ADAMW,
+    FEWER_STEPS,
+    MAX_NORM,
+    MODELS,
+    SGD,
+    STEPS,
+    Trajectory,
+    composed,
+    single_process,
+    train,
+)
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -135,9 +145,7 @@ def run_cases(layout: str, names: tuple[str, ...]) -> dict[str, Trajectory]:
     found = {}
     for name in names:
         case = CASES[layout][name]
-        cfg = composed(
-            *LAYOUTS[layout][1], *case.words, model=MODELS[case.model], optimizer=SGD if case.sgd else ADAMW
-        )
+        cfg = composed(*LAYOUTS[layout][1], *case.words, model=MODELS[case.model], optimizer=SGD if case.sgd else ADAMW)
         found[name] = train(cfg, case.microbatches, case.steps, case.whole)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,13 @@ def total(offset: int) -> tuple[int, int, float]:
 
 def leave_groups(shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str]]:
     """A sharded tensor doubled on a mesh, and the names of that mesh's groups and of an equal mesh's."""
-    names = []
+    names: list[str] = []
     for _ in range(2):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
         sharded = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)] * len(shape))
         assert isinstance(sharded, DTensor)
-        doubled = nn.functional.relu(sharded * 2).full_tensor()
+        product: Any = nn.functional.relu(sharded * 2)
+        doubled = product.full_tensor()
         names += [group.group_name for group in mesh.get_all_groups()]
     return doubled, names
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,9 @@ def groups_by_axis(**sizes):
     """Of every axis its group's name and ranks, what a sum over it gives, and the same for torch's own mesh."""
     context = DistributedSetup.build("fsdp2", ParallelismSizes(**sizes)).mesh_context
     found = {}
-    for mesh in (context.device_mesh, context.moe_mesh):
-        for axis in mesh.mesh_dim_names if mesh is not None else ():
+    meshes: list[Any] = [mesh for mesh in (context.device_mesh, context.moe_mesh) if mesh is not None]
+    for mesh in meshes:
+        for axis in mesh.mesh_dim_names:
             group, ones = mesh.get_group(axis), torch.ones(1)
             dist.all_reduce(ones, group=group)
             usual = init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
@@ -97,7 +99,7 @@ def test_axes_of_one_rank_share_one_group_and_the_others_have_the_ranks_that_tor
         assert sum(size == 1 for _, size, _ in found.values()) > len(alone) or not alone
 
 
-NAMES = {"dp": ("dp_replicate", "dp_shard"), "dp_shard_cp": ("dp_shard", "cp")}
+NAMES: dict[str, tuple[str, ...]] = {"dp": ("dp_replicate", "dp_shard"), "dp_shard_cp": ("dp_shard", "cp")}
 NAMES["dp_cp"] = ("dp_replicate", "dp_shard", "cp")
 
 
@@ -105,7 +107,8 @@ def joined_axes(**sizes):
     """Ranks that ``device_mesh[name]`` reaches, on its own and as a group; and how many groups the meshes have."""
     warnings.simplefilter("ignore")  # torch's, of taking a flattened axis out of its root
     context = DistributedSetup.build("fsdp2", ParallelismSizes(**sizes)).mesh_context
-    root, found = context.device_mesh, {}
+    root: Any = context.device_mesh
+    found = {}
     shape = dict(zip(root.mesh_dim_names, root.shape))
     for name, axes in NAMES.items():
         mesh, ones = root[name], torch.ones(1)
@@ -143,8 +146,8 @@ def test_names_of_several_axes_answer_whatever_the_sizes(sizes, of_rank_0):
 
 def one_rank_names():
     warnings.simplefilter("ignore")
-    mesh = DistributedSetup.build("fsdp2").mesh_context.device_mesh
-    megatron = DistributedSetup.build("megatron_fsdp").mesh_context.device_mesh
+    mesh: Any = DistributedSetup.build("fsdp2").mesh_context.device_mesh
+    megatron: Any = DistributedSetup.build("megatron_fsdp").mesh_context.device_mesh
     return [mesh[name].size() for name in NAMES] + [megatron["dp"].size(), megatron["dp_cp"].size()]
 
 
@@ -158,11 +161,12 @@ def timeouts():
     found = set()
     for sizes in (dict(cp_size=2), dict(dp_replicate_size=2), dict(pp_size=2, ep_size=2)):
         context = DistributedSetup.build("fsdp2", ParallelismSizes(**sizes)).mesh_context
-        meshes = [context.device_mesh, *([context.moe_mesh] if context.moe_mesh else [])]
+        meshes: list[Any] = [context.device_mesh, *([context.moe_mesh] if context.moe_mesh else [])]
         groups = itertools.chain(*(mesh.get_all_groups() for mesh in meshes))
-        for group in [*groups, *(context.device_mesh.get_group(name) for name in NAMES), host_group(apart=True)]:
+        for group in [*groups, *(meshes[0].get_group(name) for name in NAMES), host_group(apart=True)]:
             found.add(group._get_backend(torch.device("cpu")).options._timeout)
-    default = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    world: Any = dist.group.WORLD
+    default = world._get_backend(torch.device("cpu")).options._timeout
     return found, default
 
 
@@ -181,7 +185,7 @@ def started_with_a_timeout():
 
 
 def timeouts_of_one_rank():
-    mesh = DistributedSetup.build("fsdp2").mesh_context.device_mesh
+    mesh: Any = DistributedSetup.build("fsdp2").mesh_context.device_mesh
     return {group._get_backend(torch.device("cpu")).options._timeout for group in mesh.get_all_groups()}
 
 
@@ -214,10 +218,10 @@ def test_a_context_around_meshes_that_somebody_else_has_built():
 
 
 def flattened_sizes():
-    mesh = DistributedSetup.build("fsdp2", ParallelismSizes(cp_size=2)).mesh_context.device_mesh
+    mesh: Any = DistributedSetup.build("fsdp2", ParallelismSizes(cp_size=2)).mesh_context.device_mesh
     from nemo_dist_conf.runtime.device_meshes import fsdp_mesh
 
-    hsdp = DistributedSetup.build("fsdp2", ParallelismSizes(dp_replicate_size=2)).mesh_context.device_mesh
+    hsdp: Any = DistributedSetup.build("fsdp2", ParallelismSizes(dp_replicate_size=2)).mesh_context.device_mesh
     return fsdp_mesh(mesh).size(), fsdp_mesh(mesh).ndim, fsdp_mesh(hsdp).mesh_dim_names
 
 
@@ -278,20 +282,23 @@ def test_a_mesh_context_of_what_is_no_config_is_refused(wrong):
         MeshContext.build(wrong, ParallelismSizes(), world_size=1)
     assert caught.value.type == "MeshContext.build(FSDP2Config(), ...)"
     with pytest.raises(ConfigError, match="parallelism is 3"):
-        MeshContext.build(FSDP2Config(), 3)
+        MeshContext.build(FSDP2Config(), 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        MeshContext.build(FSDP2Config(), ParallelismSizes(), 1)  # world_size by its name only, as on the page
+        # world_size by its name only, as on the page
+        MeshContext.build(FSDP2Config(), ParallelismSizes(), 1)  # type: ignore[call-arg]
 
 
 def test_activation_checkpointing_of_a_setup_is_what_was_given():
     own, off = DDPConfig(activation_checkpointing=True), DDPConfig()
-    for given in (False, True, "full"):
+    ways: list[Any] = [False, True, "full"]
+    for given in ways:
         setup = DistributedSetup.build(own, activation_checkpointing=given)
         assert setup.activation_checkpointing is given
         assert setup.strategy_config is own
     setup = DistributedSetup.build(off, activation_checkpointing="selective")
     assert setup.activation_checkpointing == "selective" and off.activation_checkpointing is False
-    assert setup.strategy_config == DDPConfig(activation_checkpointing="selective")  # what managers go by
+    selective: Any = "selective"
+    assert setup.strategy_config == DDPConfig(activation_checkpointing=selective)  # what managers go by
 
 
 def test_ddp_needs_no_process_group_until_the_model_is_wrapped(monkeypatch):
@@ -319,8 +326,10 @@ def ddp_before_its_group():
     dist.destroy_process_group()
     setup = DistributedSetup.build("ddp")
     assert not dist.is_initialized()
-    model = DDPManager(setup.strategy_config, setup.mesh_context.device_mesh).parallelize(torch.nn.Linear(2, 1))
-    wrong = DistributedSetup.build("fsdp2") and DistributedSetup.build("ddp").mesh_context
+    config: Any = setup.strategy_config
+    model = DDPManager(config, setup.mesh_context.device_mesh).parallelize(torch.nn.Linear(2, 1))
+    DistributedSetup.build("fsdp2")
+    wrong = DistributedSetup.build("ddp").mesh_context
     reached = setup.mesh_context.sum_over_data(torch.ones(1))
     later = dataclasses.replace(setup.mesh_context, ddp_ranks=(0, 4))
     try:
@@ -349,8 +358,17 @@ def test_a_world_size_that_is_not_the_groups_is_refused():
 
 def test_without_meshes_sizes_are_one_and_dp_size_is_none():
     assert facts(MeshContext()) == dict(
-        pp_size=1, tp_size=1, cp_size=1, ep_size=1, dp_size=None, dp_replicate_size=None, dp_shard_size=1,
-        pp_enabled=False, world_size=1, data_rank=0, data_size=1,
+        pp_size=1,
+        tp_size=1,
+        cp_size=1,
+        ep_size=1,
+        dp_size=None,
+        dp_replicate_size=None,
+        dp_shard_size=1,
+        pp_enabled=False,
+        world_size=1,
+        data_rank=0,
+        data_size=1,
     )
     assert dataclasses.is_dataclass(MeshContext)
 
@@ -414,18 +432,22 @@ def from_checked():
     from nemo_dist_conf.runtime import device_meshes
     from nemo_dist_conf.runtime.distributed_setup import setup_from_checked
 
-    config = {"strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config"}, "parallelism": {"tp_size": 2}}
+    config: dict[str, Any] = {
+        "strategy": {"_target_": "nemo_dist_conf.config.FSDP2Config"},
+        "parallelism": {"tp_size": 2},
+    }
     config["activation_checkpointing"] = "full"
     checked = check(config, 4)
     solve = device_meshes.solve
-    device_meshes.solve = None
+    setattr(device_meshes, "solve", None)
     try:
         setup = setup_from_checked(checked)
         with pytest.raises(ConfigError, match="world_size=8 was given, but the process group has 4 ranks"):
             setup_from_checked(check(config, 8))
     finally:
         device_meshes.solve = solve
-    built = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2), activation_checkpointing="full")
+    full: Any = "full"
+    built = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2), activation_checkpointing=full)
     same = dataclasses.replace(built, mesh_context=setup.mesh_context, activation_checkpointing=True) == setup
     return same, setup.mesh_context.layout(), facts(setup.mesh_context) == facts(built.mesh_context)
 

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.config import FSDP2Config
 from nemo_dist_conf.gradients import accumulate
-from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.runtime.engines.fsdp2_units import shard_blocks
+from nemo_dist_conf.runtime.model.blocks import find_blocks
 from tests.dist.fields import FP32, net, shows
 from tests.dist.layouts import Net, Operators, batch, loss_sum
 from tests.dist.pool import run_ranks
@@ -52,7 +52,7 @@ def test_resharding_frees_gathered_parameters_after_forward(value: str, expected
 
 
 def gathered_in_pipeline(value: bool | None) -> list[bool]:
-    model = Net()
+    model: Any = Net()
     config = FSDP2Config(reshard_after_forward=value, mp_policy=None)
     shard_blocks(model, find_blocks(model), init_device_mesh("cpu", (2,)), config, in_pipeline=True)
     loss_sum(model, *batch())
@@ -183,7 +183,9 @@ def offloaded(*words: str) -> tuple[set[bool], set[bool], set[str], list[str]]:
     finally:
         logger.removeHandler(handler)
     loss_sum(model, *batch()).backward()
-    units = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
+    units: list[Any] = [
+        module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)
+    ]
     parameters = [parameter for unit in units for parameter in unit.fsdp_params]
     devices = {tensor.device.type for p in model.parameters() for tensor in (p, p.grad)}
     return {p.offload_to_cpu for p in parameters}, {p.pin_memory for p in parameters}, devices, messages

@@ -29,7 +29,7 @@ from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
 
-FAMILIES = [name for name in FAMILY_NAMES if find_family(name).tensor_plan is not None]
+FAMILIES = [row.name for row in map(find_family, FAMILY_NAMES) if row is not None and row.tensor_plan is not None]
 
 VOCAB = 64
 SMALL = dict(
@@ -139,7 +139,7 @@ def compare(case: Case) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (case.dp, tp), mesh_dim_names=("dp", "tp"))
     single, model = case.model(), case.model()
     styles = apply_tensor_parallel(model, mesh["tp"], plan=case.plan, sequence_parallel=case.sequence_parallel)
-    layers = model.get_submodule("layers" if isinstance(model, Own) else "model.layers")
+    layers: Any = model.get_submodule("layers" if isinstance(model, Own) else "model.layers")
     if case.checkpoint:
         for index, block in enumerate(layers):
             layers[index] = checkpoint_wrapper(block)
@@ -310,7 +310,7 @@ def build_on_meta(dp: int, sequence_parallel: bool) -> tuple[float, bool, set[ty
     apply_tensor_parallel(model, mesh["tp"], sequence_parallel=sequence_parallel)
     tied = model.lm_head.weight is model.get_submodule("model.embed_tokens").weight  # type: ignore[union-attr]
     if dp > 1:
-        for block in model.get_submodule("model.layers"):  # type: ignore[union-attr]
+        for block in model.get_submodule("model.layers").children():
             fully_shard(block, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
     model.to_empty(device="cpu")
@@ -342,7 +342,7 @@ def compile_blocks(sequence_parallel: bool) -> tuple[float, float, int]:
     apply_tensor_parallel(model, mesh["tp"], sequence_parallel=sequence_parallel)
     torch._dynamo.reset()
     counters.clear()
-    for block in model.get_submodule("model.layers"):  # type: ignore[union-attr]
+    for block in model.get_submodule("model.layers").children():
         block.compile(backend="aot_eager")
     ids = torch.randint(VOCAB, (2, 8))
     losses = [m(ids, labels=ids).loss for m in (single, model)]
@@ -370,7 +370,7 @@ class Chain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         pair = {"fc1": nn.Linear(8, 12), "fc2": nn.Linear(12, 8)}
-        self.layers = nn.ModuleList([nn.ModuleDict(pair)])
+        self.layers: Any = nn.ModuleList([nn.ModuleDict(pair)])
         self.norm = nn.LayerNorm(8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -502,7 +502,8 @@ def follow(way_out: str, make: Any, plan: Any, sequence_parallel: bool) -> None:
 
     (word,) = shlex.split(way_out)
     override = OverridesParser.create().parse_override(word)
-    key, value = override.key_or_group, override.value()
+    key = override.key_or_group
+    value: Any = override.value()
     if key == "strategy.tp_plan":
         plan = value
     if key == "strategy.sequence_parallel":

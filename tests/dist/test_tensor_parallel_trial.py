@@ -36,6 +36,8 @@ class Layer(nn.Module):
 class Vectors(nn.Module):
     """Takes vectors [B, 8]; drops out while it trains, and counts its calls."""
 
+    steps: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(8) for _ in range(3))

@@ -25,7 +25,7 @@ class TwoTowers(Stack):
         super().__init__()
         self.vision = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor, with_vision: bool) -> Tensor:
+    def forward(self, x: Tensor, with_vision: bool) -> Tensor:  # type: ignore[override]
         return super().forward(x) + (self.vision(x) if with_vision else 0)
 
 

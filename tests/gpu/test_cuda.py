@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ MODEL = {
 }
 
 
-def made(*overrides, device="auto"):
+def made(*overrides, device="auto") -> tuple[Any, Any, Any]:
     """(setup, model, optimizer), with a process group of one rank."""
     from hydra import compose, initialize
 
@@ -123,7 +124,7 @@ def test_a_checkpoint_of_one_strategy_goes_on_under_another(into, tmp_path):
 
     if into == "megatron_fsdp":
         pytest.importorskip("megatron_fsdp")
-    fp32 = {"ddp": [], "fsdp2": ["strategy.mp_policy=null"], "megatron_fsdp": []}
+    fp32: dict[str, list[str]] = {"ddp": [], "fsdp2": ["strategy.mp_policy=null"], "megatron_fsdp": []}
     first = made("strategy=fsdp2", *fp32["fsdp2"])
     steps(*first, 2)
     save(tmp_path / "step", first[1], first[2], step=2)
@@ -170,7 +171,7 @@ def test_attention_over_whole_rows_is_that_of_a_cpu_and_makes_no_mask(kind, dtyp
     from nemo_dist_conf.runtime.techniques.context.mask_rules import Behind, Both, Causal, Chunks
     from nemo_dist_conf.runtime.techniques.context.whole_attention import Scores, attend
 
-    rule = {"window": Both((Behind(300), Causal())), "chunks": Both((Chunks(512), Causal()))}.get(kind, Causal())
+    rule: Any = {"window": Both((Behind(300), Causal())), "chunks": Both((Chunks(512), Causal()))}.get(kind, Causal())
     scores = Scores(cap=2.0 if kind == "soft cap" else None)
     peaks = []
     for length in (4096, 8192, 16384):
@@ -179,12 +180,14 @@ def test_attention_over_whole_rows_is_that_of_a_cpu_and_makes_no_mask(kind, dtyp
         inputs = [torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for shape in shapes]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = attend(*inputs, length // 2, rule, scores)
+        query, key, value = inputs
+        out = attend(query, key, value, length // 2, rule, scores)
         gradients = torch.autograd.grad(out.float().square().sum(), inputs)
         peaks.append(torch.cuda.max_memory_allocated() - before)
         if length == 4096:
             plain = [part.detach().double().cpu().requires_grad_() for part in inputs]
-            wanted = attend(*plain, length // 2, rule, scores)
+            query, key, value = plain
+            wanted = attend(query, key, value, length // 2, rule, scores)
             expected = torch.autograd.grad(wanted.square().sum(), plain)
             for found, other in zip((out, *gradients), (wanted, *expected)):
                 apart = (found.double().cpu() - other).norm() / other.norm()

@@ -79,8 +79,11 @@ class TestJobsThatEndInTheirOwnWay:
         report = done.stdout[done.stdout.index("job #1 failed: do=raise") : done.stdout.index("#2 : do=exit3")]
         assert "\n  rank 1: ValueError: not on rank 1\n" in report
         trace = re.search(r'Traceback \(most recent call last\):\n    File "(.*)", line \d+, in main\n', report)
+        assert trace is not None
         assert trace[1] == str(program.folder / "app.py")  # no frames of ours before the task function
-        log_file = re.search(r"  its log      (.*)\n", report)[1]
+        found = re.search(r"  its log      (.*)\n", report)
+        assert found is not None
+        log_file = found[1]
         assert log_file == str(program.folder / "sweep/1/app.rank1.log")
         assert "logged by rank 1" in Path(log_file).read_text()
 

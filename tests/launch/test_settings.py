@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import shlex
 import socket
+from typing import Any, Callable
 
 import pytest
 import yaml
@@ -36,7 +37,7 @@ def problems(**options):
 
 
 # Option -> a value, and what elastic is given for it.
-PASSED_ON = {
+PASSED_ON: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
     "nproc_per_node": ({"nproc_per_node": 3}, lambda given: given.nproc_per_node == 3),
     "nnodes": (NODES, lambda given: (given.min_nodes, given.max_nodes) == (2, 2)),
     "rdzv_backend": (
@@ -172,8 +173,8 @@ TOLD = [case for case in REFUSED if not case[1].startswith(("the same without", 
 def test_what_a_refusal_tells_to_type_is_accepted(words, instead):
     [word] = shlex.split(instead)
     name, _, value = word.removeprefix("hydra.launcher.").partition("=")
-    typed = OmegaConf.merge(OmegaConf.structured(TorchrunConf), {name: yaml.safe_load(value)})[name]
-    read(**{key: given for key, given in words.items() if hasattr(TorchrunConf(), key)} | {name: typed})
+    typed: Any = OmegaConf.merge(OmegaConf.structured(TorchrunConf), {name: yaml.safe_load(value)})
+    read(**{key: given for key, given in words.items() if hasattr(TorchrunConf(), key)} | {name: typed[name]})
 
 
 def test_all_bad_options_are_refused_at_once():

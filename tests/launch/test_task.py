@@ -43,7 +43,7 @@ def replaced(config):
 first_of_two = replaced
 
 
-def replaced(config):  # noqa: F811
+def replaced(config):  # type: ignore[no-redef]
     return "second"
 
 
@@ -75,6 +75,7 @@ def opened(body):
 )
 def test_a_function_is_found_by_name_below_its_decorators(function, depth):
     reference = refer(function)
+    assert reference is not None
     assert (reference.module, reference.depth) == (__name__, depth)
     assert pickle.loads(pickle.dumps(reference)).find() is function
 

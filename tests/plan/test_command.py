@@ -150,7 +150,7 @@ def test_every_figure_of_the_hardware_counts(figure: str) -> None:
         words.append("train.dtype=float32")
     if figure == "kernel_launch_us":
         words = ["world_size=16", "train.global_batch_size=16"]  # a small model, which waits for its host
-    before = PROFILES["h100"].get(figure, getattr(HardwareConf, figure, None))
+    before: Any = PROFILES["h100"].get(figure, getattr(HardwareConf, figure, None))
     after = "another" if isinstance(before, str) else 2 * before
     assert run(composed(*words, f"hardware.{figure}={after}")) != run(composed(*words))
 
@@ -381,7 +381,8 @@ def test_a_picture_of_another_kind_is_refused(name: str, instead: str) -> None:
 )
 def test_a_wrong_node_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as refused:
-        run(OmegaConf.merge(composed(), OmegaConf.create(changes)) if "plan" not in changes else _with(changes["plan"]))
+        wrong: Any = OmegaConf.merge(composed(), OmegaConf.create(changes))
+        run(wrong if "plan" not in changes else _with(changes["plan"]))
     assert refused.value.type
 
 

@@ -197,7 +197,7 @@ def test_a_schedule_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_rank_keeps_by_formula_is_what_it_keeps_in_order(schedule: str, tmp_path: Path) -> None:
     file = tmp_path / "schedule.csv"
     file.write_text("0F0,0I0,0F1,0W0,0I1,0W1\n1F0,1B0,1F1,1B1\n")
-    csv = {"pp_schedule": None, "pp_schedule_csv": str(file)} if schedule == "file" else {}
+    csv: dict[str, Any] = {"pp_schedule": None, "pp_schedule_csv": str(file)} if schedule == "file" else {}
     made = job(schedule, 2, 2, **csv) if csv else job(schedule, 4, 8)
     once = dict.fromkeys([stage.index for stage in made.stages], 1.0)
     line = play(made, Costs(once, once))
@@ -219,7 +219,7 @@ def test_nothing_in_the_plan_stops_a_run(monkeypatch: pytest.MonkeyPatch, caplog
 
     from nemo_dist_conf.train import estimate
 
-    context = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    context: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
     for error in (KeyError("onef1b"), ZeroDivisionError(), AssertionError("no rank can go on"), ConfigError(PROBLEM)):
 
         def fails(job: Any, error: Exception = error) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import yaml
@@ -11,9 +13,9 @@ from nemo_dist_conf.families.registry import FAMILY_NAMES, find_family
 from nemo_dist_conf.families.shapes import shape_of, weights
 from nemo_dist_conf.recipe.yaml_folder import config_folder
 
-SHAPED_FAMILIES = [name for name in FAMILY_NAMES if find_family(name).shapes is not None]
+SHAPED_FAMILIES = [row.name for row in map(find_family, FAMILY_NAMES) if row is not None and row.shapes is not None]
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},

@@ -29,7 +29,13 @@ NODES = (*GROUPS, "activation_checkpointing", "seed", "device", "train", "checkp
 VALUES = ("null", "a_word", "[1,2]", "[]", "3", "true", "''", "{foo: 1}", "{_target_: 3}")
 #: Of them, what Hydra looks for among a group's options.
 OPTIONS = ("a_word", "[]", "''")
-INSIDE = ("model.config", "model.name_or_path", "model.config.model_type", "model.config.hidden_size", "optimizer.name")
+INSIDE: tuple[str, ...] = (
+    "model.config",
+    "model.name_or_path",
+    "model.config.model_type",
+    "model.config.hidden_size",
+    "optimizer.name",
+)
 INSIDE += ("optimizer.lr", "data.path", "data.seq_len", "train.steps", "train.global_batch_size", "checkpoint.resume")
 INSIDE += ("train.micro_batch_size", "train.dtype", "checkpoint.every", "checkpoint.async", "parallelism.tp_size")
 
@@ -99,7 +105,8 @@ def test_a_wrong_node_is_refused_and_what_is_offered_passes(node: str) -> None:
         if len(words) == 1 and words[0] in RIGHT:
             assert error is None, (words, error)
         elif isinstance(error, ConfigError):
-            line, again = Line(1, words), error
+            line = Line(1, words)
+            again: Exception | None = error
             for _ in range(3):
                 if isinstance(again, ConfigError) and line.ranks == 1:
                     line = next(filter(None, (typed(line, problem) for problem in again.problems)))

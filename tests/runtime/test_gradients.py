@@ -185,7 +185,7 @@ class Gate(nn.Module):
 def clip_narrow(unused: bool) -> tuple[float, float, int]:
     torch.manual_seed(3)
     plain = Gate(unused)
-    sharded = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    sharded: Any = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     x_BH = torch.randn(4, 6)
     for model in (plain, sharded):
         model(x_BH).sum().backward()

@@ -86,7 +86,7 @@ def test_there_is_one_group_where_all_are_treated_alike(changes: dict[str, Any])
 
 def test_frozen_parameters_are_left_out() -> None:
     module = model()
-    module[0].requires_grad_(False)
+    module.get_submodule("0").requires_grad_(False)
     groups = build({"name": "sgd", "lr": 0.1}, module).param_groups
     assert sum(len(group["params"]) for group in groups) == 4
 
@@ -102,8 +102,10 @@ def test_none_is_no_optimizer() -> None:
 
 def test_a_plain_dict_and_interpolations_work() -> None:
     cfg = OmegaConf.create({"rate": 0.25, "optimizer": {"name": "sgd", "lr": "${rate}"}})
-    assert build_optimizer(cfg.optimizer, model().named_parameters()).defaults["lr"] == 0.25
-    assert build_optimizer({"name": "sgd", "lr": 0.5}, model().named_parameters()).defaults["lr"] == 0.5
+    first = build_optimizer(cfg.optimizer, model().named_parameters())
+    second = build_optimizer({"name": "sgd", "lr": 0.5}, model().named_parameters())
+    assert first is not None and first.defaults["lr"] == 0.25
+    assert second is not None and second.defaults["lr"] == 0.5
 
 
 # ---------------------------------------------------------------------------------------------- the user's own

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def clean_environment() -> dict[str, str]:
 
 def run_all(environments: list[dict[str, str]]) -> list[str]:
     command = (sys.executable, "-c", SCRIPT)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started = [subprocess.Popen(command, env=clean_environment() | env, **pipes) for env in environments]
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0] * len(started), outputs

@@ -91,7 +91,7 @@ def with_toy(fn: Callable[..., Any], *args: Any) -> Any:
 
 def both_weights(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Names and shapes of all weights: of its row, and of its model."""
-    from toy_family.modeling import ToyConfig, ToyForCausalLM  # type: ignore[import-not-found]
+    from toy_family.modeling import ToyConfig, ToyForCausalLM
 
     with torch.device("meta"):
         model = ToyForCausalLM(ToyConfig(**config))

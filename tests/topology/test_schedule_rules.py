@@ -1,6 +1,7 @@
 """Rules of pipeline schedules."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,7 +12,8 @@ from nemo_dist_conf.topology.schedule_rules import find_schedule, pipeline_probl
 
 
 def settings(**changed):
-    return OmegaConf.to_container(OmegaConf.structured(PipelineConf)) | {"pp_batch_size": 8} | changed
+    values: Any = OmegaConf.to_container(OmegaConf.structured(PipelineConf))
+    return values | {"pp_batch_size": 8} | changed
 
 
 def test_every_option_names_a_schedule_that_torch_has():

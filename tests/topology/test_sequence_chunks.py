@@ -18,4 +18,5 @@ def test_what_does_not_split_is_refused_with_a_length_that_does(tokens, cp_size)
 
 def test_a_config_is_told_the_keys():
     problem = chunk_problem(10, 4, Spelling("dist"))
+    assert problem is not None
     assert (problem.asked, problem.instead) == ("dist.parallelism.cp_size=4 data.seq_len=10", "data.seq_len=8")

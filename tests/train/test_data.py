@@ -466,7 +466,7 @@ class UsersData:
 
 def test_a_target_is_the_users_own_data() -> None:
     node = OmegaConf.create({"_target_": f"{__name__}.UsersData", "word": "hi"})
-    built = build_data(node, global_batch_size=8, seed=5)
+    built: Any = build_data(node, global_batch_size=8, seed=5)
     assert built.got == ("hi", 8, 5)
 
 

@@ -83,7 +83,7 @@ def own_loop(words: list[str]):
     setup, model, optimizer = instantiate(composed(*words, model=MODELS["llama"], optimizer=sgd))
     context, scaler = setup.mesh_context, torch.amp.GradScaler("cpu", init_scale=2.0**40)
     ids, labels = (part.chunk(context.data_size)[context.data_rank] for part in batch())
-    found = []
+    found: list[tuple[float, float]] = []
     while len(found) < 3:
         loss = loss_sum(model, ids, labels)
         scaler.scale(loss * (context.gradient_size / (16 * 15))).backward()

@@ -275,7 +275,7 @@ def test_ctrl_c_says_where_the_run_stopped_what_is_saved_and_the_command_that_go
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["-m", "nemo_dist_conf.train", *TINY, "device=cpu", FOLDER, "train.steps=9999", "checkpoint.every=9999"]
     environ = os.environ | ONE_THREAD
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*torchrun, *words], cwd=tmp_path, env=environ, start_new_session=True, **both)
     wait_for_a_step(tmp_path, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the command

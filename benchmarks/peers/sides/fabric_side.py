@@ -34,7 +34,7 @@ def _wrap(job: Job) -> tuple[Any, Callable[[Any], float]]:
     model = build(job)
     hand.prepare_layers(model, job)
     model = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), **job.adamw))
+    optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), **job.adamw))
 
     def step(batch: torch.Tensor) -> float:
         loss = loss_of(model, batch)

@@ -81,7 +81,8 @@ def clip_over_meshes(model: Any) -> None:
     groups: dict[Any, list[Any]] = {}
     for parameter in model.parameters():
         groups.setdefault(parameter.device_mesh, []).append(parameter)
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]).full_tensor() for group in groups.values()]
+    totals: list[Any] = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups.values()]
+    norms = [total.full_tensor() for total in totals]
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups.values():
         torch.nn.utils.clip_grads_with_norm_(group, MAX_GRAD_NORM, total)

@@ -72,6 +72,7 @@ def test_a_rank_that_says_a_folder_of_its_own_keeps_it_only_without_our_groups(a
         config = agree(rank, "hydra.run.dir='out/${draw:}/${oc.env:LOCAL_RANK}'", strict=strict)
         folders.append(folder_of_run(config))
     first, second = folders
+    assert first is not None and second is not None
     assert first.endswith("/0") and second.endswith("/0" if strict else "/1") and first[:-1] == second[:-1]
     assert config.hydra.output_subdir == (None if strict else ".hydra")
 

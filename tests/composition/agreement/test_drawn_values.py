@@ -188,13 +188,13 @@ def test_a_cached_resolver_gives_one_answer_to_the_whole_tree():
 @pytest.mark.parametrize("constant", ["UUID", "hex", "time", "random"])
 def test_a_constant_that_was_drawn_when_a_module_was_imported_is_rank_0s(constant):
     """Another process has another constant, which neither the call nor its answer here can tell."""
+    times = iter(["2031-01-02_03-04-05", "2031-01-02_03-04-06"])
     values = {
         "UUID": lambda: f"run-{uuid.uuid4()}",
         "hex": lambda: f"run_{uuid.uuid4().hex[:7]}a1",
         "time": lambda: next(times),
         "random": lambda: f"{random.randint(10**9, 10**10)}.log",
     }
-    times = iter(["2031-01-02_03-04-05", "2031-01-02_03-04-06"])
     first, second = (OmegaConf.create({"a": "${constant:}", "b": "in/${constant:}"}) for _ in "01")
     mine, theirs = values[constant](), values[constant]()
     register_resolver("constant", lambda: mine)

@@ -220,7 +220,7 @@ def from_numpy_and_random() -> nn.Module:
 
 @_case
 def looks_at_values() -> nn.Module:
-    model = nn.Module()
+    model: Any = nn.Module()
     model.a = nn.Linear(int(torch.tensor([2, 3]).sum()), 3)
     model.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
     if torch.ones(2).sum() > 1:
@@ -365,7 +365,7 @@ def each_from_the_last() -> nn.Module:
 @_case
 def two_parameters_in_one_memory() -> nn.Module:
     model = Stack([nn.Linear(3, 3), nn.Linear(3, 3)])
-    model[1].weight = nn.Parameter(model[0].weight.data)
+    model[1].weight = nn.Parameter(model.get_parameter("0.weight").data)
     return model
 
 
@@ -385,7 +385,7 @@ def into_given_memory() -> nn.Module:
     torch.mul(a, 2, out=c)
     grown = torch.zeros(3).resize_(5).fill_(2)
     seen = torch.empty(0).set_(a)  # type: ignore[call-overload]
-    model = holder(a=a, b=b, c=c, grown=grown, seen=seen.clone())
+    model: Any = holder(a=a, b=b, c=c, grown=grown, seen=seen.clone())
     for make in (torch.zeros, torch.ones, torch.rand):
         model.register_buffer(f"{make.__name__}_", make(3, out=torch.full((3,), 9.0)))
     model.register_buffer("full_", torch.full((3,), 2.0, out=torch.rand(3)))
@@ -441,21 +441,23 @@ class SlopedNet(Net):
         super().__init__()
         self.embed.weight = nn.Parameter(torch.empty(VOCABULARY, 32).normal_(0, 0.02))
         self.head = SlopedHead(32, VOCABULARY)  # type: ignore[assignment]
-        nn.init.orthogonal_(self.blocks[0].up.weight)
+        nn.init.orthogonal_(self.get_parameter("blocks.0.up.weight"))
         self.blocks[1].load_state_dict(self.blocks[0].state_dict())
         with torch.no_grad():
-            self.blocks[2].down.weight.zero_()
+            self.get_parameter("blocks.2.down.weight").zero_()
 
 
 class Attributes(nn.Module):
     """Keeps tensors that are neither parameters nor buffers."""
+
+    half: Any  # not the method of this name
 
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 3)
         self.slopes = torch.linspace(0, 1, 5)
         self.half = self.slopes[:2]
-        self.several = [torch.arange(3), (torch.ones(2),)]
+        self.several: list[Any] = [torch.arange(3), (torch.ones(2),)]
         self.named = {"eye": torch.eye(2)}
         self.helper = types.SimpleNamespace(table=torch.arange(4.0))
         self.drawn = torch.randn(64)

@@ -415,7 +415,7 @@ class Wide(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(8))
         with torch.no_grad():
             for layer in self.layers:
-                layer.weight.copy_(layer.weight.exp().sub(1).t())
+                layer.weight.copy_(layer.weight.exp().sub(1).t())  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -471,7 +471,7 @@ class Unfinished(nn.Module):
 
 
 def test_what_a_constructor_never_sets_is_said_and_starts_at_0(caplog: pytest.LogCaptureFixture) -> None:
-    model = build_model(None, Unfinished, 0, CPU, math.inf).model
+    model: Any = build_model(None, Unfinished, 0, CPU, math.inf).model
     assert "Unfinished: nothing gives gain a value, so it starts at 0" in caplog.text
     assert not model.gain.any() and model.fc.weight.all()
 

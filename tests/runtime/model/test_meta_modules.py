@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ class Tabled(nn.Linear):
 
 
 def test_tables_of_a_module_on_meta() -> None:
-    model = build_model(None, on_meta(Tabled, True), 0, CPU, math.inf).model
+    model: Any = build_model(None, on_meta(Tabled, True), 0, CPU, math.inf).model
     assert torch.equal(model.table[0], torch.arange(3.0)) and not model.weight.is_meta
     with pytest.raises(ConfigError, match="nothing sets table/0"):
         build_model(None, on_meta(Tabled, False), 0, CPU)

@@ -69,8 +69,8 @@ class Layers(nn.Module):
         self.extra = nn.ParameterList(nn.Parameter(torch.randn(3)) for _ in range(first))
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(count))
         for layer in self.layers:
-            nn.init.trunc_normal_(layer.weight)
-            nn.init.normal_(layer.bias)
+            nn.init.trunc_normal_(layer.get_parameter("weight"))
+            nn.init.normal_(layer.get_parameter("bias"))
 
 
 def test_a_tensor_depends_on_its_name_and_on_nothing_around_it() -> None:
@@ -150,12 +150,17 @@ def test_parameters_in_one_memory_stay_there() -> None:
 # ------------------------------------------------------------------------------- what it leaves behind
 
 
+def _numpy_state() -> list[int]:
+    state: Any = np.random.get_state()
+    return state[1].tolist()
+
+
 def test_generators_are_as_before() -> None:
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    states: Any = torch.get_rng_state(), random.getstate(), _numpy_state()
     filled(CONSTRUCTORS["from_numpy_and_random"])
     filled(CONSTRUCTORS["with_a_seed_of_its_own"])
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1] and np.random.get_state()[1].tolist() == states[2]
+    assert random.getstate() == states[1] and _numpy_state() == states[2]
 
 
 def test_what_ranks_compare_allows_for_other_cpus() -> None:
@@ -264,7 +269,7 @@ def never_ran() -> nn.Module:
 
 class Odd(Tensor):
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return func(*args, **(kwargs or {}))
 
 
@@ -322,6 +327,7 @@ def test_a_table_of_others_stays_theirs() -> None:
         return model
 
     weight, values = _BUILT.a.weight, _BUILT.a.weight.detach().clone()
+    model: Any
     model, made = recorded(factory)
     assert not _GIVEN.is_meta
     materialise(model, made)

@@ -201,7 +201,7 @@ def test_stages_in_a_row_compute_what_the_model_does() -> None:
     assert torch.equal(x, model(ids))
     parameters = [name for stage in stages for name, _ in stage.named_parameters()]
     assert sorted(parameters) == sorted(name for name, _ in model.named_parameters())
-    assert stages[1].get_parameter("layers.1.mix.weight") is model.layers[1].mix.weight
+    assert stages[1].get_parameter("layers.1.mix.weight") is model.get_parameter("layers.1.mix.weight")
 
 
 def test_a_hook_of_one_stage_is_not_one_of_another() -> None:
@@ -233,6 +233,9 @@ def test_too_few_layers_are_refused_where_no_one_knew_them_before() -> None:
 
 class Counting(Plain):
     """Keeps in attributes and lists what it was given, and draws."""
+
+    layers: Any
+    tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()

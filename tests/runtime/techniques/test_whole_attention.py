@@ -80,8 +80,9 @@ def test_forward_and_gradients_are_those_of_plain_attention(
             for width in (D, 5):
                 inputs = [drawn(B, H, N, D), drawn(B, K, S, D), drawn(B, K, S, width)]
                 scores = Scores(**options)
-                wanted = plainly(*inputs, start, RULES[name], scores)  # type: ignore[call-arg,misc]
-                found = attend(*inputs, start, RULES[name], scores)  # type: ignore[call-arg,misc]
+                query, key, value = inputs
+                wanted = plainly(query, key, value, start, RULES[name], scores)
+                found = attend(query, key, value, start, RULES[name], scores)
                 torch.testing.assert_close(found, wanted)
                 inputs += [value for value in options.values() if isinstance(value, Tensor)]
                 gradient = torch.randn_like(wanted)

@@ -24,7 +24,7 @@ class AveragingEngine(Engine):
             if steps % self.config.every == 0:
                 for parameter in model.parameters():
                     dist.all_reduce(parameter, group=group)
-                    parameter /= group.size()
+                    parameter.div_(group.size())
 
         optimizer.register_step_post_hook(average)
         return optimizer
