@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Callable, Iterator, Sequence
 
 from nemo_dist_conf.errors import ConfigError
-from nemo_dist_conf.names import SCHEDULES
+from nemo_dist_conf.names import SCHEDULES, Schedule
 from nemo_dist_conf.topology.schedule_file import Action, ScheduleFile
 from nemo_dist_conf.wording import assigned, unknown_name
 
@@ -163,22 +163,23 @@ def played_schedule(name: str) -> PlayedSchedule:
     Raises ConfigError for a schedule that names none, and for one without an order whose backward is whole, which
     cannot be played greedily: no other one's order is taken for it.
     """
-    schedule = SCHEDULES[name]
-    played = _loaded(schedule.played) if schedule.played is not None else None
-    if played is None or (played.order is None and not schedule.splits_backward):
+    played = _of_row(SCHEDULES[name])
+    if played is None:
         raise unknown_schedule(name)
     return played
 
 
 @functools.cache
-def _loaded(path: str) -> PlayedSchedule:
-    played: PlayedSchedule = pkgutil.resolve_name(path)
-    return played
+def _of_row(schedule: Schedule) -> PlayedSchedule | None:
+    if schedule.played is None:
+        return None
+    played: PlayedSchedule = pkgutil.resolve_name(schedule.played)
+    return played if played.order is not None or schedule.splits_backward else None
 
 
 def planned_schedules() -> list[str]:
     """Option names of the schedules that the plan can play."""
-    return [name for name, schedule in SCHEDULES.items() if schedule.played is not None]
+    return [name for name, schedule in SCHEDULES.items() if _of_row(schedule) is not None]
 
 
 def unknown_schedule(name: str) -> ConfigError:
