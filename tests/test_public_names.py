@@ -20,10 +20,6 @@ FOR_USERS = re.compile(
     r"nemo_dist_conf(\.(checkpoint|compose|config|explain|gradients|hooks|mesh|pipelining|schema))?"
     r"|nemo_dist_conf\.strategies\.\w+|.*\.__main__"
 )
-#: names that have yet to get their underscore; none may come to it
-NOT_YET = {
-    "nemo_dist_conf.plan.rank_shards": "chunk",
-}
 #: names that a row's module has for whoever looks the row up
 LOOKED_UP = {"nemo_dist_conf.families": {"FAMILY", "block_weights", "outer_weights"}}
 #: folders whose programs and texts count as users of a name
@@ -172,7 +168,7 @@ def test_what_other_modules_import_is_listed(path: Path) -> None:
 def test_what_is_listed_is_used_elsewhere(path: Path) -> None:
     """By an import, by its dotted name, as a type of something that is, or beside another value of the same kind."""
     module, listed = module_name(path), public_names(path) or []
-    kept = {*types_of_signatures(path, listed), *constants_beside(path), *NOT_YET.get(module, "").split()}
+    kept = {*types_of_signatures(path, listed), *constants_beside(path)}
     kept |= LOOKED_UP.get(module.rpartition(".")[0], set())
     used = {name for name in listed if (module, name) in used_names() or f"{module}.{name}" in dotted_names()}
     assert set(listed) - used - kept == set()

@@ -16,7 +16,6 @@ __all__ = [
     "HEAD",
     "Place",
     "Unit",
-    "chunk",
     "gathered_bytes",
     "held_elements",
     "padded",
@@ -66,7 +65,7 @@ class _Split:
     rests_sharded: bool
 
 
-def chunk(size: int, parts: int, index: int) -> int:
+def _chunk(size: int, parts: int, index: int) -> int:
     """Rows of part ``index`` when torch cuts ``size`` rows into ``parts``: the first ones are full, the last may be 0.
 
     Source: torch.chunk, which DTensor and fully_shard follow.
@@ -115,7 +114,7 @@ def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> 
     if style is None:
         return weight.shape
     dim = style.split_dim("Embedding" if weight.part == "embedding" else "Linear")
-    return tuple(chunk(size, tp, index) if d == dim else size for d, size in enumerate(weight.shape))
+    return tuple(_chunk(size, tp, index) if d == dim else size for d, size in enumerate(weight.shape))
 
 
 def _split_of(job: Job) -> _Split:
@@ -131,7 +130,7 @@ def held_elements(job: Job, unit: Unit, place: Place) -> int:
 def _held(unit: Unit, split: _Split, place: Place) -> int:
     index = place.ep_shard if unit.expert else place.shard
     return sum(
-        outer * (chunk(size, parts, index) if split.rests_sharded else size)
+        outer * (_chunk(size, parts, index) if split.rests_sharded else size)
         for outer, size, parts in _dimensions(unit, split, place.tp, place.ep)
     )
 
@@ -144,7 +143,7 @@ def _dimensions(unit: Unit, split: _Split, tp: int, ep: int) -> Iterator[tuple[i
     for name, weight in unit.weights:
         if unit.expert:
             experts, size, *rest = weight.shape
-            yield chunk(experts, split.ep, ep) * prod(rest), size, split.ep_shard
+            yield _chunk(experts, split.ep, ep) * prod(rest), size, split.ep_shard
         else:
             size, *rest = tp_shape(split.styles, split.tp, name, weight, tp)
             yield prod(rest), size, split.shards
