@@ -39,15 +39,15 @@ class MeshContext:
     device_mesh: root mesh of the strategy (fsdp2: pp, dp_replicate, dp_shard, cp, tp). moe_mesh: ep_shard, ep
     over the same ranks. Without meshes every size is 1 and dp_size is None.
     sums_gradients: the strategy adds gradients over ranks instead of averaging them.
-    ddp_ranks: (rank, number of ranks) of a context that was built before there was a process group, for a strategy
-    that needs no mesh: DDP takes the group of all ranks, which wrapping the model starts.
+    ranks_without_mesh: (rank, number of ranks) of a context that was built before there was a process group, for a
+    strategy that needs no mesh: DDP takes the group of all ranks, which wrapping the model starts.
     """
 
     device_mesh: DeviceMesh | None = None
     moe_mesh: DeviceMesh | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sums_gradients: bool = False
-    ddp_ranks: tuple[int, int] | None = None
+    ranks_without_mesh: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         known = {axis.value for axis in A}
@@ -76,7 +76,7 @@ class MeshContext:
     ) -> MeshContext:
         """Meshes for these sizes on the current process group, which is started if there is none.
 
-        For a strategy that needs no mesh none is started, and without one there is no mesh (``ddp_ranks``).
+        For a strategy that needs no mesh none is started, and without one there is no mesh (``ranks_without_mesh``).
         Raises ConfigError where the sizes do not fit the strategy or the world size, and for what is no config.
         """
         strategy = _strategy_of(strategy_config)
@@ -92,14 +92,14 @@ class MeshContext:
     ) -> MeshContext:
         """The meshes of a solved topology on the current process group, which is started if there is none.
 
-        For a strategy that needs no mesh none is started, and without one there is no mesh (``ddp_ranks``).
+        For a strategy that needs no mesh none is started, and without one there is no mesh (``ranks_without_mesh``).
         Raises ConfigError where the ranks are not as many as the topology has.
         """
         if not strategy.needs_mesh and not dist.is_initialized():
             place = launched()
             if place.source != "none":
                 _require(spec.world_size, place.world_size, "{found} ranks were started")
-            return cls(device=choose_device(device, place.local_rank), ddp_ranks=(place.rank, spec.world_size))
+            return cls(device=choose_device(device, place.local_rank), ranks_without_mesh=(place.rank, spec.world_size))
         info = initialize_distributed(device=device)
         _require(spec.world_size, info.world_size, _GROUP)
         device_mesh, moe_mesh = _build_meshes(spec, info.device.type)
@@ -167,13 +167,13 @@ class MeshContext:
     @property
     def dp_size(self) -> int | None:
         """Data-parallel ranks, replicas and shards together; None without a mesh."""
-        if self.ddp_ranks is not None:
+        if self.ranks_without_mesh is not None:
             return self._all_ranks()[1]
         return None if self.device_mesh is None else self.size(A.DP)
 
     @property
     def world_size(self) -> int:
-        if self.ddp_ranks is not None:
+        if self.ranks_without_mesh is not None:
             return self._all_ranks()[1]
         return self.device_mesh.size() if self.device_mesh is not None else 1
 
@@ -182,15 +182,15 @@ class MeshContext:
         """Whether this is global rank 0, the one that prints and writes."""
         if dist.is_initialized():
             return dist.get_rank() == 0
-        return self.ddp_ranks is None or self.ddp_ranks[0] == 0
+        return self.ranks_without_mesh is None or self.ranks_without_mesh[0] == 0
 
     def _all_ranks(self) -> tuple[int, int]:
-        """(rank, number of ranks) of ddp; a process group that was started since has to be as large as it was said."""
-        if self.ddp_ranks is None:
+        """(rank, number of ranks) without a mesh; a process group that was started since has to be as large as it was said."""
+        if self.ranks_without_mesh is None:
             return (0, 1)
         if dist.is_initialized():
-            _require(self.ddp_ranks[1], dist.get_world_size(), _GROUP)
-        return self.ddp_ranks
+            _require(self.ranks_without_mesh[1], dist.get_world_size(), _GROUP)
+        return self.ranks_without_mesh
 
     @property
     def data_size(self) -> int:

@@ -331,7 +331,7 @@ def ddp_before_its_group():
     DistributedSetup.build("fsdp2")
     wrong = DistributedSetup.build("ddp").mesh_context
     reached = setup.mesh_context.sum_over_data(torch.ones(1))
-    later = dataclasses.replace(setup.mesh_context, ddp_ranks=(0, 4))
+    later = dataclasses.replace(setup.mesh_context, ranks_without_mesh=(0, 4))
     try:
         later.data_size
     except ConfigError as error:
