@@ -185,7 +185,7 @@ class MeshContext:
         return self.ranks_without_mesh is None or self.ranks_without_mesh[0] == 0
 
     def _all_ranks(self) -> tuple[int, int]:
-        """(rank, number of ranks) without a mesh; a process group that was started since has to be as large as it was said."""
+        """(rank, number of ranks) without a mesh; a group that was started since has to be as large as was said."""
         if self.ranks_without_mesh is None:
             return (0, 1)
         if dist.is_initialized():
