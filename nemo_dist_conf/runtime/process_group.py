@@ -76,13 +76,12 @@ def initialize_distributed(
     Raises ConfigError where the variables are incomplete, the device is missing or ranks do not come.
     """
     place = launched()
+    own_device = choose_device(device, place.local_rank)
     if dist.is_initialized():
-        found = choose_device(device, place.local_rank)
-        return DistInfo(dist.get_backend(), dist.get_rank(), dist.get_world_size(), found)
-    found = choose_device(device, place.local_rank)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
-    chosen = backend or ("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
+        return DistInfo(dist.get_backend(), dist.get_rank(), dist.get_world_size(), own_device)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
+    chosen = backend or ("cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo")
     dist.init_process_group(
         chosen,
         store=_store(place, 60 * timeout_minutes),
@@ -92,7 +91,7 @@ def initialize_distributed(
     )
     atexit.register(shutdown_distributed)
     log.debug("process group: %s, rank %d of %d, from %s", chosen, place.rank, place.world_size, place.source)
-    return DistInfo(chosen, place.rank, place.world_size, found)
+    return DistInfo(chosen, place.rank, place.world_size, own_device)
 
 
 def shutdown_distributed() -> None:
