@@ -115,8 +115,9 @@ def unknown_name(
     the name that was probably meant. meant: known names that the one asked is said to stand for; () is by likeness.
     """
     names = [str(each) for each in known]
-    likely = list(meant) or nearest(name, names)
-    likely = likely or [each for each in names if str(name) and each.startswith(str(name))]
+    likely = list(meant)
+    if not likely and isinstance(name, str):  # null is nobody's slip of the finger
+        likely = nearest(name, names) or [each for each in names if name and each.startswith(name)]
     if likely and hint:
         what = f"{what}; did you mean {likely[0]}?"
     if allowed is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from typing import Any, Callable, Mapping
 
@@ -154,18 +153,27 @@ def _put(store: dict[str, Any], group: str | None, name: str, make: Callable[[],
         level[f"{name}.yaml"] = LazyNode(name, group, PROVIDER, make)
 
 
+class _Added:
+    """The further options of a group as entries of the store, made at the first question; goes through pickle."""
+
+    def __init__(self, group: str, makers: Callable[[], Mapping[str, Callable[[], Any]]]) -> None:
+        self.group, self.makers = group, makers
+        self.entries: dict[str, LazyNode] | None = None
+
+    def __call__(self) -> dict[str, LazyNode]:
+        if self.entries is None:
+            made = self.makers().items()
+            self.entries = {f"{name}.yaml": LazyNode(name, self.group, PROVIDER, make) for name, make in made}
+        return self.entries
+
+
 def _open(store: dict[str, Any], group: str, added: Callable[[], Mapping[str, Callable[[], Any]]]) -> None:
     """Let a group have options that are found later. An app's own file or entry of such a name stands before them."""
     *above, last = group.split("/")
     level = store
     for part in above:
         level = level[part]
-
-    @functools.cache
-    def entries() -> dict[str, LazyNode]:
-        return {f"{name}.yaml": LazyNode(name, group, PROVIDER, make) for name, make in added().items()}
-
-    level[last] = OpenOptions(level.get(last, {}), entries)
+    level[last] = OpenOptions(level.get(last, {}), _Added(group, added))
 
 
 def _level(store: dict[str, Any], group: str | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from typing import Any, Iterator
 
 import pytest
@@ -147,23 +148,23 @@ def test_what_is_no_optimizer_is_refused(node: Any) -> None:
         ({"name": "adamW"}, "optimizer.name=adamW", "optimizer.name=adamw"),
         ({"name": "lion"}, "optimizer.name=lion", "optimizer.name=adamw"),
         ({"name": None}, "optimizer.name=null", "optimizer.name=adamw"),
-        ({"name": ["adamw"]}, "optimizer.name=[adamw]", "optimizer.name=adamw"),
+        ({"name": ["adamw"]}, "'optimizer.name=[adamw]'", "optimizer.name=adamw"),
         ({"lr": -1}, "optimizer.lr=-1", "optimizer.lr=0.001"),
         ({"lr": "fast"}, "optimizer.lr=fast", "optimizer.lr=0.001"),
         ({"lr": None}, "optimizer.lr=null", "optimizer.lr=0.001"),
         ({"lr": True}, "optimizer.lr=true", "optimizer.lr=0.001"),
         ({"lr": float("nan")}, "optimizer.lr=nan", "optimizer.lr=0.001"),
-        ({"betas": [0.9]}, "optimizer.betas=[0.9]", "optimizer.betas=[0.9,0.95]"),
-        ({"betas": [0.9, 1.0]}, "optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9,0.95]"),
-        ({"betas": 0.9}, "optimizer.betas=0.9", "optimizer.betas=[0.9,0.95]"),
-        ({"eps": 0}, "optimizer.eps=0", "optimizer.eps=1e-8"),
+        ({"betas": [0.9]}, "'optimizer.betas=[0.9]'", "'optimizer.betas=[0.9,0.95]'"),
+        ({"betas": [0.9, 1.0]}, "'optimizer.betas=[0.9,1.0]'", "'optimizer.betas=[0.9,0.95]'"),
+        ({"betas": 0.9}, "optimizer.betas=0.9", "'optimizer.betas=[0.9,0.95]'"),
+        ({"eps": 0}, "optimizer.eps=0", "optimizer.eps=1e-08"),
         ({"weight_decay": -0.1}, "optimizer.weight_decay=-0.1", "optimizer.weight_decay=0.0"),
         ({"decay_1d": "no"}, "optimizer.decay_1d=no", "optimizer.decay_1d=false"),
         ({"fused": 1}, "optimizer.fused=1", "optimizer.fused=null"),
         ({"momentum": 0.9}, "optimizer.momentum=0.9", "optimizer=sgd"),
         ({"weight_deacy": 0.1}, "optimizer.weight_deacy=0.1", "optimizer.weight_decay=0.1"),
         ({"zzz": 0.1}, "optimizer.zzz=0.1", "~optimizer.zzz"),
-        ({"name": "sgd", "betas": [0.9, 0.95]}, "optimizer.betas=[0.9,0.95]", "optimizer=adamw"),
+        ({"name": "sgd", "betas": [0.9, 0.95]}, "'optimizer.betas=[0.9,0.95]'", "optimizer=adamw"),
         ({"name": "sgd", "momentum": 1.5}, "optimizer.momentum=1.5", "optimizer.momentum=0.9"),
         ({"name": "sgd", "nesterov": True}, "optimizer.nesterov=true", "optimizer.nesterov=false"),
     ],
@@ -173,7 +174,7 @@ def test_a_wrong_setting_is_refused(changes: dict[str, Any], asked: str, type_: 
         build({"name": "adamw", "lr": 0.1, **changes})
     assert (error.value.asked, error.value.type) == (asked, type_)
     assert error.value.what and error.value.allowed
-    OverridesParser.create().parse_override(error.value.type)
+    OverridesParser.create().parse_override(*shlex.split(error.value.type))
 
 
 def test_a_missing_rate_is_refused() -> None:
