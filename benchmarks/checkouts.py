@@ -54,6 +54,7 @@ def main() -> None:
                 for name, value in _in_ranks(folder, strategy, options.quick).items():
                     found.setdefault(f"{strategy}: {name}, ms", {}).setdefault(side, []).append(value * 1e3)
     written = report.new_report(__file__, commits={side: _commit(folder) for side, folder in sides.items()})
+    written["command"] = written["command"].replace(str(options.before), "/path/to/before")
     for name, values in found.items():
         before, after = (statistics.median(values[side]) for side in sides)
         row = {"name": name, "before": before, "after": after, "ratio": after / before, "rounds": values}
@@ -93,21 +94,23 @@ def _commit(folder: Path) -> str:
 
 
 def _table(written: dict[str, Any]) -> str:
-    rows = [
-        (row["name"], f"{row['before']:.3g}", f"{row['after']:.3g}", f"{row['ratio']:.2f}")
-        for row in written["results"]
-    ]
-    return report.table(("what", "before", "after", "after / before"), rows)
+    columns = ("what", "before", "after", "after / before", "lowest before", "lowest after", "rounds")
+    rows = []
+    for row in written["results"]:
+        rounds = row["rounds"]
+        numbers = (row["before"], row["after"], row["ratio"], min(rounds["before"]), min(rounds["after"]))
+        rows.append((row["name"], *(f"{number:.3g}" for number in numbers), str(len(rounds["after"]))))
+    return report.table(columns, rows)
 
 
 def _markdown(written: dict[str, Any]) -> str:
     hardware, commits = written["hardware"], written["commits"]
     return (
         f"# Before and after a change\n\n{_table(written)}\n\n"
-        f"Before is commit {commits['before']}, after {commits['after']}. Medians of "
-        f"{len(written['results'][0]['rounds']['after'])} rounds, in turns.\n\n"
-        f"{written['date']}, {hardware['cpu']}, {hardware['cores']} cores, "
-        f"load before {hardware['load_before']}; {report.used(written)}.\n\n    {written['command']}\n"
+        f"Before is commit {commits['before']}, after {commits['after']}. Medians of the rounds, which took turns; how far "
+        "the lowest lie below them is how busy the machine was.\n\n"
+        f"{written['date']}, {hardware['cpu']}, {hardware['cores']} cores, load before {hardware['load_before']}; "
+        f"{report.used(written)}.\n\n    {written['command']}\n"
     )
 
 
