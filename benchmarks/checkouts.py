@@ -107,8 +107,8 @@ def _markdown(written: dict[str, Any]) -> str:
     hardware, commits = written["hardware"], written["commits"]
     return (
         f"# Before and after a change\n\n{_table(written)}\n\n"
-        f"Before is commit {commits['before']}, after {commits['after']}. Medians of the rounds, which took turns; how far "
-        "the lowest lie below them is how busy the machine was.\n\n"
+        f"Before is commit {commits['before']}, after {commits['after']}. Medians of the rounds, which took turns; how "
+        "far the lowest lie below them is how busy the machine was.\n\n"
         f"{written['date']}, {hardware['cpu']}, {hardware['cores']} cores, load before {hardware['load_before']}; "
         f"{report.used(written)}.\n\n    {written['command']}\n"
     )
