@@ -25,10 +25,8 @@ _SIZES: list[tuple[int, str]] = [
     (4, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads"),
     (4, "attention_heads num_experts num_local_experts n_routed_experts moe_num_experts num_cross_attention_heads"),
     (4, "zero_expert_num"),
-    (
-        2,
-        "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts",
-    ),
+    (2, "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k"),
+    (2, "top_k_experts"),
     (16, "head_dim global_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim patch_size pronunciation_embed_dim"),
     (16, "shape_embed_dim"),
     (8, "state_size mamba_d_state ssm_state_size"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -43,9 +44,23 @@ class Cell:
         return json.dumps(asdict(self))
 
 
+#: What differs from model to model in the words of one reason, and what stands for it.
+_NAMES = (
+    (r"\b\w+For[A-Z]\w+|\b\w+LMHead\w*", "MODEL"),
+    (r"\b(?:[A-Z][a-z0-9]*){2,}\b(?<!Error)", "CLASS"),
+    (r"\b[a-z_]\w*(?:\.\w+)+\b(?!=)(?<!tp_plan)", "NAME"),
+    (r"(?:NAME, )+(?:NAME|\.\.\.)", "NAMES"),
+    (r"\b\d+ of \d+\b", "N of M"),
+)
+
+
 def why(cell: Cell) -> str:
-    """What was found, without what to type instead, which differs from model to model."""
-    return cell.reason.split(" asked ")[0][:300].replace("|", "\\|")
+    """What was found, without what to type instead, in words that hold for all models it was found of."""
+    text = cell.reason.partition(" asked ")[0]
+    if cell.kind == "refused":
+        for pattern, word in (*_NAMES, (rf"(?<!\w){re.escape(cell.family)}(?!\w)", "FAMILY")):
+            text = re.sub(pattern, word, text)
+    return text[:300].replace("|", "\\|")
 
 
 def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
@@ -61,14 +76,15 @@ def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
         "# The zoo",
         "",
         f"Every causal family of transformers, as a tiny model of {LAYERS} layers (float32, weights enlarged so that "
-        f"attention, soft caps and sinks matter, nothing drops out), {STEPS} steps of SGD with momentum and clipping on "
-        f"rows of {LENGTH} tokens along each axis, on 2 ranks (hsdp and pairs: 4), beside plain torch in one process. "
+        f"attention, caps and sinks matter, nothing drops out), {STEPS} steps of SGD with momentum and clipping "
+        f"on rows of {LENGTH} tokens along each axis, on 2 ranks (hsdp and pairs: 4), beside plain torch in one process. "
         "A cell is the worst relative difference of a loss, a gradient norm or of what a parameter has moved by: equal "
         f"up to {TOLERANCE:.0e}; *rN*: refused before a start, with the reason N below; **wrong**: computed, and not "
         "equal; **error**: ended by something else than a refusal; *no reference*: a tiny model of the family does not "
         "run in one process (reason N).",
         "",
-        "`compile`: the blocks are traced and run as they are. `megatron`: the library on a stand-in for CUDA.",
+        "In a reason MODEL, CLASS, FAMILY and NAME stand for what the model at hand has there; docs/zoo.json has each "
+        "cell in full. `compile`: the blocks are traced and run as they are. `megatron`: the library on a stand-in for CUDA.",
         "",
         f"{len(shown)} of {len(families) * len(AXES)} cells measured, {missing} not yet (empty). {days}, gloo, CPU "
         f"({platform.machine()}): `python -m tests.zoo --write`.",
@@ -79,6 +95,11 @@ def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
     for axis, count in counts.items():
         numbers = [count[kind] for kind in KINDS] + [len(families) - count.total()]
         lines.append(f"| {axis} | {' | '.join(map(str, numbers))} |")
+    wrong = [cell for cell in shown.values() if not cell.is_right]
+    lines += ["", "## Wrong", "", *([] if wrong else ["None."])]
+    for cell in sorted(wrong, key=lambda cell: (list(AXES).index(cell.axis), cell.family)):
+        told = cell.reason[:200].replace("<", "&lt;") or f"difference {cell.difference}"
+        lines.append(f"- {cell.family}, {cell.axis}: {cell.kind}, {told}")
     lines += ["", "## Families", "", f"| family | {' | '.join(AXES)} |", "|---|" + "---|" * len(AXES)]
     for family in families:
         row = [_shown(shown.get((family, axis)), number) for axis in AXES]

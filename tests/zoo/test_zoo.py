@@ -76,4 +76,5 @@ def test_the_page_counts_each_cell_and_names_each_reason_once() -> None:
     assert len(KINDS) == 5
     assert rows["a"].startswith("| a | 2e-07 |") and "| r1 |" in rows["a"]
     assert all(told in rows["b"] for told in ("**wrong** 2e-01", "**wrong** nan", "**error** 2", "| r1 |"))
+    assert "- b, dp: wrong, difference 0.25" in text and "- b, cp: error, KeyError: 'x'" in text
     assert text.count("no plan") == 1 and "parallelism.tp_size" not in text
