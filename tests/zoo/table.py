@@ -84,8 +84,8 @@ def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
         "run in one process (reason N).",
         "",
         "In a reason MODEL, CLASS, FAMILY and NAME stand for what the model at hand has there; docs/zoo.json has each "
-        "cell in full. `compile`: the blocks are traced and run as they are. `megatron`: the library, with a stand-in for "
-        "CUDA.",
+        "cell in full. `compile`: the blocks are traced and run as they are. `megatron`: the library, with a stand-in "
+        "for CUDA.",
         "",
         f"{len(shown)} of {len(families) * len(AXES)} cells measured, {missing} not yet (empty). {days}, gloo, CPU "
         f"({platform.machine()}): `python -m tests.zoo --write`.",
