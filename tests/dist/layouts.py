@@ -278,19 +278,24 @@ def single_process(
     return seen
 
 
-def take_plain_steps(model: nn.Module, optimizer: dict[str, Any], steps: int, length: int) -> Trajectory:
+def take_plain_steps(
+    model: nn.Module, optimizer: dict[str, Any], steps: int, length: int, microbatches: int = 1
+) -> Trajectory:
     """``single_process`` with its model, which is trained in place."""
     options = {key: value for key, value in optimizer.items() if key not in ("name", "decay_1d")}
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     update = kinds[optimizer["name"]](model.parameters(), **options)
     seen = Trajectory()
     for step in range(steps):
-        ids_BS, labels_BS = batch(length)
-        loss = loss_sum(model, ids_BS, labels_BS) / (labels_BS != -100).sum()
-        loss.backward()
+        whole = batch(length)
+        tokens, total = (whole[1] != -100).sum(), torch.zeros(())
+        for ids_BS, labels_BS in zip(*(part.chunk(microbatches) for part in whole)):
+            loss = loss_sum(model, ids_BS, labels_BS) / tokens
+            loss.backward()
+            total += loss.detach()
         if step == 0:
             seen.gradients = full_gradients(model)
-        seen.losses.append(float(loss.detach()))
+        seen.losses.append(float(total))
         seen.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         update.step()
         update.zero_grad()

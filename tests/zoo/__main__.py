@@ -25,7 +25,7 @@ from tests.conformance.case import Outcome
 from tests.dist.pool import close_pools
 from tests.tiny_configs import causal_families
 from tests.zoo.axes import AXES
-from tests.zoo.cell import measure, reference
+from tests.zoo.cell import measure, reference, tolerance
 from tests.zoo.table import Cell, write
 
 __all__: list[str] = []
@@ -50,7 +50,7 @@ def tried(family: str, axis: str) -> Cell:
     outcome: Outcome = measure(family, AXES[axis])
     kind = {"different": "wrong", "died": "error"}.get(outcome.kind, outcome.kind)
     difference = None if math.isnan(outcome.difference) else outcome.difference
-    return Cell(family, axis, kind, difference, outcome.reason, round(time.monotonic() - began, 1))
+    return Cell(family, axis, kind, difference, outcome.reason, round(time.monotonic() - began, 1), tolerance(family))
 
 
 def main(arguments: list[str]) -> int:

@@ -35,6 +35,7 @@ class Cell:
     difference: float | None
     reason: str
     seconds: float
+    tolerance: float = TOLERANCE
 
     @property
     def is_right(self) -> bool:
@@ -79,9 +80,10 @@ def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
         f"attention, caps and sinks matter, nothing drops out), {STEPS} steps of SGD with momentum and clipping "
         f"on rows of {LENGTH} tokens along each axis, on 2 ranks (hsdp, pairs: 4), beside plain torch in one process. "
         "A cell is the worst relative difference of a loss, a gradient norm or of what a parameter has moved by: equal "
-        f"up to {TOLERANCE:.0e}; *rN*: refused before a start, with the reason N below; **wrong**: computed, and not "
-        "equal; **error**: ended by something else than a refusal; *no reference*: a tiny model of the family does not "
-        "run in one process (reason N).",
+        f"up to {TOLERANCE:.0e}, or to ten times what one process is apart from itself when it sums the gradients of "
+        "four parts of the batch (docs/zoo.json tells each tolerance); *rN*: refused before a start, with the reason N "
+        "below; **wrong**: computed, and not equal; **error**: ended by something else than a refusal; "
+        "*no reference*: a tiny model of the family does not run in one process (reason N).",
         "",
         "In a reason MODEL, CLASS, FAMILY and NAME stand for what the model at hand has there; docs/zoo.json has each "
         "cell in full. `compile`: the blocks are traced and run as they are. `megatron`: the library, with a stand-in "
