@@ -50,7 +50,8 @@ def tried(family: str, axis: str) -> Cell:
     outcome: Outcome = measure(family, AXES[axis])
     kind = {"different": "wrong", "died": "error"}.get(outcome.kind, outcome.kind)
     difference = None if math.isnan(outcome.difference) else outcome.difference
-    return Cell(family, axis, kind, difference, outcome.reason, round(time.monotonic() - began, 1), tolerance(family))
+    reason = outcome.reason.partition(" rank 0: ")[0]  # of ranks that hang, their stacks
+    return Cell(family, axis, kind, difference, reason, round(time.monotonic() - began, 1), tolerance(family))
 
 
 def main(arguments: list[str]) -> int:
