@@ -61,7 +61,7 @@ def why(cell: Cell) -> str:
     if cell.kind == "refused":
         for pattern, word in (*_NAMES, (rf"(?<!\w){re.escape(cell.family)}(?!\w)", "FAMILY")):
             text = re.sub(pattern, word, text)
-    return text[:300].replace("|", "\\|")
+    return text[:300].replace("|", "\\|").replace("<", "&lt;")
 
 
 def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
