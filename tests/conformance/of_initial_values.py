@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.conformance.case import Case
-from tests.conformance.tiny_configs import families, tiny_config
+from tests.tiny_configs import families, tiny_config
 from tests.dist.layouts import plain_model
 from tests.runtime.model.replay import differences, misfits
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.runtime.distributed_setup import DistributedSetup
 from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "full_tensor",
     "plain_model",
     "single_process",
+    "take_plain_steps",
+    "take_steps",
     "train",
 ]
 
@@ -213,7 +216,13 @@ def train(
     length: tokens of a row. whole: also gather weights and gradients, which takes longer than the steps; only rank 0's
     travel back.
     """
-    setup, model, optimizer = instantiate(cfg)
+    return take_steps(*instantiate(cfg), microbatches, steps, whole, length)
+
+
+def take_steps(
+    setup: DistributedSetup, model: Any, optimizer: Any, microbatches: int, steps: int, whole: bool, length: int
+) -> Trajectory:
+    """``train`` with what the hook has returned."""
     context = setup.mesh_context
     weights = full_state(model) if whole else {}
     gradients: dict[str, Tensor] = {}
@@ -264,17 +273,29 @@ def single_process(
     """What every layout must reproduce: plain torch on the whole batch, nothing of ours but the initial weights."""
     model = plain_model(kind)
     model.load_state_dict(weights)
+    seen = take_plain_steps(model, optimizer, STEPS, length)
+    seen.weights = weights
+    return seen
+
+
+def take_plain_steps(
+    model: nn.Module, optimizer: dict[str, Any], steps: int, length: int, microbatches: int = 1
+) -> Trajectory:
+    """``single_process`` with its model, which is trained in place."""
     options = {key: value for key, value in optimizer.items() if key not in ("name", "decay_1d")}
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     update = kinds[optimizer["name"]](model.parameters(), **options)
-    seen = Trajectory(weights=weights)
-    for step in range(STEPS):
-        ids_BS, labels_BS = batch(length)
-        loss = loss_sum(model, ids_BS, labels_BS) / (labels_BS != -100).sum()
-        loss.backward()
+    seen = Trajectory()
+    for step in range(steps):
+        whole = batch(length)
+        tokens, total = (whole[1] != -100).sum(), torch.zeros(())
+        for ids_BS, labels_BS in zip(*(part.chunk(microbatches) for part in whole)):
+            loss = loss_sum(model, ids_BS, labels_BS) / tokens
+            loss.backward()
+            total += loss.detach()
         if step == 0:
             seen.gradients = full_gradients(model)
-        seen.losses.append(float(loss.detach()))
+        seen.losses.append(float(total))
         seen.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         update.step()
         update.zero_grad()

@@ -1,0 +1,94 @@
+"""Every causal family of transformers along every axis, beside plain torch in one process.
+
+    python -m tests.zoo                        measure what is not in the file of results yet
+    python -m tests.zoo llama gpt2             these families only
+    python -m tests.zoo --axes tp "tp x pp"    these axes only
+    python -m tests.zoo --again                also what is there already
+    python -m tests.zoo --write                then write docs/zoo.md and docs/zoo.json from all that is there
+
+Each result is a line of ``--keep`` as soon as it is there, so that a run can be stopped and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests.conformance.case import Outcome
+from tests.dist.pool import close_pools
+from tests.tiny_configs import causal_families
+from tests.zoo.axes import AXES
+from tests.zoo.cell import measure, reference, tolerance
+from tests.zoo.table import Cell, write
+
+__all__: list[str] = []
+
+ROOT = Path(__file__).parents[2]
+
+
+def kept(file: Path) -> dict[tuple[str, str], Cell]:
+    """The latest result of each cell."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    cells = [Cell(**json.loads(line)) for line in lines]
+    return {(cell.family, cell.axis): cell for cell in cells}
+
+
+def tried(family: str, axis: str) -> Cell:
+    began = time.monotonic()
+    try:
+        reference(family)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Cell(family, axis, "no reference", None, reason, 0.0)
+    outcome: Outcome = measure(family, AXES[axis])
+    kind = {"different": "wrong", "died": "error"}.get(outcome.kind, outcome.kind)
+    difference = None if math.isnan(outcome.difference) else outcome.difference
+    reason = outcome.reason.partition(" rank 0: ")[0]  # of ranks that hang, their stacks
+    return Cell(family, axis, kind, difference, reason, round(time.monotonic() - began, 1), tolerance(family))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("families", nargs="*", help="by their model_type; all without")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS")
+    parser.add_argument("--keep", type=Path, default=ROOT / "build" / "zoo.jsonl", help="results, a JSON object a line")
+    parser.add_argument("--again", action="store_true", help="measure what is there already too")
+    parser.add_argument("--write", action="store_true", help="write docs/zoo.md and docs/zoo.json")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    os.environ.update(PYTHONWARNINGS="ignore", TRANSFORMERS_VERBOSITY="error")  # of ranks
+    known = causal_families()
+    unknown = sorted(set(options.families) - set(known))
+    if unknown:
+        parser.error(f"no causal families of transformers: {', '.join(unknown)}")
+    options.keep.parent.mkdir(parents=True, exist_ok=True)
+    cells = kept(options.keep)
+    for number, family in enumerate(options.families or known):
+        for axis in options.axes:
+            if (family, axis) in cells and not options.again:
+                continue
+            cell = cells[family, axis] = tried(family, axis)
+            with options.keep.open("a", encoding="utf-8") as file:
+                file.write(cell.line() + "\n")
+            mark = "" if cell.is_right else "  <- WRONG"
+            shown = cell.reason[:120] if cell.difference is None else f"{cell.difference:.1e}"
+            print(f"{family:24}{axis:14}{cell.kind:9}{cell.seconds:5.1f} s  {shown}{mark}", flush=True)
+        if number % 20 == 19:
+            close_pools()  # gloo keeps a thread for every group that a rank ever had
+    close_pools()
+    chosen = [cell for cell in cells.values() if cell.axis in options.axes]
+    print(f"{len(cells)} cells, {sum(not cell.is_right for cell in chosen)} of these axes wrong")
+    if options.write:
+        write(ROOT / "docs", known, cells)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
