@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from tests.conformance.case import Case
-from tests.tiny_configs import families, tiny_config
 from tests.dist.layouts import plain_model
 from tests.runtime.model.replay import differences, misfits
+from tests.tiny_configs import families, tiny_config
 
 __all__ = ["CASES"]
 
