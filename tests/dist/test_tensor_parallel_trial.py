@@ -97,7 +97,7 @@ def apply(model: nn.Module, plan: Any, example: Any = None) -> list[str]:
     finally:
         assert torch.equal(state, torch.random.get_rng_state())
         layers: Any = model.layers
-        assert all(layer.calls == 0 for layer in layers) and not model.steps
+        assert all(getattr(layer, "calls", 0) == 0 for layer in layers) and not model.steps
 
 
 def test_a_model_that_takes_vectors_is_tried_and_stays_as_it_was() -> None:
@@ -118,6 +118,21 @@ def test_where_a_plan_parts_is_said_with_one_that_was_tried() -> None:
     with pytest.raises(ConfigError, match="an error in layers.0.down") as refused:
         run_ranks(2, apply, Vectors(), one_layer)
     assert refused.value.type == PLAN_WORD  # of every layer, by pattern
+
+
+class Chained(Vectors):
+    """Layers whose linears are called by numbers, as their place in the model is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        chains = (nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3))
+        self.layers = nn.ModuleList(chains)
+
+
+def test_an_offer_that_cannot_be_made_is_none() -> None:
+    with pytest.raises(ConfigError, match="no tensor-parallel plan is known for Chained") as refused:
+        run_ranks(2, apply, Chained(), None)
+    assert refused.value.type == "parallelism.tp_size=1"
 
 
 def shared() -> Vectors:

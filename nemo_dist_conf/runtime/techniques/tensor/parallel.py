@@ -352,12 +352,17 @@ def _layout(module: nn.Module, style: Any) -> str:
 # What to say.
 
 
+#: The way without tensor parallelism.
+_WITHOUT = "parallelism.tp_size=1"
+
+
 class _Offers:
     """What can be typed instead: plans that were tried, made only when they are asked for."""
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, example: Mapping[str, Any] | None) -> None:
         self.model, self.mesh, self.example = model, mesh, example
         self._trial: Trial | None = None
+        self._is_planning = False
 
     def trial(self) -> Trial:
         """Raises CannotTry."""
@@ -369,6 +374,9 @@ class _Offers:
         """The word that sets a plan for all rows of linear layers that split and compute the same; without any, the
         way without tensor parallelism."""
         good: dict[str, str] = {}
+        if self._is_planning:  # what is tried for an offer makes none of its own
+            return _WITHOUT
+        self._is_planning = True
         try:
             for plan in _rows_of_linears(self.model):
                 named, problems = _resolve(self.model, plan, False, self)
@@ -377,7 +385,9 @@ class _Offers:
                         good |= plan
         except CannotTry:
             pass
-        return _set(good) if good and good != other_than else "parallelism.tp_size=1"
+        finally:
+            self._is_planning = False
+        return _set(good) if good and good != other_than else _WITHOUT
 
 
 def _rows_of_linears(model: nn.Module) -> list[dict[str, str]]:
