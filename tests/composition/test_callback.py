@@ -18,7 +18,7 @@ from nemo_dist_conf.composition.groups import register_resolvers
 
 #: Hydra 1.4: what the app lets Hydra call. Without a whitelist everything is let, with a warning for each.
 HAS_WHITELIST = "execution_whitelist" in inspect.signature(hydra.main).parameters
-OPTIONS = {False: "" if HAS_WHITELIST else 'version_base="1.3"', True: 'execution_whitelist=["app.*"]'}
+OPTIONS = {False: "" if HAS_WHITELIST else 'version_base="1.3"', True: 'execution_whitelist=["app.*", "mine.*"]'}
 
 APP = """
     import hydra
