@@ -41,22 +41,25 @@ class AddedRows(Generic[_Row]):
         """
         self._group, self._kind, self._title, self._ours = group, kind, title, ours
         self._read: tuple[list[str], dict[str, list[EntryPoint]]] | None = None
+        self._usable: list[_Row] | None = None
 
     def names(self) -> tuple[str, ...]:
         """The names that packages add, sorted; no package is imported."""
         return tuple(self._found())
 
     def all(self) -> list[_Row]:
-        """Every row that can be used; what a package adds wrongly is left out, with a warning that names it."""
-        found = []
-        for name in self.names():
-            try:
-                row = self.find(name)
-            except ConfigError as error:
-                log.warning("left out: %s", error.what)
-            else:
-                found += [row] if row is not None else []
-        return found
+        """Every row that can be used; what a package adds wrongly is left out, with one warning that names it."""
+        names = self.names()  # first: it notices a change of sys.path
+        if self._usable is None:
+            self._usable = []
+            for name in names:
+                try:
+                    row = self.find(name)
+                except ConfigError as error:
+                    log.warning("left out: %s", error.what)
+                else:
+                    self._usable += [row] if row is not None else []
+        return self._usable
 
     def find(self, name: str) -> _Row | None:
         """The row that a package adds by this name; None where none does.
@@ -87,7 +90,7 @@ class AddedRows(Generic[_Row]):
 
     def _found(self) -> dict[str, list[EntryPoint]]:
         if self._read is None or self._read[0] != sys.path:
-            self._read = list(sys.path), self._entries()
+            self._read, self._usable = (list(sys.path), self._entries()), None
         return self._read[1]
 
     def _entries(self) -> dict[str, list[EntryPoint]]:

@@ -11,19 +11,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
+from nemo_dist_conf.composition.resolvers import autocast_dtype
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import plain_floats
 from nemo_dist_conf.families.shapes import ModelShape, shape_of
 from nemo_dist_conf.names import HARDWARE
 from nemo_dist_conf.plan.job import Job, Update
-from nemo_dist_conf.plan.strategy_costs import costs_of
 from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
+from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
 from nemo_dist_conf.wording import assigned, typed_path, unknown_name
 
-__all__ = ["hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
+__all__ = ["autocast_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
 
 
 def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start:
@@ -77,9 +78,17 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
         pipeline=checked.pipeline,
         moe=checked.moe,
         checkpointing=checked.activation_checkpointing,
-        autocast=costs_of(checked.strategy).autocast(checked.strategy_values, dtype, machine.device),
+        autocast=autocast_of(checked.strategy, checked.strategy_values, dtype, machine.device),
         update=update_of(cfg.get("optimizer")),
     )
+
+
+def autocast_of(strategy: Strategy, options: Mapping[str, Any], dtype: str, device: str) -> str | None:
+    """The dtype under which the recipe runs forward; None without autocast. dtype: ``train.dtype``."""
+    if strategy.compute_dtype is None:
+        return autocast_dtype(dtype, device)
+    value = options.get("autocast_dtype")
+    return getattr(value, "name", value)
 
 
 def _batch_of(cfg: Any, data_size: int) -> tuple[int, int, int]:

@@ -16,7 +16,14 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config
 from nemo_dist_conf.plan.activations import stage_bytes
 from nemo_dist_conf.plan.fit import NO, usable_bytes
-from nemo_dist_conf.plan.from_config import hardware_of, model_config, model_shape, planned_start, update_of
+from nemo_dist_conf.plan.from_config import (
+    autocast_of,
+    hardware_of,
+    model_config,
+    model_shape,
+    planned_start,
+    update_of,
+)
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import memory_of, resting_bytes
 from nemo_dist_conf.plan.plan import Plan, make_plan
@@ -224,7 +231,7 @@ class _Search:
             microbatches=rows,
             pipeline=pipeline,
             moe=self.sections["moe"],
-            autocast=costs_of(layout.strategy).autocast(values, self.dtype, self.machine.device),
+            autocast=autocast_of(layout.strategy, values, self.dtype, self.machine.device),
             update=self.update,
         )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import pkgutil
 from typing import TYPE_CHECKING
 
 from nemo_dist_conf.errors import ConfigError, Problem
@@ -20,8 +18,9 @@ def costs_of(strategy: Strategy) -> StrategyCosts:
 
     Nothing is assumed of such a strategy: a plan that took it for another one would be wrong without a sign of it.
     """
-    if strategy.costs is not None:
-        return _loaded(strategy.costs)
+    costs: StrategyCosts | None = strategy.load_costs()
+    if costs is not None:
+        return costs
     known = [one.name for one in planned_strategies()]
     raise ConfigError(
         Problem(
@@ -31,12 +30,6 @@ def costs_of(strategy: Strategy) -> StrategyCosts:
             instead=f"strategy={known[0]}",
         )
     )
-
-
-@functools.cache
-def _loaded(path: str) -> StrategyCosts:
-    costs: StrategyCosts = pkgutil.resolve_name(path)
-    return costs
 
 
 def planned_strategies() -> list[Strategy]:

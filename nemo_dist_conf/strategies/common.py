@@ -10,7 +10,7 @@ from typing import Any, Mapping
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.wording import Spelling
 
-__all__ = ["autocast_problems", "has_module", "off_but_changed", "unknown_class"]
+__all__ = ["autocast_problems", "has_module", "lazy_attribute", "off_but_changed", "unknown_class"]
 
 
 def autocast_problems(conf: Mapping[str, Any], spelling: Spelling) -> list[Problem]:
@@ -25,6 +25,13 @@ def autocast_problems(conf: Mapping[str, Any], spelling: Spelling) -> list[Probl
             instead=spelling.set("strategy.autocast_dtype", None),
         )
     ]
+
+
+def lazy_attribute(module: str, name: str, **homes: str) -> Any:
+    """For a module's ``__getattr__``: what holds torch's objects, imported from its home when it is asked for."""
+    if name not in homes:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(homes[name]), name)
 
 
 def off_but_changed(node: Mapping[str, Any] | None, default: Any, name: str, spelling: Spelling) -> list[Problem]:

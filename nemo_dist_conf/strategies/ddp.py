@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import DType
 from nemo_dist_conf.schema.option import option
-from nemo_dist_conf.strategies.common import autocast_problems
+from nemo_dist_conf.strategies.common import autocast_problems, lazy_attribute
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.wording import Spelling
@@ -37,10 +36,7 @@ class DDPConf:
 
 
 def __getattr__(name: str) -> Any:
-    """``DDPManager``, which holds torch's objects, when it is asked for."""
-    if name != "DDPManager":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("nemo_dist_conf.runtime.managers"), name)
+    return lazy_attribute(__name__, name, DDPManager="nemo_dist_conf.runtime.managers")
 
 
 def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:

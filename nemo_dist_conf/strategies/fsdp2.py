@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
 
@@ -10,7 +9,7 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import DType
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.schema.policies import MixedPrecisionConf, OffloadConf
-from nemo_dist_conf.strategies.common import autocast_problems, off_but_changed
+from nemo_dist_conf.strategies.common import autocast_problems, lazy_attribute, off_but_changed
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.wording import Spelling
@@ -55,10 +54,7 @@ class FSDP2Conf:
 
 
 def __getattr__(name: str) -> Any:
-    """``FSDP2Manager``, which holds torch's objects, when it is asked for."""
-    if name != "FSDP2Manager":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("nemo_dist_conf.runtime.managers"), name)
+    return lazy_attribute(__name__, name, FSDP2Manager="nemo_dist_conf.runtime.managers")
 
 
 def _rules(conf: Mapping[str, Any], sizes: Mapping[str, Any], spelling: Spelling) -> list[Problem]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, List, Mapping, Union
 
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.schema.option import option
-from nemo_dist_conf.strategies.common import has_module, unknown_class
+from nemo_dist_conf.strategies.common import has_module, lazy_attribute, unknown_class
 from nemo_dist_conf.strategies.spec import Strategy
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.topology.gpu_presence import cuda_present
@@ -51,10 +50,7 @@ class MegatronFSDPConf:
 
 
 def __getattr__(name: str) -> Any:
-    """``MegatronFSDPManager``, which holds torch's objects, when it is asked for."""
-    if name != "MegatronFSDPManager":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("nemo_dist_conf.runtime.managers"), name)
+    return lazy_attribute(__name__, name, MegatronFSDPManager="nemo_dist_conf.runtime.managers")
 
 
 def library_problems(spelling: Spelling = Spelling()) -> list[Problem]:

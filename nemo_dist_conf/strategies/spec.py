@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping
 
-from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import ACTIVATION_CHECKPOINTING_MODES, STRATEGY_NAMES
 from nemo_dist_conf.topology.axes import AxisRules
 from nemo_dist_conf.wording import Spelling
@@ -61,13 +60,33 @@ class Strategy:
     @property
     def config(self) -> Any:
         """The class of the typed config, which holds torch's objects: asking for it imports torch."""
-        return _load(self.typed)
+        return self._loaded("typed")
 
     def load_engine(self) -> Any:
         """The class of the engine: asking for it imports torch."""
-        return _load(self.engine)
+        return self._loaded("engine")
 
+    def load_costs(self) -> Any:
+        """The object of the costs; None where the row names none."""
+        return None if self.costs is None else self._loaded("costs")
 
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    def _loaded(self, part: str) -> Any:
+        """What the row names as ``part``. Raises ConfigError where another package's row names what is not there."""
+        import pkgutil  # not while composing
+
+        path: str = getattr(self, part)
+        try:
+            return pkgutil.resolve_name(path)
+        except (ImportError, AttributeError, ValueError) as error:
+            if self.name in STRATEGY_NAMES:
+                raise
+            what = f"strategy={self.name}: its {part} {path} cannot be loaded: {type(error).__name__}: {error}"
+            default = next(iter(STRATEGY_NAMES))
+            raise ConfigError(
+                Problem(
+                    what=what,
+                    asked=f"strategy={self.name}",
+                    allowed=f"{', '.join(STRATEGY_NAMES)}; or the package that adds {self.name}, repaired",
+                    instead=f"strategy={default}",
+                )
+            ) from error

@@ -31,7 +31,7 @@ from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.techniques.expert.routing import ExpertLoad
 from nemo_dist_conf.runtime.techniques.loss import IGNORED
 from nemo_dist_conf.runtime.typed_values import lower_dtype
-from nemo_dist_conf.strategies import strategy_of_target
+from nemo_dist_conf.strategies import strategy_of_config, strategy_of_target
 from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
@@ -113,13 +113,16 @@ def run(cfg: Any, output_dir: str | os.PathLike[str] | None = None) -> float:
             )
         context = setup.mesh_context
         dtype = lower_dtype(autocast_dtype(cfg.train.get("dtype"), str(context.device.type)))
-        if dtype is not None and not hasattr(setup.strategy_config, "autocast_dtype"):
-            autocast_forward(model, context.device, dtype)  # the strategy has no option that says what to compute in
+        strategy = strategy_of_config(setup.strategy_config)
+        if strategy is None or strategy.compute_dtype is not None:
+            dtype = None  # an option of the strategy says what to compute in
+        if dtype is not None:
+            autocast_forward(model, context.device, dtype)
         size, micro = settings.global_batch_size, settings.micro_batch_size
         ConfigError.raise_if(batch_problems(size, micro, context.data_size))
         _check_model_knows(cfg, data, model, context)
         _refuse_both_directions(model)
-        saving.loss_scale = _loss_scale(setup)
+        saving.loss_scale = _loss_scale(setup, dtype)
         rows = micro or size // context.data_size
         this = _Run(cfg, settings, learning_rate, data, rows, setup, model, optimizer, folder, saving, began)
         if saving.goes_on:
@@ -315,11 +318,11 @@ def _nothing_left(restored: Restored, steps: int, saving: Saving, is_main: bool)
     return float(restored.objects["position"]["loss"])
 
 
-def _loss_scale(setup: DistributedSetup) -> LossScale | None:
-    """For a model that computes in float16 somewhere; None for any other."""
+def _loss_scale(setup: DistributedSetup, dtype: torch.dtype | None) -> LossScale | None:
+    """For a model that computes in float16 somewhere; None for any other. dtype: of the recipe's own autocast."""
     policies = [getattr(config, "mp_policy", None) for config in (setup.strategy_config, setup.moe_parallel_config)]
     dtypes = [policy.param_dtype for policy in policies if policy is not None]
-    dtypes.append(getattr(setup.strategy_config, "autocast_dtype", None))
+    dtypes += [dtype, getattr(setup.strategy_config, "autocast_dtype", None)]
     return LossScale() if torch.float16 in dtypes else None
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,8 @@ import pytest
 PACKAGE = Path(__file__).parent / "averaging_strategy"
 
 
-def run(*words: str, cwd: Path, package: bool = True) -> subprocess.CompletedProcess[str]:
-    paths = [str(PACKAGE)] if package else []
+def run(*words: str, cwd: Path, package: Path | None = PACKAGE) -> subprocess.CompletedProcess[str]:
+    paths = [str(package)] if package is not None else []
     paths += [path for path in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *words]
@@ -27,7 +29,7 @@ def run(*words: str, cwd: Path, package: bool = True) -> subprocess.CompletedPro
 def test_it_is_an_option_of_the_group_with_help_and_only_where_it_is_installed(tmp_path: Path) -> None:
     shown = run("nemo_dist_conf.train", "--help", cwd=tmp_path)
     assert "strategy: averaging, ddp, fsdp2, megatron-fsdp" in shown.stdout, shown.stderr
-    assert "strategy: ddp, fsdp2" in run("nemo_dist_conf.train", "--help", cwd=tmp_path, package=False).stdout
+    assert "strategy: ddp, fsdp2" in run("nemo_dist_conf.train", "--help", cwd=tmp_path, package=None).stdout
     explained = run("nemo_dist_conf.explain", "strategy=averaging", cwd=tmp_path)
     assert "strategy.every=1" in explained.stdout and "steps of each rank between two averages" in explained.stdout
 
@@ -45,7 +47,20 @@ def test_its_rules_and_axes_are_checked_before_a_start(tmp_path: Path) -> None:
 def test_it_is_planned(tmp_path: Path) -> None:
     done = run("nemo_dist_conf.plan", "strategy=averaging", "world_size=4", "hardware=h100", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "averaging" in done.stdout
+    # The strategy has no option for a dtype, so the recipe runs it under autocast in train.dtype: bfloat16 there.
+    assert "averaging" in done.stdout and ", bfloat16" in done.stdout
+
+
+@pytest.mark.parametrize("part", ["engine", "costs"])
+def test_a_row_that_names_what_is_not_there_is_refused_by_name(tmp_path: Path, part: str) -> None:
+    other = shutil.copytree(PACKAGE, tmp_path / "package")
+    row = other / "averaging_strategy.py"
+    row.write_text(re.sub(rf'{part}="[^"]+"', f'{part}="averaging_engine:Absent"', row.read_text()))
+    words = {"engine": ("train", "train.steps=1"), "costs": ("plan", "world_size=1", "hardware=h100")}[part]
+    done = run(f"nemo_dist_conf.{words[0]}", "strategy=averaging", *words[1:], cwd=tmp_path, package=other)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"strategy=averaging: its {part} averaging_engine:Absent cannot be loaded: AttributeError" in done.stderr
+    assert "type     strategy=fsdp2" in done.stderr
 
 
 @pytest.mark.slow

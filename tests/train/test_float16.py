@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_dist_conf import DDPConfig, DistributedSetup, MeshContext
 from nemo_dist_conf.gradients import clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.train.loop import _loss_scale
 from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.train.step import train_step
 from tests import warm
@@ -39,6 +41,15 @@ def test_the_scale_falls_when_gradients_overflow_and_rises_after_many_steps():
     assert (other.value, other.steps) == (scale.value, 1)
     scale.value = 1.0
     assert not scale.lower()  # the reason is another
+
+
+def test_the_loss_is_scaled_whatever_says_that_float16_is_computed_in():
+    def scale(dtype=None, **options):
+        return _loss_scale(DistributedSetup(MeshContext(), DDPConfig(**options)), dtype)
+
+    assert scale() is None and scale(torch.bfloat16) is None
+    assert scale(autocast_dtype="float16") is not None
+    assert scale(torch.float16) is not None  # the recipe's own autocast, for a strategy without an option for it
 
 
 def trained(words: list[str], scale: float | None, tokens: int = 16 * 15):

@@ -61,11 +61,6 @@ class StrategyCosts:
         """Dtypes of gathered parameters, reduced gradients and logits."""
         return Dtypes()
 
-    def autocast(self, options: Mapping[str, Any], dtype: str, device: str) -> str | None:
-        """The dtype under which the recipe runs forward, None without autocast. dtype: ``train.dtype``."""
-        value = options.get("autocast_dtype")
-        return getattr(value, "name", value)
-
     def recipe_options(self, options: Mapping[str, Any], dtype: str, device: str) -> Mapping[str, Any]:
         """The strategy's defaults as the recipe's own config of it has them, which follows ``train.dtype``.
 

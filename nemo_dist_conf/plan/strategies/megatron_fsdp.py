@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Iterator, Sequence
 
-from nemo_dist_conf.composition.resolvers import autocast_dtype
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import Job, Stage
 from nemo_dist_conf.plan.rank_shards import gathered_bytes, tp_shape
@@ -23,10 +22,6 @@ def _zero(job: Job) -> int:
 
 
 class _MegatronFSDPCosts(StrategyCosts):
-    def autocast(self, options: Mapping[str, Any], dtype: str, device: str) -> str | None:
-        """The strategy has no option for it; the recipe runs it under autocast in ``train.dtype``."""
-        return autocast_dtype(dtype, device)
-
     def shards(self, job: Job) -> int:
         return data_group(job)[1]
 
