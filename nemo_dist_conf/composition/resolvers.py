@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.topology.gpu_presence import cuda_present
 from nemo_dist_conf.topology.launched_ranks import planned_world_size
+from nemo_dist_conf.topology.solve import model_ranks
 from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = ["autocast_dtype", "compute_dtype", "explain_target", "pipeline_rows"]
@@ -49,8 +50,7 @@ def pipeline_rows(parallelism: Any, global_batch_size: Any, micro_batch_size: An
     sizes = {name: given.get(name, 1) for name in ("pp_size", "cp_size", "tp_size")}
     if not all(isinstance(value, int) and value > 0 for value in (*sizes.values(), global_batch_size)):
         return 1
-    model_ranks = sizes["pp_size"] * sizes["cp_size"] * sizes["tp_size"]
-    data_ranks = max(1, planned_world_size() // model_ranks)
+    data_ranks = max(1, planned_world_size() // model_ranks(sizes))
     if sizes["pp_size"] == 1 or global_batch_size % data_ranks:
         return 1
     return int(micro_batch_size or global_batch_size // data_ranks)

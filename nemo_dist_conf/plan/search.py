@@ -38,7 +38,7 @@ from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.sequence_chunks import splits_evenly
-from nemo_dist_conf.topology.solve import divisors
+from nemo_dist_conf.topology.solve import divisors, model_ranks
 from nemo_dist_conf.wording import Spelling, assigned
 
 __all__ = ["Found", "Result", "search"]
@@ -205,8 +205,8 @@ class _Search:
 
     def job(self, layout: _Layout, world_size: int) -> Job | None:
         """The layout's job with as small a microbatch as there is; None where a rule forbids it."""
-        sizes, pp = layout.sizes, layout.sizes["pp_size"]
-        data_size = world_size // (pp * sizes["tp_size"] * sizes["cp_size"])
+        sizes = layout.sizes
+        data_size = world_size // model_ranks(sizes)
         rows = self.rows // data_size
         pipeline = dict(self.sections["pipeline"])
         if layout.schedule is not None:

@@ -26,6 +26,7 @@ from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.recipe.yaml_folder import config_folder
 from nemo_dist_conf.strategies import default_strategy
 from nemo_dist_conf.topology.launched_ranks import launched, planned_world_size
+from nemo_dist_conf.topology.solve import model_ranks
 from nemo_dist_conf.wording import assigned, unknown_name
 
 __all__ = [
@@ -151,7 +152,7 @@ def _in_recipe_words(problem: Problem, config: DictConfig, world_size: int | Non
         return problem
     sizes = config.parallelism
     try:
-        data_ranks = (world_size or planned_world_size()) // (sizes.pp_size * sizes.cp_size * sizes.tp_size)
+        data_ranks = (world_size or planned_world_size()) // model_ranks({name: sizes[name] for name in sizes})
     except OmegaConfBaseException:
         return None
     words = f"train.global_batch_size={int(rows) * max(1, data_ranks)}"

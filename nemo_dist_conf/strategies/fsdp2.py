@@ -17,7 +17,11 @@ from nemo_dist_conf.wording import Spelling
 if TYPE_CHECKING:
     from nemo_dist_conf.runtime.managers import FSDP2Manager
 
-__all__ = ["FSDP2Conf", "FSDP2Manager", "STRATEGY"]
+__all__ = ["FSDP2Conf", "FSDP2Manager", "OUTER_UNIT_ELEMENTS", "STRATEGY"]
+
+#: Elements from which an embedding and a head are gathered and reduced on their own. Below, two more collectives cost
+#: more than 1 MiB of float32 that waits for the end of backward.
+OUTER_UNIT_ELEMENTS = 2**18
 
 
 @dataclass

@@ -11,7 +11,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.topology.axes import AXES, Axis, AxisRules
 from nemo_dist_conf.wording import Spelling
 
-__all__ = ["LAUNCH", "MeshSpec", "divisors", "number_problem", "solve"]
+__all__ = ["LAUNCH", "MeshSpec", "divisors", "model_ranks", "number_problem", "solve"]
 
 
 #: How ranks are started by hand, when the program's own name is not known.
@@ -50,6 +50,11 @@ def divisors(number: int) -> list[int]:
     """Positive divisors in ascending order."""
     low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted(set(low) | {number // d for d in low})
+
+
+def model_ranks(sizes: Mapping[str, Any]) -> int:
+    """Ranks that work on the same rows together: pp x cp x tp. A size that is missing or null is 1."""
+    return prod(sizes.get(name) or 1 for name in ("pp_size", "cp_size", "tp_size"))
 
 
 def number_problem(axis: Axis, size: Any, spelling: Spelling = Spelling()) -> Problem | None:
@@ -112,18 +117,18 @@ def solve(
     ConfigError.raise_if(problems)
     tp, pp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "pp_size", "cp_size", "ep_size"))
     dp_asked, replicate = sizes.get("dp_size"), sizes.get("dp_replicate_size") or 1
-    model_ranks = pp * cp * tp
-    if model_ranks > world_size or world_size % model_ranks:
-        problems.append(_product_problem(sizes, world_size, model_ranks, spelling, launch))
+    together = model_ranks(sizes)
+    if together > world_size or world_size % together:
+        problems.append(_product_problem(sizes, world_size, together, spelling, launch))
         ConfigError.raise_if(problems)
-    dp = world_size // model_ranks
+    dp = world_size // together
     if dp_asked is not None and dp_asked != dp:
         problems.append(
             Problem(
-                what=f"{_factors(sizes)} = {dp_asked * model_ranks} ranks, but there are {world_size}",
+                what=f"{_factors(sizes)} = {dp_asked * together} ranks, but there are {world_size}",
                 asked=spelling.set("parallelism.dp_size", dp_asked),
                 allowed=f"dp_size={dp} or null (world size {world_size} / (pp {pp} x cp {cp} x tp {tp}))",
-                instead=launch.format(n=dp_asked * model_ranks, asked=_typed(sizes, spelling))
+                instead=launch.format(n=dp_asked * together, asked=_typed(sizes, spelling))
                 if world_size == 1
                 else spelling.set("parallelism.dp_size", None),
             )
@@ -177,18 +182,18 @@ def _typed(sizes: Mapping[str, Any], spelling: Spelling) -> str:
 
 
 def _product_problem(
-    sizes: Mapping[str, Any], world_size: int, model_ranks: int, spelling: Spelling, launch: str
+    sizes: Mapping[str, Any], world_size: int, together: int, spelling: Spelling, launch: str
 ) -> Problem:
     asked_sizes = {f: sizes[f] for f in ("pp_size", "cp_size", "tp_size") if (sizes.get(f) or 1) > 1}
     asked = " ".join(spelling.set(f"parallelism.{name}", size) for name, size in asked_sizes.items())
-    needed = model_ranks * (sizes.get("dp_size") or 1)
-    what = f"pp x cp x tp = {model_ranks} does not divide the world size {world_size}"
+    needed = together * (sizes.get("dp_size") or 1)
+    what = f"pp x cp x tp = {together} does not divide the world size {world_size}"
     if world_size == 1:
         start = launch.format(n=needed, asked=_typed(sizes, spelling))
-        return Problem(what=what, asked=asked, allowed=f"{model_ranks} ranks or a multiple of it", instead=start)
+        return Problem(what=what, asked=asked, allowed=f"{together} ranks or a multiple of it", instead=start)
     # Shrink the innermost axis that can be shrunk: it is the one a user varies most.
     for name in reversed(asked_sizes):
-        rest = model_ranks // asked_sizes[name]
+        rest = together // asked_sizes[name]
         legal = [d for d in divisors(world_size) if world_size % (rest * d) == 0]
         if legal:
             best = max((d for d in legal if d <= asked_sizes[name]), default=1)

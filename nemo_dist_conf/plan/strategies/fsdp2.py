@@ -10,11 +10,9 @@ from nemo_dist_conf.plan.job import DTYPE_BYTES, Dtypes, Job, Stage
 from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Unit, gathered_bytes, stage_units
 from nemo_dist_conf.plan.schedule_timeline import orders
 from nemo_dist_conf.plan.strategies.base import Gathered, Remedy, StrategyCosts
+from nemo_dist_conf.strategies.fsdp2 import OUTER_UNIT_ELEMENTS
 
 __all__ = ["COSTS"]
-
-#: Elements from which embedding and head are gathered on their own (runtime/engines/fsdp2_units.py, with torch).
-_OUTER_UNIT_ELEMENTS = 2**18
 
 
 def _is_on(policy: Mapping[str, Any] | None) -> bool:
@@ -72,7 +70,7 @@ class _FSDP2Costs(StrategyCosts):
     def units(self, job: Job, stage: Stage) -> tuple[Unit, ...]:
         """A large embedding is a unit of its own, and so is the head, without stages and split experts."""
         model = job.model
-        is_large = not model.tied and model.vocab * model.hidden >= _OUTER_UNIT_ELEMENTS
+        is_large = not model.tied and model.vocab * model.hidden >= OUTER_UNIT_ELEMENTS
         return stage_units(model, stage, job.ep > 1, splits_outer=is_large and job.pp == 1 and job.ep == 1)
 
     def offloads(self, job: Job) -> bool:

@@ -29,14 +29,11 @@ from nemo_dist_conf.runtime.techniques.batch_statistics import keeps_statistics
 from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts
 from nemo_dist_conf.runtime.torch_inside import expect_views, own_parameters
 from nemo_dist_conf.runtime.typed_configs import FSDP2Config, MoEParallelizerConfig
+from nemo_dist_conf.strategies.fsdp2 import OUTER_UNIT_ELEMENTS
 
 __all__ = ["shard_blocks"]
 
 log = logging.getLogger(__name__)
-
-#: Elements from which an embedding and a head are gathered and reduced on their own (plan/rank_shards.py: the same).
-#: Below, two more collectives cost more than 1 MiB of float32 that waits for the end of backward.
-_OUTER_UNIT_ELEMENTS = 2**18
 
 
 def shard_blocks(
@@ -202,7 +199,7 @@ def _large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Modu
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _share(embedding, head):
         return None, []
     inside = {id(module) for block in blocks for module in block.modules()}
-    if any(id(module) in inside or _elements(module) < _OUTER_UNIT_ELEMENTS for module in (embedding, head)):
+    if any(id(module) in inside or _elements(module) < OUTER_UNIT_ELEMENTS for module in (embedding, head)):
         return None, []
     after: list[nn.Module] = []
     for child in getattr(model, "base_model", model).children():
