@@ -204,11 +204,18 @@ def _torchrun(words: list[str]) -> None:
         config, _, command = config_from_args(args)
         assert command[0] == "-u"
         config.start_method = "fork"
-        return config, _as_main, command[1:]
+        return config, _as_rank, command[1:]
 
     torchrun.config_from_args = forking
     sys.argv = ["torchrun", *words]
     torchrun.main([*(["--standalone"] if "--rdzv-backend" not in words else []), *words])
+
+
+def _as_rank(*words: str) -> None:
+    """Without the handlers of torchrun's own process, which executing Python leaves behind, too."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _as_main(*words)
 
 
 def _as_main(*words: str) -> None:

@@ -42,7 +42,7 @@ def tell(error: BaseException, file: TextIO | None = None) -> None:
         try:
             store.set(key, "")
             store.set(_told(), "")
-        except Exception:  # the rank that served it is gone
+        except RuntimeError:  # torch's DistError: the rank that served it is gone
             return
         if place.rank == 0 and not is_started_by_agent():
             time.sleep(10 * _LOOK_S)  # the store ends with this process; the others look there
@@ -53,7 +53,7 @@ def another_rank_told() -> bool:
     store = open_store()
     try:
         return store is not None and bool(store.check([_told()]))
-    except Exception:
+    except RuntimeError:  # torch's DistError: it is gone
         return False
 
 
@@ -94,7 +94,7 @@ def _told_within_patience(store: Any, key: str) -> bool:
         try:
             if store is not None and store.check([key]):
                 return True
-        except Exception:  # rank 0 served the store, and is gone
+        except RuntimeError:  # torch's DistError: rank 0 served the store, and is gone
             return False
         time.sleep(_LOOK_S)
     return False

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -70,6 +71,30 @@ def test_ranks_that_have_not_met_yet_rely_on_their_launcher(rank, capsys):
     """It ends them while they wait for rank 0."""
     assert told(capsys, 0, rank, with_store=False) == TEXT
     assert told(capsys, 1, rank, with_store=False) == TEXT and not another_rank_told()
+
+
+def test_a_rank_that_its_launcher_ends_while_it_waits_tells_nothing(rank, capsys, monkeypatch):
+    """A handler of the launcher or the app may make an exception of SIGTERM, anywhere."""
+
+    class Terminated(Exception):
+        pass
+
+    class Asked:
+        def check(self, keys):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def handler(number, frame):
+        raise Terminated
+
+    rank(1, with_store=False)
+    monkeypatch.setattr(telling, "open_store", Asked)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(Terminated):
+            end(ERROR)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == ""
 
 
 def test_ranks_that_are_started_again_tell_anew(rank, capsys, monkeypatch):
