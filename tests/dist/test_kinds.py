@@ -181,13 +181,13 @@ class _Again(torch.autograd.Function):
     """Computes a block once more in backward, as reversible networks do."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
         ctx.block = block
         ctx.save_for_backward(x)
         return block(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return ctx.block.backward_of(*ctx.saved_tensors, gradient), None
 
 
@@ -196,7 +196,7 @@ class ReversibleBlock(Block):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             found = x + self.up(self.norm(x)).tanh()
-        found.backward(gradient)  # type: ignore[no-untyped-call]
+        found.backward(gradient)
         assert x.grad is not None
         return x.grad
 
@@ -244,7 +244,7 @@ class Dtypes(Block):
         super().__init__()
         self.seen: list[torch.dtype] = []
 
-    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
         self.seen += [x.dtype, scale.dtype]
         return super().forward(x) * scale
 

@@ -28,6 +28,7 @@ from nemo_dist_conf.runtime.engines.gradient_norm import clip
 from nemo_dist_conf.runtime.engines.megatron_library import (
     ARGUMENTS,
     UsedParameters,
+    in_whole_rows,
     refuse_parameters,
     require_cuda,
     shard_axis,
@@ -37,10 +38,12 @@ from nemo_dist_conf.runtime.engines.megatron_local_shards import keep_local_shar
 from nemo_dist_conf.runtime.engines.megatron_outputs import show_outputs
 from nemo_dist_conf.runtime.engines.model_refusals import refuse_max_norm
 from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.model.shared_memory import refuse_shared_memory
+from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.techniques.batch_statistics import refuse_sync_on_cpu
 from nemo_dist_conf.runtime.techniques.precision import tell_precision
-from nemo_dist_conf.runtime.torch_inside import chunks_told, is_megatrons, own_children, show_sharded
+from nemo_dist_conf.runtime.torch_inside import chunks_told, is_megatrons, keep_ties, own_children, show_sharded
 from nemo_dist_conf.strategies.megatron_fsdp import library_problems
 
 if TYPE_CHECKING:
@@ -130,7 +133,10 @@ class MegatronFSDPEngine(Engine):
             **options,
         )
         hooked = [module for module in model.modules() if module is model or isinstance(module, tuple(classes))]
-        wrapped = show_outputs(hooked, wrap)
+        ties = tied_names(model)
+        wrapped, _ = together(lambda: show_outputs(hooked, lambda: in_whole_rows(model, wrap)))
+        if any(len(names) > 2 for names in ties):
+            keep_ties(wrapped, max(map(len, ties)))
         wrapped.is_last_microbatch = config.overlap_grad_reduce
         show_sharded(wrapped)
         zero = config.zero_dp_strategy

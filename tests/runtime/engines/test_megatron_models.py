@@ -1,4 +1,5 @@
-"""Whatever a model returns and in whatever order it holds its modules, megatron_fsdp trains it as one process does."""
+"""Whatever a model returns, however often it names a parameter and in whatever order it holds its modules, megatron_fsdp
+trains it as one process does, or refuses it."""
 
 from __future__ import annotations
 
@@ -55,6 +56,21 @@ class Mixture(Net):
         self.blocks = nn.ModuleList(Experts() for _ in range(2))
 
 
+class ThreeNames(Net):
+    """One matrix under three names, as the embeddings and the head of an encoder-decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Embedding(*self.embed.weight.shape)
+        self.second.weight = self.head.weight = self.embed.weight
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        x_BSH = self.embed(ids_BS) + self.second(ids_BS.flip(1))
+        for block in self.blocks:
+            x_BSH = block(x_BSH)
+        return self.head(x_BSH)
+
+
 def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[1][0][0]
 
@@ -91,14 +107,16 @@ def _apart(model: nn.Module, *words: str) -> float:
 
 def _of(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    return Mixture() if kind == "experts" else Returns(kind)
+    return (
+        {"experts": Mixture, "three names": ThreeNames}[kind]() if kind in ("experts", "three names") else Returns(kind)
+    )
 
 
 def _on_rank(kind: str, words: tuple[str, ...]) -> float:
     return _apart(_of(kind), *words)
 
 
-@pytest.mark.parametrize("kind", ["dict", "nested", "experts"])
+@pytest.mark.parametrize("kind", ["dict", "nested", "experts", "three names"])
 def test_a_step_is_that_of_one_process(kind: str) -> None:
     assert max(run_shimmed(2, _on_rank, kind, ())) < 1e-4
 
@@ -117,3 +135,35 @@ def test_a_model_returns_what_it_returned_before() -> None:
 def test_an_output_that_hides_its_tensors_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"Returns returns types\.SimpleNamespace, in which megatron-fsdp finds no"):
         run_shimmed(2, _on_rank, "object", ())
+
+
+class Uneven(nn.Module):
+    """A unit in which a table of positions has longer rows than a convolution has elements."""
+
+    _no_split_modules = ("Patches",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = Patches()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.patches(image)
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(1, 17, 32))
+        self.project = nn.Conv2d(3, 32, 4, stride=4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.project(image).flatten(2).mT + self.places[:, 1:]
+
+
+def _uneven() -> None:
+    instantiate(composed(MEGATRON), Uneven())
+
+
+def test_a_unit_whose_parameters_the_library_cuts_within_rows_is_refused_on_all_ranks() -> None:
+    with pytest.raises(ConfigError, match="within a row"):
+        run_shimmed(2, _uneven)
