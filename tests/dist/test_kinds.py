@@ -244,7 +244,7 @@ class Dtypes(Block):
         super().__init__()
         self.seen: list[torch.dtype] = []
 
-    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:  # type: ignore[override]
         self.seen += [x.dtype, scale.dtype]
         return super().forward(x) * scale
 

@@ -182,8 +182,9 @@ def qwen2_5_vl() -> Made:
     """An image of 4 x 4 patches, merged to 2 x 2 tokens, in each row."""
     from transformers import Qwen2_5_VLConfig
 
-    vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+    vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
     vision |= {"patch_size": 4, "temporal_patch_size": 1, "window_size": 8, "fullatt_block_indexes": [1]}
+    vision |= {"out_hidden_size": 32}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     text = {**TEXT, "num_key_value_heads": 2, "max_position_embeddings": 32, "rope_parameters": rope}
     places = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}

@@ -1,5 +1,5 @@
-"""Whatever a model returns, however often it names a parameter and in whatever order it holds its modules, megatron_fsdp
-trains it as one process does, or refuses it."""
+"""megatron_fsdp trains a model as one process does, or refuses it, whatever it returns, however often it names a
+parameter, and in whatever order it holds its modules."""
 
 from __future__ import annotations
 
