@@ -20,7 +20,15 @@ from nemo_dist_conf.runtime.torch_inside import flattened
 from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 from nemo_dist_conf.wording import assigned, unknown_name
 
-__all__ = ["ARGUMENTS", "UsedParameters", "refuse_parameters", "require_cuda", "shard_axis", "unit_classes"]
+__all__ = [
+    "ARGUMENTS",
+    "UsedParameters",
+    "in_whole_rows",
+    "refuse_parameters",
+    "require_cuda",
+    "shard_axis",
+    "unit_classes",
+]
 
 log = logging.getLogger(__name__)
 
