@@ -36,6 +36,9 @@ __all__ = ["apply_tensor_parallel"]
 
 log = logging.getLogger(__name__)
 
+#: Names of layers whose output features are heads.
+_OF_HEADS = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"})
+
 #: Kinds of rows of layers that are tried for an offer; each takes a run of the twin.
 _MOST_OFFERS = 6
 
@@ -187,13 +190,13 @@ def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "st
 
 
 def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple[dict[str, Any], list[Problem]]:
-    """Style (name or object) by the full name of each module meant, and what is wrong with the entries.
+    """Style (name or object) by the full name of each module or parameter meant, and what is wrong with the entries.
 
-    An entry that names one module overrules a pattern. A module that stands in several places has the first one's name
+    An entry that names one module overrules a pattern. A parameter is meant where no module has the name. A module that stands in several places has the first one's name
     in what is returned, whichever an entry means. own: a family's plan, some of whose entries mean nothing here.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
-    first = _first_names(model)
+    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if name}
+    first, parameters = _first_names(model), dict(model.named_parameters())
     patterns = [pattern for pattern in plan if _is_pattern(pattern)]
     named: dict[str, Any] = {}
     single: dict[str, str] = {}
@@ -208,6 +211,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
             wrong.append((f"tp_plan: {style!r} is not the name of a style", f"{pattern}: {style}", allowed))
             fixed[pattern] = style = near[0] if near else "replicated"
         matched = list(dict.fromkeys(name for other, name in first.items() if match_pattern(pattern, other)))
+        matched = matched or [name for name in parameters if match_pattern(pattern, name)]
         if not matched and not own:
             fit = [_pattern_of(name) for name, module in modules.items() if _takes(style, module)]
             free = [name for name in dict.fromkeys(fit) if name not in fixed]
@@ -230,10 +234,10 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
                 fixed.pop(pattern, None)
             single |= dict.fromkeys(matched, pattern)
         named |= {name: style for name in matched if name not in twice}
+    places = {**parameters, **modules}
     for name, style in named.items():
-        if not _takes(style, modules[name]):
-            kinds = " or ".join(kind.__name__ for kind in _kinds(style))
-            what = f"tp_plan: the style {style} is for {kinds}, and {name} is {type(modules[name]).__name__}"
+        if not _takes(style, places[name]):
+            what = f"tp_plan: the style {style} is for {_kinds(style)}, and {name} is {type(places[name]).__name__}"
             wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
             fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
     by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
@@ -243,7 +247,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
     ]
     if not named and not problems:
         problems = [_no_plan(model, offers)]
-    return {name: named[name] for name in modules if name in named}, problems
+    return {name: named[name] for name in (*modules, *parameters) if name in named}, problems
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -256,15 +260,20 @@ def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
 
 
-def _kinds(style: Any) -> tuple[type[nn.Module], ...]:
-    """Module classes that a style name is for; empty: any."""
+def _kinds(style: Any) -> str:
+    """What a style name is for, in words."""
+    known = STYLES[style]
+    return " or ".join((*known.layers, "Parameter") if known.parameters else known.layers or ("modules",))
+
+
+def _takes(style: Any, place: nn.Module | nn.Parameter) -> bool:
+    """Whether a style, by its name or itself, is for such a module or parameter."""
     known = STYLES.get(style) if isinstance(style, str) else None
-    return tuple(getattr(nn, layer) for layer in known.layers) if known is not None else ()
-
-
-def _takes(style: Any, module: nn.Module) -> bool:
-    kinds = _kinds(style)
-    return not kinds or isinstance(module, kinds)
+    if isinstance(place, nn.Parameter):
+        return known is not None and (known.parameters or known is STYLES["replicated"])
+    if known is None or (not known.layers and not known.splits):
+        return True
+    return isinstance(place, tuple(getattr(nn, layer) for layer in known.layers))
 
 
 def _splits_sequence(style: Any) -> bool:
@@ -289,20 +298,21 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
     """
     leaves = {name.rpartition(".")[2] for name, style in named.items() if style == "colwise"}
     config: Any = getattr(model, "config", None)
-    if leaves & {"q_proj", "k_proj", "v_proj"} and hasattr(config, "to_dict"):
+    if leaves & _OF_HEADS and hasattr(config, "to_dict"):
         problems = model_problems(facts_from_config(fields_of(config)), {"tp_size": tp_size}, dist.get_world_size())
         if problems:
             return problems
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     widths: dict[str, int] = {}
     for name, style in named.items():
-        module: Any = model.get_submodule(name)
         known = STYLES.get(style) if isinstance(style, str) else None
         if known is None or not known.keeps_part:
             continue
-        if known.splits == "input":
-            widths[name] = module.in_features
-        else:
-            widths[name] = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
+        weight = parameters[name] if name in parameters else modules[name].weight
+        layer = "Embedding" if isinstance(modules.get(name), nn.Embedding) else "Linear"
+        dim = known.split_dim(layer, weight.dim())
+        if dim is not None:
+            widths[name] = weight.size(dim) // known.packed
     odd = [f"{name} ({width})" for name, width in widths.items() if width % tp_size]
     if not odd:
         return []
@@ -345,7 +355,7 @@ def _layout(module: nn.Module, style: Any) -> str:
         return "plain"
     kind = style if isinstance(style, str) else type(style).__name__.lower()  # torch's are called like ours
     known = STYLES.get(kind) or next((known for name, known in STYLES.items() if name in kind), None)
-    dim = known.split_dim("Linear" if isinstance(module, nn.Linear) else "Embedding") if known is not None else None
+    dim = known.split_dim("Linear" if isinstance(module, nn.Linear) else "Embedding", 2) if known is not None else None
     return "replicated" if dim is None else f"dimension {dim}"
 
 

@@ -78,7 +78,8 @@ class Trial:
         """
         split = self._twin()
         # Blocks that only hand their input on have no values.
-        run = {name: copy.deepcopy(style) for name, style in styles.items() if not _is_empty(split.get_submodule(name))}
+        places = {**dict(split.named_parameters()), **dict(split.named_modules())}
+        run = {name: copy.deepcopy(style) for name, style in styles.items() if not _is_empty(places[name])}
         place: list[str] = []
         try:
             apply_styles(split, run, self._mesh)
@@ -178,8 +179,8 @@ def _follow(model: nn.Module, place: list[str]) -> None:
         module.register_forward_hook(lambda *_: place.pop() and None)
 
 
-def _is_empty(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters())
+def _is_empty(place: nn.Module | nn.Parameter) -> bool:
+    return any(p.is_meta for p in (place.parameters() if isinstance(place, nn.Module) else [place]))
 
 
 def _first_line(error: Exception) -> str:
