@@ -39,8 +39,8 @@ class Style:
     def split_dim(self, layer: str, dims: int) -> int | None:
         """The dimension that is split of a layer's weight, or of a parameter, of so many dimensions; None: none.
 
-        layer: class of torch.nn. A Linear's weight, and a parameter in no layer, ends in [output, input], an Embedding's
-        is [vocabulary, hidden], which is [input, output]. The one dimension of a vector is the output.
+        layer: class of torch.nn. A Linear's weight, and a parameter in no layer, ends in [output, input]; an
+        Embedding's is [vocabulary, hidden], which is [input, output]. The one dimension of a vector is the output.
         """
         if not self.splits or (self.splits == "input" and dims == 1):
             return None
@@ -119,9 +119,10 @@ STYLES: dict[str, Style] = {
     "moe_tp_experts": Style("experts of which each rank has a part of the hidden width, the outputs summed"),
     "moe_identity_expert": Style("no weights of its own: what each rank adds in full to outputs that are summed"),
     "mla_kv_a_proj": Style(
-        "the same weights on every rank; gradients of the last qk_rope_head_dim outputs, which split heads share, summed"
+        "the same weights on every rank; gradients of its last outputs, a rotary key that split heads share, summed"
     ),
-    "all_reduce": Style("no weights of its own: what the ranks return summed"),
+    "all_reduce": Style("what the ranks return summed; its own parameters that are split are the rank's part"),
+    "own_output": Style("no weights of its own: what it returns may be written into (to add another output to it)"),
     "gather_input": Style("no weights of its own: the input made full once for all layers inside (attention, MLP)"),
     "scatter_input": Style("no weights of its own: the input split over the sequence (blocks)", splits_sequence=True),
 }

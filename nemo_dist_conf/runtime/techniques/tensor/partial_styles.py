@@ -22,7 +22,7 @@ from nemo_dist_conf.runtime.techniques.tensor.local_parameters import (
 from nemo_dist_conf.runtime.torch_inside import own_parameters
 from nemo_dist_conf.runtime.torch_inside.styles import Style, packed_shard
 
-__all__ = ["Experts", "LatentProjection", "OwnPart", "PackedLinear", "Shared", "SplitParameter", "Summed"]
+__all__ = ["Experts", "LatentProjection", "OwnOutput", "OwnPart", "PackedLinear", "Shared", "SplitParameter", "Summed"]
 
 
 class SplitParameter(Style):
@@ -62,18 +62,28 @@ class Experts(Style):
 
 
 class Summed(Style):
-    """What the ranks return, each its part, is summed."""
+    """What the ranks return, each its part, is summed; a module with split parameters of its own runs on parts."""
 
     def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if split_parameters(module):
+            return Experts().parallelized(module, device_mesh)
         _change_output(module, lambda x: _summed(x, device_mesh))
         return module
 
 
 class Shared(Style):
-    """What every rank returns in full is divided by their number, because it is summed further out."""
+    """What every rank is given in full is divided by their number, because what it returns is summed further out."""
 
     def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _change_output(module, lambda x: x / device_mesh.size())
+        _change_input(module, lambda x: x / device_mesh.size() if isinstance(x, Tensor) else x)
+        return module
+
+
+class OwnOutput(Style):
+    """What a module returns is no view of a DTensor, which autograd lets nobody write into."""
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _change_output(module, lambda x: x.clone())
         return module
 
 

@@ -21,6 +21,7 @@ from nemo_dist_conf.runtime.techniques.tensor.local_parameters import LocalParam
 from nemo_dist_conf.runtime.techniques.tensor.partial_styles import (
     Experts,
     LatentProjection,
+    OwnOutput,
     OwnPart,
     PackedLinear,
     Shared,
@@ -162,6 +163,7 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "moe_tp_experts": Experts,
     "moe_identity_expert": Shared,
     "all_reduce": Summed,
+    "own_output": OwnOutput,
     "gather_input": lambda: _Input(Replicate()),
     "scatter_input": lambda: _Input(Shard(SEQUENCE_DIM)),
 }
