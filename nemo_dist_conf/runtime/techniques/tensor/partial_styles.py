@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
+from nemo_dist_conf.runtime.model.shard_boxes import cut_boxes
 from nemo_dist_conf.runtime.techniques.tensor.local_parameters import (
     LocalParameters,
     replicate_parameters,
@@ -108,15 +109,27 @@ class LatentProjection(Style):
 
 
 class PackedLinear(Style):
-    """A linear layer that is several in one: a rank has its part of the output features of each, side by side."""
+    """A linear layer that is several in one: a rank has its part of the output features of each, side by side.
+
+    Its bias is every rank's in full, of which the layer takes the rank's part.
+    """
 
     def __init__(self, packed: int) -> None:
         self.packed = packed
 
     def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for key in [key for key, parameter in own_parameters(module).items() if parameter is not None]:
-            split_parameter(module, key, device_mesh, packed_shard(0, self.packed))
-        _run_on_parts(module, LocalParameters(device_mesh, [], Replicate(), split_parameters(module)))
+        own, placement = own_parameters(module), packed_shard(0, self.packed)
+        boxes = cut_boxes(own["weight"].shape[:1], device_mesh, [placement])
+        split_parameter(module, "weight", device_mesh, placement)
+        split = split_parameters(module)
+        parameters = LocalParameters(device_mesh, replicate_parameters(module, device_mesh), Partial(), split)
+        _run_on_parts(module, parameters)
+        if own.get("bias") is not None:
+
+            def enter(*_: Any) -> None:
+                own["bias"] = torch.cat([one.box.of(own["bias"]) for one in boxes])
+
+            module.register_forward_pre_hook(enter)
         _change_input(module, lambda x: _with_summed_gradient(x, device_mesh))
         return module
 
