@@ -142,7 +142,7 @@ def _pipeline(
     """This rank's stages cut out of the parallelised model, each sharded and filled."""
     from nemo_dist_conf.runtime.engines.pipeline import PipelineEngine
     from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
-    from nemo_dist_conf.runtime.techniques.pipeline_stages import cut
+    from nemo_dist_conf.runtime.techniques.pipeline.stages import cut
 
     mesh: Any = engine.device_mesh
     config: Any = engine.pipeline

@@ -21,7 +21,7 @@ from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
 from nemo_dist_conf.runtime.engines.refused_copies import refuse_copy
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
-from nemo_dist_conf.runtime.techniques.pipeline_stages import Chain, chain_of, plan_stages
+from nemo_dist_conf.runtime.techniques.pipeline.stages import Chain, chain_of, plan_stages
 from nemo_dist_conf.runtime.torch_inside.pipelining import ReducingStage, schedule_by_name, schedule_from_table
 from nemo_dist_conf.runtime.typed_configs import PipelineConfig
 from nemo_dist_conf.topology.schedule_file import read_schedule

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.model.blocks import find_blocks
-from nemo_dist_conf.runtime.techniques.pipeline_stages import Chain, chain_of, cut, plan_stages
+from nemo_dist_conf.runtime.techniques.pipeline.stages import Chain, chain_of, cut, plan_stages
 from nemo_dist_conf.schema import PipelineConf
 
 SETTINGS: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(PipelineConf)}
