@@ -148,11 +148,12 @@ def _pipeline(
     config: Any = engine.pipeline
     pp_mesh, device = mesh[A.PP.value], engine.device(model)
     stages: dict[int, nn.Module] = {}
+    forwards: dict[int, Any] = {}
     averaged: list[Averaged] = []
     for row in plan.rows:
         if row.pp_rank != pp_mesh.get_local_rank():
             continue
-        stage = cut(model, plan.chain, row.modules, config.to_dict())
+        stage, forwards[row.stage] = cut(model, plan.placed, plan.parts, row.stage, config.to_dict())
         if engine.autocast_dtype is not None:
             autocast_forward(stage, device, engine.autocast_dtype)
         held = {name: unit for name, unit in units.items() if name in row.modules}
@@ -165,6 +166,7 @@ def _pipeline(
         stages[row.stage] = stage
     pipeline = Pipeline(
         stages,
+        forwards,
         plan,
         config,
         pp_mesh,
@@ -172,6 +174,7 @@ def _pipeline(
         dtype=config.dtype or engine.dtype_between_stages,
         reduce_every_backward=engine.reduces_every_backward,
         averaged=averaged,
+        is_compiled=engine.compiles_blocks,
     )
     register(pipeline, PipelineEngine(engine))
     return pipeline
