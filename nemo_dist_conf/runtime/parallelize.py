@@ -147,13 +147,14 @@ def _pipeline(
     mesh: Any = engine.device_mesh
     config: Any = engine.pipeline
     pp_mesh, device = mesh[A.PP.value], engine.device(model)
-    stages: dict[int, nn.Module] = {}
-    forwards: dict[int, Any] = {}
     averaged: list[Averaged] = []
-    for row in plan.rows:
-        if row.pp_rank != pp_mesh.get_local_rank():
-            continue
-        stage, forwards[row.stage] = cut(model, plan.placed, plan.parts, row.stage, config.to_dict())
+    rows = {row.stage: row for row in plan.rows if row.pp_rank == pp_mesh.get_local_rank()}
+    # All before any is sharded, which would change modules that another one has a likeness of.
+    cuts = {index: cut(model, plan.placed, plan.parts, index, config.to_dict()) for index in rows}
+    stages = {index: stage for index, (stage, _) in cuts.items()}
+    forwards = {index: forward for index, (_, forward) in cuts.items()}
+    for index, stage in stages.items():
+        row = rows[index]
         if engine.autocast_dtype is not None:
             autocast_forward(stage, device, engine.autocast_dtype)
         held = {name: unit for name, unit in units.items() if name in row.modules}
@@ -163,7 +164,6 @@ def _pipeline(
         if whole is not None:
             whole.move_to(device)
             averaged.append(whole)
-        stages[row.stage] = stage
     pipeline = Pipeline(
         stages,
         forwards,

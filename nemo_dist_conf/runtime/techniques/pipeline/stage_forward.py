@@ -59,6 +59,7 @@ class StageForward:
         self._received: dict[Value, Tensor] = {}
         self._made: dict[Value, Tensor] = {}
         self._ids = torch.empty(0, 0)
+        self._runs = False
 
     def begin(self, module: nn.Module, absent: list[tuple[nn.Module, str, Tensor]]) -> None:
         """module: the stage. absent: containers' parameters that other stages hold."""
@@ -82,6 +83,7 @@ class StageForward:
         for container, name, parameter in self._absent:
             # In no memory: only what is thrown away is computed with it.
             container.__dict__[name] = torch.zeros((), dtype=parameter.dtype, device=ids.device).expand(parameter.shape)
+        self._runs = True
         try:
             output = run_model(self._module, ids, **kwargs)
             if self.is_last:
@@ -89,6 +91,7 @@ class StageForward:
         except _Ended:
             pass
         finally:
+            self._runs = False
             received_now, made = self._received, self._made
             self._received, self._made = {}, {}
         missing = next((value for value in self.hands if value not in made and value not in received_now), None)
@@ -130,6 +133,8 @@ class StageForward:
         return tree_unflatten(leaves, call.spec)
 
     def _note_of(self, name: str, part: nn.Module, args: Any, output: Any) -> None:
+        if not self._runs:  # somebody else runs the part
+            return
         nth = self._counts[name]
         self._counts[name] += 1
         self._note(self.placed.flow.number[name, nth], output)
@@ -219,7 +224,7 @@ class Sometimes:
 def run_model(module: nn.Module, ids: Tensor, **kwargs: Any) -> Any:
     """What the model's own forward gives for ids: a tensor, of an output of transformers the logits."""
     forward: Callable[..., Any] = type(module).forward.__get__(module)
-    names = _parameters(type(module))
+    names = _names(type(module).forward)
     if "use_cache" in names:
         kwargs["use_cache"] = False
     output = forward(input_ids=ids, **kwargs) if "input_ids" in names else forward(ids, **kwargs)
@@ -229,5 +234,5 @@ def run_model(module: nn.Module, ids: Tensor, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _parameters(kind: type) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _names(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)

@@ -100,9 +100,9 @@ def _chain_of(model: nn.Module, blocks: Blocks) -> Chain:
             opened |= found.names
     called = [call.name for call in flow.calls]
     run = [name for name in called if name in blocks]
-    twice = next((name for name in run if run.count(name) > 1), None)
-    if twice is not None:
-        raise no_chain(model, f"its forward runs the block {twice} {run.count(twice)} times")
+    if len(set(run)) < len(run):
+        once = list(dict.fromkeys(run))
+        raise no_chain(model, f"its forward runs the blocks {short(run, 6)}, not {short(once)} once each")
     if not run:
         raise no_chain(model, f"its forward runs none of the blocks {short(list(blocks))}")
     names = tuple(
