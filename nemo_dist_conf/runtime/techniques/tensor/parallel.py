@@ -260,7 +260,8 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
     places = {**parameters, **modules}
     for name, style in named.items():
         if not _takes(style, places[name]):
-            what = f"tp_plan: the style {style} is for {_kinds(style, places[name])}, and {name} is {type(places[name]).__name__}"
+            kinds, found = _kinds(style, places[name]), type(places[name]).__name__
+            what = f"tp_plan: the style {style} is for {kinds}, and {name} is {found}"
             wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
             fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
     by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
