@@ -260,7 +260,8 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
     places = {**parameters, **modules}
     for name, style in named.items():
         if not _takes(style, places[name]):
-            what = f"tp_plan: the style {style} is for {_kinds(style)}, and {name} is {type(places[name]).__name__}"
+            kinds, found = _kinds(style, places[name]), type(places[name]).__name__
+            what = f"tp_plan: the style {style} is for {kinds}, and {name} is {found}"
             wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
             fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
     by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
@@ -283,10 +284,12 @@ def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
 
 
-def _kinds(style: Any) -> str:
-    """What a style name is for, in words."""
+def _kinds(style: Any, place: nn.Module | nn.Parameter) -> str:
+    """What a style name is for, in words: kinds of modules, where a module was given it."""
     known = STYLES[style]
-    return " or ".join((*known.layers, "Parameter") if known.parameters else known.layers or ("modules",))
+    if isinstance(place, nn.Parameter):
+        return " or ".join(known.layers) or "modules"
+    return " or ".join(known.layers) or "Parameter"
 
 
 def _takes(style: Any, place: nn.Module | nn.Parameter) -> bool:
