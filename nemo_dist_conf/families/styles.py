@@ -16,7 +16,8 @@ __all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_pattern", 
 class Style:
     """What a module of one style does.
 
-    text: it in words; tensors are [batch, seq, hidden]. layers: classes of torch.nn that it is for; empty: any.
+    text: it in words; tensors are [batch, seq, hidden]. layers: classes of torch.nn that it is for, and Conv1D, a linear
+    layer of transformers; empty: any.
     splits: features of the weight that the ranks share, "output" or "input"; "": none, every rank has them all.
     keeps_part: what is split stays the rank's own between this layer and the next, so the ranks have to divide it.
     splits_sequence: activations are split over the sequence. sequence_twin: the style that takes its place under
@@ -31,42 +32,42 @@ class Style:
     sequence_twin: str = ""
 
     def split_dim(self, layer: str) -> int | None:
-        """The dimension of a layer's weight that is split; None: none. layer: class of torch.nn.
+        """The dimension of a layer's weight that is split; None: none. layer: its class, as in ``layers``.
 
-        A Linear's weight is [output, input], an Embedding's [vocabulary, hidden], which is [input, output].
+        A Linear's weight is [output, input], a Conv1D's [input, output], an Embedding's [vocabulary, hidden], too.
         """
         if not self.splits:
             return None
-        return int((self.splits == "output") == (layer == "Embedding"))
+        return int((self.splits == "output") == (layer in ("Embedding", "Conv1D")))
 
 
-_LINEAR, _EMBEDDING = ("Linear",), ("Embedding",)
+_LINEAR, _EMBEDDING = ("Linear", "Conv1D"), ("Embedding",)
 
 #: Style name -> what it does. runtime/techniques/tensor/styles.py has the same names with torch's objects.
 STYLES: dict[str, Style] = {
     "colwise": Style(
-        "output features split over the ranks, each rank keeps its part (Linear, Embedding)",
+        "output features split over the ranks, each rank keeps its part (Linear, Conv1D, Embedding)",
         layers=(*_LINEAR, *_EMBEDDING),
         splits="output",
         keeps_part=True,
     ),
     "colwise_gather_output": Style(
-        "output features split over the ranks, the output gathered (Linear, Embedding)",
+        "output features split over the ranks, the output gathered (Linear, Conv1D, Embedding)",
         layers=(*_LINEAR, *_EMBEDDING),
         splits="output",
     ),
     "rowwise": Style(
-        "input features split over the ranks, takes colwise outputs, the outputs summed (Linear)",
+        "input features split over the ranks, takes colwise outputs, the outputs summed (Linear, Conv1D)",
         layers=_LINEAR,
         splits="input",
         keeps_part=True,
         sequence_twin="rowwise_scatter_output",
     ),
     "rowwise_split_input": Style(
-        "as rowwise, of an input that every rank has in full (Linear)", layers=_LINEAR, splits="input"
+        "as rowwise, of an input that every rank has in full (Linear, Conv1D)", layers=_LINEAR, splits="input"
     ),
     "rowwise_scatter_output": Style(
-        "as rowwise, the summed output split over the sequence (Linear)",
+        "as rowwise, the summed output split over the sequence (Linear, Conv1D)",
         layers=_LINEAR,
         splits="input",
         keeps_part=True,
@@ -90,6 +91,9 @@ STYLES: dict[str, Style] = {
     ),
     "sequence_parallel": Style(
         "the same weights on each rank's part of the sequence, gradients summed (norms)", splits_sequence=True
+    ),
+    "split_heads": Style(
+        "no weights of its own: what it says of its heads (their number, the width of all) is the rank's part (attention)"
     ),
     "gather_input": Style("no weights of its own: the input made full once for all layers inside (attention, MLP)"),
     "scatter_input": Style("no weights of its own: the input split over the sequence (blocks)", splits_sequence=True),

@@ -26,6 +26,8 @@ from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, match_pattern, unalias
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan, pattern_of
+from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
@@ -35,9 +37,6 @@ from nemo_dist_conf.wording import assigned
 __all__ = ["apply_tensor_parallel"]
 
 log = logging.getLogger(__name__)
-
-#: Kinds of rows of layers that are tried for an offer; each takes a run of the twin.
-_MOST_OFFERS = 6
 
 _Plan = Mapping[str, Any]
 
@@ -56,8 +55,9 @@ def apply_tensor_parallel(
     same on all ranks; on the meta device nothing is read. Outputs of the model are plain tensors, equal on every rank.
     Tied parameters stay tied. Call it before activation checkpointing, compile and fully_shard.
     plan: pattern -> style name (families/styles.py) or torch ParallelStyle, relative to ``model``. None: the model's
-    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its family. But for families whose plan the tests hold
-    against one process (``proven`` in the family's row), a plan is tried on a small input first.
+    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its family, or for a model of transformers of which
+    nothing is known what is found in its blocks (derived_plan.py). But for families whose plan the tests hold against
+    one process (``proven`` in the family's row), a plan is tried on a small input first.
     sequence_parallel: norms and the residual stream are split over the sequence, of any length.
     example: what the model's forward takes, by keyword, for that trial; None: ids or vectors are tried.
     Raises ConfigError, with every problem found, where there is no plan, an entry matches no module or names no
@@ -71,9 +71,10 @@ def apply_tensor_parallel(
     named, problems = _resolve(model, entries, own, offers)
     if sequence_parallel and not any(map(_splits_sequence, named.values())):
         problems.append(_no_sequence_style(entries))
-    ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
-    if not (own and _is_proven(model)):
-        ConfigError.raise_if(_trial_problems(model, entries, named, plan is None, offers))
+    if entries is not offers.found:  # which was tried
+        ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
+        if not (own and _is_proven(model)):
+            ConfigError.raise_if(_trial_problems(model, entries, named, plan is None, offers))
     styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
     log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_size, len(styles), type(model).__name__)
@@ -155,7 +156,10 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
         off = "strategy.sequence_parallel=false"
         raise ConfigError(Problem(what=what, asked="strategy.sequence_parallel=true", allowed=allowed, instead=off))
     if found is None:
-        raise ConfigError(_no_plan(model, offers))
+        found = offers.derived() if _is_transformers(model) and not sequence_parallel else None
+        if not found:
+            raise ConfigError(_no_plan(model, offers))
+        return found
     unknown = sorted({style for style in found.values() if find_style(style) is None})
     if unknown:
         what = f"the tp_plan of {family} asks for what is not supported: {', '.join(unknown)}"
@@ -209,7 +213,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
             fixed[pattern] = style = near[0] if near else "replicated"
         matched = list(dict.fromkeys(name for other, name in first.items() if match_pattern(pattern, other)))
         if not matched and not own:
-            fit = [_pattern_of(name) for name, module in modules.items() if _takes(style, module)]
+            fit = [pattern_of(name) for name, module in modules.items() if _takes(style, module)]
             free = [name for name in dict.fromkeys(fit) if name not in fixed]
             near = nearest(pattern, free)
             allowed = ", ".join(near) or ", ".join((*free[:5], "... (model.named_modules())"))
@@ -232,7 +236,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
         named |= {name: style for name in matched if name not in twice}
     for name, style in named.items():
         if not _takes(style, modules[name]):
-            kinds = " or ".join(kind.__name__ for kind in _kinds(style))
+            kinds = " or ".join(_kinds(style))
             what = f"tp_plan: the style {style} is for {kinds}, and {name} is {type(modules[name]).__name__}"
             wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
             fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
@@ -256,15 +260,15 @@ def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
 
 
-def _kinds(style: Any) -> tuple[type[nn.Module], ...]:
-    """Module classes that a style name is for; empty: any."""
+def _kinds(style: Any) -> tuple[str, ...]:
+    """Kinds of layers that a style name is for; empty: any module."""
     known = STYLES.get(style) if isinstance(style, str) else None
-    return tuple(getattr(nn, layer) for layer in known.layers) if known is not None else ()
+    return known.layers if known is not None else ()
 
 
 def _takes(style: Any, module: nn.Module) -> bool:
     kinds = _kinds(style)
-    return not kinds or isinstance(module, kinds)
+    return not kinds or layer_kind(module) in kinds
 
 
 def _splits_sequence(style: Any) -> bool:
@@ -293,16 +297,18 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
         problems = model_problems(facts_from_config(fields_of(config)), {"tp_size": tp_size}, dist.get_world_size())
         if problems:
             return problems
+    return _odd_widths(model, named, tp_size)
+
+
+def _odd_widths(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[Problem]:
+    """Layers whose ranks keep their parts to themselves, where tp_size does not divide the width."""
     widths: dict[str, int] = {}
     for name, style in named.items():
         module: Any = model.get_submodule(name)
         known = STYLES.get(style) if isinstance(style, str) else None
-        if known is None or not known.keeps_part:
-            continue
-        if known.splits == "input":
-            widths[name] = module.in_features
-        else:
-            widths[name] = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
+        dim = known.split_dim(layer_kind(module)) if known is not None and known.keeps_part else None
+        if dim is not None:
+            widths[name] = module.weight.size(dim)
     odd = [f"{name} ({width})" for name, width in widths.items() if width % tp_size]
     if not odd:
         return []
@@ -345,7 +351,7 @@ def _layout(module: nn.Module, style: Any) -> str:
         return "plain"
     kind = style if isinstance(style, str) else type(style).__name__.lower()  # torch's are called like ours
     known = STYLES.get(kind) or next((known for name, known in STYLES.items() if name in kind), None)
-    dim = known.split_dim("Linear" if isinstance(module, nn.Linear) else "Embedding") if known is not None else None
+    dim = known.split_dim(layer_kind(module)) if known is not None else None
     return "replicated" if dim is None else f"dimension {dim}"
 
 
@@ -357,12 +363,15 @@ _WITHOUT = "parallelism.tp_size=1"
 
 
 class _Offers:
-    """What can be typed instead: plans that were tried, made only when they are asked for."""
+    """What can be typed instead: plans that were tried, made only when they are asked for.
+
+    found: the plan that was read off the model's blocks; None until it is asked for.
+    """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, example: Mapping[str, Any] | None) -> None:
         self.model, self.mesh, self.example = model, mesh, example
+        self.found: dict[str, str] | None = None
         self._trial: Trial | None = None
-        self._is_planning = False
 
     def trial(self) -> Trial:
         """Raises CannotTry."""
@@ -370,39 +379,33 @@ class _Offers:
             self._trial = Trial(self.model, self.mesh, self.example)
         return self._trial
 
+    def derived(self) -> dict[str, str]:
+        """A plan for all rows of linear layers that split and compute the same; empty without any."""
+        if self.found is None:
+            self.found = {}  # what is tried for an offer makes none of its own
+            try:
+                self.found = derived_plan(self.model, self.trial(), self._fitting)
+            except CannotTry:
+                pass
+        return self.found
+
+    def _fitting(self, plan: _Plan) -> Mapping[str, Any] | None:
+        named, problems = _resolve(self.model, plan, True, self)
+        return None if problems or _odd_widths(self.model, named, self.mesh.size()) else named
+
     def plan(self, other_than: _Plan | None = None) -> str:
-        """The word that sets a plan for all rows of linear layers that split and compute the same; without any, the
-        way without tensor parallelism."""
-        good: dict[str, str] = {}
-        if self._is_planning:  # what is tried for an offer makes none of its own
-            return _WITHOUT
-        self._is_planning = True
-        try:
-            for plan in _rows_of_linears(self.model):
-                named, problems = _resolve(self.model, plan, False, self)
-                if not problems and not _misfits(self.model, named, self.mesh.size()):
-                    if self.trial().finding(named) is None:
-                        good |= plan
-        except CannotTry:
-            pass
-        finally:
-            self._is_planning = False
-        return _set(good) if good and good != other_than else _WITHOUT
+        """The word that sets such a plan; without any, the way without tensor parallelism."""
+        found = self._short(self.derived())
+        return _set(found) if found and found != other_than else _WITHOUT
 
-
-def _rows_of_linears(model: nn.Module) -> list[dict[str, str]]:
-    """Plans for linear layers in a row, their widths the input of the last one, for each place in a block."""
-    groups: dict[str, list[tuple[str, nn.Linear]]] = {}
-    for name, module in model.named_modules():
-        if name and isinstance(module, nn.Linear):
-            groups.setdefault(name.rpartition(".")[0], []).append((name, module))
-    found: dict[tuple[str, ...], dict[str, str]] = {}
-    for layers in groups.values():
-        *before, (last, narrow) = layers
-        if before and all(wide.out_features == narrow.in_features for _, wide in before):
-            plan = {_pattern_of(name): "colwise" for name, _ in before} | {_pattern_of(last): "rowwise"}
-            found.setdefault(tuple(plan), plan)
-    return list(found.values())[:_MOST_OFFERS]
+    def _short(self, plan: _Plan) -> _Plan:
+        """With a pattern for all layers of a name in place of many, where it means no others."""
+        short: dict[str, str] = {}
+        for pattern, style in plan.items():
+            if short.setdefault(pattern_of(pattern), style) != style:
+                return plan
+        meant, also = (_resolve(self.model, entries, True, self)[0] if entries else {} for entries in (plan, short))
+        return short if meant == also else plan
 
 
 def _words(style: Any) -> str:
@@ -412,10 +415,6 @@ def _words(style: Any) -> str:
 def _set(plan: Mapping[str, Any]) -> str:
     """The plan as one word of a command line."""
     return assigned("strategy.tp_plan", {pattern: _words(style) for pattern, style in plan.items()})
-
-
-def _pattern_of(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _no_plan(model: nn.Module, offers: _Offers) -> Problem:

@@ -12,10 +12,12 @@ from typing import Any, Callable, Mapping
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from nemo_dist_conf.runtime.model.materialise import retie, tied_names
+from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
+from nemo_dist_conf.runtime.techniques.tensor.split_heads import SplitHeads
 from nemo_dist_conf.runtime.torch_inside import AsyncCollectiveTensor, is_view, local_tensor, own_parameters
 from nemo_dist_conf.runtime.torch_inside.styles import Style, laid_out_by
 
@@ -73,6 +75,34 @@ def _output(layouts: Any, local: bool, module: Any, output: Any, mesh: DeviceMes
 
 _Colwise = laid_out_by(ColwiseParallel, _input_of_columns, _output)
 _Rowwise = laid_out_by(RowwiseParallel, _input_of_rows, _output)
+
+
+class _Transposed(Style):
+    """A style of torch's for linear layers, for one whose weight is [input, output] (Conv1D)."""
+
+    def __init__(self, style: ColwiseParallel | RowwiseParallel) -> None:
+        self.style = style
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style, splits_rows = self.style, isinstance(self.style, RowwiseParallel)
+        placements: dict[str, Placement] = {"weight": Shard(0), "bias": Replicate()}
+        if not splits_rows:
+            placements = {"weight": Shard(1), "bias": Shard(0)}
+        for key, whole in list(module.named_parameters(recurse=False)):
+            part = distribute_tensor(whole, device_mesh, [placements[key]], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+        def enter(_: nn.Module, args: tuple) -> tuple:
+            if splits_rows:
+                return (_input_of_rows(style.input_layouts, (Shard(-1),), module, args, device_mesh),)
+            return (_input_of_columns(style.input_layouts, (Replicate(),), module, args, device_mesh),)
+
+        def leave(_: nn.Module, args: tuple, output: Any) -> torch.Tensor:
+            return _output(style.output_layouts, style.use_local_output, module, output, device_mesh)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
 
 
 class _Input(Style):
@@ -164,6 +194,7 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "replicated": lambda: _Replicated(Replicate()),
     "replicated_with_grad_allreduce": lambda: _Replicated(Partial()),
     "sequence_parallel": lambda: _Replicated(Partial(), sequence=True),
+    "split_heads": SplitHeads,
     "gather_input": lambda: _Input(Replicate()),
     "scatter_input": lambda: _Input(Shard(SEQUENCE_DIM)),
 }
@@ -175,7 +206,7 @@ def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) 
     Outputs of the model are then full, plain tensors. Returns the objects.
     """
     ties = tied_names(model)
-    objects = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in styles.items()}
+    objects = {name: _object(style, model.get_submodule(name)) for name, style in styles.items()}
     # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
     # values, so none is sent.
     for name, style in sorted(objects.items(), key=lambda entry: -entry[0].count(".")):
@@ -183,6 +214,14 @@ def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) 
     retie(model, ties)
     model.register_forward_hook(_plain_outputs)
     return objects
+
+
+def _object(style: Any, module: nn.Module) -> ParallelStyle:
+    if not isinstance(style, str):
+        return style
+    found = STYLE_OBJECTS[style]()
+    is_linear = isinstance(found, (ColwiseParallel, RowwiseParallel))
+    return _Transposed(found) if is_linear and layer_kind(module) == "Conv1D" else found
 
 
 def _is_plain(owner: nn.Module, key: str) -> bool:
