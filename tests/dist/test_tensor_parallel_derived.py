@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.gradients import clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.techniques.tensor import parallel
-from tests.dist.layouts import SGD, composed, full_tensor
+from tests.dist.layouts import composed, full_tensor
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
 
+WORDS = ("strategy.mp_policy=null", "parallelism.tp_size=2")
+SGD: dict[str, Any] = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
 VOCABULARY = 64
 BERT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -127,7 +128,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batches, dict[str, str]]] = {
     "gpt2": (
         functools.partial(of_transformers, "AutoModelForCausalLM", "gpt2", **DECODER, **NO_DROPOUT),
         causal,
-        {"transformer.h.1.mlp.c_fc": "colwise", "transformer.h.1.mlp.c_proj": "rowwise"},
+        {
+            "transformer.h.1.attn": "split_heads",
+            "transformer.h.1.attn.c_attn": "packed_qkv_colwise",
+            "transformer.h.1.mlp.c_fc": "colwise",
+            "transformer.h.1.mlp.c_proj": "rowwise",
+        },
     ),
     # Heads counted by attributes, with a slope for each of them in what the attention is given.
     "bloom": (
@@ -162,39 +168,24 @@ def trained(model: Any, optimizer: torch.optim.Optimizer, batches: Batches, clip
     return found
 
 
-def on_ranks(name: str) -> tuple[list[float], dict[str, Tensor], dict[str, str], bool]:
-    """(losses and norms, weights, style of each module, whether all outputs were plain)."""
-    from nemo_dist_conf.gradients import clip_grad_norm_
-
+def on_ranks(name: str) -> tuple[list[float], dict[str, Tensor], dict[str, str]]:
+    """(losses and norms, weights, style of each module)."""
     make, batches, _ = MODELS[name]
-    styles: dict[str, str] = {}
-    apply = parallel.apply_styles
-
-    def kept(model: nn.Module, named: Any, mesh: Any) -> Any:
-        styles.clear()
-        styles.update(named)
-        return apply(model, named, mesh)
-
-    parallel.apply_styles = kept
-    try:
-        cfg = composed(
-            "strategy.mp_policy=null", "parallelism.tp_size=2", optimizer={"name": "sgd", "lr": 0.1, "momentum": 0.9}
-        )
-        _, model, optimizer = instantiate(cfg, model=make())
-    finally:
-        parallel.apply_styles = apply
+    with mock.patch.object(parallel, "apply_styles", side_effect=parallel.apply_styles) as applied:
+        _, model, optimizer = instantiate(composed(*WORDS, optimizer=SGD), model=make())
     steps = trained(model, optimizer, batches, clip_grad_norm_)
-    return steps, {key: full_tensor(p.detach()) for key, p in model.named_parameters()}, styles, True
+    weights = {key: full_tensor(p.detach()) for key, p in model.named_parameters()}
+    return steps, weights, dict(applied.call_args.args[1])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_without_a_plan_trains_as_in_one_process(name: str) -> None:
     make, batches, wanted = MODELS[name]
     plain = make()
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=SGD["lr"], momentum=SGD["momentum"])
     expected = trained(plain, optimizer, batches, lambda m, norm: nn.utils.clip_grad_norm_(m.parameters(), norm))
-    for steps, weights, styles, _ in run_ranks(2, on_ranks, name):
+    for steps, weights, styles in run_ranks(2, on_ranks, name):
         assert steps == pytest.approx(expected, rel=2e-5)
         for key, value in plain.named_parameters():
-            assert float((weights[key] - value).norm()) <= 2e-4 * float(value.norm()) + 1e-6, key
+            assert float((weights[key] - value.detach()).norm()) <= 2e-4 * float(value.norm()) + 1e-6, key
         assert {module: styles.get(module) for module in wanted} == wanted

@@ -60,8 +60,8 @@ def twin(
 
     Blocks of one class with tensors of the same shapes and the same settings are of one kind: the first of them is
     run, the others are there and hand their input on. Long embeddings and heads keep their first rows. Nothing in it
-    drops out. model: on any device, or on meta, before anything is wrapped or sharded. marks: a block's name -> what else
-    makes its kind, for what is to be done to the blocks.
+    drops out. model: on any device, or on meta, before anything is wrapped or sharded. marks: what else makes a block's
+    kind, by its name, for what is to be done to the blocks.
     Raises whatever copying the model, or computing its buffers, raises.
     """
     copied, moved = _copy_on_meta(model)

@@ -1,8 +1,9 @@
 """A tensor-parallel plan for a model that brings none: read off the rows of layers in its blocks, each way tried.
 
 For each row there are several ways, the one with the least traffic first: the ranks keep their parts between its
-layers; the attention around it is told that it has fewer heads; or what the first layers give is gathered, and what lies
-between is computed by every rank, which any code takes. A way is taken where the trial finds no difference.
+layers, of three in one (query, key and value) maybe; the attention around it is told that it has fewer heads; or what
+the first layers give is gathered, and what lies between is computed by every rank, which any code takes. A way is taken
+where the trial finds no difference.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import nn
 from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.layer_rows import LayerRow
+from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of
 from nemo_dist_conf.runtime.techniques.tensor.split_heads import head_counts
 from nemo_dist_conf.runtime.techniques.tensor.trial import Trial
 
-__all__ = ["derived_plan", "pattern_of"]
+__all__ = ["derived_plan"]
 
 #: Kinds of rows that are tried, a run of the twin for each way; the layers of further ones stay whole.
 _MOST_ROWS = 16
@@ -45,17 +47,14 @@ def derived_plan(model: nn.Module, trial: Trial, fits: Callable[[_Plan], Mapping
     if not rows:
         return {}
     ways = [list(_ways(model, kind)) for kind in list(rows.values())[:_MOST_ROWS]]
-    first = _merged([*(way[0] for way in ways), *ends[:1]])
-    if is_equal(first):
-        return first
+    # Most models need one way for all of their rows, or two: the last one is slow, and tried where nothing else goes.
+    for index in range(2):
+        together = _merged([*(way[index if index + 1 < len(way) else 0] for way in ways), *ends[:1]])
+        if is_equal(together):
+            return together
     taken = [next((way for way in several if is_equal(way)), {}) for several in (*ways, ends)]
     plan = _merged(taken)
     return plan if plan and any(taken[:-1]) and is_equal(plan) else {}
-
-
-def pattern_of(name: str) -> str:
-    """The name with ``*`` for every number in it."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _ways(model: nn.Module, rows: list[LayerRow]) -> Iterator[dict[str, str]]:
@@ -70,10 +69,12 @@ def _ways(model: nn.Module, rows: list[LayerRow]) -> Iterator[dict[str, str]]:
             **dict.fromkeys(closing, "rowwise"),
         }
         yield kept
+        packed = {**kept, **dict.fromkeys(opening, "packed_qkv_colwise")} if len(opening) == 1 else None
         holders = {pattern.rpartition(".")[0]: name.rpartition(".")[0] for pattern, name in opening.items()}
         counting = [pattern for pattern, name in holders.items() if head_counts(model.get_submodule(name))]
         if counting:
-            yield {**kept, **dict.fromkeys(counting, "split_heads")}
+            for plan in filter(None, (kept, packed)):
+                yield {**plan, **dict.fromkeys(counting, "split_heads")}
     yield {**dict.fromkeys(opening, "colwise_gather_output"), **dict.fromkeys(closing, "rowwise_split_input")}
 
 
@@ -101,7 +102,7 @@ def _ends(model: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def _in_all(name: str, row: LayerRow) -> str:
-    """A module's name in all rows of a kind: what holds the whole row may be in a list, and the row is in each of it."""
+    """A module's name in all rows of a kind: with ``*`` for numbers in the name of what holds the whole row."""
     parts = [member.split(".") for member in (*row.opening, row.closing)]
     shared = list(itertools.takewhile(lambda same: len(set(same)) == 1, zip(*parts)))
     holder = ".".join(same[0] for same in shared)

@@ -23,7 +23,7 @@ class LayerRow:
     """Names of modules: those that open it, the one that closes it.
 
     inner: further layers on the way from the first to the last.
-    between: other modules whose parameters are used on the way from the first to the last, a norm of heads for instance.
+    between: other modules whose parameters are used on the way, a norm of heads for instance.
     tables: embeddings that are used for nothing but closing layers: a bias for each head by distance.
     """
 
