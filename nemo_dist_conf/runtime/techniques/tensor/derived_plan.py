@@ -13,15 +13,19 @@ from typing import Callable, Iterator, Mapping
 
 from torch import nn
 
+from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.model.trial import small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
-from nemo_dist_conf.runtime.techniques.tensor.layer_rows import LayerRow
+from nemo_dist_conf.runtime.techniques.tensor.layer_rows import LayerRow, find_rows
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of
 from nemo_dist_conf.runtime.techniques.tensor.split_heads import head_counts
 from nemo_dist_conf.runtime.techniques.tensor.trial import Trial
 
-__all__ = ["derived_plan"]
+__all__ = ["derived_plan", "likely_plan"]
 
+#: Of a small input.
+_TOKENS = 8
 #: Kinds of rows that are tried, a run of the twin for each way; the layers of further ones stay whole.
 _MOST_ROWS = 16
 
@@ -35,18 +39,19 @@ def derived_plan(model: nn.Module, trial: Trial, fits: Callable[[_Plan], Mapping
     Raises CannotTry.
     """
 
+    seen: dict[tuple[tuple[str, str], ...], bool] = {}
+
     def is_equal(plan: _Plan) -> bool:
-        named = fits(plan)
-        return named is not None and trial.finding(named) is None
+        key = tuple(sorted(plan.items()))
+        if key not in seen:
+            named = fits(plan)
+            seen[key] = named is not None and trial.finding(named) is None
+        return seen[key]
 
     ends = list(_ends(model))
-    rows: dict[tuple[str, ...], list[LayerRow]] = {}
-    for row in trial.rows():
-        if not any(row.closing in end for end in ends):
-            rows.setdefault((*map(pattern_of, row.opening), pattern_of(row.closing)), []).append(row)
-    if not rows:
+    ways = [list(_ways(model, rows)) for rows in _kinds_of(trial.rows(), ends)]
+    if not ways:
         return {}
-    ways = [list(_ways(model, kind)) for kind in list(rows.values())[:_MOST_ROWS]]
     # Most models need one way for all of their rows, or two: the last one is slow, and tried where nothing else goes.
     for index in range(2):
         together = _merged([*(way[index if index + 1 < len(way) else 0] for way in ways), *ends[:1]])
@@ -55,6 +60,26 @@ def derived_plan(model: nn.Module, trial: Trial, fits: Callable[[_Plan], Mapping
     taken = [next((way for way in several if is_equal(way)), {}) for several in (*ways, ends)]
     plan = _merged(taken)
     return plan if plan and any(taken[:-1]) and is_equal(plan) else {}
+
+
+def likely_plan(model: nn.Module) -> dict[str, str]:
+    """What ``derived_plan`` begins with, for a plan on paper: the way with the least traffic for every row, not tried.
+
+    model: on meta, or with values; a small twin of it is run on the CPU. Raises what its forward raises there.
+    """
+    tried, ends = twin(model, find_blocks(model)), list(_ends(model))
+    inputs = small_input(tried, _TOKENS)
+    kinds = _kinds_of(find_rows(tried, inputs), ends) if inputs is not None else []
+    return _merged([*(next(_ways(model, rows)) for rows in kinds), *ends[:1]]) if kinds else {}
+
+
+def _kinds_of(rows: list[LayerRow], ends: list[dict[str, str]]) -> list[list[LayerRow]]:
+    """Rows with the same names but for numbers in them, without a head that closes one."""
+    kinds: dict[tuple[str, ...], list[LayerRow]] = {}
+    for row in rows:
+        if not any(row.closing in end for end in ends):
+            kinds.setdefault((*map(pattern_of, row.opening), pattern_of(row.closing)), []).append(row)
+    return list(kinds.values())[:_MOST_ROWS]
 
 
 def _ways(model: nn.Module, rows: list[LayerRow]) -> Iterator[dict[str, str]]:

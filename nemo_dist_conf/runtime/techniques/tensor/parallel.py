@@ -88,6 +88,7 @@ def apply_tensor_parallel(
             named, problems = _tried(model, entries, named, own, plan is None, offers)
             if problems and own and not sequence_parallel and offers.derived():
                 named, problems = _resolve(model, offers.derived(), own, offers)
+                log.info("the tensor-parallel plan of %s does not fit it; found in its blocks: %s", *offers.told())
             ConfigError.raise_if(problems)
     styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
@@ -152,15 +153,20 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
     if declared is not None:
         return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
     base = head = prefix = None
+    wrapper, inner = _unwrapped(model)
     if _is_transformers(model):
         config: Any = model.config
-        base, head = config.base_model_tp_plan, plan_of_head(model)
-        prefix = base_prefix(model, base or ())
-        parts = {} if base else _plans_of_parts(model)
+        base, head = config.base_model_tp_plan, plan_of_head(inner)
+        prefix = base_prefix(inner, base or ())
+        parts = {} if base else _plans_of_parts(inner)
         if parts:
             base, prefix = {**parts, **(head or {})}, ""
     row = find_family(family)
     found = complete_plan(family, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
+    if found is not None and wrapper:
+        found = {f"{wrapper}.{pattern}": style for pattern, style in found.items()}
+    if _is_adapted(model):
+        raise ConfigError(_no_plan(model, offers))
     if found is None and sequence_parallel and base:
         what = f"no sequence-parallel plan is known for the model family {family}"
         allowed = f"the families {planned_families()}; a tp_plan of your own"
@@ -170,6 +176,7 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
         found = offers.derived() if _is_transformers(model) and not sequence_parallel else None
         if not found:
             raise ConfigError(_no_plan(model, offers))
+        log.info("%s brings no tensor-parallel plan; found in its blocks and tried: %s", *offers.told())
         return found
     unknown = sorted({style for style in found.values() if find_style(style) is None})
     if unknown:
@@ -184,6 +191,17 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
             tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
             found = {**tied, **found}
     return found
+
+
+def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
+    """(name, model) of the model of transformers inside of one that wraps it, as peft does; ("", the model) else."""
+    named = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "base_model_prefix"))
+    return next(named, ("", model))
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    """Whether layers are wrapped with adapters, as peft's are: no family's plan says what to do with these."""
+    return any(isinstance(getattr(module, "base_layer", None), nn.Module) for module in model.modules())
 
 
 def _plans_of_parts(model: nn.Module) -> dict[str, str]:
@@ -429,6 +447,10 @@ class _Offers:
     def _fitting(self, plan: _Plan) -> Mapping[str, Any] | None:
         named, problems = _resolve(self.model, plan, True, self)
         return None if problems or _odd_widths(self.model, named, self.mesh.size()) else named
+
+    def told(self) -> tuple[str, str]:
+        """(class of the model, the word that sets the plan which was found)."""
+        return type(self.model).__name__, _set(self._short(self.derived()))
 
     def plan(self, other_than: _Plan | None = None) -> str:
         """The word that sets such a plan; without any, the way without tensor parallelism."""
