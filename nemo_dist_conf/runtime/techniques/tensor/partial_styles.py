@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
+from nemo_dist_conf.runtime.model.shard_boxes import cut_boxes
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.local_parameters import (
     LocalParameters,
@@ -109,20 +110,29 @@ class LatentProjection(Style):
 
 
 class PackedLinear(Style):
-    """A linear layer that is several in one: a rank has its part of the output features of each, side by side."""
+    """A linear layer that is several in one: a rank has its part of the output features of each, side by side.
+
+    Its bias is every rank's in full, of which the layer takes the rank's part.
+    """
 
     def __init__(self, packed: int) -> None:
         self.packed = packed
 
     def parallelized(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-        turned = layer_kind(module) == "Conv1D"  # its weight is [input, output]
-        for key, parameter in list(own_parameters(module).items()):
-            if parameter is not None:
-                dim = parameter.dim() - 1 if turned else 0
-                split_parameter(module, key, device_mesh, packed_shard(dim, self.packed))
+        own, turned = own_parameters(module), layer_kind(module) == "Conv1D"  # then its weight is [input, output]
+        boxes = cut_boxes(own["weight"].shape[int(turned) :][:1], device_mesh, [packed_shard(0, self.packed)])
+        split_parameter(module, "weight", device_mesh, packed_shard(int(turned), self.packed))
         if turned:
             module.nf //= device_mesh.size()  # of which its code makes the shape of what it returns
-        _run_on_parts(module, LocalParameters(device_mesh, [], Replicate(), split_parameters(module)))
+        split = split_parameters(module)
+        parameters = LocalParameters(device_mesh, replicate_parameters(module, device_mesh), Partial(), split)
+        _run_on_parts(module, parameters)
+        if own.get("bias") is not None:
+
+            def enter(*_: Any) -> None:
+                own["bias"] = torch.cat([one.box.of(own["bias"]) for one in boxes])
+
+            module.register_forward_pre_hook(enter)
         _change_input(module, lambda x: _with_summed_gradient(x, device_mesh))
         return module
 

@@ -228,14 +228,14 @@ def _object(model: nn.Module, name: str, style: Any) -> ParallelStyle:
         dim = STYLES[style].split_dim("Linear", model.get_parameter(name).dim())
         return SplitParameter(key, Replicate() if dim is None else packed_shard(dim, STYLES[style].packed))
     if style == "mla_kv_a_proj":
-        return LatentProjection(rotary_width(model, owner))
+        return LatentProjection(_rotary_width(model, owner))
     made = STYLE_OBJECTS[style]()
     if isinstance(made, (ColwiseParallel, RowwiseParallel)) and layer_kind(model.get_submodule(name)) == "Conv1D":
         return _Transposed(made)
     return made
 
 
-def rotary_width(model: nn.Module, attention: str) -> int:
+def _rotary_width(model: nn.Module, attention: str) -> int:
     """Outputs of an attention's projection to a latent vector that are the rotary part of its key."""
     module: Any = model.get_submodule(attention)
     config: Any = getattr(module, "config", None) or getattr(model, "config", None)
