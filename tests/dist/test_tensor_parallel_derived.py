@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from nemo_dist_conf.checkpoint import load, save
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.gradients import clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.runtime.model.trial import tensors_of
 from nemo_dist_conf.runtime.techniques.tensor import parallel
-from tests.dist.layouts import composed, full_tensor
+from nemo_dist_conf.runtime.techniques.tensor.derived_plan import likely_plan
+from tests.dist.layouts import composed, full_state, full_tensor
 from tests.dist.pool import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -189,3 +196,137 @@ def test_a_model_without_a_plan_trains_as_in_one_process(name: str) -> None:
         for key, value in plain.named_parameters():
             assert float((weights[key] - value.detach()).norm()) <= 2e-4 * float(value.norm()) + 1e-6, key
         assert {module: styles.get(module) for module in wanted} == wanted
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    _, model, _ = instantiate(composed(*WORDS), model=MODELS["gpt2"][0]())
+    save(folder, model)
+    return full_state(model)
+
+
+def loaded(words: tuple[str, ...], folder: Path) -> dict[str, Tensor]:
+    model = MODELS["gpt2"][0]()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    _, model, _ = instantiate(composed(*words), model=model)
+    load(folder, model)
+    return full_state(model)
+
+
+def test_a_checkpoint_of_three_weights_in_one_that_is_turned_loads_in_any_layout(tmp_path: Path) -> None:
+    """Query, key and value of GPT-2, [input, output], on 4 ranks: split as three over two, sharded over two."""
+    weights = run_ranks(4, saved, tmp_path / "gpt2")[0]
+    wanted = dict(MODELS["gpt2"][0]().named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in wanted.items())
+    for ranks, words in ((1, WORDS[:1]), (2, WORDS)):
+        found = run_ranks(ranks, loaded, words, tmp_path / "gpt2")[0]
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+# Models of one's own, and in wrappers.
+
+
+class Attention(nn.Module):
+    """Counts its heads by attributes, and takes a bias of the scores for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.hidden_size = 4, 16
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, alibi: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        parts = self.qkv(x).split(self.hidden_size, dim=-1)
+        q, k, v = (part.view(rows, length, self.num_heads, -1).transpose(1, 2) for part in parts)
+        scores = (q @ k.transpose(-1, -2) + alibi).softmax(-1)
+        return self.out((scores @ v).transpose(1, 2).reshape(rows, length, self.hidden_size))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+
+    def forward(self, x: Tensor, alibi: Tensor) -> Tensor:
+        x = x + self.attention(x, alibi=alibi)
+        return x + self.mlp(x)
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(VOCABULARY, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        distance = torch.arange(ids.size(1), device=ids.device).float()
+        alibi = -(torch.arange(1.0, 5.0).view(1, 4, 1, 1) * (distance[:, None] - distance).abs())
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x, alibi)
+        return x
+
+
+def refusal(make: Callable[[], nn.Module]) -> str:
+    with pytest.raises(ConfigError, match="no tensor-parallel plan is known") as refused:
+        instantiate(composed(*WORDS), model=make())
+    return refused.value.type
+
+
+def given(make: Callable[[], nn.Module], word: str) -> tuple[float, dict[str, str]]:
+    """(the largest difference of what it returns and what one process does, style of each module)."""
+    plan = yaml.safe_load(word.partition("=")[2].rstrip("'").replace(":", ": ")) if word else None
+    model, plain = make(), make()
+    mesh = init_device_mesh("cpu", (2,))
+    parallel.apply_tensor_parallel(model, mesh, plan=plan)
+    one, other = (tensors_of(m.eval()(ids(0)))[0] for m in (model, plain))
+    return float((one - other).abs().max() / other.abs().max()), dict(plan or {})
+
+
+def test_a_model_of_ones_own_is_offered_what_was_found_in_its_blocks() -> None:
+    word = run_ranks(2, refusal, Own)[0]
+    for difference, plan in run_ranks(2, given, Own, word):
+        assert difference < 1e-5
+        assert plan == {
+            "blocks.*.attention.qkv": "packed_qkv_colwise",
+            "blocks.*.attention.out": "rowwise",
+            "blocks.*.attention": "split_heads",
+            "blocks.*.mlp.1": "colwise",
+            "blocks.*.mlp.3": "rowwise",
+        }
+
+
+def wrapped(adapter: str) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    model = of_transformers("AutoModelForCausalLM", "llama", **{**BERT, "num_key_value_heads": 2})
+    if adapter == "prompt":
+        return peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+
+
+def test_a_model_in_a_wrapper_keeps_its_familys_plan_and_adapted_layers_are_told() -> None:
+    prompt, lora = (functools.partial(seeded, functools.partial(wrapped, adapter)) for adapter in ("prompt", "lora"))
+    assert all(difference < 1e-5 for difference, _ in run_ranks(2, given, prompt, ""))
+    word = run_ranks(2, refusal, lora)[0]
+    assert all(difference < 1e-5 and "lora_B" in str(plan) for difference, plan in run_ranks(2, given, lora, word))
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(5)
+    return make()
+
+
+def test_a_plan_on_paper_begins_with_the_way_of_least_traffic() -> None:
+    with torch.device("meta"):
+        model = MODELS["gpt2"][0]()
+    assert likely_plan(model) == {
+        "transformer.h.*.attn.c_attn": "colwise",
+        "transformer.h.*.attn.c_proj": "rowwise",
+        "transformer.h.*.mlp.c_fc": "colwise",
+        "transformer.h.*.mlp.c_proj": "rowwise",
+        "transformer.wte": "embedding_rowwise",
+        "lm_head": "colwise_gather_output",
+    }
+    assert all(parameter.is_meta for parameter in model.parameters())
