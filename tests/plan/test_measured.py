@@ -162,6 +162,25 @@ def test_experts_that_are_recomputed_exchange_their_tokens_again(mode: str) -> N
         assert list(differences(job, seen)) == []
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN_MOE], ids=["mixtral", "qwen3_moe"])
+def test_experts_split_inside(config: dict[str, Any], mode: str) -> None:
+    words = [PLAIN, TP, f"activation_checkpointing={mode}"]
+    job = job_for(words, 2, config, ADAMW, 4, 16)
+    for seen in run_ranks(2, seen_of_rank, words, {"config": config}, ADAMW, 16, 4):
+        assert list(differences(job, seen)) == []
+
+
+def test_whole_experts_beside_tensor_parallelism() -> None:
+    """All but the tokens that come to a rank, of which a plan knows the mean."""
+    words = [PLAIN, TP, "parallelism.ep_size=2"]
+    job = job_for(words, 2, MIXTRAL, ADAMW, 4, 16)
+    for seen in run_ranks(2, seen_of_rank, words, {"config": MIXTRAL}, ADAMW, 16, 4):
+        found = [entry for entry in differences(job, seen) if "only counted" in entry]
+        assert all("all_gather" not in entry and "all_reduce" not in entry for entry in found), found
+        assert not [entry for entry in differences(job, seen) if "CommDebugMode" in entry]
+
+
 def megatron_elements(words: list[str], config: dict[str, Any]) -> tuple[int, int]:
     """On a rank: elements of parameters and of optimizer states that it holds."""
     with cuda_shim():
