@@ -151,6 +151,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batches, dict[str, str]]] = {
             "transformer.h.0.self_attention.query_key_value": "colwise",
         },
     ),
+    # Norms that every head shares, behind the split layers.
+    "hunyuan": (
+        functools.partial(
+            of_transformers,
+            "AutoModelForCausalLM",
+            "hunyuan_v1_dense",
+            **{**BERT, "num_key_value_heads": 2, "head_dim": 8, "attention_dropout": 0.0},
+        ),
+        causal,
+        {
+            "model.layers.0.self_attn.q_proj": "colwise",
+            "model.layers.0.self_attn.query_layernorm": "replicated_with_grad_allreduce",
+        },
+    ),
     # A norm over all heads before the closing layer takes what every rank has made.
     "bitnet": (
         functools.partial(of_transformers, "AutoModelForCausalLM", "bitnet", **{**BERT, "num_key_value_heads": 2}),

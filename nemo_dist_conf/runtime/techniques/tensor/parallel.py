@@ -167,13 +167,13 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
         found = {f"{wrapper}.{pattern}": style for pattern, style in found.items()}
     if _is_adapted(model):
         raise ConfigError(_no_plan(model, offers))
-    if found is None and sequence_parallel and base:
+    if found is None and sequence_parallel and _is_transformers(model):
         what = f"no sequence-parallel plan is known for the model family {family}"
         allowed = f"the families {planned_families()}; a tp_plan of your own"
         off = "strategy.sequence_parallel=false"
         raise ConfigError(Problem(what=what, asked="strategy.sequence_parallel=true", allowed=allowed, instead=off))
     if found is None:
-        found = offers.derived() if _is_transformers(model) and not sequence_parallel else None
+        found = offers.derived() if _is_transformers(model) else None
         if not found:
             raise ConfigError(_no_plan(model, offers))
         log.info("%s brings no tensor-parallel plan; found in its blocks and tried: %s", *offers.told())
