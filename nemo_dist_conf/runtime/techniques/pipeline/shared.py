@@ -64,6 +64,10 @@ class SharedParameters:
         me = self._mesh.get_local_rank()
         return {id(own[0]) for one, own in self._own() if self._ranks[one.name][0] != me}
 
+    def on_several_ranks(self) -> list[str]:
+        """Names of those that ranks of several stages have."""
+        return [name for name, ranks in self._ranks.items() if len(ranks) > 1]
+
     @torch.no_grad()
     def fill_copies(self) -> None:
         """Give further copies on this rank the values of the first."""

@@ -87,7 +87,7 @@ class StageForward:
         try:
             output = run_model(self._module, ids, **kwargs)
             if self.is_last:
-                return output.clone() if is_view(output) else output
+                return _own(output)
         except _Ended:
             pass
         finally:
@@ -100,7 +100,7 @@ class StageForward:
         # torch frees a stage's graph by detaching its output in place, which a view does not allow; what was received
         # is handed on as a tensor of this stage's graph.
         handed = [made[value] if value in made else received_now[value].clone() for value in self.hands]
-        handed = [tensor.clone() if is_view(tensor) else tensor for tensor in handed]
+        handed = [_own(tensor) for tensor in handed]
         return handed[0] if len(handed) == 1 else tuple(handed)
 
     def in_place_of(self, name: str, args: Any, kwargs: Any, run: Callable[..., Any] | None = None) -> Any:
@@ -197,6 +197,13 @@ def stage_of(
 
 def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor that may be detached in place and sent."""
+    if is_view(tensor) or not tensor.is_contiguous():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 class StandIn(Likeness):

@@ -60,6 +60,7 @@ class Trial:
         self._used: dict[int, str] = {}
         self._made: dict[int, Value] = {}
         self._kept: list[Tensor] = []
+        self._written: dict[int, tuple[int, Tensor]] = {}
         self._calls: list[tuple[Call, tuple[Tensor, ...]]] = []
         self._counts: Counter[str] = Counter()
         self._sources_of_output: tuple[frozenset[Value], frozenset[str]] = (frozenset(), frozenset())
@@ -85,7 +86,7 @@ class Trial:
         return Flow(calls, output, takes, uses)
 
     def _run(self, rows: int, tokens: int) -> tuple[list[tuple[Call, tuple[Tensor, ...]]], Tensor]:
-        self._used, self._made, self._kept, self._calls = {}, {}, [], []
+        self._used, self._made, self._written, self._kept, self._calls = {}, {}, {}, [], []
         self._counts.clear()
         try:
             with _same_numbers():
@@ -112,7 +113,7 @@ class Trial:
             raise no_chain(self.model, f"the shape of what {call.name} returns does not follow from that of the ids")
         rest = iter(shapes)
         leaves = tuple(next(rest) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves)
-        return Call(call.name, call.nth, leaves, call.spec, call.depends, call.takes, call.uses)
+        return Call(call.name, call.nth, leaves, call.spec, call.depends, call.takes, call.uses, call.reads)
 
     # ------------------------------------------------------------------------------------------------------ parts
 
@@ -132,9 +133,9 @@ class Trial:
         """What a part gives in the trial, noted as one of its calls."""
         nth = self._counts[name]
         self._counts[name] += 1
-        given = [tensor for tensor in _tensors((args, kwargs))]
+        given = self._given(args, kwargs)
         takes, uses = self._sources(given)
-        out = self._on_meta(name, module, args, kwargs, given)
+        out, reads = self._on_meta(name, module, args, kwargs, given)
         leaves, spec = tree_flatten(out)
         places = {id(leaf): place for place, leaf in enumerate(tree_leaves((args, kwargs)))}
         depends = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
@@ -159,11 +160,19 @@ class Trial:
             made.append(leaf)
             noted.append(leaf)
             handed.append(value.clone())  # no leaf, so that the model may write into it
-        self._calls.append((Call(name, nth, tuple(noted), spec, depends, takes, uses), tuple(made)))
+        self._calls.append((Call(name, nth, tuple(noted), spec, depends, takes, uses, reads), tuple(made)))
         return tree_unflatten(handed, spec)
 
-    def _on_meta(self, name: str, module: nn.Module, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+    def _given(self, args: Any, kwargs: Any) -> list[Tensor]:
+        """Tensors that a part is given, without those that others have written into what it is given too."""
+        return [tensor for tensor in _tensors((args, kwargs)) if id(tensor) not in self._written]
+
+    def _on_meta(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, given: list[Tensor]
+    ) -> tuple[Any, frozenset[int]]:
         """What the part itself returns, as tensors without values; those that follow from weights require gradients.
+
+        And the calls that have written what it reads, into a cache that is handed to all of them.
 
         Where it does not run without values, with weights of zeros; else what a block most often returns.
         """
@@ -173,22 +182,25 @@ class Trial:
             try:
                 if key not in self._twins:
                     self._twins[key] = _twin(module, device)
-                twin, follow = self._twins[key], _Following(device)
+                twin, follow = self._twins[key], _Following(device, self._written)
                 moved = tree_map_only(Tensor, follow.moved, (args, kwargs))
-                known = before | {id(tensor) for tensor in _tensors(moved)}
+                known = before | {id(tensor) for tensor in _tensors(moved)} | self._written.keys()
                 follow.note(twin.parameters())
                 with follow, torch.no_grad():
                     out = twin(*moved[0], **moved[1])
             except Exception:
                 self._twins.pop(key, None)
                 continue
-            if any(id(tensor) not in known for tensor in _tensors(moved)):
+            if any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in tree_leaves(moved)):
+                # Into a copy of it here, so that nobody could tell who reads it.
                 raise no_chain(self.model, f"{name} writes into what it is given, and other modules may read it there")
-            return tree_map_only(Tensor, follow.shown, out)
+            written = [tensor for tensor in _tensors(moved) if id(tensor) not in known]
+            self._written.update({id(tensor): (len(self._calls), tensor) for tensor in written})
+            return tree_map_only(Tensor, follow.shown, out), frozenset(follow.read - {len(self._calls)})
         tensors = [tensor for tensor in given if tensor.is_floating_point()]
         if not tensors:
             raise TypeError(f"{name} does not run on meta")
-        return torch.empty_like(tensors[0], device="meta").requires_grad_()
+        return torch.empty_like(tensors[0], device="meta").requires_grad_(), frozenset()
 
     def _sources(self, tensors: list[Tensor]) -> tuple[frozenset[Value], frozenset[str]]:
         """What of the values and parameters of this trial tensors follow from, but not through a part."""
@@ -206,6 +218,7 @@ class _Tried(Likeness):
         own = own_parameters(self)
         for key, parameter in own_parameters(module).items():
             own[key] = None if parameter is None else trial._leaf(f"{name}.{key}", parameter)
+        own.update(_sign_of(module))
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
@@ -239,7 +252,7 @@ def prove(trial: Trial, placed: Placed) -> None:
         del stage
         handed = output if isinstance(output, tuple) else (output,)
     if handed[0].shape != whole.shape or not torch.equal(handed[0].nan_to_num(), whole.nan_to_num()):
-        raise no_chain(model, "its forward computes with more of what its layers return than a stage can hand on")
+        raise no_chain(model, "its layers hand on something else than tensors with gradients")
 
 
 def _numbered_stage(trial: Trial, placed: Placed, index: int, forward: StageForward) -> nn.Module:
@@ -265,6 +278,7 @@ class _Numbered(Likeness):
         parameters = own_parameters(self)
         for key, parameter in own_parameters(module).items():
             parameters[key] = None if parameter is None else _filled(parameter, 0.25)
+        parameters.update(_sign_of(module))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.__dict__["calls"].pop(0)
@@ -311,6 +325,12 @@ def _ids(rows: int, tokens: int) -> Tensor:
 def _filled(parameter: Tensor, value: float) -> Tensor:
     """A tensor of a parameter's shape, in no memory."""
     return torch.full((), value, dtype=parameter.dtype).expand(parameter.shape)
+
+
+def _sign_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What tells a model that asks a part's parameters for their dtype and device."""
+    first = next(module.parameters(), None)
+    return {} if first is None else {"sign_of_the_trial": nn.Parameter(torch.empty(0, dtype=first.dtype), False)}
 
 
 @contextlib.contextmanager
@@ -396,9 +416,12 @@ class _Following(TorchDispatchMode):
     On meta operators may take tensors that are neither parameters nor buffers, and have values, wherever kept.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, written: Mapping[int, tuple[int, Tensor]]) -> None:
+        """written: tensors that other calls have written, by their ids, with the numbers of those calls."""
         super().__init__()
-        self._device = device
+        self._device, self._written = device, written
+        #: Calls whose tensors have been read.
+        self.read: set[int] = set()
         self._noted: dict[int, Tensor] = {}
 
     def note(self, tensors: Iterable[Tensor]) -> None:
@@ -419,6 +442,7 @@ class _Following(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         follows = any(id(tensor) in self._noted for tensor in given)
+        self.read |= {self._written[id(tensor)][0] for tensor in given if id(tensor) in self._written}
         if len({tensor.is_meta for tensor in given}) > 1:
             args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
         out = func(*args, **(kwargs or {}))
