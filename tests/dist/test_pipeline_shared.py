@@ -82,7 +82,13 @@ def rows(count: int) -> str:
 #: name -> (ranks, words, microbatches of the loop, model, names that ranks of several stages have)
 CASES: dict[str, tuple[int, tuple[str, ...], int, dict[str, Any], list[str]]] = {
     "tied": (2, (PP, rows(ROWS)), 1, TIED, [EMBEDDING]),
-    "tied, one microbatch": (2, (PP, rows(ROWS), f"pipeline.pp_microbatch_size={ROWS}"), 1, TIED, [EMBEDDING]),
+    "tied, one microbatch": (
+        2,
+        (PP, "pipeline=gpipe", rows(ROWS), f"pipeline.pp_microbatch_size={ROWS}"),
+        1,
+        TIED,
+        [EMBEDDING],
+    ),
     "tied, accumulated": (2, (PP, rows(ROWS // 4)), 4, TIED, [EMBEDDING]),
     "tied, accumulated means": (
         2,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import zlib
 from collections import Counter
@@ -24,7 +25,9 @@ from nemo_dist_conf.runtime.techniques.pipeline.flow import Call, Flow, Given, P
 from nemo_dist_conf.runtime.techniques.pipeline.parts import copied, first_line, no_chain
 from nemo_dist_conf.runtime.techniques.pipeline.stage_forward import Likeness, StageForward, run_model, stage_of
 from nemo_dist_conf.runtime.torch_inside import (
-    TorchDispatchMode,
+    QuickDispatchMode,
+    is_hooked,
+    own_buffers,
     own_parameters,
     tree_flatten,
     tree_leaves,
@@ -39,6 +42,7 @@ _SIZES = ((2, 8), (3, 16))
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
 #: In the names of operators that take no more than the shape of what they are given.
 _SHAPE_ONLY = ("_like", "new_")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 #: How deep objects that nobody knows are searched for tensors.
 _DEPTH = 4
 
@@ -57,6 +61,8 @@ class Trial:
         self.model, self.parts, self.blocks = model, parts, blocks
         self.opened: set[str] = set()
         self._twins: dict[str, nn.Module] = {}
+        self._kinds: dict[str, str] = {}
+        self._known: dict[Any, tuple[Any, frozenset[int]]] = {}
         self._used: dict[int, str] = {}
         self._made: dict[int, Value] = {}
         self._kept: list[Tensor] = []
@@ -135,7 +141,7 @@ class Trial:
         self._counts[name] += 1
         given = self._given(args, kwargs)
         takes, uses = self._sources(given)
-        out, reads = self._on_meta(name, module, args, kwargs, given)
+        out, reads = self._told(name, module, args, kwargs, given)
         leaves, spec = tree_flatten(out)
         places = {id(leaf): place for place, leaf in enumerate(tree_leaves((args, kwargs)))}
         depends = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
@@ -166,6 +172,21 @@ class Trial:
     def _given(self, args: Any, kwargs: Any) -> list[Tensor]:
         """Tensors that a part is given, without those that others have written into what it is given too."""
         return [tensor for tensor in _tensors((args, kwargs)) if id(tensor) not in self._written]
+
+    def _told(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, given: list[Tensor]
+    ) -> tuple[Any, frozenset[int]]:
+        """As ``_on_meta``, asked once of parts that are alike and are given the like."""
+        leaves, spec = tree_flatten((args, kwargs))
+        if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):  # a cache, into which each of them writes
+            return self._on_meta(name, module, args, kwargs, given)
+        shown = [(one.shape, one.dtype, one.requires_grad) if isinstance(one, Tensor) else repr(one) for one in leaves]
+        if name not in self._kinds:
+            self._kinds[name] = _kind_of(name, module)
+        key = (self._kinds[name], str(spec), tuple(map(str, shown)))
+        if key not in self._known:
+            self._known[key] = self._on_meta(name, module, args, kwargs, given)
+        return self._known[key]
 
     def _on_meta(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, given: list[Tensor]
@@ -303,10 +324,10 @@ def numbers(name: str, shape: Sequence[int], dtype: torch.dtype, given: Sequence
         for place, tensor in enumerate(given):
             values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             values = values.detach().double().nan_to_num(0.5).clamp(-1e4, 1e4)
-            total += (values.reshape(-1) * _waves(values.numel(), place + 1)).sum()
+            total += (place + 1.3) * (values.reshape(-1) * _waves(values.numel())).sum()
             alike = values if alike is None and values.shape == tuple(shape) else alike
         size = torch.Size(shape).numel()
-        found = _waves(size, zlib.crc32(name.encode()) % 997).view(shape) + torch.sin(total)
+        found = _waves(size).view(shape) * (1 + zlib.crc32(name.encode()) % 997 / 997) + torch.sin(total)
         if alike is not None:
             found = found + alike.tanh()
         if not dtype.is_floating_point and not dtype.is_complex:
@@ -314,23 +335,28 @@ def numbers(name: str, shape: Sequence[int], dtype: torch.dtype, given: Sequence
         return found.to(dtype)
 
 
-def _waves(size: int, phase: int) -> Tensor:
-    return torch.arange(size, dtype=torch.float64).mul_(0.7).add_(phase).cos_().mul_(0.4).add_(1)
+@functools.lru_cache(maxsize=8)
+def _waves(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float64, device="cpu").mul_(0.7).cos_().mul_(0.4).add_(1)
 
 
 def _ids(rows: int, tokens: int) -> Tensor:
-    return torch.zeros(rows, tokens, dtype=torch.int64)
+    return torch.zeros(rows, tokens, dtype=torch.int64, device="cpu")
 
 
 def _filled(parameter: Tensor, value: float) -> Tensor:
     """A tensor of a parameter's shape, in no memory."""
-    return torch.full((), value, dtype=parameter.dtype).expand(parameter.shape)
+    return torch.full((), value, dtype=parameter.dtype, device="cpu").expand(parameter.shape)
 
 
 def _sign_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """What tells a model that asks a part's parameters for their dtype and device."""
     first = next(module.parameters(), None)
-    return {} if first is None else {"sign_of_the_trial": nn.Parameter(torch.empty(0, dtype=first.dtype), False)}
+    return (
+        {}
+        if first is None
+        else {"sign_of_the_trial": nn.Parameter(torch.empty(0, dtype=first.dtype, device="cpu"), False)}
+    )
 
 
 @contextlib.contextmanager
@@ -338,7 +364,7 @@ def _same_numbers() -> Iterator[None]:
     """Inside, the code around the parts draws the same random numbers each time; gradients can be followed."""
     torch.manual_seed(0)
     random.seed(0)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.device("cpu"):
         yield
 
 
@@ -398,6 +424,20 @@ def _leaves_behind(tensors: Sequence[Tensor]) -> set[int]:
     return found
 
 
+def _kind_of(name: str, module: nn.Module) -> str:
+    """Equal for parts that do the same with other weights: of one class, sizes and settings, but for their number."""
+    place = name.rpartition(".")[2]
+    found: list[Any] = []
+    for path, one in module.named_modules():
+        own = {**own_parameters(one), **own_buffers(one)}
+        shapes = {key: None if tensor is None else (tensor.shape, tensor.dtype) for key, tensor in own.items()}
+        plain = {key: value for key, value in vars(one).items() if isinstance(value, (*_PLAIN, list, tuple))}
+        rest = {key: id(value) for key, value in vars(one).items() if key not in plain and key not in _OF_EVERY_MODULE}
+        numbered = {key: "its number" if str(value) == place else value for key, value in plain.items()}
+        found.append((path, type(one), shapes, numbered, rest, id(one) if is_hooked(one) else None))
+    return repr(found)
+
+
 def _twin(module: nn.Module, device: str) -> nn.Module:
     """The module with tensors without values, or with zeros, on another device."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
@@ -410,7 +450,7 @@ def _twin(module: nn.Module, device: str) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-class _Following(TorchDispatchMode):
+class _Following(QuickDispatchMode):
     """Runs a part without values, and follows what its weights and what it is given that follows from weights go into.
 
     On meta operators may take tensors that are neither parameters nor buffers, and have values, wherever kept.
