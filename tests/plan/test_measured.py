@@ -91,7 +91,7 @@ def test_options_of_stages_and_experts_are_planned_as_they_run(name: str) -> Non
 
 
 def test_both_ends_of_a_pipeline_hold_a_tied_embedding_and_send_its_gradients() -> None:
-    model = {"config": {**model_of(PIPELINE)["config"], "tie_word_embeddings": True}}
+    model = {"config": {**model_of(PIPELINE)["config"], "vocab_size": 98, "tie_word_embeddings": True}}
     words = words_of(PIPELINE)
     job = job_for(words, 4, model["config"], ADAMW, 16, LENGTH)
     for seen in run_ranks(4, seen_of_rank, words, model, ADAMW, LENGTH, 16):
