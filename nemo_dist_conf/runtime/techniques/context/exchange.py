@@ -9,6 +9,7 @@ Shapes: B rows, S tokens of a whole sequence, L = S / cp tokens of a rank, H hea
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any, Callable, ContextManager, Iterator
@@ -79,7 +80,7 @@ class RowMask:
     """A rule, and the mask for whole rows that transformers would have made of it, for what is run on whole rows.
 
     shape: [B, 1, S, S]. dtype: of a mask that is added to scores; bool: of one of what is seen. may_be_none: the model
-    may be given None instead.
+    may be given None instead. converted: what the model has then converted it to.
     """
 
     rule: Rule
@@ -87,17 +88,21 @@ class RowMask:
     dtype: torch.dtype
     device: torch.device
     may_be_none: bool
+    converted: torch.dtype | None = None
+
+    def to(self, dtype: torch.dtype) -> RowMask:
+        """For a model that asks for its mask as bool: what is added to scores is not 0 where nothing is seen."""
+        return dataclasses.replace(self, converted=dtype)
 
     @functools.cached_property
     def tensor(self) -> Tensor:
         places = torch.arange(self.shape[-1], device=self.device)
         batch = torch.arange(self.shape[0], device=self.device).view(-1, 1, 1, 1)
         seen = self.rule.seen(batch, places.view(1, 1, -1, 1), places.view(1, 1, 1, -1)).expand(self.shape)
-        if self.dtype == torch.bool:
-            return seen
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device).masked_fill(
-            ~seen, torch.finfo(self.dtype).min
-        )
+        if self.dtype != torch.bool:
+            hidden = torch.finfo(self.dtype).min
+            seen = torch.zeros(self.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, hidden)
+        return seen if self.converted is None else seen.to(self.converted)
 
 
 @dataclass

@@ -11,7 +11,7 @@ Three things can be wrong, and each is looked for:
   be what the plain twin returns for whole rows.
 
 The module where one of them shows is run on whole rows (whole_rows.py), and the model tried again, its gradients too;
-where that does not help, the modules around it are, up to its block, of which nothing would be split any more.
+where that does not help, the modules around it are, as long as some blocks of the model are still split.
 
 Shapes: B rows, S tokens of a whole sequence, L = S / cp tokens of a rank, H heads, K key/value heads, D head width.
 """
@@ -180,9 +180,11 @@ class _Trial:
         for count in range(len(names), 0, -1):
             name = ".".join(names[:count])
             module = self.model.get_submodule(name)
-            if not name or any(block == name or block.startswith(f"{name}.") for block in self.blocks):
+            if not name or any(block.startswith(f"{name}.") for block in self.blocks):
                 return why
             kind = type(module)
+            if name in self.blocks and {type(block) for block in self.blocks.values()} <= {kind, *whole}:
+                return why  # nothing of the model would be split
             if kind in whole or kind.__module__.startswith(_HOLDS_NO_TOKENS):
                 continue
             try:
@@ -434,7 +436,10 @@ class _Trial:
         assert tokens is not None
         name, whole = tokens
         rows, length = whole.size(0), self.length // self.mesh.size()
-        wanted_gradients = _gradients(tried, inputs, rows, self.length) if ways.whole_rows else []
+        wanted_gradients: list[Tensor] = []
+        if ways.whole_rows:
+            with self._running(tried):
+                wanted_gradients = _gradients(tried, inputs, rows, self.length)
         exchange = exchange_tokens(tried, self.mesh, ways)
         given = {**inputs, name: split_sequence(whole, self.mesh)}
         for offset, seen in zip(offsets, plain):
@@ -454,8 +459,7 @@ class _Trial:
                 gradients = _gradients(tried, given, rows, length, exchange)
             for gradient in gradients:
                 dist.all_reduce(gradient, group=self.mesh.get_group())
-            pairs = zip(wanted_gradients, gradients)
-            if self._on_any_rank(any(differ(one, other, _GRADIENTS_SAME) for one, other in pairs)):
+            if self._on_any_rank(_gradients_differ(wanted_gradients, gradients)):
                 kinds = ", ".join(sorted(kind.__name__ for kind in ways.whole_rows))
                 what = f"{self.name} has other gradients on parts of a row than on whole rows, with {kinds} on whole ones"
                 raise self._refusal(what, "cp_size=1, or another model")
@@ -539,6 +543,7 @@ def _gradients(
     exchange: the model is run on this rank's parts of rows, and length is that of a part.
     """
     torch.manual_seed(0)
+    model.train()
     parameters = [p for p in model.parameters() if p.requires_grad and not p.is_meta]  # those of blocks that are run
     total = torch.zeros(())
     with torch.enable_grad():
@@ -550,9 +555,19 @@ def _gradients(
             weights = torch.randn(rows, whole, *leaf.shape[2:], generator=torch.Generator().manual_seed(0))
             weights = weights.to(leaf.device, leaf.dtype)
             total = total + (leaf * (weights if exchange is None else exchange.own(weights, 1))).sum().cpu()
-        if not parameters or not total.requires_grad:
-            return []
-        return list(torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True))
+        found: list[Tensor] = []
+        if parameters and total.requires_grad:
+            found += torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    model.eval()
+    return found
+
+
+def _gradients_differ(wanted: list[Tensor], found: list[Tensor]) -> bool:
+    """Whether one of them does, by more than rounding errors of the largest leave of those that are nothing."""
+    least = _GRADIENTS_SAME * max((float(gradient.abs().amax()) for gradient in wanted if gradient.numel()), default=0.0)
+    apart = [(one - other).abs() for one, other in zip(wanted, found, strict=True) if one.numel()]
+    largest = [max(float(one.abs().amax()), least) for one in wanted if one.numel()]
+    return any(not float(part.amax()) <= _GRADIENTS_SAME * most for part, most in zip(apart, largest))
 
 
 def _tokens_of(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:

@@ -55,7 +55,7 @@ def token_dims(
     for calls in zip(first, second):
         for side, (one, other) in enumerate(zip(*calls)):
             for place, shape in one.items():
-                dims = _varying(place, shape, other.get(place), (short, long), rows)
+                dims = _varying(place, shape, other.get(place), (short, long), rows, is_returned=side == 1)
                 if found[side].setdefault(place, dims) != dims:
                     raise NotImplementedError(f"{place} of {kind.__name__} is not the same in every call")
     return TokenDims(*found)
@@ -91,8 +91,11 @@ def _described(value: Any) -> dict[str, Any]:
     return found
 
 
-def _varying(place: str, one: Any, other: Any, lengths: tuple[int, int], rows: int) -> Dims:
-    """Which dims of two shapes are the two lengths."""
+def _varying(place: str, one: Any, other: Any, lengths: tuple[int, int], rows: int, is_returned: bool) -> Dims:
+    """Which dims of two shapes are the two lengths.
+
+    Of what is returned it is the first one: of weights of queries and keys, a rank has its queries and all keys.
+    """
     if type(one) is not type(other) or (isinstance(one, tuple) and len(one) != len(other)):
         raise NotImplementedError(f"{place} is not the same for rows of another length")
     if isinstance(one, int):
@@ -105,7 +108,9 @@ def _varying(place: str, one: Any, other: Any, lengths: tuple[int, int], rows: i
     sizes = [(one[dim], other[dim]) for dim in dims]
     if dims == (0,) and sizes[0] == (rows * lengths[0], rows * lengths[1]):
         return FLAT
-    if len(dims) > 2 or any(size != lengths for size in sizes):
+    if is_returned:
+        dims = dims[: sizes.index(lengths) + 1][-1:] if lengths in sizes else dims
+    if len(dims) > 2 or any(one[dim] != lengths[0] for dim in dims):
         raise NotImplementedError(f"{place} has the shape {one} for {lengths[0]} tokens, {other} for {lengths[1]}")
     return dims
 
