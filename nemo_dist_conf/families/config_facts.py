@@ -34,7 +34,6 @@ class ModelFacts:
     """Sizes of a decoder; None where the config does not say, and what the family takes then is not known here.
 
     num_experts 0: a dense model. balances_experts: it computes a loss for an even load of its experts.
-    own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (families/mixers.py).
     folder: of the checkpoint whose config says so; None: its fields are the tree's own, and can be typed.
     """
 
@@ -48,7 +47,6 @@ class ModelFacts:
     num_experts: int | None = None
     tied: bool = False
     balances_experts: bool = False
-    own_mixer: str | None = None
     folder: str | None = None
 
 
@@ -73,7 +71,6 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         num_experts=_experts(config),
         tied=bool(config.get(fields.tied, family.defaults.get(fields.tied, False))),
         balances_experts=bool(config.get("output_router_logits", False)),
-        own_mixer=next((mixer.text for mixer in family.mixers if mixer.is_chosen(config)), None),
     )
 
 

@@ -227,10 +227,8 @@ def test_a_block_that_makes_its_mask_or_counts_positions_does_so_again_in_backwa
 @pytest.mark.parametrize(
     ("mixer", "text"),
     [
-        ("pooled", r"blocks\.0 \(Pooled\) mixes the tokens of a row"),
         ("dilated", r"blocks\.0 \(Dilated\) mixes the tokens of a row"),
         ("batch norm", r"blocks\.0 \(Normed\) mixes the tokens of a row"),
-        ("direct", r"blocks\.0 \(Direct\) mixes the tokens of a row"),
         ("bias of pairs", r"position_bias of OwnAttention has the shape \(1, 4, 8, 8\)"),
         ("unknown", "OwnAttention hands slopes to its attention, which cannot be exchanged"),
     ],

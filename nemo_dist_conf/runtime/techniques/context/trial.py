@@ -157,10 +157,10 @@ class _Trial:
         return dataclasses.replace(ways, whole_rows=self._outermost(whole))
 
     def _agreed(self, place: str) -> str:
-        """The same on all ranks: that of the first."""
+        """The same on all ranks: of the places that they found, the last in the model. One may see less than another."""
         names = [name for name, _ in self.model.named_modules()]
         number = torch.tensor(names.index(place), device=self.device)
-        dist.broadcast(number, group=self.mesh.get_group(), group_src=0)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.mesh.get_group())
         return names[int(number)]
 
     def _of_all(self, faults: list[_Fault], reason: str) -> ConfigError:

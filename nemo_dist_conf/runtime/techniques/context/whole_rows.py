@@ -46,7 +46,8 @@ def token_dims(
     """Of the modules of class ``kind``, by what they are given and return on rows of two lengths.
 
     runs: what runs the model on ``rows`` rows of so many tokens.
-    Raises NotImplementedError where something has another number for every length that is not the length.
+    Raises NotImplementedError where something has another number for every length that is not the length, or where
+    what is returned is of rows: every rank would have it, and a loss of it would count several times.
     """
     (short, first), (long, second) = ((length, _shapes(model, kind, run)) for length, run in runs.items())
     if len(first) != len(second) or not first:
@@ -58,6 +59,8 @@ def token_dims(
                 dims = _varying(place, shape, other.get(place), (short, long), rows, is_returned=side == 1)
                 if found[side].setdefault(place, dims) != dims:
                     raise NotImplementedError(f"{place} of {kind.__name__} is not the same in every call")
+    if not any(dims and dims != COUNT for dims in found[1].values()):
+        raise NotImplementedError(f"{kind.__name__} returns nothing for each of a row's tokens")
     return TokenDims(*found)
 
 
