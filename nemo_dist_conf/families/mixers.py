@@ -7,7 +7,7 @@ finds it out of the model itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 __all__ = ["HYBRID", "Mixer", "OWN_ATTENTION", "RECURRENT"]
 
@@ -26,7 +26,7 @@ class Mixer:
     def layers(self, config: Mapping[str, Any], count: int) -> tuple[bool, ...]:
         """Of each of so many layers, whether it is of this kind; where no list of words chooses, all are."""
         lists = [config[name] for name in self.fields if isinstance(config.get(name), (list, tuple))]
-        chosen = next((words for words in lists if len(words) == count), [])
+        chosen: Sequence[Any] = next((words for words in lists if len(words) == count), ())
         return tuple(str(word) in self.kinds for word in chosen) or (True,) * count
 
 

@@ -87,9 +87,7 @@ def counted_by(
 
 
 @contextlib.contextmanager
-def counting_from(
-    length: int, offset: int, sites: set[Site] | None = None, only_late: bool = False
-) -> Iterator[None]:
+def counting_from(length: int, offset: int, sites: set[Site] | None = None, only_late: bool = False) -> Iterator[None]:
     """torch.arange over ``length`` numbers starts ``offset`` later, at these places, or wherever it is called.
 
     only_late: its second half does, as if the row's second half were somewhere else.

@@ -157,7 +157,7 @@ class _Trial:
         return dataclasses.replace(ways, whole_rows=self._outermost(whole))
 
     def _agreed(self, place: str) -> str:
-        """The same on all ranks: of the places that they found, the last in the model. One may see less than another."""
+        """The same on all ranks: of what they found, the last in the model, because one may see less than another."""
         names = [name for name, _ in self.model.named_modules()]
         number = torch.tensor(names.index(place), device=self.device)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self.mesh.get_group())
@@ -278,11 +278,11 @@ class _Trial:
         finally:
             tried.eval()
             name_attention(before)
-            for module, forward in apart:
-                if forward is None:
+            for module, own in apart:
+                if own is None:
                     del module.forward
                 else:
-                    module.forward = forward
+                    module.forward = own
 
     def _outputs(self, tried: nn.Module, inputs: Mapping[str, Any], fills: bool) -> list[Tensor]:
         """What the twin returns; fills: given the positions of its tokens, as a rank's part of a row is."""
@@ -461,7 +461,9 @@ class _Trial:
                 dist.all_reduce(gradient, group=self.mesh.get_group())
             if self._on_any_rank(_gradients_differ(wanted_gradients, gradients)):
                 kinds = ", ".join(sorted(kind.__name__ for kind in ways.whole_rows))
-                what = f"{self.name} has other gradients on parts of a row than on whole rows, with {kinds} on whole ones"
+                what = (
+                    f"{self.name} has other gradients on parts of a row than on whole rows, with {kinds} on whole ones"
+                )
                 raise self._refusal(what, "cp_size=1, or another model")
 
     @contextlib.contextmanager
@@ -564,7 +566,9 @@ def _gradients(
 
 def _gradients_differ(wanted: list[Tensor], found: list[Tensor]) -> bool:
     """Whether one of them does, by more than rounding errors of the largest leave of those that are nothing."""
-    least = _GRADIENTS_SAME * max((float(gradient.abs().amax()) for gradient in wanted if gradient.numel()), default=0.0)
+    least = _GRADIENTS_SAME * max(
+        (float(gradient.abs().amax()) for gradient in wanted if gradient.numel()), default=0.0
+    )
     apart = [(one - other).abs() for one, other in zip(wanted, found, strict=True) if one.numel()]
     largest = [max(float(one.abs().amax()), least) for one in wanted if one.numel()]
     return any(not float(part.amax()) <= _GRADIENTS_SAME * most for part, most in zip(apart, largest))

@@ -40,9 +40,7 @@ class TokenDims:
     returned: Mapping[str, Dims]
 
 
-def token_dims(
-    model: nn.Module, kind: type, runs: Mapping[int, Callable[[], Any]], rows: int
-) -> TokenDims:
+def token_dims(model: nn.Module, kind: type, runs: Mapping[int, Callable[[], Any]], rows: int) -> TokenDims:
     """Of the modules of class ``kind``, by what they are given and return on rows of two lengths.
 
     runs: what runs the model on ``rows`` rows of so many tokens.
