@@ -102,7 +102,9 @@ def stage_units(
         found.append(Unit(title, layer, count, tuple(entry for entry in held if entry not in experts)))
         if experts:
             found.append(Unit("experts", layer, count, experts, expert=True))
-    outer = tuple((w.name, w) for w in outer_weights(model) if w.part in stage.outer)
+    tied = {"head": "embedding"} if model.tied else {}  # the last stage has a copy
+    parts = {tied.get(part, part) for part in stage.outer}
+    outer = tuple((w.name, w) for w in outer_weights(model) if w.part in parts)
     if splits_outer:
         return (*found, Unit("embedding", EMBEDDING, 1, outer[:1]), Unit("head", HEAD, 1, outer[1:]))
     return (*found, Unit("root", _ROOT, 1, outer)) if outer else tuple(found)
@@ -110,11 +112,14 @@ def stage_units(
 
 def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:
     """A weight's shape on rank ``index`` of an axis of ``tp`` ranks. name: in the whole model."""
-    style = STYLES.get(styles.of(name.rpartition(".")[0])) if tp > 1 else None
+    style = STYLES.get(styles.of(name)) if tp > 1 else None
     if style is None:
         return weight.shape
-    dim = style.split_dim("Embedding" if weight.part == "embedding" else "Linear")
-    return tuple(_chunk(size, tp, index) if d == dim else size for d, size in enumerate(weight.shape))
+    dim = style.split_dim("Embedding" if weight.part == "embedding" else "Linear", len(weight.shape))
+    packed = style.packed
+    return tuple(
+        packed * _chunk(size // packed, tp, index) if d == dim else size for d, size in enumerate(weight.shape)
+    )
 
 
 def _split_of(job: Job) -> _Split:
