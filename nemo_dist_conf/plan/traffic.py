@@ -89,15 +89,21 @@ def _tensor_again(job: Job, layers: int, size: int, times: int) -> Iterator[Coll
 
 
 def _context(job: Job, stage: Stage) -> Iterator[Collective]:
-    """Keys and values of the whole sequence gathered, their gradients scattered back."""
+    """Keys and values of the whole sequence gathered, their gradients scattered back.
+
+    Where a mixer is run on whole rows, its input instead.
+    """
     if job.cp == 1:
         return
-    times = 2 * stage.layers * job.microbatches * job.calls
-    size = job.tokens * job.cp * job.model.kv_width * DTYPE_BYTES[job.compute_dtype] // job.tp
-    yield Collective("cp", "all_gather", times, size, "forward", why="keys and values")
-    yield Collective("cp", "reduce_scatter", times, size, "backward", why="keys and values")
-    if job.checkpointing:
-        yield Collective("cp", "all_gather", times, size, "recompute", why="keys and values")
+    times, item = job.microbatches * job.calls, DTYPE_BYTES[job.compute_dtype]
+    whole = sum(job.model.whole_rows[stage.first : stage.last])
+    kv = job.tokens * job.cp * job.model.kv_width * item // job.tp
+    row = job.tokens * job.cp * job.model.hidden * item
+    for why, calls, size in (("keys and values", 2 * (stage.layers - whole), kv), ("whole rows", whole, row)):
+        yield Collective("cp", "all_gather", calls * times, size, "forward", why=why)
+        yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
+        if job.checkpointing:
+            yield Collective("cp", "all_gather", calls * times, size, "recompute", why=why)
 
 
 def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
