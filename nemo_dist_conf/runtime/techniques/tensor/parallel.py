@@ -26,6 +26,7 @@ from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, match_pattern, unalias
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
@@ -69,10 +70,10 @@ def apply_tensor_parallel(
     offers = _Offers(model, tp_mesh, example)
     entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, sequence_parallel, offers)
     named, problems = _resolve(model, entries, own, offers)
-    if sequence_parallel and not any(map(_splits_sequence, named.values())):
-        problems.append(_no_sequence_style(entries))
     ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
-    if not (own and _is_proven(model)):
+    if sequence_parallel and not any(map(_splits_sequence, named.values())):
+        named = _with_sequence(model, entries, named, plan is None, offers)
+    elif not (own and _is_proven(model)):
         ConfigError.raise_if(_trial_problems(model, entries, named, plan is None, offers))
     styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
@@ -117,6 +118,30 @@ def _trial_problems(
     ]
 
 
+def _with_sequence(
+    model: nn.Module, entries: _Plan, named: Mapping[str, Any], declared: bool, offers: _Offers
+) -> dict[str, Any]:
+    """The styles with those of sequence parallelism, in the first way that computes what the plain model does."""
+    try:
+        ways = offers.trial().sequence_ways(named)
+        findings = []
+        for way in ways:
+            finding = offers.trial().finding(way)
+            if finding is None:
+                return way
+            findings.append(finding)
+        why = findings[-1]
+    except CannotFollow as error:
+        why = str(error)
+    except CannotTry:
+        why = ""
+    ConfigError.raise_if(_trial_problems(model, entries, named, declared, offers))  # of the plan itself
+    what = f"the residual stream of {type(model).__name__} cannot be split over the sequence: {why}"
+    allowed = f"the plan without it; a tp_plan with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
+    asked, off = "strategy.sequence_parallel=true", "strategy.sequence_parallel=false"
+    raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=off))
+
+
 # From a plan's patterns to the model's modules.
 
 
@@ -148,12 +173,8 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
         inner = getattr(model, "base_model", model)
         prefix = "" if inner is model else str(model.base_model_prefix)
     row = find_family(family)
-    found = complete_plan(family, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
-    if found is None and sequence_parallel and base:
-        what = f"no sequence-parallel plan is known for the model family {family}"
-        allowed = f"the families {planned_families()}; a tp_plan of your own"
-        off = "strategy.sequence_parallel=false"
-        raise ConfigError(Problem(what=what, asked="strategy.sequence_parallel=true", allowed=allowed, instead=off))
+    knows_sequence = sequence_parallel and row is not None and row.tensor_plan is not None
+    found = complete_plan(family, base, head, prefix=prefix, sequence_parallel=knows_sequence)
     if found is None:
         raise ConfigError(_no_plan(model, offers))
     unknown = sorted({style for style in found.values() if find_style(style) is None})
@@ -425,13 +446,4 @@ def _no_plan(model: nn.Module, offers: _Offers) -> Problem:
         asked=f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",
         allowed=f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {planned_families()}",
         instead=offers.plan(),
-    )
-
-
-def _no_sequence_style(plan: _Plan) -> Problem:
-    return Problem(
-        what="sequence_parallel is on, but no entry of the model's tp_plan splits the sequence",
-        asked=f"strategy.sequence_parallel=true {_set(plan)}",
-        allowed=f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
-        instead="strategy.sequence_parallel=false",
     )

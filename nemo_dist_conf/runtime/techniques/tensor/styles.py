@@ -16,7 +16,15 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from nemo_dist_conf.runtime.model.materialise import retie, tied_names
-from nemo_dist_conf.runtime.torch_inside import AsyncCollectiveTensor, is_view, local_tensor, own_parameters
+from nemo_dist_conf.runtime.torch_inside import (
+    AsyncCollectiveTensor,
+    is_view,
+    local_tensor,
+    own_parameters,
+    tree_flatten,
+    tree_map_only,
+    tree_unflatten,
+)
 from nemo_dist_conf.runtime.torch_inside.styles import Style, laid_out_by
 
 __all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles"]
@@ -92,6 +100,60 @@ class _Input(Style):
         return module
 
 
+class _SplitInputs(Style):
+    """Of the module's arguments, those that are [batch, seq, features] as its first tensor is, split over the sequence.
+
+    So what a block is given beside the stream (embeddings of its own, the stream as it began) meets its part of that.
+    """
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            first = next(tensors, None)
+            like = first.shape[: SEQUENCE_DIM + 1] if first is not None else None
+
+            def split(value: Any) -> Any:
+                if not isinstance(value, torch.Tensor) or value.dim() != 3 or not value.is_floating_point():
+                    return value
+                is_alike = value.shape[: SEQUENCE_DIM + 1] == like
+                return _as_dtensor(value, device_mesh, Shard(SEQUENCE_DIM)) if is_alike else value
+
+            return tuple(map(split, args)), {key: split(value) for key, value in kwargs.items()}
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        return module
+
+
+class _Whole(Style):
+    """Inside the module all tensors are plain and full, as without sequence parallelism.
+
+    sequence: the first tensor of its output becomes a DTensor that is split over the sequence. Every rank computes all
+    of it, so none of its gradients is summed.
+    """
+
+    def __init__(self, sequence: bool) -> None:
+        self.sequence = sequence
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return tree_map_only(DTensor, full, (args, kwargs))
+
+        def full(x: DTensor) -> torch.Tensor:
+            found = _as_dtensor(x, device_mesh, Replicate()).to_local()
+            return found.wait() if isinstance(found, AsyncCollectiveTensor) else found
+
+        def leave(_: nn.Module, args: tuple, output: Any) -> Any:
+            leaves, form = tree_flatten(output)
+            index = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+            leaves[index] = _as_dtensor(leaves[index], device_mesh, Shard(SEQUENCE_DIM))
+            return tree_unflatten(leaves, form)
+
+        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        if self.sequence:
+            module.register_forward_hook(leave)
+        return module
+
+
 class _Replicated(Style):
     """Parameters are replicated DTensors that the module itself sees as plain tensors while it runs.
 
@@ -140,7 +202,7 @@ class _Replicated(Style):
                 own_parameters(owner)[key] = parameter
             if not self.sequence or not isinstance(output, torch.Tensor):
                 return output
-            shape = during.pop("shape")
+            shape = torch.Size((*during.pop("shape")[: SEQUENCE_DIM + 1], *output.shape[SEQUENCE_DIM + 1 :]))
             stride = torch.empty(shape, device="meta").stride()
             placements = [Shard(SEQUENCE_DIM)]
             return DTensor.from_local(output, device_mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -166,6 +228,9 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "sequence_parallel": lambda: _Replicated(Partial(), sequence=True),
     "gather_input": lambda: _Input(Replicate()),
     "scatter_input": lambda: _Input(Shard(SEQUENCE_DIM)),
+    "scatter_inputs": _SplitInputs,
+    "whole_inputs": lambda: _Whole(sequence=False),
+    "whole_sequence": lambda: _Whole(sequence=True),
 }
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.runtime.model.trial import Seen, keep_generators, observed, parted, small_input, twin
+from nemo_dist_conf.runtime.techniques.tensor.stream import sequence_ways
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 from nemo_dist_conf.runtime.torch_inside import tree_leaves
 
@@ -89,6 +90,11 @@ class Trial:
         found: list[str | None] = [None] * self._mesh.size()
         dist.all_gather_object(found, mine, group=self._mesh.get_group())
         return next((text for text in found if text is not None), None)
+
+    def sequence_ways(self, styles: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """``sequence_ways`` of stream.py for styles that split features only. Raises CannotFollow."""
+        with keep_generators():
+            return sequence_ways(self._twin(), list(find_blocks(self._model)), styles, self._inputs)
 
     def _twin(self) -> nn.Module:
         with keep_generators():
