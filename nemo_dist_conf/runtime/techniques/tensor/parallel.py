@@ -68,11 +68,11 @@ def apply_tensor_parallel(
     tp_size, ties = tp_mesh.size(), tied_names(model)
     own = plan is None and _declared(model) is None
     offers = _Offers(model, tp_mesh, example)
-    entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, sequence_parallel, offers)
+    entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, offers)
     named, problems = _resolve(model, entries, own, offers)
     ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
     if sequence_parallel and not any(map(_splits_sequence, named.values())):
-        named = _with_sequence(model, entries, named, plan is None, offers)
+        named = _with_sequence(model, entries, named, plan is None, own, offers)
     elif not (own and _is_proven(model)):
         ConfigError.raise_if(_trial_problems(model, entries, named, plan is None, offers))
     styles = apply_styles(model, named, tp_mesh)
@@ -119,27 +119,36 @@ def _trial_problems(
 
 
 def _with_sequence(
-    model: nn.Module, entries: _Plan, named: Mapping[str, Any], declared: bool, offers: _Offers
+    model: nn.Module, entries: _Plan, named: Mapping[str, Any], declared: bool, own: bool, offers: _Offers
 ) -> dict[str, Any]:
-    """The styles with those of sequence parallelism, in the first way that computes what the plain model does."""
+    """The styles with those of sequence parallelism: its family's, else the first of the ways in which its residual
+    stream can be followed that computes what the plain model does.
+    """
+    known = _family_plan(model, sequence_parallel=True) if own else None
+    of_family = [_resolve(model, known, own, offers)[0]] if known is not None else []
+    if of_family and _is_proven(model):
+        return of_family[0]
+    why = "it cannot be tried"
     try:
-        ways = offers.trial().sequence_ways(named)
-        findings = []
-        for way in ways:
-            finding = offers.trial().finding(way)
-            if finding is None:
-                return way
-            findings.append(finding)
-        why = findings[-1]
+        trial = offers.trial()
+        for ways in (lambda: of_family, lambda: trial.sequence_ways(named)):
+            for way in ways():
+                finding = trial.finding(way)
+                if finding is None:
+                    return way
+                why = finding
     except CannotFollow as error:
         why = str(error)
     except CannotTry:
-        why = ""
-    ConfigError.raise_if(_trial_problems(model, entries, named, declared, offers))  # of the plan itself
-    what = f"the residual stream of {type(model).__name__} cannot be split over the sequence: {why}"
-    allowed = f"the plan without it; a tp_plan with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
-    asked, off = "strategy.sequence_parallel=true", "strategy.sequence_parallel=false"
-    raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=off))
+        pass
+    ConfigError.raise_if(_trial_problems(model, entries, named, declared, offers))  # of the plan without it
+    what = (
+        "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence, and the residual stream of "
+    )
+    what += f"{type(model).__name__} cannot be followed: {why}"
+    asked = f"strategy.sequence_parallel=true{'' if declared else f' {_set(entries)}'}"
+    allowed = f"the plan without it, or one with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
+    raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false"))
 
 
 # From a plan's patterns to the model's modules.
@@ -161,20 +170,23 @@ def _declared(model: nn.Module) -> tuple[str, Any] | None:
     return next(((name, plan) for name in DECLARED_PLANS if (plan := getattr(model, name, None))), None)
 
 
-def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
-    """The plan that a model comes with; ConfigError with the way out where it has none."""
-    declared, family = _declared(model), _model_type(model)
-    if declared is not None:
-        return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
+def _family_plan(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str] | None:
+    """The plan of the model's family and of what transformers says of it; None where nothing is known."""
     base = head = prefix = None
     if _is_transformers(model):
         config: Any = model.config
         base, head = config.base_model_tp_plan, plan_of_head(model)
         inner = getattr(model, "base_model", model)
         prefix = "" if inner is model else str(model.base_model_prefix)
-    row = find_family(family)
-    knows_sequence = sequence_parallel and row is not None and row.tensor_plan is not None
-    found = complete_plan(family, base, head, prefix=prefix, sequence_parallel=knows_sequence)
+    return complete_plan(_model_type(model), base, head, prefix=prefix, sequence_parallel=sequence_parallel)
+
+
+def _own_plan(model: nn.Module, offers: _Offers) -> _Plan:
+    """The plan that a model comes with; ConfigError with the way out where it has none."""
+    declared, family = _declared(model), _model_type(model)
+    if declared is not None:
+        return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
+    row, found = find_family(family), _family_plan(model)
     if found is None:
         raise ConfigError(_no_plan(model, offers))
     unknown = sorted({style for style in found.values() if find_style(style) is None})
