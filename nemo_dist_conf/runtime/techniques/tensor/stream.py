@@ -232,15 +232,18 @@ def _outside(
     """
     order = [call.name for call in calls]
     first, last = (calls[order.index(name)] for name in (blocks[0], blocks[-1]))
+    outer = {c.name: c for c in calls if not any(f"{c.name}.".startswith(f"{block}.") for block in blocks)}
     after = {id(call) for call in calls[order.index(blocks[-1]) + 1 :]}
+    before = [call for call in outer.values() if id(call) not in after]
     found: Styles = {}
-    made = {call.name: call for call in calls if not any(f"{block}." in f"{call.name}." for block in blocks)}
-    for name in _outer_parts(model, "", made, blocks):
-        call, style = made[name], styles.get(name)
+    for name in _outer_parts(model, "", outer, blocks):
+        call, style = outer[name], styles.get(name)
         x = next((given for given in call.given if _is_stream(given)), None)
         if id(call) not in after:
             if style == "embedding_rowwise" and _same(call.returned, _stream_of(first)):
-                found[name] = sequence_twin(style)
+                readers = (c.module for c in before if any(_same(call.returned, given) for given in c.given))
+                if not any(next(reader.parameters(), None) is not None for reader in readers):
+                    found[name] = sequence_twin(style)
         elif x is not None and style not in _TAKES_STREAM:
             alone = style in (None, "replicated") and not _inside(name, styles)
             is_next = ends_split and alone and _same(x, last.returned) and _is_by_token(call, x)

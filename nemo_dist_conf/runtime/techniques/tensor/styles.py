@@ -139,8 +139,7 @@ class _Whole(Style):
             return tree_map_only(DTensor, full, (args, kwargs))
 
         def full(x: DTensor) -> torch.Tensor:
-            found = _as_dtensor(x, device_mesh, Replicate()).to_local()
-            return found.wait() if isinstance(found, AsyncCollectiveTensor) else found
+            return _OwnTensor.apply(_as_dtensor(x, device_mesh, Replicate()).to_local())
 
         def leave(_: nn.Module, args: tuple, output: Any) -> Any:
             leaves, form = tree_flatten(output)
@@ -270,8 +269,8 @@ def _map_first(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Ten
 class _OwnTensor(torch.autograd.Function):
     """The same memory as a torch.Tensor that is no view and that no collective is still writing.
 
-    Layers give views of their DTensors. fully_shard warns of a view as the model's output, because changing it in
-    place would drop its hook on backward.
+    Layers give views of their DTensors, which code of a model may not change in place. fully_shard warns of a view as
+    the model's output, because changing it so would drop its hook on backward.
     """
 
     @staticmethod
