@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nemo_dist_conf.families.styles import sequence_twin
 from nemo_dist_conf.runtime.model.trial import differ, standing_for, tensors_of
+from nemo_dist_conf.runtime.torch_inside import holds_experts
 
 __all__ = ["CannotFollow", "sequence_ways"]
 
@@ -197,7 +198,9 @@ def _whole(call: _Call, x: Tensor, is_split: bool = False) -> str:
 
 
 def _unsplit(call: _Call, x: Tensor) -> str:
-    return "sequence_parallel" if _is_by_token(call, x) else _whole(call, x)
+    """Experts see all tokens on every rank, because how these spread over them is counted and balanced."""
+    is_routed = any(map(holds_experts, call.module.modules()))
+    return "sequence_parallel" if not is_routed and _is_by_token(call, x) else _whole(call, x)
 
 
 def _is_by_token(call: _Call, x: Tensor) -> bool:
