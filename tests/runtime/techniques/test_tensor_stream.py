@@ -91,7 +91,7 @@ def test_each_part_is_told_by_what_it_does() -> None:
             f"layers.{i}{name}": style
             for i in range(2)
             for name, style in {
-                "": "scatter_inputs",
+                "": "scatter_input",
                 ".norm": "sequence_parallel",
                 ".mixer": "whole_sequence",
                 ".mlp": "gather_input",
@@ -118,8 +118,9 @@ def test_a_part_that_does_the_same_to_each_token_gets_its_own() -> None:
     assert first["layers.0.mixer"] == "sequence_parallel"
     experts = nn.Linear(8, 8)
     experts._is_expert_parallel = True  # type: ignore[assignment]  # as transformers marks them
-    first, *_ = ways(Model(mixer=nn.Sequential(experts)))
-    assert first["layers.0.mixer"] == "whole_sequence"
+    for mixer in (experts, nn.Dropout(0.1)):
+        first, *_ = ways(Model(mixer=nn.Sequential(mixer, nn.Linear(8, 8))))
+        assert first["layers.0.mixer"] == "whole_sequence"
 
 
 def test_why_there_is_no_stream() -> None:

@@ -66,8 +66,7 @@ def sequence_ways(
     made = {call.name: call for call in calls}
     run = [name for name in stack if name in made]
     standing = standing_for(model, stack)
-    for name in run:
-        _stream_of(made[name])  # each of them takes one
+    entries = {name: _entry(made[name]) for name in run}
     ways = []
     for fused, ends_split in ((True, True), (False, True), (False, False)):
         way = dict(styles)
@@ -76,7 +75,7 @@ def sequence_ways(
             inside = [call for call in calls if call.name.startswith(f"{alike}.")]
             found = _in_block(model, alike, inside, styles, fused) if alike in made else {}
             way |= {name + part.removeprefix(alike): style for part, style in found.items()}
-            way[name] = "scatter_inputs"
+            way[name] = entries.get(alike, "scatter_input")
         way |= _outside(model, calls, run, styles, ends_split)
         if way not in ways:
             ways.append(way)
@@ -124,6 +123,13 @@ def _stream_of(call: _Call) -> Tensor:
         shape = "no tensor" if x is None else list(x.shape)
         raise CannotFollow(f"{call.name} ({type(call.module).__name__}) is given {shape}, not [batch, seq, hidden]")
     return x
+
+
+def _entry(block: _Call) -> str:
+    """How a block takes the stream, and what else it is given that is [batch, seq, features]."""
+    x = _stream_of(block)
+    several = sum(_is_stream(given, x.shape) for given in block.given) > 1
+    return "scatter_inputs" if several else "scatter_input"
 
 
 def _split_blocks(blocks: list[str], styles: Mapping[str, Any]) -> list[str]:
@@ -198,9 +204,10 @@ def _whole(call: _Call, x: Tensor, is_split: bool = False) -> str:
 
 
 def _unsplit(call: _Call, x: Tensor) -> str:
-    """Experts see all tokens on every rank, because how these spread over them is counted and balanced."""
-    is_routed = any(map(holds_experts, call.module.modules()))
-    return "sequence_parallel" if not is_routed and _is_by_token(call, x) else _whole(call, x)
+    """Experts see all tokens on every rank, because how these spread over them is counted and balanced; what drops out
+    does too, because ranks that have drawn other numbers of tokens would no longer draw the same."""
+    needs_all = any(holds_experts(module) or isinstance(module, nn.Dropout) for module in call.module.modules())
+    return "sequence_parallel" if not needs_all and _is_by_token(call, x) else _whole(call, x)
 
 
 def _is_by_token(call: _Call, x: Tensor) -> bool:
