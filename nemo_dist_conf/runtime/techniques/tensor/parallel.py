@@ -301,6 +301,8 @@ def _takes(style: Any, module: nn.Module) -> bool:
 
 
 def _splits_sequence(style: Any) -> bool:
+    if isinstance(style, tuple):
+        return any(map(_splits_sequence, style))
     if isinstance(style, str):
         return style in SEQUENCE_STYLES
     if isinstance(style, SequenceParallel):

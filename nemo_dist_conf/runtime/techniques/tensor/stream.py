@@ -24,7 +24,7 @@ from nemo_dist_conf.runtime.torch_inside import holds_experts
 __all__ = ["CannotFollow", "sequence_ways"]
 
 #: Styles whose layers take a DTensor of any layout, so that they gather the stream for themselves.
-_TAKES_STREAM = frozenset({"colwise", "colwise_gather_output"})
+_TAKES_STREAM = frozenset({"colwise", "colwise_gather_output", "packed_colwise"})
 
 Styles = dict[str, Any]
 
@@ -163,10 +163,11 @@ def _in_block(model: nn.Module, block: str, calls: list[_Call], styles: Mapping[
         x = next((given for given in call.given if _is_stream(given)), None)
         if x is None:
             continue
-        if isinstance(style, str):
-            if style not in _TAKES_STREAM:
-                found[name] = sequence_twin(style)
-        elif style is None and not inner:
+        if style in _TAKES_STREAM or (isinstance(style, str) and sequence_twin(style) != style):
+            found[name] = sequence_twin(style)
+        elif style is not None:  # what it does as well
+            found[name] = (style, _whole(call, x))
+        elif not inner:
             if not isinstance(call.module, nn.Dropout):  # which takes a DTensor as it is
                 found[name] = _unsplit(call, x)
         else:

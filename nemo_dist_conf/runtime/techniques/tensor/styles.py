@@ -7,7 +7,7 @@ Tensors are [batch, seq, hidden].
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -153,6 +153,18 @@ class _Whole(Style):
         return module
 
 
+class _Together(Style):
+    """Several styles of one module, in this order."""
+
+    def __init__(self, styles: Sequence[ParallelStyle]) -> None:
+        self.styles = styles
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for style in self.styles:
+            parallelize_module(module, device_mesh, style, src_data_rank=None)
+        return module
+
+
 class _Replicated(Style):
     """Parameters are replicated DTensors that the module itself sees as plain tensors while it runs.
 
@@ -234,12 +246,12 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
 
 
 def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, ParallelStyle]:
-    """Split the named modules over ``mesh`` in place, each by its style (a name or an object); ties stay ties.
+    """Split the named modules over ``mesh`` in place, each by its style (a name, an object, or several); ties stay ties.
 
     Outputs of the model are then full, plain tensors. Returns the objects.
     """
     ties = tied_names(model)
-    objects = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in styles.items()}
+    objects = {name: _object(style) for name, style in styles.items()}
     # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
     # values, so none is sent.
     for name, style in sorted(objects.items(), key=lambda entry: -entry[0].count(".")):
@@ -247,6 +259,12 @@ def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) 
     retie(model, ties)
     model.register_forward_hook(_plain_outputs)
     return objects
+
+
+def _object(style: Any) -> ParallelStyle:
+    if isinstance(style, tuple):
+        return _Together([_object(one) for one in style])
+    return STYLE_OBJECTS[style]() if isinstance(style, str) else style
 
 
 def _is_plain(owner: nn.Module, key: str) -> bool:
