@@ -71,10 +71,11 @@ def apply_tensor_parallel(
     entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, offers)
     named, problems = _resolve(model, entries, own, offers)
     ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
-    if sequence_parallel and not any(map(_splits_sequence, named.values())):
-        named = _with_sequence(model, entries, named, plan is None, own, offers)
-    elif not (own and _is_proven(model)):
+    if not (own and _is_proven(model)):
         ConfigError.raise_if(_trial_problems(model, entries, named, plan is None, offers))
+    if sequence_parallel and not any(map(_splits_sequence, named.values())):
+        named, problems = _with_sequence(model, entries, named, own, plan is None, offers)
+        ConfigError.raise_if(problems)
     styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
     log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_size, len(styles), type(model).__name__)
@@ -119,36 +120,32 @@ def _trial_problems(
 
 
 def _with_sequence(
-    model: nn.Module, entries: _Plan, named: Mapping[str, Any], declared: bool, own: bool, offers: _Offers
-) -> dict[str, Any]:
-    """The styles with those of sequence parallelism: its family's, else the first of the ways in which its residual
-    stream can be followed that computes what the plain model does.
+    model: nn.Module, entries: _Plan, named: dict[str, Any], own: bool, declared: bool, offers: _Offers
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The styles with those of sequence parallelism, or what is wrong: those of the family, else the first way to
+    follow the residual stream that computes what the plain model does.
     """
     known = _family_plan(model, sequence_parallel=True) if own else None
-    of_family = [_resolve(model, known, own, offers)[0]] if known is not None else []
-    if of_family and _is_proven(model):
-        return of_family[0]
-    why = "it cannot be tried"
+    if known is not None:
+        of_family, _ = _resolve(model, known, own, offers)
+        if _is_proven(model) or offers.trial().finding(of_family) is None:
+            return of_family, []
+    why = ""
     try:
-        trial = offers.trial()
-        for ways in (lambda: of_family, lambda: trial.sequence_ways(named)):
-            for way in ways():
-                finding = trial.finding(way)
-                if finding is None:
-                    return way
-                why = finding
+        for way in offers.trial().sequence_ways(named):
+            found = offers.trial().finding(way)
+            if found is None:
+                return way, []
+            why = found
     except CannotFollow as error:
         why = str(error)
-    except CannotTry:
-        pass
-    ConfigError.raise_if(_trial_problems(model, entries, named, declared, offers))  # of the plan without it
     what = (
         "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence, and the residual stream of "
     )
     what += f"{type(model).__name__} cannot be followed: {why}"
     asked = f"strategy.sequence_parallel=true{'' if declared else f' {_set(entries)}'}"
     allowed = f"the plan without it, or one with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
-    raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false"))
+    return named, [Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false")]
 
 
 # From a plan's patterns to the model's modules.

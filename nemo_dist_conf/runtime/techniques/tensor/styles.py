@@ -246,7 +246,7 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
 
 
 def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, ParallelStyle]:
-    """Split the named modules over ``mesh`` in place, each by its style (a name, an object, or several); ties stay ties.
+    """Split the named modules over ``mesh`` in place, each by its style (a name, an object or several); ties stay.
 
     Outputs of the model are then full, plain tensors. Returns the objects.
     """
