@@ -94,7 +94,10 @@ STYLES: dict[str, Style] = {
     "gather_input": Style("no weights of its own: the input made full once for all layers inside (attention, MLP)"),
     "scatter_input": Style("no weights of its own: the input split over the sequence (blocks)", splits_sequence=True),
     "scatter_inputs": Style(
-        "as scatter_input, of every input that is [batch, seq, features] like the first (blocks)", splits_sequence=True
+        "as scatter_input, of every input that is [batch, seq, ...] like the first (blocks)", splits_sequence=True
+    ),
+    "sequence_parameters": Style(
+        "the module's own parameters, not those inside, meet what is split over the sequence, gradients summed (blocks)"
     ),
     "whole_inputs": Style("no weights of its own: what is split of the inputs made full, plain tensors inside"),
     "whole_sequence": Style("as whole_inputs, the output split over the sequence (mixers)", splits_sequence=True),

@@ -66,7 +66,7 @@ def sequence_ways(
     made = {call.name: call for call in calls}
     run = [name for name in stack if name in made]
     standing = standing_for(model, stack)
-    entries = {name: _entry(made[name]) for name in run}
+    entries = {name: _entry(made[name], styles) for name in run}
     ways = []
     for fused, ends_split in ((True, True), (False, True), (False, False)):
         way = dict(styles)
@@ -75,7 +75,7 @@ def sequence_ways(
             inside = [call for call in calls if call.name.startswith(f"{alike}.")]
             found = _in_block(model, alike, inside, styles, fused) if alike in made else {}
             way |= {name + part.removeprefix(alike): style for part, style in found.items()}
-            way[name] = entries.get(alike, "scatter_input")
+            way[name] = entries[alike] if alike in entries else "scatter_input"
         way |= _outside(model, calls, run, styles, ends_split)
         if way not in ways:
             ways.append(way)
@@ -111,8 +111,8 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _is_stream(x: Tensor | None, like: torch.Size | None = None) -> bool:
-    """Whether a tensor is [batch, seq, features], of the same rows and tokens as another."""
-    if x is None or x.dim() != 3 or not x.is_floating_point():
+    """Whether a tensor is [batch, seq, ..., features], of the same rows and tokens as another."""
+    if x is None or x.dim() < 3 or not x.is_floating_point():
         return False
     return like is None or x.shape[:2] == like[:2]
 
@@ -125,11 +125,13 @@ def _stream_of(call: _Call) -> Tensor:
     return x
 
 
-def _entry(block: _Call) -> str:
-    """How a block takes the stream, and what else it is given that is [batch, seq, features]."""
+def _entry(block: _Call, styles: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """How a block takes the stream, what else it is given that is [batch, seq, ...], and parameters of its own."""
     x = _stream_of(block)
     several = sum(_is_stream(given, x.shape) for given in block.given) > 1
-    return "scatter_inputs" if several else "scatter_input"
+    entry = "scatter_inputs" if several else "scatter_input"
+    own = [key for key, _ in block.module.named_parameters(recurse=False) if f"{block.name}.{key}" not in styles]
+    return (entry, "sequence_parameters") if own else entry
 
 
 def _split_blocks(blocks: list[str], styles: Mapping[str, Any]) -> list[str]:
@@ -200,8 +202,9 @@ def _ends_in(call: _Call, layer: list[_Call] | None) -> bool:
 
 def _whole(call: _Call, x: Tensor, is_split: bool = False) -> str:
     """A part that needs whole rows; is_split: what it returns is split already."""
-    back = call.returned
-    return "whole_sequence" if not is_split and back is not None and back.shape == x.shape else "whole_inputs"
+    back, flat = call.returned, (x.shape[:2].numel(), *x.shape[2:])
+    is_stream = back is not None and back.shape in (x.shape, flat)
+    return "whole_sequence" if is_stream and not is_split else "whole_inputs"
 
 
 def _unsplit(call: _Call, x: Tensor) -> str:
@@ -213,25 +216,27 @@ def _unsplit(call: _Call, x: Tensor) -> str:
 
 def _is_by_token(call: _Call, x: Tensor) -> bool:
     """Whether a module does the same to each token alone, as tried on the two halves of a row."""
-    back, (first, *rest) = call.output, [*call.args, *call.kwargs.values()] or [None]
-    if first is not x or not isinstance(back, Tensor) or not _is_stream(back, x.shape):
+    given, returned = tensors_of((call.args, call.kwargs)), tensors_of(call.output)
+    if len(given) != len(call.given) or not returned or x.size(1) < 2:
         return False
-    if any(isinstance(value, Tensor) for value in rest) or x.size(1) < 2:
+    if not all(_is_stream(tensor, x.shape) for tensor in (*given, *returned)):
         return False
     with torch.no_grad():
         try:
-            halves = [_again(call, half) for half in x.tensor_split(2, dim=1)]
+            halves = [tensors_of(_again(call, half)) for half in range(2)]
         except Exception:  # whatever a module's own code raises of half a row
             return False
-    joined = torch.cat(halves, dim=1) if all(isinstance(half, Tensor) for half in halves) else None
-    return joined is not None and joined.shape == back.shape and not differ(back, joined)
+    joined = [torch.cat(parts, dim=1) for parts in zip(*halves)]
+    return len(joined) == len(returned) and not any(
+        one.shape != other.shape or differ(one, other) for one, other in zip(returned, joined)
+    )
 
 
-def _again(call: _Call, x: Tensor) -> Any:
-    if call.args:
-        return call.module(x, *call.args[1:], **call.kwargs)
-    key, *_ = call.kwargs
-    return call.module(**{**call.kwargs, key: x})
+def _again(call: _Call, half: int) -> Any:
+    def cut(value: Any) -> Any:
+        return value.tensor_split(2, dim=1)[half] if isinstance(value, Tensor) else value
+
+    return call.module(*map(cut, call.args), **{key: cut(value) for key, value in call.kwargs.items()})
 
 
 def _outside(
@@ -247,7 +252,8 @@ def _outside(
     after = {id(call) for call in calls[order.index(blocks[-1]) + 1 :]}
     before = [call for call in outer.values() if id(call) not in after]
     found: Styles = {}
-    for name in _outer_parts(model, "", outer, blocks):
+    split = [last.returned]
+    for name in sorted(_outer_parts(model, "", outer, blocks), key=order.index):
         call, style = outer[name], styles.get(name)
         x = next((given for given in call.given if _is_stream(given)), None)
         if id(call) not in after:
@@ -257,8 +263,9 @@ def _outside(
                     found[name] = sequence_twin(style)
         elif x is not None and style not in _TAKES_STREAM:
             alone = style in (None, "replicated") and not _inside(name, styles)
-            is_next = ends_split and alone and _same(x, last.returned) and _is_by_token(call, x)
+            is_next = ends_split and alone and any(_same(x, one) for one in split) and _is_by_token(call, x)
             found[name] = "sequence_parallel" if is_next else "whole_inputs"
+            split += [call.returned] if is_next else []
     return found
 
 

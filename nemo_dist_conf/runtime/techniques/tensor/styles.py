@@ -101,41 +101,62 @@ class _Input(Style):
 
 
 class _SplitInputs(Style):
-    """Of the module's arguments, those that are [batch, seq, features] as its first tensor is, split over the sequence.
+    """Of the module's arguments, those that are [batch, seq, ...] as its first tensor is, split over the sequence.
 
     So what a block is given beside the stream (embeddings of its own, the stream as it began) meets its part of that.
     """
 
     def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-            first = next(tensors, None)
-            like = first.shape[: SEQUENCE_DIM + 1] if first is not None else None
-
-            def split(value: Any) -> Any:
-                if not isinstance(value, torch.Tensor) or value.dim() != 3 or not value.is_floating_point():
-                    return value
-                is_alike = value.shape[: SEQUENCE_DIM + 1] == like
-                return _as_dtensor(value, device_mesh, Shard(SEQUENCE_DIM)) if is_alike else value
-
-            return tuple(map(split, args)), {key: split(value) for key, value in kwargs.items()}
+            return _map_alike(args, kwargs, lambda x: _as_dtensor(x, device_mesh, Shard(SEQUENCE_DIM)))
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
+        return module
+
+
+class _SequenceParameters(Style):
+    """Parameters of the module's own are replicated DTensors to its code as well, which meet the split stream there."""
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        own = own_parameters(module)
+        mine = [key for key in own if _is_plain(module, key)]
+        for key in mine:
+            replica = DTensor.from_local(own[key].detach(), device_mesh, [Replicate()], run_check=False)
+            own[key] = nn.Parameter(replica, requires_grad=own[key].requires_grad)
+        held: dict[str, Any] = {}
+
+        def enter(*_: Any) -> None:
+            held.update({key: own_parameters(module)[key] for key in mine})
+            for key, parameter in held.items():
+                if not isinstance(parameter, DTensor):  # kept as a local tensor, see local_shards.py
+                    parameter = DTensor.from_local(parameter, device_mesh, [Replicate()], run_check=False)
+                # Its backward sums the gradient, as in _Replicated.
+                own_parameters(module)[key] = parameter.redistribute(placements=[Replicate()])
+
+        def leave(*_: Any) -> None:
+            own_parameters(module).update(held)
+            held.clear()
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
         return module
 
 
 class _Whole(Style):
     """Inside the module all tensors are plain and full, as without sequence parallelism.
 
-    sequence: the first tensor of its output becomes a DTensor that is split over the sequence. Every rank computes all
-    of it, so none of its gradients is summed.
+    sequence: the first tensor of its output becomes a DTensor that is split over the sequence; one that it has made
+    flat, [batch * seq, hidden], is put in shape before. Every rank computes all of it, so no gradient is summed.
     """
 
     def __init__(self, sequence: bool) -> None:
         self.sequence = sequence
 
     def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        during: dict[str, Any] = {}  # one forward: the shape of the stream
+
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            _map_first(args, kwargs, lambda x: during.update(shape=x.shape) or x)
             return tree_map_only(DTensor, full, (args, kwargs))
 
         def full(x: DTensor) -> torch.Tensor:
@@ -144,7 +165,9 @@ class _Whole(Style):
         def leave(_: nn.Module, args: tuple, output: Any) -> Any:
             leaves, form = tree_flatten(output)
             index = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-            leaves[index] = _as_dtensor(leaves[index], device_mesh, Shard(SEQUENCE_DIM))
+            shape, back = during.pop("shape"), leaves[index]
+            back = back.view(shape) if back.dim() == 2 and back.numel() == shape.numel() else back
+            leaves[index] = _as_dtensor(back, device_mesh, Shard(SEQUENCE_DIM))
             return tree_unflatten(leaves, form)
 
         module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
@@ -170,7 +193,7 @@ class _Replicated(Style):
 
     So any module will do, and parameters of a whole model share one mesh, which torch's clip_grad_norm_ asks for.
     gradient: Replicate() where all ranks compute the same; Partial() where each has its own part, summed in backward.
-    sequence: the input is split over the sequence, the output is a DTensor of that layout.
+    sequence: the inputs are split over the sequence, the outputs are DTensors of that layout.
     """
 
     def __init__(self, gradient: Placement, sequence: bool = False) -> None:
@@ -188,7 +211,7 @@ class _Replicated(Style):
 
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if self.sequence:
-                args, kwargs = _map_first(args, kwargs, split)
+                args, kwargs = _map_alike(args, kwargs, split)
             kept = []
             for owner, key in mine:
                 own = own_parameters(owner)
@@ -211,12 +234,16 @@ class _Replicated(Style):
         def leave(_: nn.Module, args: tuple, output: Any) -> Any:
             for owner, key, parameter in during.pop("kept", ()):
                 own_parameters(owner)[key] = parameter
-            if not self.sequence or not isinstance(output, torch.Tensor):
+            if not self.sequence or "shape" not in during:
                 return output
-            shape = torch.Size((*during.pop("shape")[: SEQUENCE_DIM + 1], *output.shape[SEQUENCE_DIM + 1 :]))
+            leading = during.pop("shape")[: SEQUENCE_DIM + 1]
+            return tree_map_only(torch.Tensor, lambda x: joined(x, leading), output)
+
+        def joined(x: torch.Tensor, leading: torch.Size) -> DTensor:
+            shape = torch.Size((*leading, *x.shape[SEQUENCE_DIM + 1 :]))
             stride = torch.empty(shape, device="meta").stride()
             placements = [Shard(SEQUENCE_DIM)]
-            return DTensor.from_local(output, device_mesh, placements, run_check=False, shape=shape, stride=stride)
+            return DTensor.from_local(x, device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
@@ -240,6 +267,7 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "gather_input": lambda: _Input(Replicate()),
     "scatter_input": lambda: _Input(Shard(SEQUENCE_DIM)),
     "scatter_inputs": _SplitInputs,
+    "sequence_parameters": _SequenceParameters,
     "whole_inputs": lambda: _Whole(sequence=False),
     "whole_sequence": lambda: _Whole(sequence=True),
 }
@@ -282,6 +310,24 @@ def _map_first(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Ten
         return args, kwargs
     key = "hidden_states" if "hidden_states" in tensors else tensors[0]
     return args, {**kwargs, key: fn(kwargs[key])}
+
+
+def _map_alike(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:
+    """The arguments with fn applied to the first tensor, and to all others of its [batch, seq, ...]."""
+    first: list[torch.Tensor] = []
+    _map_first(args, kwargs, lambda x: first.append(x) or x)  # type: ignore[func-returns-value]
+    if not first:
+        return args, kwargs
+
+    def change(value: Any) -> Any:
+        if value is first[0]:
+            return fn(value)
+        is_alike = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > SEQUENCE_DIM + 1
+        return (
+            fn(value) if is_alike and value.shape[: SEQUENCE_DIM + 1] == first[0].shape[: SEQUENCE_DIM + 1] else value
+        )
+
+    return tuple(map(change, args)), {key: change(value) for key, value in kwargs.items()}
 
 
 class _OwnTensor(torch.autograd.Function):
