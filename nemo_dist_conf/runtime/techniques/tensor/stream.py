@@ -262,8 +262,12 @@ def _outside(
                 if not any(next(reader.parameters(), None) is not None for reader in readers):
                     found[name] = sequence_twin(style)
         elif x is not None and style not in _TAKES_STREAM:
-            alone = style in (None, "replicated") and not _inside(name, styles)
-            is_next = ends_split and alone and any(_same(x, one) for one in split) and _is_by_token(call, x)
+            is_norm = call.returned is not None and call.returned.size(-1) == x.size(-1)  # and not the head
+            alone = (
+                style in (None, "replicated") and not _inside(name, styles) and not isinstance(call.module, nn.Linear)
+            )
+            is_read = ends_split and any(_same(x, one) for one in split)
+            is_next = is_read and alone and is_norm and _is_by_token(call, x)
             found[name] = "sequence_parallel" if is_next else "whole_inputs"
             split += [call.returned] if is_next else []
     return found
