@@ -110,11 +110,14 @@ def stage_units(
 
 def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:
     """A weight's shape on rank ``index`` of an axis of ``tp`` ranks. name: in the whole model."""
-    style = STYLES.get(styles.of(name.rpartition(".")[0])) if tp > 1 else None
+    style = STYLES.get(styles.of(name)) if tp > 1 else None
     if style is None:
         return weight.shape
-    dim = style.split_dim("Embedding" if weight.part == "embedding" else "Linear")
-    return tuple(_chunk(size, tp, index) if d == dim else size for d, size in enumerate(weight.shape))
+    dim = style.split_dim("Embedding" if weight.part == "embedding" else "Linear", len(weight.shape))
+    packed = style.packed
+    return tuple(
+        packed * _chunk(size // packed, tp, index) if d == dim else size for d, size in enumerate(weight.shape)
+    )
 
 
 def _split_of(job: Job) -> _Split:

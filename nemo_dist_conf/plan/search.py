@@ -129,6 +129,7 @@ class _Search:
             num_kv_heads=self.model.kv_heads,
             intermediate_size=self.model.intermediate,
             num_experts=self.model.experts,
+            expert_width=self.model.expert_width if self.model.experts else None,
         )
 
     def best(self, world_size: int, top: int) -> Result:

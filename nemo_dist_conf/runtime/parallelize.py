@@ -87,7 +87,7 @@ def parallelize(
 
         stages = plan_pipeline(model, units, engine.pipeline, pp_size)
     if engine.sizes.get(A.TP, 1) > 1:
-        engine.split_tensors(model, example)
+        engine.split_tensors(model, example, _experts_of(model) if engine.moe_mesh is not None else ())
     experts = _split_experts(model, engine) if engine.moe_mesh is not None else None
     if fill is not None and engine.fill_when == "before_sharding":
         fill(model)
@@ -116,6 +116,12 @@ def parallelize(
         return wrapped
     _rebind(optimizer, plain, unwrapped(wrapped))
     return wrapped, engine.adopt_optimizer(wrapped, optimizer)
+
+
+def _experts_of(model: nn.Module) -> list[str]:
+    from nemo_dist_conf.runtime.techniques.expert.parallel import find_experts
+
+    return list(find_experts(model))
 
 
 def _split_experts(model: nn.Module, engine: Engine) -> SplitExperts:

@@ -72,6 +72,7 @@ AXES: dict[str, Axis] = {
         Axis("fsdp2 x tp", 4, (*_FP32, *_of("tp"))),
         Axis("fsdp2 x pp", 4, (*_FP32, *_stages(2))),
         Axis("fsdp2 x ep", 4, (*_FP32, *_of("ep"))),
+        Axis("tp x ep", 4, (*_FP32, *_of("tp", "ep"))),
         Axis("tp x pp", 4, (*_FP32, *_of("tp"), *_stages())),
         Axis("cp x ep", 4, (*_FP32, *_of("cp", "ep"))),
     )

@@ -16,7 +16,7 @@ import functools
 import importlib
 import logging
 import types
-from typing import TYPE_CHECKING, Any, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -78,10 +78,10 @@ class MegatronFSDPEngine(Engine):
         refuse_sync_on_cpu(model, self._mesh.device_type)
         refuse_parameters(model)
 
-    def split_tensors(self, model: nn.Module, example: Mapping[str, Any] | None) -> None:
+    def split_tensors(self, model: nn.Module, example: Mapping[str, Any] | None, apart: Sequence[str]) -> None:
         """By the plan that the model comes with; a plan on the command line is an option of fsdp2."""
         try:
-            super().split_tensors(model, example)
+            super().split_tensors(model, example, apart)
         except ConfigError as error:
             problems = (
                 dataclasses.replace(problem, instead=f"strategy=fsdp2 {problem.instead}")

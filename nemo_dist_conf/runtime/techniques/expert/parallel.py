@@ -21,10 +21,11 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.styles import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
-from nemo_dist_conf.runtime.torch_inside import own_parameters, split_experts
+from nemo_dist_conf.runtime.model.base_model import base_prefix
+from nemo_dist_conf.runtime.torch_inside import is_view, own_parameters, split_experts
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
-__all__ = ["SplitExperts", "apply_expert_parallel", "keep_routing"]
+__all__ = ["SplitExperts", "apply_expert_parallel", "find_experts", "keep_routing"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class SplitExperts:
     config: MoEParallelizerConfig
 
 
-def _find_experts(model: nn.Module) -> dict[str, nn.Module]:
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold a layer's experts, by name: those that the model's own plan sends tokens to."""
     plan = _plan(model)
     return {name: model.get_submodule(name) for name, style in plan.items() if style == _STYLE}
@@ -60,7 +61,7 @@ def apply_expert_parallel(
     Raises ConfigError for a model without a plan for its experts, and where ep does not divide them.
     """
     ep_mesh = moe_mesh[A.EP.value]
-    experts, plan = _find_experts(model), _plan(model)
+    experts, plan = find_experts(model), _plan(model)
     if not experts:
         what = f"ep_size={ep_mesh.size()}: {type(model).__name__} has no experts that can be split"
         asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", "a mixture-of-experts model of transformers"
@@ -108,9 +109,11 @@ class _Averaged:
         averaged = {name: _Divided.apply(p, self.count) for name, p in held.items() if p is not None}
         parameters.update(averaged)
         try:
-            return self.forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
         finally:
             parameters.update(held)
+        # Gathered over tp it is a view, into which autograd lets nobody add the output of shared experts.
+        return output.clone() if is_view(output) else output
 
 
 class _Divided(torch.autograd.Function):
@@ -151,8 +154,8 @@ def _plan(model: nn.Module) -> dict[str, str]:
     config: Any = getattr(model, "config", None)
     family = find_family(getattr(config, "model_type", None))
     patterns = (family and family.expert_plan) or getattr(config, "base_model_ep_plan", None) or {}
-    inner: Any = getattr(model, "base_model", model)
-    prefix = "" if inner is model else f"{model.base_model_prefix}."
+    base = base_prefix(model, patterns)
+    prefix = f"{base}." if base else ""
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     found = {
         name: style
