@@ -461,13 +461,6 @@ REFUSED: dict[str, tuple[Any, Any, bool, list[str], str]] = {
         ["tp_size=4 does not divide the model's 2 key/value heads and 50 MLP columns"],
         "parallelism.tp_size=2",
     ),
-    "a family without sequence plan": (
-        gemma,
-        None,
-        True,
-        ["no sequence-parallel plan is known for the model family gemma2"],
-        "strategy.sequence_parallel=false",
-    ),
     "experts": (mixture, None, False, ["the tp_plan of qwen3_moe asks for what is not"], "parallelism.tp_size=1"),
 }
 
