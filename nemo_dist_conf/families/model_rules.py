@@ -121,18 +121,6 @@ def model_problems(
                 else "model.config.output_router_logits=false",
             )
         )
-    if pp > 1 and facts.tied:
-        problems.append(
-            Problem(
-                what="the model's embedding and head are one parameter, and a pipeline has them on its "
-                "first and last stage",
-                asked=f"{spelling.set('parallelism.pp_size', pp)} {_said(facts, 'tie_word_embeddings')}",
-                allowed="pp_size=1, or a head with weights of its own",
-                instead=spelling.set("parallelism.pp_size", 1)
-                if facts.folder
-                else "model.config.tie_word_embeddings=false",
-            )
-        )
     if ep > 1:
         problems += _expert_problems(facts, ep, spelling)
         problems += tied_head_problems(moe or {}, spelling) if facts.tied else []

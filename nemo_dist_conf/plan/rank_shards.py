@@ -102,7 +102,9 @@ def stage_units(
         found.append(Unit(title, layer, count, tuple(entry for entry in held if entry not in experts)))
         if experts:
             found.append(Unit("experts", layer, count, experts, expert=True))
-    outer = tuple((w.name, w) for w in outer_weights(model) if w.part in stage.outer)
+    tied = {"head": "embedding"} if model.tied else {}  # the last stage has a copy
+    parts = {tied.get(part, part) for part in stage.outer}
+    outer = tuple((w.name, w) for w in outer_weights(model) if w.part in parts)
     if splits_outer:
         return (*found, Unit("embedding", EMBEDDING, 1, outer[:1]), Unit("head", HEAD, 1, outer[1:]))
     return (*found, Unit("root", _ROOT, 1, outer)) if outer else tuple(found)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Collection, Literal, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -205,6 +205,10 @@ class Engine:
 
     def stages(self, model: nn.Module) -> tuple[Any, ...]:
         """A row for each pipeline stage (``StageRow``); none of a model without."""
+        return ()
+
+    def counted_elsewhere(self, model: nn.Module) -> Collection[int]:
+        """ids of parameters that a rank of another stage has too, and counts where each is counted once."""
         return ()
 
     def parts(self, model: nn.Module) -> list[nn.Module]:
