@@ -399,10 +399,6 @@ def odd_llama() -> nn.Module:
     return Case(config={"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 50}).model()
 
 
-def gemma() -> nn.Module:
-    return Case("gemma2", {"head_dim": 8}).model()
-
-
 def mixture() -> nn.Module:
     return Case("qwen3_moe", {"moe_intermediate_size": 16, "num_experts": 4}).model()
 
