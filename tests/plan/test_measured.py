@@ -36,7 +36,10 @@ NARROW = "strategy.mp_policy.output_dtype=float32"
 TP = "parallelism.tp_size=2"
 SEQUENCE = "strategy.sequence_parallel=true"
 #: Llama's own plan as a user types it, without a word on the sequence.
-TYPED = f"strategy.tp_plan={{{','.join(f'{name}:{style}' for name, style in (complete_plan('llama') or {}).items() if '_norm' not in name[-7:])}}}"
+_PLAN = {
+    name: style for name, style in (complete_plan("llama") or {}).items() if name[-7:] not in (".q_norm", ".k_norm")
+}
+TYPED = f"strategy.tp_plan={{{','.join(f'{name}:{style}' for name, style in _PLAN.items())}}}"
 MODES = ("false", "true", "selective")
 #: Wide enough for activations to be more than what is counted with them.
 MODEL = {

@@ -162,6 +162,7 @@ def _in_block(model: nn.Module, block: str, calls: list[_Call], styles: Mapping[
         made.setdefault(call.name, []).append(call)
     for name in _parts(block, model.get_submodule(block), made):
         call, style, inner = made[name][0], styles.get(name), _inside(name, styles)
+        style = None if style == "gather_input" else style  # which is found again where it fits
         x = next((given for given in call.given if _is_stream(given)), None)
         if x is None:
             continue
