@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-__all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_pattern", "unalias"]
+__all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_pattern", "sequence_twin", "unalias"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,14 @@ STYLES: dict[str, Style] = {
     "own_output": Style("no weights of its own: what it returns may be written into (to add another output to it)"),
     "gather_input": Style("no weights of its own: the input made full once for all layers inside (attention, MLP)"),
     "scatter_input": Style("no weights of its own: the input split over the sequence (blocks)", splits_sequence=True),
+    "scatter_inputs": Style(
+        "as scatter_input, of every input that is [batch, seq, ...] like the first (blocks)", splits_sequence=True
+    ),
+    "sequence_parameters": Style(
+        "the module's own parameters, not those inside, meet what is split over the sequence, gradients summed (blocks)"
+    ),
+    "whole_inputs": Style("no weights of its own: what is split of the inputs made full, plain tensors inside"),
+    "whole_sequence": Style("as whole_inputs, the output split over the sequence (mixers)", splits_sequence=True),
 }
 
 #: Other names in use -> style name.
@@ -160,6 +168,12 @@ def find_style(name: str) -> Style | None:
 def unalias(style: str) -> str:
     """The name in STYLES that a style name stands for; an unknown name as it is."""
     return _STYLE_ALIASES.get(style, style)
+
+
+def sequence_twin(name: str) -> str:
+    """The style that takes the place of one under sequence parallelism; itself where none does."""
+    style = find_style(name)
+    return style.sequence_twin or name if style is not None else name
 
 
 def match_pattern(pattern: str, name: str) -> bool:

@@ -399,10 +399,6 @@ def odd_llama() -> nn.Module:
     return Case(config={"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 50}).model()
 
 
-def gemma() -> nn.Module:
-    return Case("gemma2", {"head_dim": 8}).model()
-
-
 def mixture() -> nn.Module:
     return Case("qwen3_moe", {"moe_intermediate_size": 33, "num_experts": 4}).model()
 
@@ -460,13 +456,6 @@ REFUSED: dict[str, tuple[Any, Any, bool, list[str], str]] = {
         False,
         ["tp_size=4 does not divide the model's 2 key/value heads and 50 MLP columns"],
         "parallelism.tp_size=2",
-    ),
-    "a family without sequence plan": (
-        gemma,
-        None,
-        True,
-        ["no sequence-parallel plan is known for the model family gemma2"],
-        "strategy.sequence_parallel=false",
     ),
     "experts": (mixture, None, False, ["tp_size=2 does not divide the model's 33 columns"], "parallelism.tp_size=1"),
 }

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from nemo_dist_conf.families.plans import complete_plan
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.plan.activations import stage_bytes
@@ -34,6 +35,11 @@ PLAIN = "strategy.mp_policy=null"
 NARROW = "strategy.mp_policy.output_dtype=float32"
 TP = "parallelism.tp_size=2"
 SEQUENCE = "strategy.sequence_parallel=true"
+#: Llama's own plan as a user types it, without a word on the sequence.
+_PLAN = {
+    name: style for name, style in (complete_plan("llama") or {}).items() if name[-7:] not in (".q_norm", ".k_norm")
+}
+TYPED = f"strategy.tp_plan={{{','.join(f'{name}:{style}' for name, style in _PLAN.items())}}}"
 MODES = ("false", "true", "selective")
 #: Wide enough for activations to be more than what is counted with them.
 MODEL = {
@@ -113,6 +119,7 @@ CASES: dict[str, tuple[list[str], Any]] = {
     "not resharded": ([PLAIN, "strategy.reshard_after_forward=false"], ADAMW),
     "every microbatch reduced": ([PLAIN, "strategy.defer_fsdp_grad_sync=false"], ADAMW),
     "plain sgd": ([PLAIN], {"name": "sgd", "lr": 0.1}),
+    "sp that is followed": ([PLAIN, TP, SEQUENCE, TYPED], ADAMW),
     **{
         f"{title}, {mode}": ([PLAIN, *words, f"activation_checkpointing={mode}"], ADAMW)
         for title, words in {

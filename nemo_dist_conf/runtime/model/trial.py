@@ -22,7 +22,7 @@ import inspect
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,17 @@ from nemo_dist_conf.runtime.torch_inside import (
     tree_unflatten,
 )
 
-__all__ = ["Seen", "differ", "keep_generators", "observed", "parted", "small_input", "tensors_of", "twin"]
+__all__ = [
+    "Seen",
+    "differ",
+    "keep_generators",
+    "observed",
+    "parted",
+    "small_input",
+    "standing_for",
+    "tensors_of",
+    "twin",
+]
 
 #: Rows of a small input, and how many ids it draws from.
 _ROWS, _IDS = 2, 64
@@ -74,6 +84,13 @@ def twin(
         _compute_buffers(model, copied, moved, skipped, torch.device(device))
         _draw(copied, skipped, torch.device(device), seed)
     return copied.eval()
+
+
+def standing_for(copied: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Block of a twin that only hands its input on -> the block of its kind that is run. names: of all blocks."""
+    forwards = {name: copied.get_submodule(name).forward for name in names}
+    firsts = {id(forward): name for name, forward in forwards.items() if isinstance(forward, _First)}
+    return {name: firsts[id(forward.first)] for name, forward in forwards.items() if isinstance(forward, _HandOn)}
 
 
 def small_input(

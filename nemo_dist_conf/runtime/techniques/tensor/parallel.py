@@ -30,6 +30,7 @@ from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
+from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
@@ -74,22 +75,23 @@ def apply_tensor_parallel(
     tp_size, ties = tp_mesh.size(), tied_names(model)
     own = plan is None and _declared(model) is None
     offers = _Offers(model, tp_mesh, example)
-    entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, sequence_parallel, offers)
+    entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, offers)
     named, problems = _resolve(model, entries, own, offers)
     held = [name for name in named if any(name == other or name.startswith(f"{other}.") for other in apart)]
     if held and (not own or len(held) == len(named)):
         problems.append(_split_twice(model, held, entries, own))
     named = {name: style for name, style in named.items() if name not in held}
-    if sequence_parallel and not any(map(_splits_sequence, named.values())):
-        problems.append(_no_sequence_style(entries))
     if entries is not offers.found:  # which was tried
         ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
         if not (own and _is_proven(model)):
             named, problems = _tried(model, entries, named, own, plan is None, offers)
-            if problems and own and not sequence_parallel and offers.derived():
+            if problems and own and offers.derived():
                 named, problems = _resolve(model, offers.derived(), own, offers)
                 log.info("the tensor-parallel plan of %s does not fit it; found in its blocks: %s", *offers.told())
             ConfigError.raise_if(problems)
+    if sequence_parallel and not any(map(_splits_sequence, named.values())):
+        named, problems = _with_sequence(model, entries, named, own, plan is None, offers)
+        ConfigError.raise_if(problems)
     styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
     log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_size, len(styles), type(model).__name__)
@@ -128,6 +130,35 @@ def _tried(
     return named, [Problem(what=what, asked=asked, allowed=allowed, instead=way_out)]
 
 
+def _with_sequence(
+    model: nn.Module, entries: _Plan, named: dict[str, Any], own: bool, declared: bool, offers: _Offers
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The styles with those of sequence parallelism, or what is wrong: those of the family, else the first way to
+    follow the residual stream that computes what the plain model does.
+    """
+    known = _family_plan(model, sequence_parallel=True) if own else None
+    if known is not None:
+        of_family, _ = _resolve(model, known, own, offers)
+        if _is_proven(model) or offers.trial().finding(of_family) is None:
+            return of_family, []
+    why = ""
+    try:
+        for way in offers.trial().sequence_ways(named):
+            found = offers.trial().finding(way)
+            if found is None:
+                return way, []
+            why = found.text
+    except CannotFollow as error:
+        why = str(error)
+    what = (
+        "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence, and the residual stream of "
+    )
+    what += f"{type(model).__name__} cannot be followed: {why}"
+    asked = f"strategy.sequence_parallel=true{'' if declared else f' {_set(entries)}'}"
+    allowed = f"the plan without it, or one with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
+    return named, [Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false")]
+
+
 # From a plan's patterns to the model's modules.
 
 
@@ -147,11 +178,8 @@ def _declared(model: nn.Module) -> tuple[str, Any] | None:
     return next(((name, plan) for name in DECLARED_PLANS if (plan := getattr(model, name, None))), None)
 
 
-def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
-    """The plan that a model comes with; ConfigError with the way out where it has none."""
-    declared, family = _declared(model), _model_type(model)
-    if declared is not None:
-        return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
+def _family_plan(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str] | None:
+    """The plan of the model's family and of what transformers says of it; None where nothing is known."""
     base = head = prefix = None
     wrapper, inner = _unwrapped(model)
     if _is_transformers(model):
@@ -161,17 +189,20 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
         parts = {} if base else _plans_of_parts(inner)
         if parts:
             base, prefix = {**parts, **(head or {})}, ""
-    row = find_family(family)
-    found = complete_plan(family, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
+    found = complete_plan(_model_type(model), base, head, prefix=prefix, sequence_parallel=sequence_parallel)
     if found is not None and wrapper:
         found = {f"{wrapper}.{pattern}": style for pattern, style in found.items()}
+    return found
+
+
+def _own_plan(model: nn.Module, offers: _Offers) -> _Plan:
+    """The plan that a model comes with; ConfigError with the way out where it has none."""
+    declared, family = _declared(model), _model_type(model)
+    if declared is not None:
+        return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
     if _is_adapted(model):
         raise ConfigError(_no_plan(model, offers))
-    if found is None and sequence_parallel and _is_transformers(model):
-        what = f"no sequence-parallel plan is known for the model family {family}"
-        allowed = f"the families {planned_families()}; a tp_plan of your own"
-        off = "strategy.sequence_parallel=false"
-        raise ConfigError(Problem(what=what, asked="strategy.sequence_parallel=true", allowed=allowed, instead=off))
+    row, found = find_family(family), _family_plan(model)
     if found is None:
         found = offers.derived() if _is_transformers(model) else None
         if not found:
@@ -327,6 +358,8 @@ def _takes(style: Any, place: nn.Module | nn.Parameter) -> bool:
 
 
 def _splits_sequence(style: Any) -> bool:
+    if isinstance(style, tuple):
+        return any(map(_splits_sequence, style))
     if isinstance(style, str):
         return style in SEQUENCE_STYLES
     if isinstance(style, SequenceParallel):
@@ -504,13 +537,4 @@ def _split_twice(model: nn.Module, held: list[str], plan: _Plan, own: bool) -> P
         asked=f"{_set(patterns)} and parallelism.ep_size of 2 or more",
         allowed="a plan without the experts, or parallelism.ep_size=1",
         instead=_set(rest) if rest else "strategy.tp_plan=null",
-    )
-
-
-def _no_sequence_style(plan: _Plan) -> Problem:
-    return Problem(
-        what="sequence_parallel is on, but no entry of the model's tp_plan splits the sequence",
-        asked=f"strategy.sequence_parallel=true {_set(plan)}",
-        allowed=f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
-        instead="strategy.sequence_parallel=false",
     )

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.trial import Seen, keep_generators, observed, parted, small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.layer_rows import LayerRow, find_rows
+from nemo_dist_conf.runtime.techniques.tensor.stream import sequence_ways
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 from nemo_dist_conf.runtime.torch_inside import tree_leaves
 
@@ -152,6 +153,11 @@ class Trial:
     def rows(self) -> list[LayerRow]:
         """The rows of layers that the plain model goes through (layer_rows.py), the same on every rank."""
         return find_rows(self._twin(), self._inputs)
+
+    def sequence_ways(self, styles: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """``sequence_ways`` of stream.py for styles that split features only. Raises CannotFollow."""
+        with keep_generators():
+            return sequence_ways(self._twin(), list(find_blocks(self._model)), styles, self._inputs)
 
     def _twin(self, marks: Mapping[str, Any] | None = None) -> nn.Module:
         with keep_generators():
