@@ -73,7 +73,7 @@ class StageForward:
         own = {value.call for value in self.hands if self.placed.stage_of[value.call] == self.stage}
         for name in dict.fromkeys(self.placed.flow.calls[call].name for call in sorted(own)):
             part = self._module.get_submodule(name)
-            if isinstance(part.forward, Sometimes):
+            if isinstance(part.forward, _Sometimes):
                 continue
             note: Callable[..., None] = functools.partial(self._note_of, name)
             part.register_forward_hook(torch.compiler.disable(note) if is_compiled else note)
@@ -174,12 +174,12 @@ def stage_of(
     def replaced(name: str, module: nn.Module) -> nn.Module:
         stages = {placed.stage_of[call] for call in placed.flow.of(name)}
         if name not in placed.parts[index] and None not in stages and (stages or _has_weights(module)):
-            instead: nn.Module = StandIn(name, without_values(module), forward)
+            instead: nn.Module = _StandIn(name, without_values(module), forward)
             absent.extend((instead, key, one) for key, one in module.named_parameters(recurse=False))
             return instead
         held = part(name, module)
         if stages - {None, index}:
-            held.forward = Sometimes(name, held.forward, forward)
+            held.forward = _Sometimes(name, held.forward, forward)
         return held
 
     def left(name: str, parameter: nn.Parameter) -> Tensor | None:
@@ -209,7 +209,7 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class StandIn(Likeness):
+class _StandIn(Likeness):
     """Stands where another stage's module is."""
 
     def __init__(self, name: str, like: nn.Module, stage: StageForward) -> None:
@@ -221,7 +221,7 @@ class StandIn(Likeness):
         return stage.in_place_of(name, args, kwargs)
 
 
-class Sometimes:
+class _Sometimes:
     """The forward of a part that runs on several stages."""
 
     def __init__(self, name: str, run: Callable[..., Any], stage: StageForward) -> None:

@@ -158,7 +158,7 @@ class Trial:
                 noted.append(leaf if isinstance(leaf, _PLAIN) else Given(places[id(leaf)]))
                 handed.append(leaf)
                 continue
-            value = numbers(f"{name}#{nth}.{index}", leaf.shape, leaf.dtype, given)
+            value = _numbers(f"{name}#{nth}.{index}", leaf.shape, leaf.dtype, given)
             if leaf.requires_grad:
                 value.requires_grad_()
                 self._made[id(value)] = Value(len(self._calls), index)
@@ -308,7 +308,7 @@ class _Numbered(Likeness):
         leaves: list[Any] = []
         for index, leaf in enumerate(call.leaves):
             if isinstance(leaf, Shape):
-                leaf = numbers(f"{call.name}#{call.nth}.{index}", leaf.of(*_SIZES[0]), leaf.dtype, given)
+                leaf = _numbers(f"{call.name}#{call.nth}.{index}", leaf.of(*_SIZES[0]), leaf.dtype, given)
             leaves.append(places[leaf.place] if isinstance(leaf, Given) else leaf)
         return tree_unflatten(leaves, call.spec)
 
@@ -316,7 +316,7 @@ class _Numbered(Likeness):
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-def numbers(name: str, shape: Sequence[int], dtype: torch.dtype, given: Sequence[Tensor]) -> Tensor:
+def _numbers(name: str, shape: Sequence[int], dtype: torch.dtype, given: Sequence[Tensor]) -> Tensor:
     """A tensor that depends on its name and on every element of the tensors given, and on nothing else."""
     with torch.no_grad():
         total = torch.zeros((), dtype=torch.float64)
