@@ -41,6 +41,8 @@ def complete_plan(
     plan |= {places.in_base(pattern): style for pattern, style in (base_plan or {}).items()}
     if places.base:
         plan |= dict(head_plan or {})
+    if sequence_parallel and "moe_tp_experts" in plan.values():
+        return None  # a router and its experts take each token once, wherever it is
     if sequence_parallel:
         plan = {pattern: sequence_twin(style) for pattern, style in plan.items()}
         plan[places.block("*")] = "scatter_input"

@@ -97,7 +97,7 @@ def test_options_of_stages_and_experts_are_planned_as_they_run(name: str) -> Non
 
 
 def test_both_ends_of_a_pipeline_hold_a_tied_embedding_and_send_its_gradients() -> None:
-    model = {"config": {**model_of(PIPELINE)["config"], "tie_word_embeddings": True}}
+    model = {"config": {**model_of(PIPELINE)["config"], "vocab_size": 98, "tie_word_embeddings": True}}
     words = words_of(PIPELINE)
     job = job_for(words, 4, model["config"], ADAMW, 16, LENGTH)
     for seen in run_ranks(4, seen_of_rank, words, model, ADAMW, LENGTH, 16):
@@ -175,6 +175,25 @@ def test_experts_that_are_recomputed_exchange_their_tokens_again(mode: str) -> N
     job = job_for(words, 2, MIXTRAL, ADAMW, 4, 16)
     for seen in run_ranks(2, seen_of_rank, words, {"config": MIXTRAL}, ADAMW, 16, 4):
         assert list(differences(job, seen)) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN_MOE], ids=["mixtral", "qwen3_moe"])
+def test_experts_split_inside(config: dict[str, Any], mode: str) -> None:
+    words = [PLAIN, TP, f"activation_checkpointing={mode}"]
+    job = job_for(words, 2, config, ADAMW, 4, 16)
+    for seen in run_ranks(2, seen_of_rank, words, {"config": config}, ADAMW, 16, 4):
+        assert list(differences(job, seen)) == []
+
+
+def test_whole_experts_beside_tensor_parallelism() -> None:
+    """All but the tokens that come to a rank, of which a plan knows the mean."""
+    words = [PLAIN, TP, "parallelism.ep_size=2"]
+    job = job_for(words, 2, MIXTRAL, ADAMW, 4, 16)
+    for seen in run_ranks(2, seen_of_rank, words, {"config": MIXTRAL}, ADAMW, 16, 4):
+        found = [entry for entry in differences(job, seen) if "only counted" in entry]
+        assert all("all_gather" not in entry and "all_reduce" not in entry for entry in found), found
+        assert not [entry for entry in differences(job, seen) if "CommDebugMode" in entry]
 
 
 def megatron_elements(words: list[str], config: dict[str, Any]) -> tuple[int, int]:

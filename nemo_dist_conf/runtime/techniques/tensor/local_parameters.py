@@ -5,6 +5,7 @@ So any module will do, and parameters of a whole model share one mesh, which tor
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Sequence
 
 import torch
@@ -15,10 +16,19 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from nemo_dist_conf.runtime.model.shard_boxes import cut_boxes, joined
 from nemo_dist_conf.runtime.torch_inside import own_parameters
 
-__all__ = ["LocalParameters", "replicate_parameters", "split_parameter", "split_parameters"]
+__all__ = ["LocalParameters", "replicate_parameters", "runs_on_parts", "split_parameter", "split_parameters"]
 
 #: (module, name in it) of a parameter.
 _Place = tuple[nn.Module, str]
+
+
+#: Modules whose code is shown parts of their parameters by a style here.
+_RUN_ON_PARTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def runs_on_parts(module: nn.Module) -> bool:
+    """Whether a style shows a module's split parameters to its code as plain tensors, and not as DTensors."""
+    return module in _RUN_ON_PARTS
 
 
 class LocalParameters:
@@ -31,6 +41,7 @@ class LocalParameters:
         each has its own part, summed in backward; None: they stay DTensors, which know that. split: parameters of which
         each rank has its part."""
         self._mesh, self._whole, self._gradient, self._split = mesh, whole, gradient, split
+        _RUN_ON_PARTS.update(owner for owner, _ in split)
         self._held: list[tuple[nn.Module, str, Any]] = []
 
     def put(self) -> None:

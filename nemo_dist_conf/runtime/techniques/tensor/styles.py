@@ -12,11 +12,12 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from nemo_dist_conf.families.styles import STYLES
 from nemo_dist_conf.runtime.model.materialise import retie, tied_names
+from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.local_parameters import LocalParameters, replicate_parameters
 from nemo_dist_conf.runtime.techniques.tensor.partial_styles import (
     Experts,
@@ -28,6 +29,7 @@ from nemo_dist_conf.runtime.techniques.tensor.partial_styles import (
     SplitParameter,
     Summed,
 )
+from nemo_dist_conf.runtime.techniques.tensor.split_heads import SplitHeads
 from nemo_dist_conf.runtime.torch_inside import (
     AsyncCollectiveTensor,
     is_view,
@@ -93,6 +95,34 @@ def _output(layouts: Any, local: bool, module: Any, output: Any, mesh: DeviceMes
 
 _Colwise = laid_out_by(ColwiseParallel, _input_of_columns, _output)
 _Rowwise = laid_out_by(RowwiseParallel, _input_of_rows, _output)
+
+
+class _Transposed(Style):
+    """A style of torch's for linear layers, for one whose weight is [input, output] (Conv1D)."""
+
+    def __init__(self, style: ColwiseParallel | RowwiseParallel) -> None:
+        self.style = style
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style, splits_rows = self.style, isinstance(self.style, RowwiseParallel)
+        placements: dict[str, Placement] = {"weight": Shard(0), "bias": Replicate()}
+        if not splits_rows:
+            placements = {"weight": Shard(1), "bias": Shard(0)}
+        for key, whole in list(module.named_parameters(recurse=False)):
+            part = distribute_tensor(whole, device_mesh, [placements[key]], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+        def enter(_: nn.Module, args: tuple) -> tuple:
+            if splits_rows:
+                return (_input_of_rows(style.input_layouts, (Shard(-1),), module, args, device_mesh),)
+            return (_input_of_columns(style.input_layouts, (Replicate(),), module, args, device_mesh),)
+
+        def leave(_: nn.Module, args: tuple, output: Any) -> torch.Tensor:
+            return _output(style.output_layouts, style.use_local_output, module, output, device_mesh)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
 
 
 class _Input(Style):
@@ -240,7 +270,9 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "replicated": lambda: _Replicated(Replicate()),
     "replicated_with_grad_allreduce": lambda: _Replicated(Partial()),
     "sequence_parallel": lambda: _Replicated(Partial(), sequence=True),
+    "split_heads": SplitHeads,
     "packed_colwise": lambda: PackedLinear(STYLES["packed_colwise"].packed),
+    "packed_qkv_colwise": lambda: PackedLinear(STYLES["packed_qkv_colwise"].packed),
     "local_params": OwnPart,
     "moe_tp_experts": Experts,
     "moe_identity_expert": Shared,
@@ -285,7 +317,10 @@ def _object(model: nn.Module, name: str, style: Any) -> ParallelStyle:
         return SplitParameter(key, Replicate() if dim is None else packed_shard(dim, STYLES[style].packed))
     if style == "mla_kv_a_proj":
         return LatentProjection(_rotary_width(model, owner))
-    return STYLE_OBJECTS[style]()
+    made = STYLE_OBJECTS[style]()
+    if isinstance(made, (ColwiseParallel, RowwiseParallel)) and layer_kind(model.get_submodule(name)) == "Conv1D":
+        return _Transposed(made)
+    return made
 
 
 def _rotary_width(model: nn.Module, attention: str) -> int:
