@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_dist_conf.composition.check import check
 from nemo_dist_conf.errors import ConfigError
+from nemo_dist_conf.families.mixers import HYBRID, OWN_ATTENTION
 from nemo_dist_conf.families.shapes import shape_of, weights
 from nemo_dist_conf.runtime.techniques.tensor.parallel import apply_tensor_parallel
 from tests.dist.layouts import FEWER_STEPS, SGD, Trajectory, composed, single_process, train
@@ -54,6 +55,22 @@ def test_a_command_line_plans_it_without_torch(tmp_path: Path) -> None:
     matrices = 4 * (32 * 32 // 4) + 3 * (32 * 48 // 4)
     elements = 2 * (matrices + 2 * 16) + 2 * 25 * 32 + 16
     assert planned["memory_bytes"][0]["parameters"] == 4 * elements
+
+
+def test_an_attention_of_its_own_is_planned_on_whole_rows(tmp_path: Path) -> None:
+    done = plan("parallelism.cp_size=2", "world_size=2", "data.seq_len=64", "plan.json=-", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    traffic = json.loads(done.stdout)["traffic"]
+    assert "keys and values" not in {row["why"] for row in traffic}
+    found = {(row["kind"], row["when"]): row for row in traffic if row["why"] == "whole rows"}
+    forward, backward = found["all_gather", "forward"], found["reduce_scatter", "backward"]
+    assert forward["calls"] == backward["calls"] and forward["calls"] % 2 == 0  # of two layers, one each
+
+
+def test_a_config_chooses_the_layers_that_mix_otherwise() -> None:
+    assert OWN_ATTENTION.layers({}, 2) == (True, True)
+    assert HYBRID.layers({"layer_types": ["linear_attention", "full_attention"]}, 2) == (True, False)
+    assert HYBRID.layers({"full_attention_interval": 4}, 2) == (True, True)
 
 
 def test_a_command_line_refuses_what_its_sizes_do_not_allow(tmp_path: Path) -> None:

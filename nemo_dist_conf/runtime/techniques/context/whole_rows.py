@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nemo_dist_conf.runtime.techniques.context.exchange import Exchange, RowMask
 
-__all__ = ["OnWholeRows", "TokenDims", "kept_tokens", "token_dims"]
+__all__ = ["COUNT", "Dims", "FLAT", "OnWholeRows", "TokenDims", "kept_tokens", "token_dims"]
 
 #: What has tokens: (), nothing; (d,), dim d; (d, e), two dims, as in a mask; FLAT, dim 0 is rows times tokens; COUNT, a
 #: number that is how many tokens a row has.

@@ -26,7 +26,7 @@ __all__ = ["CannotFollow", "sequence_ways"]
 #: Styles whose layers take a DTensor of any layout, so that they gather the stream for themselves.
 _TAKES_STREAM = frozenset({"colwise", "colwise_gather_output", "packed_colwise"})
 
-Styles = dict[str, Any]
+_Styles = dict[str, Any]
 
 
 class CannotFollow(Exception):
@@ -55,7 +55,7 @@ class _Call:
 
 def sequence_ways(
     model: nn.Module, blocks: list[str], styles: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> list[Styles]:
+) -> list[_Styles]:
     """Styles of tensor and sequence parallelism by module name, in several ways, that of the least traffic first.
 
     model: a plain twin that runs on ``inputs``; its modules are called as the model's. blocks: their names. styles:
@@ -143,20 +143,20 @@ def _split_blocks(blocks: list[str], styles: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _inside(name: str, styles: Mapping[str, Any]) -> Styles:
+def _inside(name: str, styles: Mapping[str, Any]) -> _Styles:
     return {other: style for other, style in styles.items() if other.startswith(f"{name}.")}
 
 
 # What each module does with the stream.
 
 
-def _in_block(model: nn.Module, block: str, calls: list[_Call], styles: Mapping[str, Any], fused: bool) -> Styles:
+def _in_block(model: nn.Module, block: str, calls: list[_Call], styles: Mapping[str, Any], fused: bool) -> _Styles:
     """Styles of the parts of a block, and of the layers in them that give their sum split.
 
     fused: parts of which only layers that gather for themselves take the stream get one DTensor for all of them, whose
     gradient is summed and split at once; else every part gets a plain tensor.
     """
-    found: Styles = {}
+    found: _Styles = {}
     made: dict[str, list[_Call]] = {}
     for call in calls:
         made.setdefault(call.name, []).append(call)
@@ -242,7 +242,7 @@ def _again(call: _Call, half: int) -> Any:
 
 def _outside(
     model: nn.Module, calls: list[_Call], blocks: list[str], styles: Mapping[str, Any], ends_split: bool
-) -> Styles:
+) -> _Styles:
     """Styles of what stands before and after the blocks.
 
     ends_split: what follows the last block works on its part of the sequence where it does the same to each token.
@@ -252,7 +252,7 @@ def _outside(
     outer = {c.name: c for c in calls if not any(f"{c.name}.".startswith(f"{block}.") for block in blocks)}
     after = {id(call) for call in calls[order.index(blocks[-1]) + 1 :]}
     before = [call for call in outer.values() if id(call) not in after]
-    found: Styles = {}
+    found: _Styles = {}
     split = [last.returned]
     for name in sorted(_outer_parts(model, "", outer, blocks), key=order.index):
         call, style = outer[name], styles.get(name)
