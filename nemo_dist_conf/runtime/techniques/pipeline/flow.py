@@ -88,6 +88,7 @@ class Placed:
     stage_of: of each call; None: it follows from no weights and runs on every stage that asks for it.
     parts, loose: names of the parts and of the parameters outside of parts that each stage holds.
     handed: what each stage but the last hands on.
+    changing: stages that write into what they are handed.
     """
 
     flow: Flow
@@ -95,6 +96,7 @@ class Placed:
     parts: tuple[tuple[str, ...], ...]
     loose: tuple[frozenset[str], ...]
     handed: tuple[tuple[Value, ...], ...]
+    changing: frozenset[int] = frozenset()
 
 
 def place(

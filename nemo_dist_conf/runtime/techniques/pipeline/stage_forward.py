@@ -81,6 +81,8 @@ class StageForward:
     def __call__(self, ids: Tensor, received: tuple[Tensor, ...] = (), **kwargs: Any) -> Any:
         assert self._module is not None
         self._counts.clear()
+        if self.stage in self.placed.changing:  # FSDP2 gives it as a view, which autograd lets nobody write into
+            received = tuple(tensor.clone() for tensor in received)
         self._ids, self._received, self._made = ids, dict(zip(self.takes, received, strict=True)), {}
         for container, name, parameter in self._absent:
             # In no memory: only what is thrown away is computed with it.

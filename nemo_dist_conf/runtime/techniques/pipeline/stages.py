@@ -164,7 +164,7 @@ def spread(chain: Chain, planned: Sequence[Sequence[str]], pipeline: Mapping[str
                 raise no_chain(chain.trial.model, why)
     if not skips_by_itself(pipeline):
         with generators_kept():
-            prove(chain.trial, placed)
+            placed = prove(chain.trial, placed)
     return placed
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import random
 import zlib
@@ -33,6 +34,7 @@ from nemo_dist_conf.runtime.torch_inside import (
     tree_leaves,
     tree_map_only,
     tree_unflatten,
+    writes_into,
 )
 
 __all__ = ["Opened", "Trial", "prove"]
@@ -253,11 +255,12 @@ class _Tried(Likeness):
         return trial.returned(name, self.__dict__["like"], args, kwargs)
 
 
-def prove(trial: Trial, placed: Placed) -> None:
-    """That stages one after the other give what the whole model does, in the numbers of the trial.
+def prove(trial: Trial, placed: Placed) -> Placed:
+    """Stages that one after the other give what the whole model does, in the numbers of the trial, and what they change.
 
     Raises ConfigError where they do not.
     """
+    changing: set[int] = set()
     model, whole = trial.model, trial.output
     ids = _ids(*_SIZES[0])
     handed: tuple[Tensor, ...] = ()
@@ -271,9 +274,12 @@ def prove(trial: Trial, placed: Placed) -> None:
         except Exception as error:
             raise no_chain(model, f"its forward does not take what a stage hands on ({first_line(error)})") from error
         del stage
-        handed = output if isinstance(output, tuple) else (output,)
+        if any(map(writes_into, handed)):
+            changing.add(index)
+        handed = tuple(tensor.clone() for tensor in (output if isinstance(output, tuple) else (output,)))
     if handed[0].shape != whole.shape or not torch.equal(handed[0].nan_to_num(), whole.nan_to_num()):
         raise no_chain(model, "its layers hand on something else than tensors with gradients")
+    return dataclasses.replace(placed, changing=frozenset(changing))
 
 
 def _numbered_stage(trial: Trial, placed: Placed, index: int, forward: StageForward) -> nn.Module:
