@@ -73,7 +73,8 @@ class _Counted(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, blocks: Blocks, kept: frozenset[Any]) -> None:
         super().__init__()
-        self._blocks, self._kept = list(blocks.values()), kept
+        self._blocks, self._kept, self._model = list(blocks.values()), kept, model
+        self._first: set[str] = set()
         self._inside: list[int] = []
         self._seen = False
         self._sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -95,6 +96,10 @@ class _Counted(TorchDispatchMode):
                 enter, leave = self._entering(number), self._leaving
                 stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(leave).remove)
+            inside = {id(module) for block in self._blocks for module in block.modules()}
+            for name, module in self._model.named_modules():
+                if id(module) not in inside:
+                    stack.callback(module.register_forward_pre_hook(self._noting(name)).remove)
             yield
 
     def _entering(self, number: int) -> Callable[..., None]:
@@ -107,6 +112,13 @@ class _Counted(TorchDispatchMode):
             self._seen = True
 
         return enter
+
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            if not self._seen:
+                self._first.add(name)
+
+        return note
 
     def _leaving(self, *_: Any) -> None:
         self._inside.pop()
@@ -183,7 +195,7 @@ class _Counted(TorchDispatchMode):
         logits = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         vocab = logits.shape[-1] if logits is not None and logits.dim() else 0
         width = next((self._widths[n] for n in sorted(self._widths) if self._widths[n]), 0)
-        return Run(tuple(works[1:-1]), works[0], works[-1], width, vocab)
+        return Run(tuple(works[1:-1]), works[0], works[-1], width, vocab, frozenset(self._first))
 
     def _add(self, name: str, part: int, tensor: Tensor) -> None:
         # What has the width of the residual stream is whole on every rank of tensor parallelism.

@@ -24,7 +24,7 @@ from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.torch_inside import own_parameters, split_experts
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
-__all__ = ["SplitExperts", "apply_expert_parallel", "keep_routing"]
+__all__ = ["SplitExperts", "apply_expert_parallel", "find_experts", "keep_routing"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class SplitExperts:
     config: MoEParallelizerConfig
 
 
-def _find_experts(model: nn.Module) -> dict[str, nn.Module]:
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold a layer's experts, by name: those that the model's own plan sends tokens to."""
     plan = _plan(model)
     return {name: model.get_submodule(name) for name, style in plan.items() if style == _STYLE}
@@ -60,7 +60,7 @@ def apply_expert_parallel(
     Raises ConfigError for a model without a plan for its experts, and where ep does not divide them.
     """
     ep_mesh = moe_mesh[A.EP.value]
-    experts, plan = _find_experts(model), _plan(model)
+    experts, plan = find_experts(model), _plan(model)
     if not experts:
         what = f"ep_size={ep_mesh.size()}: {type(model).__name__} has no experts that can be split"
         asked, allowed = f"parallelism.ep_size={ep_mesh.size()}", "a mixture-of-experts model of transformers"

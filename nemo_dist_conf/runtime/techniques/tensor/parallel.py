@@ -32,7 +32,7 @@ from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.wording import assigned
 
-__all__ = ["apply_tensor_parallel"]
+__all__ = ["apply_tensor_parallel", "known_plan"]
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +138,20 @@ def _declared(model: nn.Module) -> tuple[str, Any] | None:
 
 def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
     """The plan that a model comes with; ConfigError with the way out where it has none."""
-    declared, family = _declared(model), _model_type(model)
+    declared = _declared(model)
     if declared is not None:
         return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
+    return known_plan(model, sequence_parallel, offers)
+
+
+def known_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers | None = None) -> _Plan:
+    """Pattern -> style for a model as it comes; nothing is tried.
+
+    Raises ConfigError where it has no plan, or one with styles that are not supported. offers: plans to type instead.
+    """
+    declared, family = _declared(model), _model_type(model)
+    if declared is not None:
+        return dict(declared[1])
     base = head = prefix = None
     if _is_transformers(model):
         config: Any = model.config
@@ -156,10 +167,11 @@ def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Pl
         raise ConfigError(Problem(what=what, asked="strategy.sequence_parallel=true", allowed=allowed, instead=off))
     if found is None:
         raise ConfigError(_no_plan(model, offers))
+    tp_size = f"={offers.mesh.size()}" if offers is not None else ""
     unknown = sorted({style for style in found.values() if find_style(style) is None})
     if unknown:
         what = f"the tp_plan of {family} asks for what is not supported: {', '.join(unknown)}"
-        asked = f"parallelism.tp_size={offers.mesh.size()}"
+        asked = f"parallelism.tp_size{tp_size}"
         allowed = f"tp_size=1, or the families {planned_families()}"
         raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.tp_size=1"))
     if row is None or row.tensor_plan is None:
@@ -418,13 +430,14 @@ def _pattern_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _no_plan(model: nn.Module, offers: _Offers) -> Problem:
+def _no_plan(model: nn.Module, offers: _Offers | None) -> Problem:
     family = _model_type(model)
+    tp_size = f"={offers.mesh.size()}" if offers is not None else ""
     return Problem(
         what=f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
-        asked=f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",
+        asked=f"parallelism.tp_size{tp_size} strategy.tp_plan=null",
         allowed=f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {planned_families()}",
-        instead=offers.plan(),
+        instead=offers.plan() if offers is not None else _WITHOUT,
     )
 
 
