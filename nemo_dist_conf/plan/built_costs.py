@@ -22,6 +22,7 @@ __all__ = [
     "outer_saved",
     "saved_bytes",
     "selected_bytes",
+    "split_ends",
     "stage_work",
     "tensor_sums",
 ]
@@ -80,6 +81,8 @@ def selected_bytes(job: Job, layer: int) -> int:
     """What selective checkpointing keeps: the block's input, results of products and of attention."""
     work = _run(job).blocks[layer]
     kept = _of_rank(job, work.entered + work.kept_stream, work.kept_inner)
+    if job.sequence_parallel:  # results of rows after ranks have added them up, too
+        kept += 2 * job.tokens * job.model.hidden * _BYTES[job.compute_dtype] // job.tp
     return min(kept, _whole(job, work)) + _exchange(job, layer, work)
 
 
@@ -124,6 +127,18 @@ def exchanged_bytes(job: Job, stage: Stage) -> list[int]:
     """Keys and values of whole sequences on a rank, of each block that exchanges them under cp."""
     found = [work.keys_and_values // job.tp for work in _run(job).blocks[stage.first : stage.last]]
     return [size for size in found if size]
+
+
+def split_ends(job: Job, stage: Stage) -> tuple[bool, bool]:
+    """Whether a stage has an embedding whose rows tp sums, and a head whose columns it splits."""
+    splits = {"embedding": "", "head": ""}
+    for weight in job.model.outer_weights():
+        style = STYLES.get(job.styles.of(weight.name.rpartition(".")[0]))
+        if style is not None and style.splits:
+            splits[weight.part] = style.splits
+    # A head that is the embedding is split as that.
+    head = splits["embedding"] if job.model.tied else splits["head"]
+    return "embedding" in stage.outer and splits["embedding"] == "input", "final_norm" in stage.outer and bool(head)
 
 
 def tensor_sums(job: Job, stage: Stage) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.plan.built_costs import built_of, exchanged_bytes, tensor_sums
+from nemo_dist_conf.plan.built_costs import built_of, exchanged_bytes, split_ends, tensor_sums
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.rank_shards import padded
@@ -38,7 +38,9 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
     model, times = job.model, job.microbatches * job.calls
     size = job.tokens * model.hidden * DTYPE_BYTES[job.compute_dtype]
     rows, columns = (2 * stage.layers,) * 2 if built_of(job) is None else tensor_sums(job, stage)
-    head, embedding = "final_norm" in stage.outer, "embedding" in stage.outer
+    embedding, head = "embedding" in stage.outer, "final_norm" in stage.outer
+    if built_of(job) is not None:
+        embedding, head = split_ends(job, stage)
     if job.sequence_parallel:
         # What stages hand on is whole: put together before, cut again after, and the other way round in backward.
         cuts = (not head, not embedding)

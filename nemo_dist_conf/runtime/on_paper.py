@@ -17,7 +17,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.built_shape import BuiltShape, Run, estimated_run
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, fields_of
 from nemo_dist_conf.families.shapes import Weight
-from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import input_embeddings, output_embeddings
+from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import input_embeddings, output_embeddings, unshared
 from nemo_dist_conf.runtime.engines.fsdp2_units import large_outer
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.build import build_without_values
@@ -107,10 +107,8 @@ def _reason(error: Exception) -> str:
 def _weights(
     model: nn.Module, blocks: Blocks, small: Run | None
 ) -> tuple[tuple[tuple[Weight, ...], ...], tuple[Weight, ...]]:
-    """(weights of each block, those outside); a parameter of several blocks, or of one and the rest, is outside."""
-    places: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), set()).add(_block_of(name, blocks))
+    """(weights of each block, those outside); of a block that shares a parameter with anything, all are outside."""
+    units = unshared(model, blocks)
     experts = {id(p): module for module in find_experts(model).values() for p in module.parameters()}
     owners = dict(model.named_modules())
     held: dict[str, list[Weight]] = {name: [] for name in blocks}
@@ -119,7 +117,7 @@ def _weights(
         block, module = _block_of(name, blocks), owners[name.rpartition(".")[0]]
         layer = type(module).__name__
         is_expert = id(parameter) in experts and parameter.dim() > 1
-        if block and len(places[id(parameter)]) == 1:
+        if block in units:
             own = name.removeprefix(f"{block}.")
             held[block].append(Weight(own, tuple(parameter.shape), "", is_expert, layer))
         else:

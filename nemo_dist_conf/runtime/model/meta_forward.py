@@ -46,11 +46,11 @@ def run_on_meta(model: nn.Module, blocks: Blocks, kept: frozenset[Any], rows: in
     """
     parameters = list(model.parameters())
     before = [(tensor, tensor.dtype) for tensor in (*parameters, *model.buffers()) if tensor.is_floating_point()]
-    counted = _Counted(model, blocks, kept)
     ids = torch.empty(rows, length, dtype=torch.long, device="meta")
     try:
         for tensor, _ in before:
             tensor.data = tensor.data.to(getattr(torch, dtype))
+        counted = _Counted(model, blocks, kept)
         with counted.watched(), torch.device("meta"), _Attention(counted), counted, torch.enable_grad():
             output = _call(model, ids)
     finally:
@@ -152,25 +152,24 @@ class _Counted(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         sums, known = self._sums[self._part], {storage_id(tensor) for tensor in given}
-        if func in _PRODUCTS:
-            self.product("matmul", 2.0 * made[0].numel() * args[_PRODUCTS[func]].shape[-1], made)
-            return
-        if func is _aten.convolution.default:
-            self.product("matmul", 2.0 * made[0].numel() * args[1].numel() / args[1].shape[0], made)
-            return
         if func in self._kept:
             self.keep(made)
+        if func in _PRODUCTS:
+            self.product("matmul", 2.0 * made[0].numel() * args[_PRODUCTS[func]].shape[-1])
+            return
+        if func is _aten.convolution.default:
+            self.product("matmul", 2.0 * made[0].numel() * args[1].numel() / args[1].shape[0])
+            return
         if not made or (all(storage_id(t) in known for t in made) and not schema_of(func).is_mutable):
             return  # a view, or nothing
         sums["moved"] += sum(map(_bytes, (*given, *made)))
         sums["kernels"] += 1
 
-    def product(self, kind: str, flops: float, made: list[Tensor]) -> None:
-        """A matrix product or an attention, with its results."""
+    def product(self, kind: str, flops: float) -> None:
+        """A matrix product or an attention."""
         sums = self._sums[self._part]
         sums[kind] += flops
         sums["kernels"] += 1
-        self.keep(made)
 
     def keep(self, made: list[Tensor]) -> None:
         """Results that selective checkpointing keeps."""
@@ -199,7 +198,8 @@ class _Counted(TorchDispatchMode):
 
     def _add(self, name: str, part: int, tensor: Tensor) -> None:
         # What has the width of the residual stream is whole on every rank of tensor parallelism.
-        is_stream = tensor.dim() > 1 and tensor.shape[-1] == self._widths.get(part, -1)
+        width = self._widths.get(part) or next(iter(self._widths.values()), 0)
+        is_stream = tensor.dim() > 1 and tensor.shape[-1] == width
         self._sums[part][f"{name}_{'stream' if is_stream else 'inner'}"] += tensor.untyped_storage().nbytes()
 
     def _work(self, part: int) -> Work:
@@ -225,7 +225,8 @@ class _Attention(TorchFunctionMode):
         scores = query.shape[:-1].numel() * key.shape[-2]
         flops = 2.0 * scores * (query.shape[-1] + value.shape[-1])
         out: Tensor = _Fused.apply(query, key, value, attn_mask)
-        self.counted.product("attention", flops, [out])
+        self.counted.product("attention", flops)
+        self.counted.keep([out])
         self.counted.exchange(_bytes(key) + _bytes(value))
         return out
 
