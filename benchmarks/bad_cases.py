@@ -197,7 +197,6 @@ CASES = (
         },
     ),
     Case("more stages than layers", 8, "parallelism.pp_size=8"),
-    Case("tied weights on two stages", 2, "parallelism.pp_size=2 model.config.tie_word_embeddings=true"),
     Case(
         "a class to wrap that the model has not",
         1,

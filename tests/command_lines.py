@@ -135,7 +135,6 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
     (8, "parallelism.pp_size=8"),
     (4, "parallelism.pp_size=4 pipeline=looped_bfs"),
     (2, "parallelism.pp_size=2 'pipeline.module_fqns_per_model_part=[model.embed_tokens,lm_head]'"),
-    (2, "parallelism.pp_size=2 model.config.tie_word_embeddings=true"),
     (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble strategy.enable_compile=true"),
     (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble activation_checkpointing=selective"),
     (

@@ -181,7 +181,6 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (2, "parallelism.pp_size=2 'pipeline.module_fqns_per_model_part=[model.embed_tokens,lm_head]'"),
     (2, "parallelism.pp_size=2 'pipeline.module_fqns_per_model_part=[[a],[b],[c]]'"),
     (2, "parallelism.pp_size=2 pipeline=gpipe 'pipeline.module_fqns_per_model_part=[[a],[b],[c],[d]]'"),
-    (2, "parallelism.pp_size=2 model.config.tie_word_embeddings=true"),
     (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble strategy.enable_compile=true"),
     (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble activation_checkpointing=selective"),
     (2, "parallelism.pp_size=2 pipeline=zbv_zero_bubble strategy.activation_checkpointing=selective"),

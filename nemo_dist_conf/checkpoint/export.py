@@ -206,10 +206,10 @@ def _values(reader: FolderReader, names: Mapping[str, _Source], wanted: list[str
     for name in wanted:
         source = names[name]
         value = torch.empty(source.box.sizes, dtype=source.dtype)
-        for file, offsets, sizes in reader.index.tensors[source.name]["parts"]:
-            both = source.box.shared(Box(tuple(offsets), tuple(sizes)))
+        for place, box in reader.index.parts(source.name):
+            both = source.box.shared(box)
             if both is not None:
-                both[0].of(value).copy_(both[1].of(reader.read(file, source.name)))
+                both[0].of(value).copy_(both[1].of(reader.read(*place)))
         yield value.view(source.shape)
 
 

@@ -28,7 +28,7 @@ from nemo_dist_conf.checkpoint.objects import (
     places_of,
     prefix_of,
     shapes_of,
-    shard_box,
+    shard_boxes,
     tensors_at,
 )
 from nemo_dist_conf.checkpoint.rank_state import (
@@ -304,7 +304,7 @@ class Loading:
         if there is not None and there.shape != found:
             what = f"{path} is of the shape {list(there.shape)} in {self._saved.folder}, here {list(found)}"
             raise DataError(Problem(what=what, asked=asked, allowed=str(list(there.shape)), instead=instead))
-        self._take(target, {name: Piece(local, shard_box(path, like, self._models), like.shape)})
+        self._take(target, {name: Piece(local, shard_boxes(path, like, self._models), like.shape)})
         mesh, placements = like.device_mesh, like.placements
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from nemo_dist_conf.checkpoint.tensor_file import DTYPES, bytes_of
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
-from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
+from nemo_dist_conf.runtime.model.shard_boxes import Placed, boxes_of, local_values
 from nemo_dist_conf.runtime.torch_inside import chunks_told, local_tensor, root_mesh
 
 __all__ = [
@@ -57,7 +57,7 @@ __all__ = [
     "places_of",
     "prefix_of",
     "shapes_of",
-    "shard_box",
+    "shard_boxes",
     "tensors_at",
 ]
 
@@ -273,8 +273,8 @@ def _state(name: str, value: Any, models: Models) -> Held:
         refuse_tensor(tensor, path)
         full = f"{_ROOT}{path}"
         if tensor.numel():
-            box = shard_box(path, tensor, models) if isinstance(tensor, DTensor) else box_of(tensor)
-            held.pieces[full] = Piece(local_values(tensor), box, tensor.shape)
+            boxes = shard_boxes(path, tensor, models) if isinstance(tensor, DTensor) else boxes_of(tensor)
+            held.pieces[full] = Piece(local_values(tensor), boxes, tensor.shape)
             held.marks[full] = _mark(tensor, models)
         is_whole = not isinstance(tensor, DTensor)
         return {"at": full, "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "whole": is_whole}
@@ -301,23 +301,23 @@ def _mark(value: Tensor, models: Models, alike: bool = False) -> str:
     return _digest(facts)
 
 
-def shard_box(path: str, value: DTensor, models: Models) -> Box:
-    """The part of a sharded tensor that this rank holds; where a library cut parameters in its way, by its name.
+def shard_boxes(path: str, value: DTensor, models: Models) -> Sequence[Placed]:
+    """The parts of a sharded tensor that this rank holds; where a library cut parameters in its way, by its name.
 
     Raises ConfigError where it cannot be told.
     """
     if chunks_told(value) is not None:
-        return box_of(value)
+        return boxes_of(value)
     beside = [v for state in models.states.values() for v in state.values() if isinstance(v, DTensor)]
     beside = [v for v in beside if v.device_mesh == value.device_mesh]
     if not any(chunks_told(v) is not None for v in beside):
-        box = box_of(value)
-        if box.sizes == tuple(local_tensor(value).shape):
-            return box
+        boxes = boxes_of(value)
+        if tuple(map(sum, zip(boxes[-1].here.offsets, boxes[-1].here.sizes))) == tuple(local_tensor(value).shape):
+            return boxes
     else:
         found = models.like(_last_key(path), value)
         if found is not None and local_tensor(found).shape == local_tensor(value).shape:
-            return box_of(found)
+            return boxes_of(found)
     what = f"{path} is a DTensor that was cut in a way which it does not tell"
     allowed = "copies of a model's parameters in a dictionary, under the names of model.named_parameters()"
     instead = "{name: p.detach().clone() for name, p in model.named_parameters()}"

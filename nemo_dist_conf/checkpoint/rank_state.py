@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from nemo_dist_conf.checkpoint.json_values import refuse_tensor
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
-from nemo_dist_conf.runtime.model.shard_boxes import Box, box_of, local_values
+from nemo_dist_conf.runtime.model.shard_boxes import Box, Placed, boxes_of, local_values
 
 __all__ = [
     "EXTRA",
@@ -49,19 +49,24 @@ _EXECUTION = ("foreach", "fused")
 class Piece:
     """This rank's part of a tensor, as torch.distributed.checkpoint asks for it.
 
-    values: the part itself, on any device. shape: of the whole tensor.
+    values: the part itself, on any device. boxes: where it lies in the whole. shape: of the whole tensor.
     """
 
-    def __init__(self, values: Tensor, box: Box, shape: Iterable[int]) -> None:
-        self.values, self.box, self.shape = values, box, torch.Size(shape)
+    def __init__(self, values: Tensor, boxes: Iterable[Placed], shape: Iterable[int]) -> None:
+        self.values, self.shape = values, torch.Size(shape)
+        self.boxes = tuple(one for one in boxes if not one.box.is_empty)
 
     def size(self) -> torch.Size:
         return self.shape
 
+    def at(self, offsets: Iterable[int] | None) -> Tensor:
+        """The values of the box that begins there, a view; of the first without offsets."""
+        begin = None if offsets is None else tuple(offsets)
+        found = next(one for one in self.boxes if begin is None or one.box.offsets == begin)
+        return found.here.of(self.values)
+
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        if self.box.is_empty:
-            return []
-        return [ChunkStorageMetadata(torch.Size(self.box.offsets), torch.Size(self.box.sizes))]
+        return [ChunkStorageMetadata(torch.Size(o.box.offsets), torch.Size(o.box.sizes)) for o in self.boxes]
 
     def __create_write_items__(self, name: str, piece: Any) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.values.dtype)
@@ -150,12 +155,13 @@ def weight_pieces(state: Mapping[str, Tensor], prefix: str = MODEL) -> dict[str,
 
 def whole_piece(values: Tensor) -> Piece:
     """All of a tensor that this rank alone has, or every rank."""
-    return Piece(values, Box((0,) * values.dim(), tuple(values.shape)), values.shape)
+    box = Box((0,) * values.dim(), tuple(values.shape))
+    return Piece(values, [Placed(box, box)], values.shape)
 
 
 def _piece_of(value: Tensor) -> Piece:
     """What this rank holds of a tensor."""
-    return Piece(local_values(value), box_of(value), value.shape)
+    return Piece(local_values(value), boxes_of(value), value.shape)
 
 
 def parameter_names(states: Mapping[str, Mapping[str, Tensor]]) -> dict[int, str]:
@@ -204,7 +210,7 @@ def optimizer_pieces(
 def _state_piece(parameter: Tensor, value: Tensor) -> Piece:
     """State of a parameter's shape lies as the parameter does; the rest is the same on every rank."""
     if value.shape == parameter.shape:
-        return Piece(local_values(value), box_of(parameter), parameter.shape)
+        return Piece(local_values(value), boxes_of(parameter), parameter.shape)
     return _piece_of(value)
 
 

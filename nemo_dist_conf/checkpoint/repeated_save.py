@@ -14,7 +14,6 @@ from nemo_dist_conf.checkpoint.rank_state import Piece
 from nemo_dist_conf.checkpoint.save_and_load import Snapshot
 from nemo_dist_conf.checkpoint.storage import FolderReader, Index
 from nemo_dist_conf.errors import DataError
-from nemo_dist_conf.runtime.model.shard_boxes import Box
 from nemo_dist_conf.runtime.rank_agreement import together
 
 __all__ = ["difference", "run_of"]
@@ -61,7 +60,7 @@ def _of_rank(folder: Path, snapshot: Snapshot) -> tuple[str, tuple[str, ...]]:
         return "other objects, or other values in them", ()
     if not _same_groups(state["groups"], snapshot.groups):
         return "other settings of the optimizer", ()
-    names = tuple(name for name, piece in snapshot.pieces.items() if not piece.box.is_empty)
+    names = tuple(name for name, piece in snapshot.pieces.items() if piece.boxes)
     other = next((name for name in names if _differs(reader, name, snapshot.pieces[name])), None)
     return f"other values of {other}" if other else "", names
 
@@ -83,11 +82,12 @@ def _differs(reader: FolderReader, name: str, piece: Piece) -> bool:
     entry = reader.index.stored.get(name)
     if entry is None or entry.shape != tuple(piece.shape) or entry.dtype != piece.values.dtype:
         return True
-    for file, offsets, sizes in reader.index.tensors[name]["parts"]:
-        both = piece.box.shared(Box(tuple(offsets), tuple(sizes)))
-        if both is not None:
-            mine, theirs = both
-            values = piece.values.detach()
-            if not torch.equal(mine.of(values).cpu(), theirs.of(reader.read(file, name))):
-                return True
+    for place, box in reader.index.parts(name):
+        for one in piece.boxes:
+            both = one.box.shared(box)
+            if both is not None:
+                mine, theirs = both
+                values = one.here.of(piece.values.detach())
+                if not torch.equal(mine.of(values).cpu(), theirs.of(reader.read(*place))):
+                    return True
     return False

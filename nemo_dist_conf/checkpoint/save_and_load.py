@@ -205,7 +205,7 @@ def _copied(piece: Piece, name: str, copies: dict[str, Tensor]) -> Piece:
     if held is None or held.shape != values.shape or held.dtype != values.dtype:
         held = copies[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
     held.copy_(values, non_blocking=True)
-    return Piece(held, piece.box, piece.shape)
+    return Piece(held, piece.boxes, piece.shape)
 
 
 def _without_hydra(config: Any) -> Any:

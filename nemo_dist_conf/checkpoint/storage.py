@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class SavePieces(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].values
+        return self.state_dict[index.fqn].at(index.offset)
 
 
 class LoadPieces(DefaultLoadPlanner):
@@ -56,14 +56,14 @@ class LoadPieces(DefaultLoadPlanner):
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].values
+        return self.state_dict[index.fqn].at(index.offset)
 
 
 class Index:
     """Every tensor of a checkpoint, and in which file each part of it lies."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
-        """tensors: name -> dtype, shape, and parts as [file, offsets, sizes]."""
+        """tensors: name -> dtype, shape, and parts as [file, offsets, sizes] and, of further ones in a file, a name."""
         self.tensors = tensors
 
     @classmethod
@@ -72,7 +72,7 @@ class Index:
         content = read_json(manifest.folder, INDEX)
         try:
             for name, entry in content.items():
-                wrong = next((file for file, _, _ in entry["parts"] if file not in manifest.files), None)
+                wrong = next((file for file, *_ in entry["parts"] if file not in manifest.files), None)
                 if wrong is not None:
                     raise damaged(manifest.folder, f"{INDEX} has {name} in {wrong!r}, which is none of its files")
                 DTYPES[entry["dtype"]], tuple(entry["shape"])
@@ -86,12 +86,17 @@ class Index:
     def stored(self) -> dict[str, Stored]:
         return {name: Stored(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in self.tensors.items()}
 
+    def parts(self, name: str) -> Iterator[tuple[tuple[str, str], Box]]:
+        """Where each part of a tensor lies: (file, name in that file), box of the whole."""
+        for file, offsets, sizes, *other in self.tensors[name]["parts"]:
+            yield (file, other[0] if other else name), Box(tuple(offsets), tuple(sizes))
+
     def metadata(self) -> Metadata:
         return Metadata({name: _tensor_metadata(entry) for name, entry in self.tensors.items()})
 
 
 def _tensor_metadata(entry: Mapping[str, Any]) -> TensorStorageMetadata:
-    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for _, offsets, sizes in entry["parts"]]
+    chunks = [ChunkStorageMetadata(torch.Size(part[1]), torch.Size(part[2])) for part in entry["parts"]]
     properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
     return TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
 
@@ -133,11 +138,12 @@ class FolderWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         # The largest numbers first, so that each begins at a multiple of its own size.
         items: list[Any] = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)
-        layout = {i.index.fqn: (i.tensor_data.properties.dtype, i.tensor_data.chunk.sizes) for i in items}
+        names = _names_in_file([item.index for item in items])
+        layout = {n: (i.tensor_data.properties.dtype, i.tensor_data.chunk.sizes) for n, i in zip(names, items)}
         values: Any = (planner.resolve_data(item) for item in items)
         name = f"rank_{self.rank:05}.safetensors"
         size, mark = write_tensors(self.folder / name, layout, values, self.of_rank)
-        results = [WriteResult(item.index, 0, name) for item in items]
+        results = [WriteResult(item.index, 0, (name, key)) for item, key in zip(items, names)]
         told = WriteResult(MetadataIndex(""), size, (name, mark, self.summary))
         future: Future[list[WriteResult]] = Future()
         future.set_result([*results, told])
@@ -157,9 +163,20 @@ class FolderWriter(StorageWriter):
             for result in written:
                 entry = metadata.state_dict_metadata[result.index.fqn]
                 chunk = entry.chunks[result.index.index]  # type: ignore[union-attr, index]
-                tensors[result.index.fqn]["parts"].append([file, list(chunk.offsets), list(chunk.sizes)])
+                other = [key for _, key in [result.storage_data] if key != result.index.fqn]
+                tensors[result.index.fqn]["parts"].append([file, list(chunk.offsets), list(chunk.sizes), *other])
         files[INDEX] = write_file(self.folder / INDEX, json.dumps(tensors).encode())
         self.complete(files, summaries)
+
+
+def _names_in_file(indices: list[MetadataIndex]) -> list[str]:
+    """The name of each part in a rank's file: the tensor's, and of its further parts also where they begin."""
+    seen: set[str] = set()
+    found = []
+    for index in indices:
+        found.append(f"{index.fqn}[{','.join(map(str, index.offset or ()))}]" if index.fqn in seen else index.fqn)
+        seen.add(index.fqn)
+    return found
 
 
 class FolderReader(StorageReader):
@@ -189,10 +206,13 @@ class FolderReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        places: dict[str, list[Any]] = {}
         for item in plan.items:
             name, number = item.storage_index.fqn, item.storage_index.index
-            file = self.index.tensors[name]["parts"][number][0]
-            part = self.read(file, name)
+            if name not in places:
+                places[name] = list(self.index.parts(name))
+            place, _ = places[name][number]
+            part = self.read(*place)
             for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths)):
                 part = part.narrow(dim, begin, length)
             target = planner.resolve_tensor(item)
@@ -215,8 +235,8 @@ class FolderReader(StorageReader):
         """A tensor of the checkpoint in full, on the CPU, put together from its parts."""
         entry = self.index.tensors[name]
         value = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-        for file, offsets, sizes in entry["parts"]:
-            Box(tuple(offsets), tuple(sizes)).of(value).copy_(self.read(file, name))
+        for place, box in self.index.parts(name):
+            box.of(value).copy_(self.read(*place))
         return value
 
     def file(self, name: str) -> TensorFile:

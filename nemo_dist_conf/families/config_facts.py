@@ -33,7 +33,8 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_ro
 class ModelFacts:
     """Sizes of a decoder; None where the config does not say, and what the family takes then is not known here.
 
-    num_experts 0: a dense model. balances_experts: it computes a loss for an even load of its experts.
+    num_experts 0: a dense model. expert_width: of an expert's hidden layer, where the family's row names the field.
+    balances_experts: it computes a loss for an even load of its experts.
     own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (families/mixers.py).
     folder: of the checkpoint whose config says so; None: its fields are the tree's own, and can be typed.
     """
@@ -46,6 +47,7 @@ class ModelFacts:
     num_kv_heads: int | None = None
     vocab_size: int | None = None
     num_experts: int | None = None
+    expert_width: int | None = None
     tied: bool = False
     balances_experts: bool = False
     own_mixer: str | None = None
@@ -71,6 +73,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         num_kv_heads=shared if isinstance(shared, int) else heads,
         vocab_size=_whole(config, fields.vocab, "vocab_size"),
         num_experts=_experts(config),
+        expert_width=_whole(config, fields.expert_width),
         tied=bool(config.get(fields.tied, family.defaults.get(fields.tied, False))),
         balances_experts=bool(config.get("output_router_logits", False)),
         own_mixer=next((mixer.text for mixer in family.mixers if mixer.is_chosen(config)), None),

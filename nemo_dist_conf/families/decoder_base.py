@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Callable, Mapping
 
 from nemo_dist_conf.families.spec import Family, Places, Shapes, TensorPlan
 
-__all__ = ["DECODER", "TENSOR_PLAN", "decoder_shapes"]
+__all__ = ["DECODER", "EXPERTS_PLACES", "EXPERTS_TENSOR_PLAN", "TENSOR_PLAN", "decoder_shapes"]
 
 _PLACES = Places(unstyled=("layers", "rotary_emb", "layers.*.mlp.act_fn"))
 
@@ -26,6 +27,21 @@ TENSOR_PLAN = TensorPlan(
         "mlp.down_proj": "rowwise",
     },
 )
+
+#: The same with experts in some blocks; their router, and so their input, is every rank's in full.
+EXPERTS_TENSOR_PLAN = replace(
+    TENSOR_PLAN,
+    inputs=("self_attn",),
+    block={
+        **TENSOR_PLAN.block,
+        "mlp.gate": "replicated",
+        "mlp.experts.gate_up_proj": "packed_colwise",
+        "mlp.experts.down_proj": "rowwise",
+        "mlp.experts": "moe_tp_experts",
+    },
+)
+#: Which of a block's modules a model with experts has depends on its config.
+EXPERTS_PLACES = replace(_PLACES, unstyled=None)
 
 #: Fields of the configs of these families (transformers 5), also under their older names.
 _CONFIG_FIELDS = frozenset(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nemo_dist_conf.families.decoder_base import DECODER, decoder_shapes
+from nemo_dist_conf.families.decoder_base import DECODER, EXPERTS_PLACES, EXPERTS_TENSOR_PLAN, decoder_shapes
 from nemo_dist_conf.families.spec import Fields
 
 __all__ = ["FAMILY"]
@@ -12,6 +12,8 @@ __all__ = ["FAMILY"]
 FAMILY = replace(
     DECODER,
     name="mixtral",
+    places=EXPERTS_PLACES,
+    tensor_plan=EXPERTS_TENSOR_PLAN,
     fields=Fields(
         window="sliding_window",
         experts="num_local_experts",

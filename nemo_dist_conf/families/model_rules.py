@@ -13,12 +13,16 @@ from nemo_dist_conf.wording import Spelling, assigned
 __all__ = ["layerdrop_problems", "model_problems", "tied_head_problems"]
 
 
-def _tensor_parallel_sizes(facts: ModelFacts) -> list[int] | None:
-    """Every tp_size that divides heads, kv heads and MLP width; None when the model does not say them.
+def _tensor_parallel_sizes(facts: ModelFacts, ep: int) -> list[int] | None:
+    """Every tp_size that divides heads, kv heads and the widths of MLPs; None when the model does not say them.
+
+    Experts that the axis ep holds are whole.
 
     The vocabulary is not in it: torch shards it unevenly and the logits stay exact.
     """
-    known = [n for n in (facts.num_heads, facts.num_kv_heads, facts.intermediate_size) if n and n > 0]
+    expert_width = facts.expert_width if ep == 1 else None
+    widths = (facts.num_heads, facts.num_kv_heads, facts.intermediate_size, expert_width)
+    known = [n for n in widths if n and n > 0]
     if not known:
         return None
     return [d for d in divisors(min(known)) if all(n % d == 0 for n in known)]
@@ -72,17 +76,7 @@ def model_problems(
     problems = []
     tp, cp, ep = (sizes.get(name) or 1 for name in ("tp_size", "cp_size", "ep_size"))
     pp = sizes.get("pp_size") or 1
-    if tp > 1 and facts.num_experts:
-        problems.append(
-            Problem(
-                what=f"tp_size={tp}: the experts of {facts.model_type or 'the model'} have no tensor-parallel plan",
-                asked=spelling.set("parallelism.tp_size", tp),
-                allowed="tp_size=1; ep_size splits experts, cp_size and pp_size the rest",
-                instead=spelling.set("parallelism.tp_size", 1),
-            )
-        )
-        tp = 1
-    legal = _tensor_parallel_sizes(facts)
+    legal = _tensor_parallel_sizes(facts, ep)
     if legal is not None and tp not in legal:
         odd = [
             f"{count} {title}"
@@ -90,6 +84,7 @@ def model_problems(
                 (facts.num_heads, "attention heads"),
                 (facts.num_kv_heads, "key/value heads"),
                 (facts.intermediate_size, "MLP columns"),
+                (facts.expert_width if ep == 1 else None, "columns of an expert"),
             )
             if count and count % tp
         ]
@@ -124,18 +119,6 @@ def model_problems(
                 instead=spelling.set("parallelism.pp_size", 1)
                 if facts.folder
                 else "model.config.output_router_logits=false",
-            )
-        )
-    if pp > 1 and facts.tied:
-        problems.append(
-            Problem(
-                what="the model's embedding and head are one parameter, and a pipeline has them on its "
-                "first and last stage",
-                asked=f"{spelling.set('parallelism.pp_size', pp)} {_said(facts, 'tie_word_embeddings')}",
-                allowed="pp_size=1, or a head with weights of its own",
-                instead=spelling.set("parallelism.pp_size", 1)
-                if facts.folder
-                else "model.config.tie_word_embeddings=false",
             )
         )
     if ep > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Mapping
 
-from nemo_dist_conf.families.decoder_base import DECODER, decoder_shapes
+from nemo_dist_conf.families.decoder_base import DECODER, EXPERTS_PLACES, EXPERTS_TENSOR_PLAN, decoder_shapes
 from nemo_dist_conf.families.spec import Fields
 
 __all__ = ["FAMILY"]
@@ -19,6 +19,8 @@ def _is_sparse(config: Mapping[str, Any], layer: int) -> bool:
 FAMILY = replace(
     DECODER,
     name="qwen3_moe",
+    places=EXPERTS_PLACES,
+    tensor_plan=EXPERTS_TENSOR_PLAN,
     fields=Fields(
         attention_bias="attention_bias",
         window="sliding_window",

@@ -1,7 +1,8 @@
 """Names of tensor- and sequence-parallel styles, and the patterns by which a plan gives them to modules; no torch.
 
 A plan maps a pattern to a style name. A pattern is a module's name seen from the model's root; ``*`` stands for any
-one part of it (``model.layers.*.self_attn.q_proj``). The names are those of transformers where it has one.
+one part of it (``model.layers.*.self_attn.q_proj``). Some styles may be given to a parameter that stands in no layer of
+its own, by its name. The names are those of transformers where it has one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ __all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_pattern", 
 class Style:
     """What a module of one style does.
 
-    text: it in words; tensors are [batch, seq, hidden]. layers: classes of torch.nn that it is for; empty: any.
+    text: it in words; tensors are [batch, seq, hidden]. layers: classes of torch.nn that it is for; empty: any module,
+    but none of a style that splits something, which is for parameters only.
     splits: features of the weight that the ranks share, "output" or "input"; "": none, every rank has them all.
     keeps_part: what is split stays the rank's own between this layer and the next, so the ranks have to divide it.
+    parameters: it may be given to a parameter too: [..., output, input], or [output] alone. packed: weights of one size
+    that lie in a row along the dimension that is split, of each of which a rank has its part.
     splits_sequence: activations are split over the sequence. sequence_twin: the style that takes its place under
     sequence parallelism; "": itself.
     """
@@ -27,17 +31,20 @@ class Style:
     layers: tuple[str, ...] = ()
     splits: str = ""
     keeps_part: bool = False
+    parameters: bool = False
+    packed: int = 1
     splits_sequence: bool = False
     sequence_twin: str = ""
 
-    def split_dim(self, layer: str) -> int | None:
-        """The dimension of a layer's weight that is split; None: none. layer: class of torch.nn.
+    def split_dim(self, layer: str, dims: int) -> int | None:
+        """The dimension that is split of a layer's weight, or of a parameter, of so many dimensions; None: none.
 
-        A Linear's weight is [output, input], an Embedding's [vocabulary, hidden], which is [input, output].
+        layer: class of torch.nn. A Linear's weight, and a parameter in no layer, ends in [output, input]; an
+        Embedding's is [vocabulary, hidden], which is [input, output]. The one dimension of a vector is the output.
         """
-        if not self.splits:
+        if not self.splits or (self.splits == "input" and dims == 1):
             return None
-        return int((self.splits == "output") == (layer == "Embedding"))
+        return dims - 1 if dims == 1 or (self.splits == "output") == (layer == "Embedding") else dims - 2
 
 
 _LINEAR, _EMBEDDING = ("Linear",), ("Embedding",)
@@ -45,10 +52,11 @@ _LINEAR, _EMBEDDING = ("Linear",), ("Embedding",)
 #: Style name -> what it does. runtime/techniques/tensor/styles.py has the same names with torch's objects.
 STYLES: dict[str, Style] = {
     "colwise": Style(
-        "output features split over the ranks, each rank keeps its part (Linear, Embedding)",
+        "output features split over the ranks, each rank keeps its part (Linear, Embedding, parameters)",
         layers=(*_LINEAR, *_EMBEDDING),
         splits="output",
         keeps_part=True,
+        parameters=True,
     ),
     "colwise_gather_output": Style(
         "output features split over the ranks, the output gathered (Linear, Embedding)",
@@ -56,10 +64,11 @@ STYLES: dict[str, Style] = {
         splits="output",
     ),
     "rowwise": Style(
-        "input features split over the ranks, takes colwise outputs, the outputs summed (Linear)",
+        "input features split over the ranks, takes colwise outputs, the outputs summed (Linear, parameters)",
         layers=_LINEAR,
         splits="input",
         keeps_part=True,
+        parameters=True,
         sequence_twin="rowwise_scatter_output",
     ),
     "rowwise_split_input": Style(
@@ -91,6 +100,29 @@ STYLES: dict[str, Style] = {
     "sequence_parallel": Style(
         "the same weights on each rank's part of the sequence, gradients summed (norms)", splits_sequence=True
     ),
+    "packed_colwise": Style(
+        "as colwise, of two layers in one (gate and up), each split by itself (Linear, parameters)",
+        layers=_LINEAR,
+        splits="output",
+        keeps_part=True,
+        parameters=True,
+        packed=2,
+    ),
+    "packed_rowwise": Style(
+        "input features of two weights in one, each split by itself (parameters [..., input, output])",
+        splits="input",
+        keeps_part=True,
+        parameters=True,
+        packed=2,
+    ),
+    "local_params": Style("its own parameters that are split (sinks, vectors a head) are the rank's part in its code"),
+    "moe_tp_experts": Style("experts of which each rank has a part of the hidden width, the outputs summed"),
+    "moe_identity_expert": Style("no weights of its own: what each rank adds in full to outputs that are summed"),
+    "mla_kv_a_proj": Style(
+        "the same weights on every rank; gradients of its last outputs, a rotary key that split heads share, summed"
+    ),
+    "all_reduce": Style("what the ranks return summed; its own parameters that are split are the rank's part"),
+    "own_output": Style("no weights of its own: what it returns may be written into (to add another output to it)"),
     "gather_input": Style("no weights of its own: the input made full once for all layers inside (attention, MLP)"),
     "scatter_input": Style("no weights of its own: the input split over the sequence (blocks)", splits_sequence=True),
 }
@@ -98,6 +130,8 @@ STYLES: dict[str, Style] = {
 #: Other names in use -> style name.
 _STYLE_ALIASES: dict[str, str] = {
     "colwise_rep": "colwise_gather_output",
+    "embedding_colwise": "colwise_gather_output",
+    "replicate": "replicated",
     "rowwise_rep": "rowwise_split_input",
 }
 

@@ -88,8 +88,10 @@ def _mlp(job: Job, sparse: bool) -> int:
         per_token = (2 if job.compiled else 4) * model.intermediate // job.tp
         return job.tokens * per_token * item
     rows = job.tokens * model.experts_per_token
+    if job.ep > 1:  # each of the ranks that hold the same tokens sends a part of them
+        rows = -(-rows // job.tp)
     # Tokens sorted by expert, gate and up, the activation, the product, and the output before its weight.
-    per_row = 2 * model.hidden + 4 * model.expert_width
+    per_row = 2 * model.hidden + 4 * model.expert_width // (1 if job.ep > 1 else job.tp)
     if job.ep > 1:  # a copy on each side of the exchange, there and back
         per_row += 2 * model.hidden
     return rows * per_row * item + job.tokens * model.experts * 2 * _FP32

@@ -133,7 +133,7 @@ def split_ends(job: Job, stage: Stage) -> tuple[bool, bool]:
     """Whether a stage has an embedding whose rows tp sums, and a head whose columns it splits."""
     splits = {"embedding": "", "head": ""}
     for weight in job.model.outer_weights():
-        style = STYLES.get(job.styles.of(weight.name.rpartition(".")[0]))
+        style = STYLES.get(job.styles.of(weight.name))
         if style is not None and style.splits:
             splits[weight.part] = style.splits
     # A head that is the embedding is split as that.
@@ -148,8 +148,8 @@ def tensor_sums(job: Job, stage: Stage) -> tuple[int, int]:
     gathers = any(style == "gather_input" for style in job.styles.plan.values())
     for layer in range(stage.first, stage.last):
         block = job.model.block_name(layer)
-        names = {weight.name.rpartition(".")[0] for weight in job.model.block_weights(job.model.kind(layer))}
-        styles = {name: STYLES.get(job.styles.of(f"{block}.{name}")) for name in names}
+        names = [w.name for w in job.model.block_weights(job.model.kind(layer)) if len(w.shape) > 1]
+        styles = {name.removesuffix(".weight"): STYLES.get(job.styles.of(f"{block}.{name}")) for name in names}
         rows += sum(style is not None and style.splits == "input" for style in styles.values())
         split = [name for name, style in styles.items() if style is not None and style.splits == "output"]
         columns += len({name.rpartition(".")[0] for name in split}) if gathers else len(split)

@@ -62,18 +62,19 @@ class Stage:
 
 
 class Styles:
-    """Tensor-parallel styles by the name of a module, each looked up once; equal only to itself, so quick to hash."""
+    """Tensor-parallel styles by a parameter's name, each looked up once; equal only to itself, so quick to hash."""
 
     def __init__(self, plan: Mapping[str, str]) -> None:
         self.plan = plan
         self._known: dict[str, str] = {}
 
-    def of(self, module: str) -> str:
-        """The style of a module; ``replicated`` where no pattern means it."""
-        if module not in self._known:
-            found = (unalias(style) for pattern, style in self.plan.items() if match_pattern(pattern, module))
-            self._known[module] = next(found, "replicated")
-        return self._known[module]
+    def of(self, parameter: str) -> str:
+        """The style of a parameter, or of its module; ``replicated`` where no pattern means either."""
+        if parameter not in self._known:
+            places = (parameter, parameter.rpartition(".")[0])
+            found = (unalias(s) for place in places for p, s in self.plan.items() if match_pattern(p, place))
+            self._known[parameter] = next(found, "replicated")
+        return self._known[parameter]
 
     @cached_property
     def splits_sequence(self) -> bool:

@@ -104,20 +104,25 @@ def stage_units(
         found.append(Unit(title, layer, count, tuple(entry for entry in held if entry not in experts)))
         if experts:
             found.append(Unit("experts", layer, count, experts, expert=True))
+    tied = {"head": "embedding"} if model.tied else {}  # the last stage has a copy
+    parts = {tied.get(part, part) for part in stage.outer}
     front, back, root = model.outer_units(outer_from) if outer_from is not None else ((), (), model.outer_weights())
     for title, number, weights in (("embedding", EMBEDDING, front), ("head", HEAD, back), ("root", _ROOT, root)):
-        outer = tuple((w.name, w) for w in weights if w.part in stage.outer)
+        outer = tuple((w.name, w) for w in weights if w.part in parts)
         found += [Unit(title, number, 1, outer)] if outer else []
     return tuple(found)
 
 
 def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:
     """A weight's shape on rank ``index`` of an axis of ``tp`` ranks. name: in the whole model."""
-    style = STYLES.get(styles.of(name.rpartition(".")[0])) if tp > 1 else None
+    style = STYLES.get(styles.of(name)) if tp > 1 else None
     if style is None:
         return weight.shape
-    dim = style.split_dim(weight.layer or ("Embedding" if weight.part == "embedding" else "Linear"))
-    return tuple(_chunk(size, tp, index) if d == dim else size for d, size in enumerate(weight.shape))
+    layer = weight.layer or ("Embedding" if weight.part == "embedding" else "Linear")
+    dim, packed = style.split_dim(layer, len(weight.shape)), style.packed
+    return tuple(
+        packed * _chunk(size // packed, tp, index) if d == dim else size for d, size in enumerate(weight.shape)
+    )
 
 
 def _split_of(job: Job) -> _Split:

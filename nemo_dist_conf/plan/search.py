@@ -131,6 +131,7 @@ class _Search:
             num_kv_heads=self.model.kv_heads,
             intermediate_size=self.model.intermediate,
             num_experts=self.model.experts,
+            expert_width=self.model.expert_width if self.model.experts else None,
         )
 
     @functools.cached_property

@@ -152,7 +152,7 @@ def _work_of_blocks(job: Job, stage: Stage) -> tuple[float, float, float, float,
         matmul += count * 2 * active * tokens / job.tp
         keys = min(job.seq_len, model.window or job.seq_len)
         attention += count * 4 * tokens * keys * model.q_width / 2 / job.tp
-        wide = model.intermediate / job.tp if not sparse else model.expert_width * model.experts_per_token
+        wide = (model.intermediate if not sparse else model.expert_width * model.experts_per_token) / job.tp
         moved = model.hidden * (2 * _NORM[style] + 2 * _RESIDUAL[style]) / split + wide * _GATED[style]
         moved += (model.q_width + model.kv_width) * _ROTARY[style] / job.tp
         if sparse:

@@ -128,4 +128,9 @@ def _pipeline(job: Job, pp_rank: int) -> Iterator[Collective]:
             back += 1
     yield Collective("pp", "send", ahead * times, size, "forward", True, "hidden states")
     yield Collective("pp", "send", back * times, size, "backward", True, "their gradients")
+    ends = {job.stages[0].rank, job.stages[-1].rank}
+    if job.model.tied and len(ends) > 1 and pp_rank in ends:
+        rows = padded(-(-job.model.vocab // job.tp), job.shards) // job.shards
+        size = rows * job.model.hidden * 4  # kept in float32
+        yield Collective("pp", "send", job.calls, size, "backward", why="gradients of tied embeddings")
     yield Collective("pp", "all_reduce", job.calls, 8, "backward", why="loss")

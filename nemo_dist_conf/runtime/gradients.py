@@ -40,4 +40,5 @@ def clip_grad_norm_(model: nn.Module | torch.Tensor | Iterable[torch.Tensor], ma
         return clip(model, max_norm)
     engine = engine_of(model)
     engine.finish_gradients(model)
-    return clip(model.parameters(), max_norm, engine.stage_mesh(model), lambda norm: engine.note_norm(model, norm))
+    mesh, others = engine.stage_mesh(model), engine.counted_elsewhere(model)
+    return clip(model.parameters(), max_norm, mesh, lambda norm: engine.note_norm(model, norm), others)

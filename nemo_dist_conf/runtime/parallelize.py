@@ -87,7 +87,7 @@ def parallelize(
 
         stages = plan_pipeline(model, units, engine.pipeline, pp_size)
     if engine.sizes.get(A.TP, 1) > 1:
-        engine.split_tensors(model, example)
+        engine.split_tensors(model, example, _experts_of(model) if engine.moe_mesh is not None else ())
     experts = _split_experts(model, engine) if engine.moe_mesh is not None else None
     if fill is not None and engine.fill_when == "before_sharding":
         fill(model)
@@ -118,6 +118,12 @@ def parallelize(
     return wrapped, engine.adopt_optimizer(wrapped, optimizer)
 
 
+def _experts_of(model: nn.Module) -> list[str]:
+    from nemo_dist_conf.runtime.techniques.expert.parallel import find_experts
+
+    return list(find_experts(model))
+
+
 def _split_experts(model: nn.Module, engine: Engine) -> SplitExperts:
     from nemo_dist_conf.runtime.techniques.expert.parallel import SplitExperts, apply_expert_parallel, keep_routing
 
@@ -142,17 +148,19 @@ def _pipeline(
     """This rank's stages cut out of the parallelised model, each sharded and filled."""
     from nemo_dist_conf.runtime.engines.pipeline import PipelineEngine
     from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
-    from nemo_dist_conf.runtime.techniques.pipeline_stages import cut
+    from nemo_dist_conf.runtime.techniques.pipeline.stages import cut
 
     mesh: Any = engine.device_mesh
     config: Any = engine.pipeline
     pp_mesh, device = mesh[A.PP.value], engine.device(model)
-    stages: dict[int, nn.Module] = {}
     averaged: list[Averaged] = []
-    for row in plan.rows:
-        if row.pp_rank != pp_mesh.get_local_rank():
-            continue
-        stage = cut(model, plan.chain, row.modules, config.to_dict())
+    rows = {row.stage: row for row in plan.rows if row.pp_rank == pp_mesh.get_local_rank()}
+    # All before any is sharded, which would change modules that another one has a likeness of.
+    cuts = {index: cut(model, plan.placed, plan.parts, index, config.to_dict()) for index in rows}
+    stages = {index: stage for index, (stage, _) in cuts.items()}
+    forwards = {index: forward for index, (_, forward) in cuts.items()}
+    for index, stage in stages.items():
+        row = rows[index]
         if engine.autocast_dtype is not None:
             autocast_forward(stage, device, engine.autocast_dtype)
         held = {name: unit for name, unit in units.items() if name in row.modules}
@@ -162,9 +170,9 @@ def _pipeline(
         if whole is not None:
             whole.move_to(device)
             averaged.append(whole)
-        stages[row.stage] = stage
     pipeline = Pipeline(
         stages,
+        forwards,
         plan,
         config,
         pp_mesh,
@@ -172,6 +180,7 @@ def _pipeline(
         dtype=config.dtype or engine.dtype_between_stages,
         reduce_every_backward=engine.reduces_every_backward,
         averaged=averaged,
+        is_compiled=engine.compiles_blocks,
     )
     register(pipeline, PipelineEngine(engine))
     return pipeline

@@ -36,7 +36,7 @@ from tests.dist.pool import run_ranks
 pytestmark = pytest.mark.dist
 
 FP32 = "strategy.mp_policy=null"
-EP, CP, PP = (f"parallelism.{axis}_size=2" for axis in ("ep", "cp", "pp"))
+EP, CP, PP, TP = (f"parallelism.{axis}_size=2" for axis in ("ep", "cp", "pp", "tp"))
 FULL, SELECTIVE = "activation_checkpointing=true", "activation_checkpointing=selective"
 LENGTH = 16
 SHAPE = {**LLAMA, "num_hidden_layers": 2, "num_experts_per_tok": 2}
@@ -66,6 +66,13 @@ CASES: dict[str, tuple[int, tuple[str, ...], int]] = {
     "ep 2 x ep_shard 2": (4, (EP, "moe.reshard_after_forward=true"), 2),
     "ep 2 x hsdp 2x2": (4, (EP, "parallelism.dp_replicate_size=2"), 2),
     "ep 2 x cp 2": (4, (EP, CP), 1),
+    "tp 2": (2, (TP,), 1),
+    "tp 2 x dp 2, full checkpointing": (4, (TP, FULL), 2),
+    "ep 2 x tp 2": (2, (EP, TP), 1),
+    "ep 2 x tp 2 x dp 2, selective checkpointing": (4, (EP, TP, SELECTIVE), 2),
+    "ep 4 x tp 2": (4, ("parallelism.ep_size=4", TP), 1),
+    "ep 2 x tp 2 x cp 2": (4, (EP, TP, CP), 1),
+    "ep 2 x tp 2 x pp 2": (4, (EP, TP, PP, "pipeline.pp_batch_size=16"), 1),
     "ep 2 x pp 2": (4, (EP, PP, "pipeline.pp_batch_size=8"), 1),
     "ep 2 x pp 2, late experts": (4, (EP, PP, "pipeline.pp_batch_size=8"), 1),
     "ep 2 x pp 2, zbv, full checkpointing": (
@@ -76,7 +83,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], int]] = {
 }
 #: Qwen3-MoE is another code of the same kind.
 RUNS = [("mixtral", name) for name in CASES if "late" not in name] + [
-    ("qwen3_moe", name) for name in ("ep 2", "ep 2 x ep_shard 2", "ep 2 x pp 2, late experts")
+    ("qwen3_moe", name) for name in ("ep 2", "tp 2", "ep 2 x tp 2", "ep 2 x ep_shard 2", "ep 2 x pp 2, late experts")
 ]
 
 

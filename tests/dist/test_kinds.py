@@ -177,11 +177,46 @@ class Reaching(Stack):
         return super().forward(x) + x @ self.get_parameter("blocks.0.up.weight")
 
 
+class _Again(torch.autograd.Function):
+    """Computes a block once more in backward, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(x)
+        return block(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.block.backward_of(*ctx.saved_tensors, gradient), None
+
+
+class ReversibleBlock(Block):
+    def backward_of(self, x: Tensor, gradient: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            found = x + self.up(self.norm(x)).tanh()
+        found.backward(gradient)
+        assert x.grad is not None
+        return x.grad
+
+
+class Reversible(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ReversibleBlock() for _ in self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = _Again.apply(x, block)
+        return x
+
+
 def reached(kind: type[Stack]) -> None:
-    instantiate(composed(FP32), kind())[1](torch.ones(2, 8))
+    instantiate(composed(FP32), kind())[1](torch.ones(2, 8, requires_grad=True)).sum().backward()
 
 
-@pytest.mark.parametrize("kind", [Reaching, Decaying])
+@pytest.mark.parametrize("kind", [Reaching, Decaying, Reversible])
 def test_a_block_whose_weights_are_used_elsewhere_is_refused(kind: type[Stack]) -> None:
     said = f"{kind.__name__} uses a parameter of a block outside of the block's forward"
     with pytest.raises(ConfigError, match=said):

@@ -90,6 +90,14 @@ def test_options_of_stages_and_experts_are_planned_as_they_run(name: str) -> Non
         assert list(differences(job, seen)) == []
 
 
+def test_both_ends_of_a_pipeline_hold_a_tied_embedding_and_send_its_gradients() -> None:
+    model = {"config": {**model_of(PIPELINE)["config"], "tie_word_embeddings": True}}
+    words = words_of(PIPELINE)
+    job = job_for(words, 4, model["config"], ADAMW, 16, LENGTH)
+    for seen in run_ranks(4, seen_of_rank, words, model, ADAMW, LENGTH, 16):
+        assert list(differences(job, seen)) == []
+
+
 def test_stages_hand_on_whole_tensors_under_sequence_parallelism() -> None:
     layout = Layout(pp=2, tp=2, sequence=True, schedule="interleaved_1f1b")
     assert check_real(layout) == []

@@ -69,7 +69,6 @@ def test_a_command_line_refuses_what_its_sizes_do_not_allow(tmp_path: Path) -> N
         ({**TOY, "heads": 3}, {"tp_size": 2}, "does not divide the model's 3 attention heads"),
         (TOY, {"ep_size": 2}, r"the model \(toy\) has no experts"),
         ({**EXPERTS, "n_experts": 3}, {"ep_size": 2}, "does not divide the model's 3 experts"),
-        ({**TOY, "tie_word_embeddings": True, "depth": 4}, {"pp_size": 2}, "embedding and head are one parameter"),
     ],
 )
 def test_check_knows_what_its_fields_mean(

@@ -1,4 +1,4 @@
-"""Every causal family of transformers along every axis, beside plain torch in one process.
+"""Every causal family of transformers, and other kinds of models, along every axis, beside plain torch in one process.
 
     python -m tests.zoo                        measure what is not in the file of results yet
     python -m tests.zoo llama gpt2             these families only
@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 
 from tests.conformance.case import Outcome
+from tests.dist.kinds import KINDS
 from tests.dist.pool import close_pools
 from tests.tiny_configs import causal_families
-from tests.zoo.axes import AXES
-from tests.zoo.cell import measure, reference, tolerance
+from tests.zoo.axes import AXES, OF_KINDS
+from tests.zoo.cell import TOLERANCE, measure, measure_kind, reference, tolerance
 from tests.zoo.table import Cell, write
 
 __all__: list[str] = []
@@ -42,21 +43,26 @@ def kept(file: Path) -> dict[tuple[str, str], Cell]:
 
 def tried(family: str, axis: str) -> Cell:
     began = time.monotonic()
+    if family in KINDS:
+        return _cell(family, axis, measure_kind(family, AXES[axis]), TOLERANCE, began)
     try:
         reference(family)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Cell(family, axis, "no reference", None, reason, 0.0)
-    outcome: Outcome = measure(family, AXES[axis])
+    return _cell(family, axis, measure(family, AXES[axis]), tolerance(family), began)
+
+
+def _cell(family: str, axis: str, outcome: Outcome, tolerance: float, began: float) -> Cell:
     kind = {"different": "wrong", "died": "error"}.get(outcome.kind, outcome.kind)
     difference = None if math.isnan(outcome.difference) else outcome.difference
     reason = outcome.reason.partition(" rank 0: ")[0]  # of ranks that hang, their stacks
-    return Cell(family, axis, kind, difference, reason, round(time.monotonic() - began, 1), tolerance(family))
+    return Cell(family, axis, kind, difference, reason, round(time.monotonic() - began, 1), tolerance)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("families", nargs="*", help="by their model_type; all without")
+    parser.add_argument("families", nargs="*", help="by their model_type, or kinds of models; all without")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS")
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "zoo.jsonl", help="results, a JSON object a line")
     parser.add_argument("--again", action="store_true", help="measure what is there already too")
@@ -64,14 +70,16 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.environ.update(PYTHONWARNINGS="ignore", TRANSFORMERS_VERBOSITY="error")  # of ranks
-    known = causal_families()
+    known = [*causal_families(), *KINDS]
     unknown = sorted(set(options.families) - set(known))
     if unknown:
-        parser.error(f"no causal families of transformers: {', '.join(unknown)}")
+        parser.error(f"no causal families of transformers, and no kinds: {', '.join(unknown)}")
     options.keep.parent.mkdir(parents=True, exist_ok=True)
     cells = kept(options.keep)
     for number, family in enumerate(options.families or known):
         for axis in options.axes:
+            if family in KINDS and axis not in OF_KINDS:
+                continue
             if (family, axis) in cells and not options.again:
                 continue
             cell = cells[family, axis] = tried(family, axis)
@@ -86,7 +94,7 @@ def main(arguments: list[str]) -> int:
     chosen = [cell for cell in cells.values() if cell.axis in options.axes]
     print(f"{len(cells)} cells, {sum(not cell.is_right for cell in chosen)} of these axes wrong")
     if options.write:
-        write(ROOT / "docs", known, cells)
+        write(ROOT / "docs", causal_families(), list(KINDS), cells)
     return 0
 
 

@@ -13,7 +13,7 @@ from nemo_dist_conf.runtime.techniques import compile as block_compile
 from tests.dist.cuda_shim import cuda_shim
 from tests.dist.layouts import ROWS
 
-__all__ = ["AXES", "Axis"]
+__all__ = ["AXES", "OF_KINDS", "Axis"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ AXES: dict[str, Axis] = {
         Axis("fsdp2 x tp", 4, (*_FP32, *_of("tp"))),
         Axis("fsdp2 x pp", 4, (*_FP32, *_stages(2))),
         Axis("fsdp2 x ep", 4, (*_FP32, *_of("ep"))),
+        Axis("tp x ep", 4, (*_FP32, *_of("tp", "ep"))),
         Axis("tp x pp", 4, (*_FP32, *_of("tp"), *_stages())),
         Axis("cp x ep", 4, (*_FP32, *_of("cp", "ep"))),
     )
 }
+#: Of models that are none of causal language, which bring a batch of their own.
+OF_KINDS = ("dp", "fsdp2", "hsdp", "tp", "ac full", "ac selective", "compile", "megatron")

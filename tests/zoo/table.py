@@ -13,7 +13,7 @@ from typing import Mapping
 
 import torch
 
-from tests.zoo.axes import AXES
+from tests.zoo.axes import AXES, OF_KINDS
 from tests.zoo.cell import LAYERS, LENGTH, STEPS, TOLERANCE
 
 __all__ = ["Cell", "page", "write"]
@@ -64,14 +64,16 @@ def why(cell: Cell) -> str:
     return text[:300].replace("|", "\\|").replace("<", "&lt;")
 
 
-def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
+def page(families: list[str], kinds: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
     import transformers
 
-    shown = {key: cell for key, cell in cells.items() if key[0] in families and key[1] in AXES}
+    rows = [(family, axis) for family in families for axis in AXES]
+    of_kinds = [(kind, axis) for kind in kinds for axis in OF_KINDS]
+    shown = {key: cells[key] for key in (*rows, *of_kinds) if key in cells}
     reasons = Counter(why(cell) for cell in shown.values() if cell.reason)
     number = {reason: index for index, (reason, _) in enumerate(reasons.most_common(), 1)}
-    counts = {axis: Counter(cell.kind for (_, of), cell in shown.items() if of == axis) for axis in AXES}
-    missing = len(families) * len(AXES) - len(shown)
+    counts = {axis: Counter(cells[key].kind for key in rows if key[1] == axis and key in cells) for axis in AXES}
+    missing = len(rows) + len(of_kinds) - len(shown)
     days = f"{date.today()}, torch {torch.__version__}, transformers {transformers.__version__}"
     lines = [
         "# The zoo",
@@ -89,7 +91,7 @@ def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
         "cell in full. `compile`: the blocks are traced and run as they are. `megatron`: the library, with a stand-in "
         "for CUDA.",
         "",
-        f"{len(shown)} of {len(families) * len(AXES)} cells measured, {missing} not yet (empty). {days}, gloo, CPU "
+        f"{len(shown)} of {len(rows) + len(of_kinds)} cells measured, {missing} not yet (empty). {days}, gloo, CPU "
         f"({platform.machine()}): `python -m tests.zoo --write`.",
         "",
         f"| axis | {' | '.join(KINDS)} | {UNTRIED} |",
@@ -107,6 +109,17 @@ def page(families: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
     for family in families:
         row = [_shown(shown.get((family, axis)), number) for axis in AXES]
         lines.append(f"| {family} | {' | '.join(row)} |")
+    lines += [
+        "",
+        "## Other kinds",
+        "",
+        "Each with a batch and a loss of its own (tests/dist/kinds), 3 steps of SGD.",
+        "",
+    ]
+    lines += [f"| kind | {' | '.join(OF_KINDS)} |", "|---|" + "---|" * len(OF_KINDS)]
+    for kind in kinds:
+        row = [_shown(shown.get((kind, axis)), number) for axis in OF_KINDS]
+        lines.append(f"| {kind.replace('_', ' ')} | {' | '.join(row)} |")
     lines += ["", "## Reasons", "", "| | cells | reason |", "|---|---|---|"]
     lines += [f"| {number[reason]} | {count} | {reason} |" for reason, count in reasons.most_common()]
     return "\n".join(lines) + "\n"
@@ -124,8 +137,8 @@ def _shown(cell: Cell | None, number: Mapping[str, int]) -> str:
     return f"**{cell.kind}** {number.get(why(cell), '')}"
 
 
-def write(folder: Path, families: list[str], cells: Mapping[tuple[str, str], Cell]) -> None:
-    (folder / "zoo.md").write_text(page(families, cells), encoding="utf-8")
-    ordered = [cells[key] for family in families for axis in AXES if (key := (family, axis)) in cells]
+def write(folder: Path, families: list[str], kinds: list[str], cells: Mapping[tuple[str, str], Cell]) -> None:
+    (folder / "zoo.md").write_text(page(families, kinds, cells), encoding="utf-8")
+    ordered = [cells[key] for family in (*families, *kinds) for axis in AXES if (key := (family, axis)) in cells]
     text = ",\n".join(cell.line() for cell in ordered)
     (folder / "zoo.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Collection, Literal, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -99,11 +99,11 @@ class Engine:
     def refuse(self, model: nn.Module) -> None:
         """Raise ConfigError for what this strategy cannot do with a plain model, or on this machine."""
 
-    def split_tensors(self, model: nn.Module, example: Mapping[str, Any] | None) -> None:
-        """Tensor parallelism over the axis tp, in place."""
+    def split_tensors(self, model: nn.Module, example: Mapping[str, Any] | None, apart: Sequence[str]) -> None:
+        """Tensor parallelism over the axis tp, in place. apart: names of modules that another axis splits."""
         from nemo_dist_conf.runtime.techniques.tensor.parallel import apply_tensor_parallel
 
-        apply_tensor_parallel(model, self._mesh[A.TP.value], example=example)
+        apply_tensor_parallel(model, self._mesh[A.TP.value], example=example, apart=apart)
 
     def how_to_fill(self, built: Built, fill: Fill) -> Fill:
         """What gives a model its values, in place of ``fill`` where the strategy's library does it in a way of its own.
@@ -205,6 +205,10 @@ class Engine:
 
     def stages(self, model: nn.Module) -> tuple[Any, ...]:
         """A row for each pipeline stage (``StageRow``); none of a model without."""
+        return ()
+
+    def counted_elsewhere(self, model: nn.Module) -> Collection[int]:
+        """ids of parameters that a rank of another stage has too, and counts where each is counted once."""
         return ()
 
     def parts(self, model: nn.Module) -> list[nn.Module]:

@@ -65,12 +65,18 @@ class FSDP2Engine(Engine):
         refuse_shared_memory(model, self._mesh)
         refuse_sync_on_cpu(model, self._mesh.device_type)
 
-    def split_tensors(self, model: nn.Module, example: Mapping[str, Any] | None) -> None:
+    def split_tensors(self, model: nn.Module, example: Mapping[str, Any] | None, apart: Sequence[str]) -> None:
         from nemo_dist_conf.runtime.techniques.tensor.parallel import apply_tensor_parallel
 
         config, mesh = self.config, self._mesh[A.TP.value]
-        sequence = config.sequence_parallel
-        apply_tensor_parallel(model, mesh, plan=config.tp_plan, sequence_parallel=sequence, example=example)
+        apply_tensor_parallel(
+            model,
+            mesh,
+            plan=config.tp_plan,
+            sequence_parallel=config.sequence_parallel,
+            example=example,
+            apart=apart,
+        )
         if config.enable_async_tensor_parallel:
             enable_async_tensor_parallel(self.device(model), mesh.get_group().group_name)
 

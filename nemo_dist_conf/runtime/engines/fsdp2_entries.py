@@ -33,6 +33,8 @@ from nemo_dist_conf.runtime.torch_inside import (
 
 __all__ = ["open_entries"]
 
+#: In what torch says where a parameter is used that is not gathered.
+_MIXED = "mixed torch.Tensor and DTensor"
 #: In what torch says where tensors of two dtypes meet, or of one that a function does not take.
 _OF_DTYPES = ("same dtype", "Unsupported dtype", "not implemented for")
 
@@ -51,6 +53,9 @@ def open_entries(
             vars(module)["__deepcopy__"] = RefusesCopy(module)  # torch's own refusal names no way on
             vars(module)["__reduce_ex__"] = RefusesPickle(module)
             _OwnParameters(module)
+            if module is not root:
+                for name, method in public_methods(module):
+                    setattr(module, name, _MethodOfUnit(method, root))
     root.forward = _RootForward(root.forward, door)
     inner = list(_of_root(root))
     names = {key for module in (root, *inner) for key in own_parameters(module)}
@@ -147,7 +152,7 @@ class _Forward(Around):
                 raise _runs_later(getattr(self.__wrapped__, "__name__", type(found).__name__))
             return found
         except RuntimeError as error:
-            if "mixed torch.Tensor and DTensor" in str(error) and not was:
+            if _MIXED in str(error) and not was:
                 raise _used_outside(door.root) from error
             if door.param_dtype is not None and not was and any(word in str(error) for word in _OF_DTYPES):
                 raise _not_in(door.param_dtype, door.root, error) from error
@@ -172,6 +177,22 @@ class _RootForward(_Forward):
 class _Entry(_Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.door.enter(self.__wrapped__, args, kwargs)
+
+
+class _MethodOfUnit(Around):
+    """Runs while the unit is gathered, or is refused: a reversible block's own backward, say, runs when it is not."""
+
+    def __init__(self, method: Callable[..., Any], root: nn.Module) -> None:
+        super().__init__(method)
+        self.root = root
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        except RuntimeError as error:
+            if _MIXED in str(error):
+                raise _used_outside(self.root) from error
+            raise
 
 
 def _not_in(dtype: torch.dtype, root: nn.Module, error: RuntimeError) -> ConfigError:

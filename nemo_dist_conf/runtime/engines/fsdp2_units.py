@@ -70,6 +70,8 @@ def shard_blocks(
         "offload_policy": _offload(config.offload_policy, mesh),
         "ignored_params": whole.parameters,
     }
+    if any(_is_packed(parameter) for parameter in model.parameters()):
+        shared["shard_placement_fn"] = lambda parameter: Shard(1) if _is_packed(parameter) else None
     units = list(blocks.values())
     for index, block in enumerate(units):
         reshard = config.reshard_after_forward
@@ -134,6 +136,15 @@ class _Whole:
         return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
 
 
+def _is_packed(parameter: nn.Parameter) -> bool:
+    """Whether tensor parallelism has split several weights in one along the first dimension, each by itself.
+
+    Cut once more along it, a rank would have what DTensor has no words for.
+    """
+    placements: Any = parameter.placements if isinstance(parameter, DTensor) else ()
+    return any(hasattr(placement, "split_factor") and placement.dim == 0 for placement in placements)
+
+
 def _shard_experts(
     block: nn.Module, experts: SplitExperts, inner: MixedPrecisionPolicy, shared: dict[str, Any]
 ) -> MixedPrecisionPolicy | None:
@@ -149,10 +160,9 @@ def _shard_experts(
         # The block casts what it is given; routing weights are to stay as precise as the router made them.
         unit: Any = fully_shard(
             module,
-            **{**shared, "mesh": experts.mesh},
+            **{**shared, "mesh": experts.mesh, "shard_placement_fn": lambda parameter: Shard(1)},
             mp_policy=dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None),
             reshard_after_forward=experts.config.reshard_after_forward,
-            shard_placement_fn=lambda parameter: Shard(1),
         )
         unit.set_gradient_divide_factor(1.0)  # they are averages already
         unit.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it reduces

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,14 @@ def clip(
     max_norm: float | None,
     stages: DeviceMesh | None = None,
     note: Callable[[torch.Tensor], None] | None = None,
+    elsewhere: Collection[int] = (),
 ) -> torch.Tensor:
     """Scale gradients so that their global 2-norm is at most ``max_norm``; returns the norm before that.
 
-    stages: the axis over whose ranks other parameters lie. note: told the norm before gradients are scaled."""
+    stages: the axis over whose ranks other parameters lie. note: told the norm before gradients are scaled.
+    elsewhere: ids of parameters that another of those ranks counts; they are scaled only."""
     groups: dict[Any, list[torch.Tensor]] = {}
+    copies: list[torch.Tensor] = []
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None and not reduces_without_gradient(parameter):
@@ -43,6 +46,7 @@ def clip(
             held = groups.setdefault((mesh, sharded), [])
         else:
             held = groups.setdefault(None, [])
+        held = copies if id(parameter) in elsewhere else held
         if gradient is not None:
             held.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
     squares = []
@@ -65,7 +69,7 @@ def clip(
         note(total)
     if max_norm:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        for tensors in filter(None, groups.values()):
+        for tensors in filter(None, [*groups.values(), copies]):
             scale_all(tensors, scale.to(tensors[0].device))
     return total
 

@@ -16,7 +16,7 @@ import functools
 import importlib
 import logging
 import types
-from typing import TYPE_CHECKING, Any, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -28,18 +28,22 @@ from nemo_dist_conf.runtime.engines.gradient_norm import clip
 from nemo_dist_conf.runtime.engines.megatron_library import (
     ARGUMENTS,
     UsedParameters,
+    in_whole_rows,
     refuse_parameters,
     require_cuda,
     shard_axis,
     unit_classes,
 )
 from nemo_dist_conf.runtime.engines.megatron_local_shards import keep_local_shards
+from nemo_dist_conf.runtime.engines.megatron_outputs import show_outputs
 from nemo_dist_conf.runtime.engines.model_refusals import refuse_max_norm
 from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.model.shared_memory import refuse_shared_memory
+from nemo_dist_conf.runtime.rank_agreement import together
 from nemo_dist_conf.runtime.techniques.batch_statistics import refuse_sync_on_cpu
 from nemo_dist_conf.runtime.techniques.precision import tell_precision
-from nemo_dist_conf.runtime.torch_inside import chunks_told, is_megatrons, own_children, show_sharded
+from nemo_dist_conf.runtime.torch_inside import chunks_told, is_megatrons, keep_ties, own_children, show_sharded
 from nemo_dist_conf.strategies.megatron_fsdp import library_problems
 
 if TYPE_CHECKING:
@@ -74,10 +78,10 @@ class MegatronFSDPEngine(Engine):
         refuse_sync_on_cpu(model, self._mesh.device_type)
         refuse_parameters(model)
 
-    def split_tensors(self, model: nn.Module, example: Mapping[str, Any] | None) -> None:
+    def split_tensors(self, model: nn.Module, example: Mapping[str, Any] | None, apart: Sequence[str]) -> None:
         """By the plan that the model comes with; a plan on the command line is an option of fsdp2."""
         try:
-            super().split_tensors(model, example)
+            super().split_tensors(model, example, apart)
         except ConfigError as error:
             problems = (
                 dataclasses.replace(problem, instead=f"strategy=fsdp2 {problem.instead}")
@@ -114,19 +118,25 @@ class MegatronFSDPEngine(Engine):
         )
         options = {argument: getattr(config, name) for name, argument in ARGUMENTS.items()}
         self._used = UsedParameters(model)
-        wrapped = library.fully_shard_model(
+        wrap = functools.partial(
+            library.fully_shard_model,
             model,
             device_mesh=self._mesh,
             dp_shard_dim=shard_axis(self._mesh, self.sizes),
             tp_dim=A.TP.value,
-            # Of the same axes; without it the library cannot average while it reduces.
-            expt_device_mesh=self._mesh if config.average_in_collective else None,
+            # Of the same axes: the library asks it of each parameter with ".experts." in its name, and to average.
+            expt_device_mesh=self._mesh,
             fsdp_unit_modules=classes,
             device=self.device(model),
             mixed_precision_policy=policy,
             sync_model_each_microbatch=False,
             **options,
         )
+        hooked = [module for module in model.modules() if module is model or isinstance(module, tuple(classes))]
+        ties = tied_names(model)
+        wrapped, _ = together(lambda: show_outputs(hooked, lambda: in_whole_rows(model, wrap)))
+        if any(len(names) > 2 for names in ties):
+            keep_ties(wrapped, max(map(len, ties)))
         wrapped.is_last_microbatch = config.overlap_grad_reduce
         show_sharded(wrapped)
         zero = config.zero_dp_strategy

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import weakref
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName as A
@@ -19,7 +20,15 @@ from nemo_dist_conf.runtime.torch_inside import flattened
 from nemo_dist_conf.runtime.typed_configs import MegatronFSDPConfig
 from nemo_dist_conf.wording import assigned, unknown_name
 
-__all__ = ["ARGUMENTS", "UsedParameters", "refuse_parameters", "require_cuda", "shard_axis", "unit_classes"]
+__all__ = [
+    "ARGUMENTS",
+    "UsedParameters",
+    "in_whole_rows",
+    "refuse_parameters",
+    "require_cuda",
+    "shard_axis",
+    "unit_classes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +104,38 @@ def refuse_parameters(model: nn.Module) -> None:
                 )
             )
     refuse_sparse(model, instead="strategy=ddp")
+
+
+def in_whole_rows(model: nn.Module, wrap: Callable[[], Any]) -> Any:
+    """What ``wrap()`` returns, which shards a model. Raises ConfigError where a rank would begin or end within a row.
+
+    megatron-fsdp 0.6 puts the parameters of a unit one after the other, and cuts what it takes for small anywhere: in
+    a unit with rows of several lengths that is seen to happen to a convolution beside a table of positions.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    try:
+        wrapped = wrap()
+    except RuntimeError as error:
+        if "is invalid for input of size" not in str(error):
+            raise
+        raise _cut_rows(model, "") from error
+    for name, parameter in wrapped.module.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel() % max(shapes[name][1:].numel(), 1):
+            raise _cut_rows(model, name)
+    return wrapped
+
+
+def _cut_rows(model: nn.Module, name: str) -> ConfigError:
+    what = f"megatron-fsdp cuts {name or 'a parameter'} of {type(model).__name__} within a row, as its shards cannot be"
+    return ConfigError(
+        Problem(
+            what=what,
+            asked="strategy=megatron_fsdp",
+            allowed=f"units whose parameters have rows of lengths that divide each other ({_KEY}); fsdp2 takes any",
+            instead="strategy=fsdp2",
+        )
+    )
 
 
 def shard_axis(device_mesh: DeviceMesh, sizes: Mapping[str, int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Collection, Sequence
 
 import torch.distributed as dist
 from torch import nn
@@ -49,6 +49,10 @@ class PipelineEngine(Engine):
     def stages(self, model: Any) -> tuple[StageRow, ...]:
         rows: tuple[StageRow, ...] = model.rows
         return rows
+
+    def counted_elsewhere(self, model: Any) -> Collection[int]:
+        found: set[int] = model.shared.counted_elsewhere()
+        return found
 
     def parts(self, model: Any) -> list[nn.Module]:
         return [unwrapped(stage) for stage in model.parts.values()]

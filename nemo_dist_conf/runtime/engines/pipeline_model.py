@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,11 @@ from nemo_dist_conf.runtime.engines.averaged_gradients import Averaged
 from nemo_dist_conf.runtime.engines.refused_copies import refuse_copy
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.loss import token_loss_sum
-from nemo_dist_conf.runtime.techniques.pipeline_stages import Chain, chain_of, plan_stages
+from nemo_dist_conf.runtime.techniques.pipeline.flow import Placed, Shape
+from nemo_dist_conf.runtime.techniques.pipeline.own_skips import OwnSkips
+from nemo_dist_conf.runtime.techniques.pipeline.shared import SharedParameter, SharedParameters, shared_between
+from nemo_dist_conf.runtime.techniques.pipeline.stage_forward import StageForward
+from nemo_dist_conf.runtime.techniques.pipeline.stages import chain_of, plan_stages, spread
 from nemo_dist_conf.runtime.torch_inside.pipelining import ReducingStage, schedule_by_name, schedule_from_table
 from nemo_dist_conf.runtime.typed_configs import PipelineConfig
 from nemo_dist_conf.topology.schedule_file import read_schedule
@@ -53,10 +57,15 @@ class StageRow:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """Every stage of a pipeline, and the chain that they were cut from."""
+    """Every stage of a pipeline, how the model's forward goes over them, and which parameters several of them hold.
+
+    parts: names of the modules that lie on stages, or in all of them.
+    """
 
     rows: tuple[StageRow, ...]
-    chain: Chain
+    placed: Placed
+    shared: tuple[SharedParameter, ...]
+    parts: tuple[str, ...]
 
 
 def plan_pipeline(model: nn.Module, blocks: Blocks, config: PipelineConfig, pp_size: int) -> PipelinePlan:
@@ -73,12 +82,23 @@ def plan_pipeline(model: nn.Module, blocks: Blocks, config: PipelineConfig, pp_s
         schedule = find_schedule(config.pp_schedule or "")
         assert schedule is not None
         ranks = [rank_of_stage(stage, len(planned), pp_size, schedule.v_shaped) for stage in range(len(planned))]
-    rows = (_row(stage, rank, held, model) for stage, (rank, held) in enumerate(zip(ranks, planned, strict=True)))
-    return PipelinePlan(tuple(rows), chain)
+    placed = spread(chain, planned, settings)
+    held = [_parameters(model, *one) for one in zip(placed.parts, placed.loose)]
+    parts = zip(ranks, placed.parts, held, strict=True)
+    rows = (_row(stage, rank, modules, named) for stage, (rank, modules, named) in enumerate(parts))
+    return PipelinePlan(tuple(rows), placed, tuple(shared_between(model, held)), tuple(chain.parts))
 
 
-def _row(stage: int, pp_rank: int, modules: Sequence[str], model: nn.Module) -> StageRow:
-    parameters = [p for name in modules for p in model.get_submodule(name).parameters()]
+def _parameters(model: nn.Module, modules: Sequence[str], loose: Collection[str]) -> dict[str, nn.Parameter]:
+    """Parameters of a stage by all of their names in the model."""
+    found = {name: model.get_parameter(name) for name in loose}
+    for module in modules:
+        found.update(model.get_submodule(module).named_parameters(module, remove_duplicate=False))
+    return found
+
+
+def _row(stage: int, pp_rank: int, modules: Sequence[str], named: Mapping[str, nn.Parameter]) -> StageRow:
+    parameters = list({id(parameter): parameter for parameter in named.values()}.values())
     count, size = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
     return StageRow(stage, pp_rank, tuple(modules), count, size)
 
@@ -93,6 +113,7 @@ class Pipeline(nn.Module):
     def __init__(
         self,
         parts: Mapping[int, nn.Module],
+        forwards: Mapping[int, StageForward | OwnSkips],
         plan: PipelinePlan,
         config: PipelineConfig,
         pp_mesh: DeviceMesh,
@@ -101,10 +122,11 @@ class Pipeline(nn.Module):
         dtype: torch.dtype | None = None,
         reduce_every_backward: bool = False,
         averaged: Sequence[Averaged] = (),
+        is_compiled: bool = False,
     ) -> None:
-        """parts: this rank's stages by index. dtype: of what stages hand on. reduce_every_backward: FSDP reduces
-        gradients in the backward of every microbatch, not once a step. averaged: for each stage with such, its
-        parameters that FSDP does not reduce."""
+        """parts: this rank's stages by index; forwards: of each. dtype: of what stages hand on. reduce_every_backward:
+        FSDP reduces gradients in the backward of every microbatch, not once a step. averaged: for each stage with such,
+        its parameters that FSDP does not reduce. is_compiled: whether blocks are."""
         super().__init__()
         self.parts = nn.ModuleDict({str(index): part for index, part in parts.items()})
         self.rows, self.pp_mesh, self.pipeline_config = plan.rows, pp_mesh, config
@@ -114,11 +136,17 @@ class Pipeline(nn.Module):
         self._loss_fn: Callable[[Any, Any], Tensor] = config.loss_fn or token_loss_sum
         self._scale: float | Tensor = 1.0
         self._length = None if config.pp_seq_len is None else config.pp_seq_len // cp_size
-        self._chain, self._dtype, self._reduce_every_backward = plan.chain, dtype, reduce_every_backward
+        self._placed, self._dtype, self._reduce_every_backward = plan.placed, dtype, reduce_every_backward
+        #: Parameters that several stages hold.
+        self.shared = SharedParameters(plan.shared, [row.pp_rank for row in plan.rows], parts, pp_mesh)
+        self._copies = sum((len(one.stages) - 1) * one.elements for one in plan.shared)
+        self._microbatches: Sequence[Tensor] = ()
         self._schedule: Any = None if self._length is None else self._prepared(self._length)
         self._is_first, self._is_last = "0" in self.parts, str(len(self.rows) - 1) in self.parts
         shown = config.pp_schedule_csv or config.pp_schedule
         sizes = (pp_mesh.size(), len(self.rows), shown, self.microbatches)
+        for forward in forwards.values():
+            forward.watch(is_compiled)
         log.info("pipeline over %d ranks: %d stages, %s, %d microbatches", *sizes)
 
     def _prepared(self, length: int) -> Any:
@@ -137,7 +165,8 @@ class Pipeline(nn.Module):
                 device,
                 group=self.pp_mesh.get_group(),
                 when=(config.patch_stage_backward_maybe_with_nosync, self._reduce_every_backward),
-                **_shapes(int(index), len(self.rows), config, self._chain, length, self._dtype),
+                ids=self._ids_of,
+                **_shapes(int(index), config.pp_microbatch_size, length, self._placed, self._dtype),
             )
             for index, part in sorted(self.parts.items(), key=lambda entry: int(entry[0]))
         ]
@@ -151,7 +180,8 @@ class Pipeline(nn.Module):
     def step(self, input_ids: Tensor, target: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """Forward and backward of one batch through all stages; every rank of the pipeline calls it.
 
-        input_ids: [B, S] of this data rank, B = pp_batch_size. target: what the loss function compares with,
+        input_ids: [B, S] of this data rank, B = pp_batch_size, the same on every stage, which may compute positions and
+        masks from them. target: what the loss function compares with,
         B rows. scale: factor on the gradients. Gradients of ``scale`` times the losses of all microbatches are added
         to those there are (scale_grads_in_schedule: of their mean).
         Returns the sum (or mean) of the losses without ``scale``, a scalar in float64, the same on every rank.
@@ -159,7 +189,9 @@ class Pipeline(nn.Module):
         """
         self._accept_batch(input_ids, target)
         self._scale = scale
-        held = self._put_aside() if self.scales_gradients else []
+        self._microbatches = input_ids.tensor_split(self.microbatches)
+        self.shared.fill_copies()
+        held = self._put_aside() if self.scales_gradients else self.shared.put_aside()
         losses: list[Tensor] = []
         options: dict[str, Any] = {"target": target, "losses": losses} if self._is_last else {}
         if "return_outputs" in inspect.signature(self._schedule.step).parameters:
@@ -173,6 +205,7 @@ class Pipeline(nn.Module):
             raise
         for averaged in self._averaged:
             averaged.average()
+        self.shared.sum_gradients()
         for parameter, gradient in held:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         # Added in float64: microbatches must not change the logged number.
@@ -194,18 +227,28 @@ class Pipeline(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters, by their names in the whole model."""
+        """This rank's parameters, by their names in the whole model; one that several stages here hold once."""
+        shared = self.shared.plain
+        seen: set[str] = set()
         for part in self.parts.values():
-            yield from part.named_parameters(prefix, recurse, remove_duplicate)
+            for name, parameter in part.named_parameters("", recurse, remove_duplicate):
+                plain = shared.get(name, name)
+                if plain not in seen or not remove_duplicate:
+                    seen.add(plain)
+                    yield f"{prefix}.{plain}" if prefix else plain, parameter
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """This rank's parameters and buffers, by their names in the whole model."""
-        return {name: value for part in self.parts.values() for name, value in part.state_dict(*args, **kwargs).items()}
+        """This rank's parameters and buffers, by their names in the whole model; tied ones once."""
+        shared, found = self.shared.plain, dict[str, Any]()
+        for part in self.parts.values():
+            for name, value in part.state_dict(*args, **kwargs).items():
+                found.setdefault(shared.get(name, name), value)
+        return found
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters of the whole model."""
-        return sum(row.parameters for row in self.rows)
+        return sum(row.parameters for row in self.rows) - self._copies
 
     def table(self) -> str:
         """What every stage is and which rank holds it, a line each."""
@@ -215,6 +258,9 @@ class Pipeline(nn.Module):
             lines.append((str(row.stage), str(row.pp_rank), f"{row.parameters:,}", mib, _ranges(row.modules)))
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         return "\n".join("  ".join([*(w.rjust(n) for w, n in zip(line, widths)), line[4]]) for line in lines)
+
+    def _ids_of(self, microbatch: int) -> Tensor:
+        return self._microbatches[microbatch]
 
     def _scaled_loss(self, output: Any, target: Any) -> Tensor:
         return self._loss_fn(output, target) * self._scale
@@ -268,20 +314,21 @@ def _schedule(
     return schedule_by_name(stages, microbatches, known.torch_name, **options)
 
 
-def _shapes(
-    index: int, stages: int, config: PipelineConfig, chain: Chain, length: int, dtype: torch.dtype | None
-) -> dict[str, Any]:
+def _shapes(index: int, rows: int, length: int, placed: Placed, dtype: torch.dtype | None) -> dict[str, Any]:
     """What a stage takes and returns, as tensors without values."""
-    rows = config.pp_microbatch_size
 
-    def hidden() -> Tensor:
-        return torch.empty(rows, length, chain.width, dtype=dtype or chain.dtype, device="meta", requires_grad=True)
+    def empty(shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
+        size = shape.of(rows, length)
+        return torch.empty(size, dtype=dtype or shape.dtype, device="meta", requires_grad=True)
+
+    def handed(stage: int) -> Any:
+        found = tuple(empty(placed.flow.shape(value), dtype) for value in placed.handed[stage])
+        return found[0] if len(found) == 1 else found
 
     ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
-    logits = torch.empty(rows, length, chain.outputs, device="meta", requires_grad=True)
     return {
-        "input_args": ids if index == 0 else hidden(),
-        "output_args": logits if index == stages - 1 else hidden(),
+        "input_args": handed(index - 1) if index else ids,
+        "output_args": handed(index) if index < len(placed.handed) else empty(placed.flow.output),
     }
 
 

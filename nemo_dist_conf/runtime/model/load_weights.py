@@ -10,10 +10,9 @@ from typing import Any, Mapping
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import DataError, Problem
-from nemo_dist_conf.runtime.model.shard_boxes import box_of
+from nemo_dist_conf.runtime.model.shard_boxes import boxes_of, local_values
 from nemo_dist_conf.runtime.model.stored_names import Part, stored_parts
 from nemo_dist_conf.wording import assigned
 
@@ -156,10 +155,25 @@ def load_weights(model: nn.Module, folder: Path, ties: list[list[str]], parts: M
     apart = {part.parameter for part in parts.values() if part.expert is not None}
     with torch.no_grad():
         whole = {stored.get(name, name): value for name, value in held.items() if name not in apart}
-        dcp.load(whole, storage_reader=_ListedFiles(folder))
+        several = {name: value for name, value in whole.items() if len(boxes_of(value)) > 1}
+        dcp.load({n: v for n, v in whole.items() if n not in several}, storage_reader=_ListedFiles(folder))
+        if several:
+            _load_boxes(several, folder)
         if apart:
             _load_experts({name: held[name] for name in held if name in apart}, folder, parts)
     log.info("weights read from %s", folder)
+
+
+def _load_boxes(held: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill parameters of which this rank holds several boxes, which torch's own reader takes for one."""
+    from safetensors import safe_open
+
+    places = _places(folder)
+    for name, value in held.items():
+        with safe_open(places[name], framework="pt") as file:
+            for one in boxes_of(value):
+                read = file.get_slice(name)[tuple(slice(b, b + s) for b, s in zip(one.box.offsets, one.box.sizes))]
+                one.here.of(local_values(value)).copy_(read)
 
 
 def _load_experts(held: Mapping[str, Tensor], folder: Path, parts: Mapping[str, Part]) -> None:
@@ -169,10 +183,7 @@ def _load_experts(held: Mapping[str, Tensor], folder: Path, parts: Mapping[str, 
     """
     from safetensors import safe_open
 
-    boxes = {}
-    for name, value in held.items():
-        box = box_of(value)
-        boxes[name] = [range(begin, begin + size) for begin, size in zip(box.offsets, box.sizes)][:2]
+    boxes = {name: boxes_of(value) for name, value in held.items()}
     by_file: dict[Path, list[str]] = {}
     for stored, path in _places(folder).items():
         if stored in parts and parts[stored].parameter in boxes:
@@ -180,11 +191,12 @@ def _load_experts(held: Mapping[str, Tensor], folder: Path, parts: Mapping[str, 
     for path, names in by_file.items():
         with safe_open(path, framework="pt") as file:
             for stored in names:
-                part = parts[stored]
-                (experts, rows), value = boxes[part.parameter], held[part.parameter]
-                first, last = max(part.first, rows.start), min(part.first + part.rows, rows.stop)
-                if part.expert is None or part.expert not in experts or first >= last:
-                    continue
-                local = value.to_local() if isinstance(value, DTensor) else value
-                read = file.get_slice(stored)[first - part.first : last - part.first]
-                local[experts.index(part.expert), first - rows.start : last - rows.start] = read.to(local)
+                part, value = parts[stored], held[parts[stored].parameter]
+                for one in boxes[part.parameter]:
+                    experts, rows, *columns = [slice(b, b + s) for b, s in zip(one.box.offsets, one.box.sizes)]
+                    first, last = max(part.first, rows.start), min(part.first + part.rows, rows.stop)
+                    if part.expert is None or not experts.start <= part.expert < experts.stop or first >= last:
+                        continue
+                    read = file.get_slice(stored)[(slice(first - part.first, last - part.first), *columns)]
+                    target = one.here.of(local_values(value))[part.expert - experts.start]
+                    target[first - rows.start : last - rows.start] = read.to(target)

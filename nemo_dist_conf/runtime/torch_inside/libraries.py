@@ -18,6 +18,7 @@ __all__ = [
     "holds_experts",
     "initialiser_of",
     "is_megatrons",
+    "keep_ties",
     "maker_of_mask",
     "mark_tensor_parallel",
     "name_attention",
@@ -170,6 +171,23 @@ def show_sharded(wrapped: Any) -> None:
     Test: tests/dist/test_megatron_fsdp.py, test_a_plain_loop_is_right.
     """
     wrapped._replace_param_with_distributed_if_needed()
+
+
+def keep_ties(wrapped: Any, names: int) -> None:
+    """Let a parameter that a wrapped model has under so many names stay one, however often the library replaces it.
+
+    megatron-fsdp 0.6 looks for the other names of what it has replaced once, and finds one of them: a third keeps what
+    the library has freed, and the process ends. Each time it looks, it finds one more.
+    Test: tests/runtime/engines/test_megatron_models.py, test_a_step_is_that_of_one_process.
+    """
+    look = wrapped._reestablish_shared_weights
+
+    def look_for_all(old: dict[str, Any], new: dict[str, Any]) -> None:
+        for _ in range(names - 1):
+            look(old, new)
+
+    wrapped._reestablish_shared_weights = look_for_all
+    look_for_all(wrapped.raw_param, dict(wrapped.param_and_grad_buffer.optimizer_named_parameters))
 
 
 def is_megatrons(parameter: Tensor) -> bool:

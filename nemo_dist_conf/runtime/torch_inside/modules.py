@@ -43,7 +43,7 @@ def own_children(module: nn.Module) -> dict[str, Any]:
 
     torch 2.11 to 2.13: ``named_children`` leaves out None, and a child under two names the second time; an attribute of
     a wrapper (``model.module`` of DDP) may be asked for by somebody who watches.
-    Test: tests/runtime/techniques/test_pipeline_stages.py, test_stages_in_a_row_compute_what_the_model_does.
+    Test: tests/runtime/techniques/pipeline/test_stages.py, test_stages_in_a_row_compute_what_the_model_does.
     """
     return module._modules
 
@@ -61,7 +61,7 @@ def share_parameters(module: nn.Module, other: nn.Module) -> None:
     """Let a module have the parameters of another as its own, the dictionary itself.
 
     torch 2.11 to 2.13: registered one by one, they would not follow what the other is given later.
-    Test: tests/runtime/techniques/test_pipeline_stages.py, test_a_trial_leaves_no_trace.
+    Test: tests/runtime/techniques/pipeline/test_stages.py, test_a_trial_leaves_no_trace.
     """
     module._parameters = other._parameters
 
@@ -70,7 +70,7 @@ def with_own_places(module: nn.Module) -> nn.Module:
     """A copy of a module that shares parameters, buffers, children and hooks, and where each can be replaced.
 
     torch 2.11 to 2.13: copy.copy shares the dictionaries as well, copy.deepcopy nothing.
-    Test: tests/runtime/techniques/test_pipeline_stages.py, test_a_hook_of_one_stage_is_not_one_of_another.
+    Test: tests/runtime/techniques/pipeline/test_stages.py, test_a_hook_of_one_stage_is_not_one_of_another.
     """
     copied = copy.copy(module)
     for key, value in list(vars(copied).items()):

@@ -1,4 +1,4 @@
-"""What torch does not publish of its parallel styles."""
+"""What torch does not publish of its parallel styles, and of how parameters are split."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any, Callable
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import _StridedShard
 
-__all__ = ["Style", "laid_out_by"]
+__all__ = ["Style", "laid_out_by", "packed_shard"]
 
 
 class Style(ParallelStyle):
@@ -38,3 +40,12 @@ def laid_out_by(
     """
     around = {"_prepare_input_fn": staticmethod(prepare_input), "_prepare_output_fn": staticmethod(prepare_output)}
     return type(style.__name__, (style,), around)
+
+
+def packed_shard(dim: int, packed: int) -> Placement:
+    """Shard(dim) of each of so many weights of one size that lie in a row along the dimension.
+
+    torch 2.11 to 2.13: fully_shard lays out so what tensor parallelism has split already; nothing published does.
+    Test: tests/dist/test_tensor_styles.py.
+    """
+    return _StridedShard(dim, split_factor=packed) if packed > 1 else Shard(dim)

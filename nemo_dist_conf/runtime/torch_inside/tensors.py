@@ -152,7 +152,7 @@ def writes_into(tensor: Tensor) -> int:
     """How many times a tensor, or what shares its memory, has been written into.
 
     torch 2.11 to 2.13: autograd's own count, in the documentation of saved tensors and with no other address.
-    Test: tests/runtime/techniques/test_pipeline_stages.py, test_a_model_that_is_no_chain_is_refused.
+    Test: tests/runtime/techniques/pipeline/test_stages.py, test_a_model_that_is_no_chain_is_refused.
     """
     return tensor._version
 

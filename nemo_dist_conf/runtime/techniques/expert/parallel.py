@@ -21,6 +21,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.styles import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
+from nemo_dist_conf.runtime.model.base_model import base_prefix
 from nemo_dist_conf.runtime.torch_inside import own_parameters, split_experts
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
@@ -151,8 +152,8 @@ def _plan(model: nn.Module) -> dict[str, str]:
     config: Any = getattr(model, "config", None)
     family = find_family(getattr(config, "model_type", None))
     patterns = (family and family.expert_plan) or getattr(config, "base_model_ep_plan", None) or {}
-    inner: Any = getattr(model, "base_model", model)
-    prefix = "" if inner is model else f"{model.base_model_prefix}."
+    base = base_prefix(model, patterns)
+    prefix = f"{base}." if base else ""
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     found = {
         name: style

@@ -9,7 +9,7 @@ Tensors are [batch, seq, hidden].
 from __future__ import annotations
 
 import logging
-from typing import Any, Mapping
+from typing import Any, Collection, Mapping
 
 import torch.distributed as dist
 from torch import nn
@@ -25,7 +25,9 @@ from nemo_dist_conf.families.plans import complete_plan, planned_families
 from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, match_pattern, unalias
 from nemo_dist_conf.names import nearest
+from nemo_dist_conf.runtime.model.base_model import base_prefix
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
@@ -35,6 +37,9 @@ from nemo_dist_conf.wording import assigned
 __all__ = ["apply_tensor_parallel", "known_plan"]
 
 log = logging.getLogger(__name__)
+
+#: Names of layers whose output features are heads.
+_OF_HEADS = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"})
 
 #: Kinds of rows of layers that are tried for an offer; each takes a run of the twin.
 _MOST_OFFERS = 6
@@ -49,6 +54,7 @@ def apply_tensor_parallel(
     plan: _Plan | None = None,
     sequence_parallel: bool = False,
     example: Mapping[str, Any] | None = None,
+    apart: Collection[str] = (),
 ) -> dict[str, ParallelStyle]:
     """Style of each module that was sharded, by name; the model is changed in place.
 
@@ -60,6 +66,7 @@ def apply_tensor_parallel(
     against one process (``proven`` in the family's row), a plan is tried on a small input first.
     sequence_parallel: norms and the residual stream are split over the sequence, of any length.
     example: what the model's forward takes, by keyword, for that trial; None: ids or vectors are tried.
+    apart: names of modules that stay whole here, because another axis splits them (experts).
     Raises ConfigError, with every problem found, where there is no plan, an entry matches no module or names no
     style, a layer or the heads do not split into this many ranks, tied parameters would be sharded apart, or the
     model split by the plan computes something else.
@@ -69,11 +76,16 @@ def apply_tensor_parallel(
     offers = _Offers(model, tp_mesh, example)
     entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, sequence_parallel, offers)
     named, problems = _resolve(model, entries, own, offers)
+    held = [name for name in named if any(name == other or name.startswith(f"{other}.") for other in apart)]
+    if held and (not own or len(held) == len(named)):
+        problems.append(_split_twice(model, held, entries, own))
+    named = {name: style for name, style in named.items() if name not in held}
     if sequence_parallel and not any(map(_splits_sequence, named.values())):
         problems.append(_no_sequence_style(entries))
     ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
     if not (own and _is_proven(model)):
-        ConfigError.raise_if(_trial_problems(model, entries, named, plan is None, offers))
+        named, problems = _tried(model, entries, named, own, plan is None, offers)
+        ConfigError.raise_if(problems)
     styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
     log.info("%s parallel over %d ranks: %d modules of %s", kind, tp_size, len(styles), type(model).__name__)
@@ -86,35 +98,30 @@ def _is_proven(model: nn.Module) -> bool:
     return family is not None and "tp" in family.proven and type(model).__module__.startswith("transformers.models.")
 
 
-def _trial_problems(
-    model: nn.Module, entries: _Plan, named: Mapping[str, Any], declared: bool, offers: _Offers
-) -> list[Problem]:
+def _tried(
+    model: nn.Module, entries: _Plan, named: dict[str, Any], own: bool, declared: bool, offers: _Offers
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The styles that were seen to compute what the plain model does, or what is wrong with the plan.
+
+    own: a family's plan, which is repaired; one that a user has written is taken as it is.
+    """
     where = f"the tensor-parallel plan of {type(model).__name__}" if declared else "tp_plan"
     asked = f"parallelism.tp_size={offers.mesh.size()}" if declared else _set(entries)
     try:
-        finding = offers.trial().finding(named)
+        if own:
+            named, finding = repaired(model, named, offers.trial())
+        else:
+            finding = offers.trial().finding(named)
     except CannotTry as error:
         what = f"{where} cannot be tried before it is used: {error}"
         allowed = "a plan that was seen to compute what the plain model does; example: a small input of the model's"
-        return [
-            Problem(
-                what=what,
-                asked=asked,
-                allowed=allowed,
-                instead="nemo_dist_conf.instantiate(cfg, model, example={'x': tensor})",
-            )
-        ]
+        way_out = "nemo_dist_conf.instantiate(cfg, model, example={'x': tensor})"
+        return named, [Problem(what=what, asked=asked, allowed=allowed, instead=way_out)]
     if finding is None:
-        return []
-    what = f"{where} computes something else than the plain model: {finding}"
-    return [
-        Problem(
-            what=what,
-            asked=asked,
-            allowed="a plan that computes the same, or tp_size=1",
-            instead=offers.plan(other_than=entries),
-        )
-    ]
+        return named, []
+    what = f"{where} computes something else than the plain model: {finding.text}"
+    allowed, way_out = "a plan that computes the same, or tp_size=1", offers.plan(other_than=entries)
+    return named, [Problem(what=what, asked=asked, allowed=allowed, instead=way_out)]
 
 
 # From a plan's patterns to the model's modules.
@@ -156,8 +163,10 @@ def known_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers | None
     if _is_transformers(model):
         config: Any = model.config
         base, head = config.base_model_tp_plan, plan_of_head(model)
-        inner = getattr(model, "base_model", model)
-        prefix = "" if inner is model else str(model.base_model_prefix)
+        prefix = base_prefix(model, base or ())
+        parts = {} if base else _plans_of_parts(model)
+        if parts:
+            base, prefix = {**parts, **(head or {})}, ""
     row = find_family(family)
     found = complete_plan(family, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
     if found is None and sequence_parallel and base:
@@ -183,6 +192,22 @@ def known_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers | None
     return found
 
 
+def _plans_of_parts(model: nn.Module) -> dict[str, str]:
+    """The plans of models inside of one that has none itself, as of a language model beside a vision tower."""
+    plans: dict[str, str] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        if config is model.config or any(name.startswith(f"{other}.") for other in inside):
+            continue
+        plan = getattr(config, "base_model_tp_plan", None)
+        if plan and hasattr(module, "base_model_prefix"):  # a model, and no layer that keeps its config
+            inside.append(name)
+            base = base_prefix(module, plan)
+            plans |= {f"{name}.{f'{base}.' if base else ''}{pattern}": style for pattern, style in plan.items()}
+    return plans
+
+
 def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "strategy.tp_plan") -> _Plan:
     if isinstance(plan, Mapping) and plan:
         return {str(pattern): style for pattern, style in plan.items()}
@@ -199,13 +224,14 @@ def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "st
 
 
 def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple[dict[str, Any], list[Problem]]:
-    """Style (name or object) by the full name of each module meant, and what is wrong with the entries.
+    """Style (name or object) by the full name of each module or parameter meant, and what is wrong with the entries.
 
-    An entry that names one module overrules a pattern. A module that stands in several places has the first one's name
-    in what is returned, whichever an entry means. own: a family's plan, some of whose entries mean nothing here.
+    An entry that names one module overrules a pattern. A parameter is meant where no module has the name. A module that
+    stands in several places has the first one's name in what is returned, whichever an entry means. own: a family's
+    plan, some of whose entries mean nothing here.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
-    first = _first_names(model)
+    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if name}
+    first, parameters = _first_names(model), dict(model.named_parameters())
     patterns = [pattern for pattern in plan if _is_pattern(pattern)]
     named: dict[str, Any] = {}
     single: dict[str, str] = {}
@@ -220,8 +246,9 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
             wrong.append((f"tp_plan: {style!r} is not the name of a style", f"{pattern}: {style}", allowed))
             fixed[pattern] = style = near[0] if near else "replicated"
         matched = list(dict.fromkeys(name for other, name in first.items() if match_pattern(pattern, other)))
+        matched = matched or [name for name in parameters if match_pattern(pattern, name)]
         if not matched and not own:
-            fit = [_pattern_of(name) for name, module in modules.items() if _takes(style, module)]
+            fit = [pattern_of(name) for name, module in modules.items() if _takes(style, module)]
             free = [name for name in dict.fromkeys(fit) if name not in fixed]
             near = nearest(pattern, free)
             allowed = ", ".join(near) or ", ".join((*free[:5], "... (model.named_modules())"))
@@ -242,10 +269,10 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
                 fixed.pop(pattern, None)
             single |= dict.fromkeys(matched, pattern)
         named |= {name: style for name in matched if name not in twice}
+    places = {**parameters, **modules}
     for name, style in named.items():
-        if not _takes(style, modules[name]):
-            kinds = " or ".join(kind.__name__ for kind in _kinds(style))
-            what = f"tp_plan: the style {style} is for {kinds}, and {name} is {type(modules[name]).__name__}"
+        if not _takes(style, places[name]):
+            what = f"tp_plan: the style {style} is for {_kinds(style)}, and {name} is {type(places[name]).__name__}"
             wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
             fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
     by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
@@ -255,7 +282,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
     ]
     if not named and not problems:
         problems = [_no_plan(model, offers)]
-    return {name: named[name] for name in modules if name in named}, problems
+    return {name: named[name] for name in (*modules, *parameters) if name in named}, problems
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -268,15 +295,20 @@ def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
 
 
-def _kinds(style: Any) -> tuple[type[nn.Module], ...]:
-    """Module classes that a style name is for; empty: any."""
+def _kinds(style: Any) -> str:
+    """What a style name is for, in words."""
+    known = STYLES[style]
+    return " or ".join((*known.layers, "Parameter") if known.parameters else known.layers or ("modules",))
+
+
+def _takes(style: Any, place: nn.Module | nn.Parameter) -> bool:
+    """Whether a style, by its name or itself, is for such a module or parameter."""
     known = STYLES.get(style) if isinstance(style, str) else None
-    return tuple(getattr(nn, layer) for layer in known.layers) if known is not None else ()
-
-
-def _takes(style: Any, module: nn.Module) -> bool:
-    kinds = _kinds(style)
-    return not kinds or isinstance(module, kinds)
+    if isinstance(place, nn.Parameter):
+        return known is not None and (known.parameters or known is STYLES["replicated"])
+    if known is None or (not known.layers and not known.splits):
+        return True
+    return isinstance(place, tuple(getattr(nn, layer) for layer in known.layers))
 
 
 def _splits_sequence(style: Any) -> bool:
@@ -301,20 +333,21 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
     """
     leaves = {name.rpartition(".")[2] for name, style in named.items() if style == "colwise"}
     config: Any = getattr(model, "config", None)
-    if leaves & {"q_proj", "k_proj", "v_proj"} and hasattr(config, "to_dict"):
+    if leaves & _OF_HEADS and hasattr(config, "to_dict"):
         problems = model_problems(facts_from_config(fields_of(config)), {"tp_size": tp_size}, dist.get_world_size())
         if problems:
             return problems
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     widths: dict[str, int] = {}
     for name, style in named.items():
-        module: Any = model.get_submodule(name)
         known = STYLES.get(style) if isinstance(style, str) else None
         if known is None or not known.keeps_part:
             continue
-        if known.splits == "input":
-            widths[name] = module.in_features
-        else:
-            widths[name] = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
+        weight = parameters[name] if name in parameters else modules[name].weight
+        layer = "Embedding" if isinstance(modules.get(name), nn.Embedding) else "Linear"
+        dim = known.split_dim(layer, weight.dim())
+        if dim is not None:
+            widths[name] = weight.size(dim) // known.packed
     odd = [f"{name} ({width})" for name, width in widths.items() if width % tp_size]
     if not odd:
         return []
@@ -357,7 +390,7 @@ def _layout(module: nn.Module, style: Any) -> str:
         return "plain"
     kind = style if isinstance(style, str) else type(style).__name__.lower()  # torch's are called like ours
     known = STYLES.get(kind) or next((known for name, known in STYLES.items() if name in kind), None)
-    dim = known.split_dim("Linear" if isinstance(module, nn.Linear) else "Embedding") if known is not None else None
+    dim = known.split_dim("Linear" if isinstance(module, nn.Linear) else "Embedding", 2) if known is not None else None
     return "replicated" if dim is None else f"dimension {dim}"
 
 
@@ -412,7 +445,7 @@ def _rows_of_linears(model: nn.Module) -> list[dict[str, str]]:
     for layers in groups.values():
         *before, (last, narrow) = layers
         if before and all(wide.out_features == narrow.in_features for _, wide in before):
-            plan = {_pattern_of(name): "colwise" for name, _ in before} | {_pattern_of(last): "rowwise"}
+            plan = {pattern_of(name): "colwise" for name, _ in before} | {pattern_of(last): "rowwise"}
             found.setdefault(tuple(plan), plan)
     return list(found.values())[:_MOST_OFFERS]
 
@@ -426,10 +459,6 @@ def _set(plan: Mapping[str, Any]) -> str:
     return assigned("strategy.tp_plan", {pattern: _words(style) for pattern, style in plan.items()})
 
 
-def _pattern_of(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
 def _no_plan(model: nn.Module, offers: _Offers | None) -> Problem:
     family = _model_type(model)
     tp_size = f"={offers.mesh.size()}" if offers is not None else ""
@@ -438,6 +467,24 @@ def _no_plan(model: nn.Module, offers: _Offers | None) -> Problem:
         asked=f"parallelism.tp_size{tp_size} strategy.tp_plan=null",
         allowed=f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {planned_families()}",
         instead=offers.plan() if offers is not None else _WITHOUT,
+    )
+
+
+def _split_twice(model: nn.Module, held: list[str], plan: _Plan, own: bool) -> Problem:
+    """held: names in the plan of what expert parallelism splits."""
+    if own:
+        what = (
+            f"the tensor-parallel plan of {type(model).__name__} splits experts only, and expert parallelism has them"
+        )
+        asked, allowed = "parallelism.tp_size and parallelism.ep_size of 2 or more", "one of them"
+        return Problem(what=what, asked=asked, allowed=allowed, instead=_WITHOUT)
+    patterns = {p: style for p, style in plan.items() if any(match_pattern(p, name) for name in held)}
+    rest = {p: style for p, style in plan.items() if p not in patterns}
+    return Problem(
+        what=f"tp_plan splits {held[0]}, and so does expert parallelism, which gives whole experts to ranks",
+        asked=f"{_set(patterns)} and parallelism.ep_size of 2 or more",
+        allowed="a plan without the experts, or parallelism.ep_size=1",
+        instead=_set(rest) if rest else "strategy.tp_plan=null",
     )
 
 

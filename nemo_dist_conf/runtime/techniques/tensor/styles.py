@@ -15,9 +15,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from nemo_dist_conf.families.styles import STYLES
 from nemo_dist_conf.runtime.model.materialise import retie, tied_names
+from nemo_dist_conf.runtime.techniques.tensor.local_parameters import LocalParameters, replicate_parameters
+from nemo_dist_conf.runtime.techniques.tensor.partial_styles import (
+    Experts,
+    LatentProjection,
+    OwnOutput,
+    OwnPart,
+    PackedLinear,
+    Shared,
+    SplitParameter,
+    Summed,
+)
 from nemo_dist_conf.runtime.torch_inside import AsyncCollectiveTensor, is_view, local_tensor, own_parameters
-from nemo_dist_conf.runtime.torch_inside.styles import Style, laid_out_by
+from nemo_dist_conf.runtime.torch_inside.styles import Style, laid_out_by, packed_shard
 
 __all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles"]
 
@@ -95,7 +107,6 @@ class _Input(Style):
 class _Replicated(Style):
     """Parameters are replicated DTensors that the module itself sees as plain tensors while it runs.
 
-    So any module will do, and parameters of a whole model share one mesh, which torch's clip_grad_norm_ asks for.
     gradient: Replicate() where all ranks compute the same; Partial() where each has its own part, summed in backward.
     sequence: the input is split over the sequence, the output is a DTensor of that layout.
     """
@@ -105,29 +116,13 @@ class _Replicated(Style):
         self.sequence = sequence
 
     def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        mine = [(owner, key) for owner in module.modules() for key in own_parameters(owner) if _is_plain(owner, key)]
-        for owner, key in mine:
-            whole = own_parameters(owner)[key]
-            replica = DTensor.from_local(whole.detach(), device_mesh, [Replicate()], run_check=False)
-            own_parameters(owner)[key] = nn.Parameter(replica, requires_grad=whole.requires_grad)
-
-        during: dict[str, Any] = {}  # one forward: the parameters that are put back, the shape of the input
+        local = LocalParameters(device_mesh, replicate_parameters(module, device_mesh), self.gradient)
+        during: dict[str, Any] = {}  # one forward: the shape of the input
 
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if self.sequence:
                 args, kwargs = _map_first(args, kwargs, split)
-            kept = []
-            for owner, key in mine:
-                own = own_parameters(owner)
-                parameter = own[key]
-                kept.append((owner, key, parameter))
-                if not isinstance(parameter, DTensor):  # kept as a local tensor, see local_shards.py
-                    parameter = DTensor.from_local(parameter, device_mesh, [Replicate()], run_check=False)
-                # Through redistribute, whose backward sums partial gradients before they reach parameter.grad:
-                # a norm over gradients that are still partial would be wrong.
-                replica = parameter.redistribute(placements=[Replicate()])
-                own[key] = replica.to_local(grad_placements=[self.gradient])
-            during["kept"] = kept
+            local.put()
             return args, kwargs
 
         def split(x: torch.Tensor) -> torch.Tensor:
@@ -136,8 +131,7 @@ class _Replicated(Style):
             return x.to_local()
 
         def leave(_: nn.Module, args: tuple, output: Any) -> Any:
-            for owner, key, parameter in during.pop("kept", ()):
-                own_parameters(owner)[key] = parameter
+            local.take_back()
             if not self.sequence or not isinstance(output, torch.Tensor):
                 return output
             shape = during.pop("shape")
@@ -150,7 +144,7 @@ class _Replicated(Style):
         return module
 
 
-#: Style name -> torch's object; the keys are those of families/styles.py.
+#: Style name -> torch's object, of those in families/styles.py for which nothing has to be known of the model.
 STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": _Colwise,
     "colwise_gather_output": lambda: _Colwise(output_layouts=Replicate()),
@@ -164,6 +158,12 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "replicated": lambda: _Replicated(Replicate()),
     "replicated_with_grad_allreduce": lambda: _Replicated(Partial()),
     "sequence_parallel": lambda: _Replicated(Partial(), sequence=True),
+    "packed_colwise": lambda: PackedLinear(STYLES["packed_colwise"].packed),
+    "local_params": OwnPart,
+    "moe_tp_experts": Experts,
+    "moe_identity_expert": Shared,
+    "all_reduce": Summed,
+    "own_output": OwnOutput,
     "gather_input": lambda: _Input(Replicate()),
     "scatter_input": lambda: _Input(Shard(SEQUENCE_DIM)),
 }
@@ -175,20 +175,36 @@ def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) 
     Outputs of the model are then full, plain tensors. Returns the objects.
     """
     ties = tied_names(model)
-    objects = {name: STYLE_OBJECTS[style]() if isinstance(style, str) else style for name, style in styles.items()}
-    # Innermost first: "replicated" takes what the styles inside leave. src_data_rank=None: every rank has the same
-    # values, so none is sent.
+    modules = dict(model.named_modules())
+    objects = {name: _object(model, name, style) for name, style in styles.items()}
+    # Innermost first, parameters before their modules: "replicated" takes what the styles inside leave.
+    # src_data_rank=None: every rank has the same values, so none is sent.
     for name, style in sorted(objects.items(), key=lambda entry: -entry[0].count(".")):
-        parallelize_module(model.get_submodule(name), mesh, style, src_data_rank=None)
+        module = modules[name if name in modules else name.rpartition(".")[0]]
+        parallelize_module(module, mesh, style, src_data_rank=None)
     retie(model, ties)
     model.register_forward_hook(_plain_outputs)
     return objects
 
 
-def _is_plain(owner: nn.Module, key: str) -> bool:
-    """Whether a parameter is there and no style of a module further inside has taken it."""
-    parameter = own_parameters(owner)[key]
-    return parameter is not None and not isinstance(parameter, DTensor)
+def _object(model: nn.Module, name: str, style: Any) -> ParallelStyle:
+    """What a style, by its name or itself, does to a module or a parameter of the model."""
+    if not isinstance(style, str):
+        return style
+    owner, _, key = name.rpartition(".")
+    if own_parameters(model.get_submodule(owner)).get(key) is not None:
+        dim = STYLES[style].split_dim("Linear", model.get_parameter(name).dim())
+        return SplitParameter(key, Replicate() if dim is None else packed_shard(dim, STYLES[style].packed))
+    if style == "mla_kv_a_proj":
+        return LatentProjection(_rotary_width(model, owner))
+    return STYLE_OBJECTS[style]()
+
+
+def _rotary_width(model: nn.Module, attention: str) -> int:
+    """Outputs of an attention's projection to a latent vector that are the rotary part of its key."""
+    module: Any = model.get_submodule(attention)
+    config: Any = getattr(module, "config", None) or getattr(model, "config", None)
+    return int(getattr(module, "qk_rope_head_dim", None) or config.qk_rope_head_dim)
 
 
 def _map_first(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:

@@ -7,7 +7,9 @@ from a config, a scale per head, a fused projection that is cut up again) only a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+from dataclasses import dataclass
 from typing import Any, Iterator, Mapping
 
 import torch
@@ -21,7 +23,7 @@ from nemo_dist_conf.runtime.model.trial import Seen, keep_generators, observed, 
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 from nemo_dist_conf.runtime.torch_inside import tree_leaves
 
-__all__ = ["CannotTry", "Trial"]
+__all__ = ["CannotTry", "Finding", "Trial"]
 
 _TOKENS = 8
 #: Up to so many, 1 GiB in float32, a model whose blocks cannot be left out is tried whole.
@@ -29,9 +31,26 @@ _WHOLE_ELEMENTS = 2**28
 #: Of a gradient's largest value, and of a thousandth of the model's largest, below which all is rounding.
 _TOLERANCE, _NOISE = 1e-3, 1e-3
 
+#: Styles of modules that return a part of a sum in the shape of the whole.
+_SEEN_OTHERWISE = ("moe_identity_expert",)
+
 
 class CannotTry(Exception):
     """No small input is known that the model takes, or it cannot be copied."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where a split model parts from the plain one.
+
+    text: in words. module: the name of the innermost module in which it was seen. gradients: of parameters, in which
+    alone it was seen. unsummed: of those, such whose gradient each rank has a part of, which would be right in sum.
+    """
+
+    text: str
+    module: str
+    gradients: tuple[str, ...] = ()
+    unsummed: tuple[str, ...] = ()
 
 
 class Trial:
@@ -63,6 +82,7 @@ class Trial:
             try:
                 self._outputs = observed(plain, self._inputs)
                 self._gradients = _gradients(plain, self._inputs)
+                self._largest = max((float(g.abs().max()) for g in self._gradients.values() if g.numel()), default=0.0)
                 trained = _in_training(plain, self._inputs)
                 same = trained is not None and parted(self._outputs, trained) is None
                 self._trained = self._outputs if same else trained  # kept once
@@ -71,47 +91,83 @@ class Trial:
                 why = f"its forward does not run on {_described(self._inputs)}: {_first_line(error)}"
         return why
 
-    def finding(self, styles: Mapping[str, Any]) -> str | None:
-        """Where a model that is split so parts from the plain one, in words, the same on every rank; None: nowhere.
+    def finding(self, styles: Mapping[str, Any]) -> Finding | None:
+        """Where a model that is split so parts from the plain one, the same on every rank; None: nowhere.
 
         styles: name of a module -> its style, a name of families/styles.py or a ParallelStyle.
         """
         split = self._twin()
         # Blocks that only hand their input on have no values.
-        run = {name: copy.deepcopy(style) for name, style in styles.items() if not _is_empty(split.get_submodule(name))}
+        places = {**dict(split.named_parameters()), **dict(split.named_modules())}
+        run = {name: copy.deepcopy(style) for name, style in styles.items() if not _is_empty(places[name])}
         place: list[str] = []
+        split_gradients: dict[str, Tensor] = {}
         try:
             apply_styles(split, run, self._mesh)
-            _follow(split, place)
-            mine = self._difference(split)
+            kinds = _follow(split, place)
+            mine = self._difference(split, split_gradients, {n for n, style in run.items() if style in _SEEN_OTHERWISE})
         except Exception as error:
-            mine = f"it ends in an error in {place[-1] if place else 'a layer'}: {_first_line(error)}"
-        found: list[str | None] = [None] * self._mesh.size()
+            module = place[-1] if place else ""
+            text = f"it ends in an error in {kinds[module] if place else 'a layer'}: {_first_line(error)}"
+            mine = Finding(text, module)
+        found: list[Finding | None] = [None] * self._mesh.size()
         dist.all_gather_object(found, mine, group=self._mesh.get_group())
-        return next((text for text in found if text is not None), None)
+        seen = [one for one in found if one is not None]
+        if not seen:
+            return None
+        wrong = sorted({name for one in seen for name in one.gradients})
+        if not all(one.gradients for one in seen):
+            return next(one for one in seen if not one.gradients)
+        return dataclasses.replace(seen[0], gradients=tuple(wrong), unsummed=self._unsummed(wrong, split_gradients))
+
+    def _unsummed(self, names: list[str], gradients: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Those of plain parameters with these names whose gradients are right in sum over the ranks."""
+        found = []
+        for name in names:
+            other = gradients.get(name)
+            if other is None:  # a part of nothing
+                other = torch.zeros_like(self._gradients[name])
+            if not isinstance(other, DTensor):
+                other = other.clone()
+                dist.all_reduce(other, group=self._mesh.get_group())
+                if self._is_same(name, other):
+                    found.append(name)
+        return tuple(found)
 
     def _twin(self) -> nn.Module:
         with keep_generators():
             return twin(self._model, self._blocks, self._mesh.device_type)
 
-    def _difference(self, split: nn.Module) -> str | None:
-        seen: Seen | None = parted(self._outputs, observed(split, self._inputs, _full))
+    def _difference(self, split: nn.Module, gradients: dict[str, Tensor], passed_over: set[str]) -> Finding | None:
+        """gradients: takes those of the split model, by parameter. passed_over: modules whose output is a part."""
+        plain = [one for one in self._outputs if one.module not in passed_over]
+        seen: Seen | None = parted(plain, observed(split, self._inputs, _full))
         if seen is not None:
-            return f"what {seen} returns is not what it returns in the plain model"
-        gradients = _gradients(split, self._inputs)
-        largest = max((float(g.abs().max()) for g in self._gradients.values() if g.numel()), default=0.0)
-        for name, plain in self._gradients.items():
+            return Finding(f"what {seen} returns is not what it returns in the plain model", seen.module)
+        gradients |= _gradients(split, self._inputs)
+        wrong = []
+        for name in self._gradients:
             other = gradients.get(name)
             if isinstance(other, DTensor):
                 if any(placement.is_partial() for placement in other.placements):
-                    return f"the gradient of {name} is left in parts on each rank"
+                    return Finding(f"the gradient of {name} is left in parts on each rank", name.rpartition(".")[0])
                 other = other.full_tensor()
-            allowed = _TOLERANCE * max(float(plain.abs().max()) if plain.numel() else 0.0, _NOISE * largest)
-            if other is None or other.shape != plain.shape or not float((other - plain).abs().max()) <= allowed:
-                return f"the gradient of {name} is not that of the plain model"
+            if other is None or not self._is_same(name, other):
+                wrong.append(name)
+        if wrong:
+            text = f"the gradient of {wrong[0]} is not that of the plain model"
+            return Finding(text, wrong[0].rpartition(".")[0], tuple(wrong))
         if self._trained is not None:
-            seen = parted(self._trained, observed(split.train(), self._inputs, _full))
-        return None if seen is None else f"what {seen} returns in training is not what it returns in the plain model"
+            plain = [one for one in self._trained if one.module not in passed_over]
+            seen = parted(plain, observed(split.train(), self._inputs, _full))
+        if seen is None:
+            return None
+        return Finding(f"what {seen} returns in training is not what it returns in the plain model", seen.module)
+
+    def _is_same(self, name: str, gradient: Tensor) -> bool:
+        plain = self._gradients[name]
+        allowed = _TOLERANCE * max(float(plain.abs().max()) if plain.numel() else 0.0, _NOISE * self._largest)
+        return gradient.shape == plain.shape and (not plain.numel() or float((gradient - plain).abs().max()) <= allowed)
 
 
 def _inputs(model: nn.Module, example: Mapping[str, Any] | None, device: str) -> Iterator[Mapping[str, Any]]:
@@ -170,16 +226,21 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _follow(model: nn.Module, place: list[str]) -> None:
-    """Keep in ``place`` the modules whose forward has begun and not ended, the innermost last."""
+def _follow(model: nn.Module, place: list[str]) -> dict[str, str]:
+    """Keep in ``place`` the modules whose forward has begun and not ended, the innermost last; how each is shown."""
+    shown = {name: f"{name or 'the model'} ({type(module).__name__})" for name, module in model.named_modules()}
+
+    def leave(*_: Any) -> None:
+        place.pop()
+
     for name, module in model.named_modules():
-        shown = f"{name or 'the model'} ({type(module).__name__})"
-        module.register_forward_pre_hook(lambda *_, shown=shown: place.append(shown), prepend=True)
-        module.register_forward_hook(lambda *_: place.pop() and None)
+        module.register_forward_pre_hook(lambda *_, name=name: place.append(name), prepend=True)
+        module.register_forward_hook(leave)
+    return shown
 
 
-def _is_empty(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters())
+def _is_empty(place: nn.Module | nn.Parameter) -> bool:
+    return any(p.is_meta for p in (place.parameters() if isinstance(place, nn.Module) else [place]))
 
 
 def _first_line(error: Exception) -> str:

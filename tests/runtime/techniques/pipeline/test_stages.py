@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.model.blocks import find_blocks
-from nemo_dist_conf.runtime.techniques.pipeline_stages import Chain, chain_of, cut, plan_stages
+from nemo_dist_conf.runtime.techniques.pipeline.stages import Chain, chain_of, cut, plan_stages, spread
 from nemo_dist_conf.schema import PipelineConf
 
 SETTINGS: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(PipelineConf)}
@@ -84,6 +84,58 @@ class Positions(Plain):
         return self.head(x)
 
 
+class Remembers(Plain):
+    """What a block returns goes to a later one where nothing tells of it: not as an argument, and not for gradients."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        shift = 0.0
+        for layer in self.layers:
+            x = layer(x) + shift
+            shift = float(x.detach().sum())
+        return self.head(x)
+
+
+class Writes(Plain):
+    """Blocks that hand on more than they return."""
+
+    class Layer(Layer):
+        def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+            y = super().forward(x)
+            extra["last"] = y
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, seen = self.embed(ids), dict[str, Tensor]()
+        for layer in self.layers:
+            x = layer(x, seen)
+        return self.head(x + seen.get("last", 0.0))
+
+
+class Counts(Plain):
+    """Blocks that hand on whole numbers, which follow from weights and have no gradients."""
+
+    class Layer(Layer):
+        def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
+            y = super().forward(x)
+            order = y.argsort(-1) if extra is None else extra
+            return y.gather(-1, order), order
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, order = self.embed(ids), None
+        for layer in self.layers:
+            x, order = layer(x, order)
+        return self.head(x)
+
+
 class Twice(Plain):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -136,6 +188,24 @@ def chain(model: nn.Module, **changed: Any) -> Chain:
     return chain_of(model, find_blocks(model, getattr(model, "where", "layers")), SETTINGS | changed)
 
 
+def cut_all(model: nn.Module, found: Chain, count: int) -> list[nn.Module]:
+    placed = spread(found, plan_stages(found, SETTINGS, count), SETTINGS)
+    cuts = [cut(model, placed, tuple(found.parts), stage, SETTINGS) for stage in range(count)]
+    for _, forward in cuts:
+        forward.watch()
+    return [stage for stage, _ in cuts]
+
+
+def in_a_row(stages: list[nn.Module], ids: Tensor) -> Tensor:
+    """What the last stage returns, each given what the one before it does."""
+    handed: Any = ()
+    for stage in stages:
+        handed = stage(ids, received=handed)
+        handed = handed if isinstance(handed, tuple) else (handed,)
+    assert len(handed) == 1
+    return handed[0]
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_order_is_that_of_forward(device: str) -> None:
     """Not that of the attributes; what works on the residual stream without parameters is a part too."""
@@ -143,28 +213,24 @@ def test_the_order_is_that_of_forward(device: str) -> None:
         found = chain(Plain())
     assert (found.before, found.after) == (("embed", "drop"), ("head",))
     assert found.blocks == ("layers.0", "layers.1", "layers.2")
-    assert (found.width, found.outputs, found.dtype) == (WIDTH, VOCABULARY, torch.float32)
+    assert found.flow.output.of(5, 7) == (5, 7, VOCABULARY) and found.flow.output.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Scaled, "computes with what the layers hand on outside of them"),
-        (ScaledInPlace, "computes with what the layers hand on outside of them|does not take what a stage hands on"),
-        (Skip, "given more of what was computed before"),
-        (Positions, "outside of them|does not take"),
         (Twice, "not layers.0, layers.1, layers.2 once each"),
-        (Between, "shared runs between its blocks"),
-        (Loose, "the parameter bias stands outside of its layers"),
-        (Tied, "one parameter, and a pipeline may hold them on different stages"),
         (Dicts, "returns dict"),
         (Broken, "does not run without its layers .RuntimeError: no batch of two rows"),
-        (Idle, "runs unused 0 times"),
+        (Remembers, "computes with more of what its layers return than a stage can hand on"),
+        (Writes, "layers.0 writes into what it is given"),
+        (Counts, "computes with more of what its layers return than a stage can hand on"),
     ],
 )
 def test_a_model_that_is_no_chain_is_refused(model: type[nn.Module], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        chain(model())
+        found = chain(model())
+        spread(found, plan_stages(found, SETTINGS, 3), SETTINGS)
     assert caught.value.problems[0].instead
 
 
@@ -184,7 +250,7 @@ def test_families_of_transformers_are_chains(family: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     found = chain_of(model, find_blocks(model), SETTINGS)
-    assert len(found.blocks) == 2 and found.width == 32 and found.outputs == VOCABULARY
+    assert len(found.blocks) == 2 and found.flow.output.of(5, 7) == (5, 7, VOCABULARY)
     held = {name for part in found.names for name, _ in model.get_submodule(part).named_parameters(part)}
     assert held == {name for name, _ in model.named_parameters()}
 
@@ -193,21 +259,105 @@ def test_stages_in_a_row_compute_what_the_model_does() -> None:
     """On one process: the output of one stage is the input of the next."""
     model = Plain().eval()
     found = chain(model)
-    stages = [cut(model, found, held, SETTINGS) for held in plan_stages(found, SETTINGS, 3)]
+    stages = cut_all(model, found, 3)
     ids = torch.arange(12).view(2, 6) % VOCABULARY
-    x = ids
-    for stage in stages:
-        x = stage(x)
-    assert torch.equal(x, model(ids))
+    assert torch.equal(in_a_row(stages, ids), model(ids))
     parameters = [name for stage in stages for name, _ in stage.named_parameters()]
     assert sorted(parameters) == sorted(name for name, _ in model.named_parameters())
     assert stages[1].get_parameter("layers.1.mix.weight") is model.get_parameter("layers.1.mix.weight")
 
 
+class Pairs(Plain):
+    """Blocks that return a tuple, of which the second goes on unchanged; the last one's is used at the end."""
+
+    class Layer(Layer):
+        def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
+            extra = x.mean(-1, keepdim=True) if extra is None else extra
+            return super().forward(x, extra), extra, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, extra = self.embed(ids), None
+        for layer in self.layers:
+            x, extra, _ = layer(x, extra)
+        return self.head(x * extra)
+
+
+class Rooted(Plain):
+    """Learned positions at the root, used before the blocks and after them, and a norm that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(32, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.kinds = [type(layer).__name__ for layer in self.layers]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embed(ids) + self.places[: ids.size(1)])
+        for layer in self.layers[: len(self.kinds)]:
+            x = layer(x) if layer.mix.bias is not None else x
+        return self.head(self.norm(x) - self.places[: ids.size(1)]) * 0.5
+
+
+class WithoutModule(Plain):
+    """A head that is the embedding's weight, without a module of its own."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x @ self.embed.weight.T + self.head(x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "kind", [Scaled, ScaledInPlace, Skip, Positions, Between, Loose, Tied, Idle, Pairs, Rooted, WithoutModule]
+)
+def test_what_is_around_the_blocks_runs_where_it_is_needed(kind: type[nn.Module], device: str) -> None:
+    """Output and gradients of stages in a row are those of the model; what they hand on is found without values too."""
+    model = kind().eval()
+    ids = torch.arange(12).view(2, 6) % VOCABULARY
+    want = model(ids)
+    want.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    tried = model
+    if device == "meta":
+        with torch.device("meta"):
+            tried = kind().eval()
+    found = chain(tried)
+    placed = spread(found, plan_stages(found, SETTINGS, 3), SETTINGS)
+    stages = []
+    for stage in range(3):
+        module, forward = cut(model, placed, tuple(found.parts), stage, SETTINGS)
+        forward.watch()
+        stages.append(module)
+    output = in_a_row(stages, ids)
+    assert torch.equal(output, want)
+    output.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name]) if parameter.grad is not None else gradients[name] is None
+    held = {id(parameter) for stage in stages for parameter in stage.parameters()}
+    assert held == {id(parameter) for parameter in model.parameters()}
+
+
+def test_a_stage_holds_what_it_uses_and_nothing_else() -> None:
+    found = chain(Rooted())
+    placed = spread(found, plan_stages(found, SETTINGS, 3), SETTINGS)
+    assert placed.parts == (("embed", "norm", "layers.0"), ("layers.1",), ("layers.2", "norm", "head"))
+    assert placed.loose == ({"places"}, set(), {"places"})
+    assert [len(values) for values in placed.handed] == [1, 1]
+    pairs = chain(Pairs())
+    assert [len(v) for v in spread(pairs, plan_stages(pairs, SETTINGS, 3), SETTINGS).handed] == [2, 2]
+
+
 def test_a_hook_of_one_stage_is_not_one_of_another() -> None:
     model = Plain()
     found = chain(model)
-    first, last = (cut(model, found, held, SETTINGS) for held in plan_stages(found, SETTINGS, 2))
+    first, last = cut_all(model, found, 2)
     first.register_forward_hook(lambda *_: None)
     assert len(first._forward_hooks) == 1 and not last._forward_hooks and not model._forward_hooks
 
