@@ -101,6 +101,11 @@ class BuiltShape:
     def intermediate(self) -> int | None:
         return self.facts.intermediate_size
 
+    @property
+    def expert_width(self) -> int:
+        """Of an expert's hidden layer; 0: not known."""
+        return self.facts.expert_width or 0
+
     @cached_property
     def sparse(self) -> tuple[bool, ...]:
         """Of each block, whether it holds experts that can be split."""
@@ -175,7 +180,9 @@ def estimated_run(shape: BuiltShape, rows: int, length: int, item: int) -> Run:
     tokens, wide = rows * length, shape.hidden
     blocks = tuple(_estimated(shape, weights, rows, length, item) for weights in shape.held)
     head = 2.0 * tokens * shape.vocab * wide
-    after = Work(saved_stream=tokens * wide * (_FP32 + 2 * item), matmul=head, moved=6 * tokens * wide * item, kernels=8)
+    after = Work(
+        saved_stream=tokens * wide * (_FP32 + 2 * item), matmul=head, moved=6 * tokens * wide * item, kernels=8
+    )
     return Run(blocks, Work(moved=2 * tokens * wide * item, kernels=4), after, wide, shape.vocab)
 
 

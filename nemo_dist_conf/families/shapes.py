@@ -24,8 +24,8 @@ __all__ = ["ModelShape", "Weight", "shape_of", "weights"]
 class Weight:
     """A parameter of the model. expert: the first dimension counts experts. name: relative to its block, if it has one.
 
-    part: ``embedding``, ``attention``, ``mlp``, ``norm``, ``final_norm`` or ``head``. layer: the class of torch.nn that it
-    is of; "": what the part says, an Embedding or a Linear.
+    part: ``embedding``, ``attention``, ``mlp``, ``norm``, ``final_norm`` or ``head``; "": not told.
+    layer: the class of torch.nn that it is of; "": as the part says, an Embedding or a Linear.
     """
 
     name: str

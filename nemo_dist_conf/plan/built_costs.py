@@ -1,4 +1,4 @@
-"""What a rank keeps, computes and sends for a model that was built without values: counted in its forward, or estimated.
+"""What a rank keeps, computes and sends for a built model: as counted in its forward on meta, or as estimated.
 
 A run of a whole microbatch on one rank is divided among ranks: along the sequence under cp, and under tp all but what
 is as wide as the residual stream. These shares are estimates, as is what torch.compile saves.
@@ -6,13 +6,9 @@ is as wide as the residual stream. These shares are estimates, as is what torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nemo_dist_conf.families.built_shape import BuiltShape, Run, Work
 from nemo_dist_conf.families.styles import STYLES
-
-if TYPE_CHECKING:
-    from nemo_dist_conf.plan.job import Job, Stage
+from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = [
     "built_of",
@@ -26,8 +22,6 @@ __all__ = [
     "stage_work",
     "tensor_sums",
 ]
-
-_FP32, _BYTES = 4, {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def built_of(job: Job) -> BuiltShape | None:
@@ -47,7 +41,7 @@ def _stream(job: Job, size: int) -> int:
     Autocast leaves it in the parameters' dtype. Along the sequence split are a norm's copies; what the matrices after
     it take, which is a third, is gathered.
     """
-    wider = _BYTES[job.param_dtype] / _BYTES[job.compute_dtype]
+    wider = DTYPE_BYTES[job.param_dtype] / DTYPE_BYTES[job.compute_dtype]
     shared = 2 / 3 / job.tp + 1 / 3 if job.sequence_parallel else 1.0
     return int(size * wider * shared) // job.cp
 
@@ -74,7 +68,7 @@ def _exchange(job: Job, layer: int, work: Work) -> int:
     model = job.model
     if job.ep == 1 or not model.sparse[layer]:
         return 0
-    return 2 * job.tokens * model.experts_per_token * model.hidden * _BYTES[job.compute_dtype]
+    return 2 * job.tokens * model.experts_per_token * model.hidden * DTYPE_BYTES[job.compute_dtype]
 
 
 def selected_bytes(job: Job, layer: int) -> int:
@@ -82,7 +76,7 @@ def selected_bytes(job: Job, layer: int) -> int:
     work = _run(job).blocks[layer]
     kept = _of_rank(job, work.entered + work.kept_stream, work.kept_inner)
     if job.sequence_parallel:  # results of rows after ranks have added them up, too
-        kept += 2 * job.tokens * job.model.hidden * _BYTES[job.compute_dtype] // job.tp
+        kept += 2 * job.tokens * job.model.hidden * DTYPE_BYTES[job.compute_dtype] // job.tp
     return min(kept, _whole(job, work)) + _exchange(job, layer, work)
 
 

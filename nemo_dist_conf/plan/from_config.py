@@ -31,7 +31,16 @@ from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
 from nemo_dist_conf.wording import assigned, typed_path, unknown_name
 
-__all__ = ["autocast_of", "hardware_of", "is_built", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
+__all__ = [
+    "autocast_of",
+    "hardware_of",
+    "is_built",
+    "job_of",
+    "model_config",
+    "model_shape",
+    "planned_start",
+    "update_of",
+]
 
 
 def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start:
@@ -39,9 +48,7 @@ def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start
     return Start(world_size, launch_command(), elsewhere=machine is None or machine.device != "cpu")
 
 
-def job_of(
-    cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None = None, builds: bool = True
-) -> Job:
+def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None = None, builds: bool = True) -> Job:
     """What a recipe config asks for on ``world_size`` ranks. hardware None: of the config's node.
 
     builds: a model without a row of shapes is built on the meta device; False: it is refused.
@@ -89,7 +96,7 @@ def _built_shape(cfg: DictConfig) -> BuiltShape:
     """As the runtime builds it; beside a checkpoint folder only typed fields hold."""
     from nemo_dist_conf.runtime.on_paper import read_model
 
-    node = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
+    node: Any = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
     if node.get("name_or_path"):
         overrides = raw_words(OmegaConf.select(cfg, "hydra.overrides.task"))
         node.config = typed_model_config(node.get("config"), overrides)

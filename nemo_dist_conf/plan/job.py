@@ -252,9 +252,7 @@ class Job:
             ranks = tuple(rank_of_stage(stage, count, self.pp, v_shaped) for stage in range(count))
         parts = self.pipeline.get("module_fqns_per_model_part")
         if parts is not None:
-            return tuple(
-                _named_stage(index, ranks[index], list(part), self.model) for index, part in enumerate(parts)
-            )
+            return tuple(_named_stage(index, ranks[index], list(part), self.model) for index, part in enumerate(parts))
         found, first = [], 0
         weighted = self.pipeline.get("layers_per_stage") is None
         for index, layers in enumerate(spread_layers(self.model.layers, count, weighted)):

@@ -67,6 +67,8 @@ class Plan:
         if isinstance(job.model, BuiltShape) and job.model.why_estimated:
             why = f"{job.model.model_type} does not run on the meta device ({job.model.why_estimated})"
             found.append(f"activations and FLOPs, which are estimates from the sizes of weights: {why}")
+        if isinstance(job.model, BuiltShape) and job.tp > 1:
+            found.append(f"tp: what layers of {job.model.model_type} gather whose parts are no plain rows and columns")
         policy = job.moe.get("mp_policy")
         changed = {
             "lm_head_precision": job.moe.get("lm_head_precision") is not None,

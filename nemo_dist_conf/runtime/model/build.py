@@ -109,8 +109,8 @@ def build_without_values(node: Any) -> Built:
     blocks = None
     if "_target_" in node:
         asked = assigned("model._target_", node["_target_"])
-        factory = functools.partial(build_target, node, "model", instead="model=llama_tiny")
-        factory = factory() if node.get("_partial_") else factory
+        build = functools.partial(build_target, node, "model", instead="model=llama_tiny")
+        factory: Callable[[], Any] = build() if node.get("_partial_") else build
     elif node.get("name_or_path") or node.get("config"):
         config, folder, factory = _of_transformers(node)
         blocks = OmegaConf.to_container(node.blocks) if OmegaConf.is_config(node.get("blocks")) else node.get("blocks")

@@ -1,7 +1,7 @@
 """A forward of a model on the meta device: what each part of it keeps for backward, computes and moves.
 
-No tensor has a value, so no memory is taken and nothing is computed. What Python asks of a value is answered as if every
-condition held: rows are not padded, every token is meant.
+No tensor has a value, so no memory is taken and nothing is computed. What Python asks of a value is answered as if
+every condition held: rows are not padded, every token is meant.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nemo_dist_conf.families.built_shape import Run, Work
 from nemo_dist_conf.runtime.model.blocks import Blocks
-from nemo_dist_conf.runtime.torch_inside import schema_of, storage_id
+from nemo_dist_conf.runtime.torch_inside import (
+    ASKED_VALUE,
+    GROUPED_PRODUCT,
+    QuickDispatchMode,
+    schema_of,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
+)
 
 __all__ = ["run_on_meta"]
 
@@ -32,9 +38,8 @@ _PRODUCTS: Mapping[Any, int] = {
     _aten.addmm.default: 1,
     _aten.bmm.default: 0,
     _aten.baddbmm.default: 1,
-    _aten._grouped_mm.default: 0,
+    GROUPED_PRODUCT: 0,
 }
-_GROUPED = _aten._grouped_mm.default
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
 
 
@@ -65,7 +70,7 @@ def _call(model: nn.Module, ids: Tensor) -> Any:
     return getattr(output, "logits", output)
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(QuickDispatchMode):
     """Counts what every operator does for the part of the model that it runs in.
 
     Parts are numbered as the blocks are; -1: before the first, their number: after the last and in between.
@@ -135,13 +140,13 @@ class _Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = _all_on_meta(args, kwargs or {})
-        if func is _aten._local_scalar_dense.default:
+        if func is ASKED_VALUE:
             return {torch.bool: True}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 0)
         if func is _aten.nonzero.default:
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
         if func in _INDEXING:
             args = (args[0], _without_masks(args[1]), *args[2:])
-        if func is _GROUPED:  # on meta for bfloat16 alone
+        if func is GROUPED_PRODUCT:  # on meta for bfloat16 alone
             out = args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
         else:
             out = func(*args, **kwargs)
@@ -221,7 +226,9 @@ class _Attention(TorchFunctionMode):
             return func(*args, **kwargs)
         return self._attention(*args, **kwargs)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any) -> Tensor:
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any
+    ) -> Tensor:
         scores = query.shape[:-1].numel() * key.shape[-2]
         flops = 2.0 * scores * (query.shape[-1] + value.shape[-1])
         out: Tensor = _Fused.apply(query, key, value, attn_mask)
