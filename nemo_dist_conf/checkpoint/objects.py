@@ -97,6 +97,8 @@ class Models:
         #: Prefixes of models whose tensors a strategy keeps alike on the ranks that hold them, and ids of those.
         self.wrapped = [p for p, one in self.models.items() if self.is_split[p] or unwrapped(one) is not one]
         self.alike = {id(value) for prefix in self.wrapped for value in self.states[prefix].values()}
+        #: Names of parameters that stages on different ranks hold.
+        self.on_several_stages = frozenset(engine_of(model).on_several_stages(model))
         self.objects = {**objects, **self._extras()}
         self.kinds |= dict.fromkeys(set(self.objects) - set(objects), STATE)
 
@@ -275,7 +277,7 @@ def _state(name: str, value: Any, models: Models) -> Held:
         if tensor.numel():
             boxes = shard_boxes(path, tensor, models) if isinstance(tensor, DTensor) else boxes_of(tensor)
             held.pieces[full] = Piece(local_values(tensor), boxes, tensor.shape)
-            held.marks[full] = _mark(tensor, models)
+            held.marks[full] = _mark(tensor, models, lies_twice=_last_key(path) in models.on_several_stages)
         is_whole = not isinstance(tensor, DTensor)
         return {"at": full, "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "whole": is_whole}
 
@@ -290,11 +292,15 @@ def _state(name: str, value: Any, models: Models) -> Held:
     return held
 
 
-def _mark(value: Tensor, models: Models, alike: bool = False) -> str:
-    """What two ranks compare of a tensor: where it lies, if it is sharded; what it holds, if nothing keeps it alike."""
+def _mark(value: Tensor, models: Models, alike: bool = False, lies_twice: bool = False) -> str:
+    """What two ranks compare of a tensor: where it lies, if it is sharded; what it holds, if nothing keeps it alike.
+
+    lies_twice: stages on different ranks each have all of it.
+    """
     facts: list[Any] = [str(value.dtype), list(value.shape)]
     if isinstance(value, DTensor):
         mesh = value.device_mesh.mesh
+        mesh = mesh - mesh.min() if lies_twice else mesh
         facts += [list(mesh.shape), hashlib.sha256(bytes_of(mesh)).hexdigest(), str(value.placements)]
     elif not alike and id(value) not in models.alike and dist.is_initialized() and dist.get_world_size() > 1:
         facts.append(hashlib.sha256(bytes_of(value)).hexdigest())

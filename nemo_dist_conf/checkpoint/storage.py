@@ -208,7 +208,7 @@ class FolderReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         places: dict[str, list[Any]] = {}
         for item in plan.items:
-            name, number = item.storage_index.fqn, item.storage_index.index
+            name, number = item.storage_index.fqn, item.storage_index.index or 0
             if name not in places:
                 places[name] = list(self.index.parts(name))
             place, _ = places[name][number]

@@ -35,7 +35,6 @@ class ModelFacts:
 
     num_experts 0: a dense model. expert_width: of an expert's hidden layer, where the family's row names the field.
     balances_experts: it computes a loss for an even load of its experts.
-    own_mixer: what mixes the tokens of a row beside an attention that can be exchanged (families/mixers.py).
     folder: of the checkpoint whose config says so; None: its fields are the tree's own, and can be typed.
     """
 
@@ -50,7 +49,6 @@ class ModelFacts:
     expert_width: int | None = None
     tied: bool = False
     balances_experts: bool = False
-    own_mixer: str | None = None
     folder: str | None = None
 
 
@@ -76,7 +74,6 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         expert_width=_whole(config, fields.expert_width),
         tied=bool(config.get(fields.tied, family.defaults.get(fields.tied, False))),
         balances_experts=bool(config.get("output_router_logits", False)),
-        own_mixer=next((mixer.text for mixer in family.mixers if mixer.is_chosen(config)), None),
     )
 
 

@@ -99,16 +99,6 @@ def model_problems(
     uneven = None if seq_len is None else chunk_problem(seq_len, cp, spelling)
     if uneven is not None:
         problems.append(uneven)
-    if cp > 1 and facts.own_mixer is not None:
-        problems.append(
-            Problem(
-                what=f"cp_size={cp}: {facts.model_type} has {facts.own_mixer}; on a part of a row it sees "
-                "that part only",
-                asked=spelling.set("parallelism.cp_size", cp),
-                allowed="cp_size=1, or a family whose layers are all attentions of the registry",
-                instead=spelling.set("parallelism.cp_size", 1),
-            )
-        )
     if pp > 1 and facts.balances_experts:
         problems.append(
             Problem(

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Mapping
 
 from nemo_dist_conf.families.registry import families, find_family
-from nemo_dist_conf.families.styles import find_style
+from nemo_dist_conf.families.styles import sequence_twin
 
 if TYPE_CHECKING:
     from nemo_dist_conf.families.spec import Places, TensorPlan
@@ -41,8 +41,10 @@ def complete_plan(
     plan |= {places.in_base(pattern): style for pattern, style in (base_plan or {}).items()}
     if places.base:
         plan |= dict(head_plan or {})
+    if sequence_parallel and "moe_tp_experts" in plan.values():
+        return None  # a router and its experts take each token once, wherever it is
     if sequence_parallel:
-        plan = {pattern: _sequence_twin(style) for pattern, style in plan.items()}
+        plan = {pattern: sequence_twin(style) for pattern, style in plan.items()}
         plan[places.block("*")] = "scatter_input"
     return plan
 
@@ -63,8 +65,3 @@ def _entries(styles: TensorPlan, places: Places) -> dict[str, str]:
         places.in_base(places.final_norm): styles.final_norm,
         **({places.head: styles.head} if places.base else {}),
     }
-
-
-def _sequence_twin(name: str) -> str:
-    style = find_style(name)
-    return style.sequence_twin or name if style is not None else name

@@ -44,7 +44,8 @@ class ModelShape:
     """Everything about a decoder that sizes and costs depend on.
 
     sparse: of each layer, whether experts take the place of its MLP. experts: 0 for a dense model.
-    expert_width: of one expert's hidden layer. window: of sliding attention, None: all tokens before.
+    expert_width: of one expert's hidden layer. window: of sliding attention, None: all tokens before. whole_rows: of
+    each layer, whether its mixer is run on whole rows under context parallelism.
     """
 
     model_type: str
@@ -65,6 +66,7 @@ class ModelShape:
     expert_width: int
     sparse: tuple[bool, ...]
     window: int | None = None
+    whole_rows: tuple[bool, ...] = ()
 
     @property
     def places(self) -> Places:
@@ -169,6 +171,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         expert_width=said[fields.expert_width] if any(sparse) else 0,
         sparse=sparse,
         window=said.get(fields.window) if window else None,
+        whole_rows=tuple(any(kinds) for kinds in zip(*(mixer.layers(said, layers) for mixer in family.mixers))),
     )
 
 

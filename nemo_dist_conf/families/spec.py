@@ -112,8 +112,9 @@ class Family:
     name: ``model_type`` of its configs.
     expert_plan: what is done to the experts of a layer, pattern relative to the base model -> style name of
     transformers; empty: the config's own ``base_model_ep_plan``.
-    mixers: layers beside an attention of transformers' registry. config_fields: every field of its config, also by
-    older names, to tell a misspelt one; empty: not known. rotary: heads are turned in pairs, so their width is even.
+    mixers: layers beside an attention of transformers' registry, which cp runs on whole rows.
+    config_fields: every field of its config, also by older names, to tell a misspelt one; empty: not known.
+    rotary: heads are turned in pairs, so their width is even.
     proven: axes of which tests hold its own classes against one process ("tp", with sequence parallelism; "cp"); what
     is not proven is tried on a small input before a model is changed.
     modeling: a module that makes transformers know the family when it is imported (AutoConfig.register,

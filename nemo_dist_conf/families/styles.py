@@ -10,15 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-__all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_pattern", "unalias"]
+__all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_pattern", "sequence_twin", "unalias"]
 
 
 @dataclass(frozen=True)
 class Style:
     """What a module of one style does.
 
-    text: it in words; tensors are [batch, seq, hidden]. layers: classes of torch.nn that it is for; empty: any module,
-    but none of a style that splits something, which is for parameters only.
+    text: it in words; tensors are [batch, seq, hidden]. layers: classes of torch.nn that it is for, and Conv1D, a
+    linear layer of transformers; empty: any module, but none of a style that splits something, which is for parameters
+    only.
     splits: features of the weight that the ranks share, "output" or "input"; "": none, every rank has them all.
     keeps_part: what is split stays the rank's own between this layer and the next, so the ranks have to divide it.
     parameters: it may be given to a parameter too: [..., output, input], or [output] alone. packed: weights of one size
@@ -39,32 +40,34 @@ class Style:
     def split_dim(self, layer: str, dims: int) -> int | None:
         """The dimension that is split of a layer's weight, or of a parameter, of so many dimensions; None: none.
 
-        layer: class of torch.nn. A Linear's weight, and a parameter in no layer, ends in [output, input]; an
-        Embedding's is [vocabulary, hidden], which is [input, output]. The one dimension of a vector is the output.
+        layer: its class, as in ``layers``. A Linear's weight, and a parameter in no layer, ends in [output, input]; a
+        Conv1D's in [input, output]; an Embedding's is [vocabulary, hidden], which is the same. The one dimension of a
+        vector is the output.
         """
         if not self.splits or (self.splits == "input" and dims == 1):
             return None
-        return dims - 1 if dims == 1 or (self.splits == "output") == (layer == "Embedding") else dims - 2
+        turned = layer in ("Embedding", "Conv1D")
+        return dims - 1 if dims == 1 or (self.splits == "output") == turned else dims - 2
 
 
-_LINEAR, _EMBEDDING = ("Linear",), ("Embedding",)
+_LINEAR, _EMBEDDING = ("Linear", "Conv1D"), ("Embedding",)
 
 #: Style name -> what it does. runtime/techniques/tensor/styles.py has the same names with torch's objects.
 STYLES: dict[str, Style] = {
     "colwise": Style(
-        "output features split over the ranks, each rank keeps its part (Linear, Embedding, parameters)",
+        "output features split over the ranks, each rank keeps its part (Linear, Conv1D, Embedding, parameters)",
         layers=(*_LINEAR, *_EMBEDDING),
         splits="output",
         keeps_part=True,
         parameters=True,
     ),
     "colwise_gather_output": Style(
-        "output features split over the ranks, the output gathered (Linear, Embedding)",
+        "output features split over the ranks, the output gathered (Linear, Conv1D, Embedding)",
         layers=(*_LINEAR, *_EMBEDDING),
         splits="output",
     ),
     "rowwise": Style(
-        "input features split over the ranks, takes colwise outputs, the outputs summed (Linear, parameters)",
+        "input features split over the ranks, takes colwise outputs, the outputs summed (Linear, Conv1D, parameters)",
         layers=_LINEAR,
         splits="input",
         keeps_part=True,
@@ -72,10 +75,10 @@ STYLES: dict[str, Style] = {
         sequence_twin="rowwise_scatter_output",
     ),
     "rowwise_split_input": Style(
-        "as rowwise, of an input that every rank has in full (Linear)", layers=_LINEAR, splits="input"
+        "as rowwise, of an input that every rank has in full (Linear, Conv1D)", layers=_LINEAR, splits="input"
     ),
     "rowwise_scatter_output": Style(
-        "as rowwise, the summed output split over the sequence (Linear)",
+        "as rowwise, the summed output split over the sequence (Linear, Conv1D)",
         layers=_LINEAR,
         splits="input",
         keeps_part=True,
@@ -100,13 +103,23 @@ STYLES: dict[str, Style] = {
     "sequence_parallel": Style(
         "the same weights on each rank's part of the sequence, gradients summed (norms)", splits_sequence=True
     ),
+    "split_heads": Style(
+        "no weights of its own: what it says of its heads (number, width together) is the rank's part (attention)"
+    ),
     "packed_colwise": Style(
-        "as colwise, of two layers in one (gate and up), each split by itself (Linear, parameters)",
+        "as colwise, of two layers in one (gate and up), each split by itself (Linear, Conv1D, parameters)",
         layers=_LINEAR,
         splits="output",
         keeps_part=True,
         parameters=True,
         packed=2,
+    ),
+    "packed_qkv_colwise": Style(
+        "as colwise, of three layers in one (query, key, value), each split by itself (Linear, Conv1D)",
+        layers=_LINEAR,
+        splits="output",
+        keeps_part=True,
+        packed=3,
     ),
     "packed_rowwise": Style(
         "input features of two weights in one, each split by itself (parameters [..., input, output])",
@@ -125,6 +138,14 @@ STYLES: dict[str, Style] = {
     "own_output": Style("no weights of its own: what it returns may be written into (to add another output to it)"),
     "gather_input": Style("no weights of its own: the input made full once for all layers inside (attention, MLP)"),
     "scatter_input": Style("no weights of its own: the input split over the sequence (blocks)", splits_sequence=True),
+    "scatter_inputs": Style(
+        "as scatter_input, of every input that is [batch, seq, ...] like the first (blocks)", splits_sequence=True
+    ),
+    "sequence_parameters": Style(
+        "the module's own parameters, not those inside, meet what is split over the sequence, gradients summed (blocks)"
+    ),
+    "whole_inputs": Style("no weights of its own: what is split of the inputs made full, plain tensors inside"),
+    "whole_sequence": Style("as whole_inputs, the output split over the sequence (mixers)", splits_sequence=True),
 }
 
 #: Other names in use -> style name.
@@ -147,6 +168,12 @@ def find_style(name: str) -> Style | None:
 def unalias(style: str) -> str:
     """The name in STYLES that a style name stands for; an unknown name as it is."""
     return _STYLE_ALIASES.get(style, style)
+
+
+def sequence_twin(name: str) -> str:
+    """The style that takes the place of one under sequence parallelism; itself where none does."""
+    style = find_style(name)
+    return style.sequence_twin or name if style is not None else name
 
 
 def match_pattern(pattern: str, name: str) -> bool:

@@ -67,14 +67,20 @@ def _norm(job: Job, readers_bytes: int) -> int:
 
 
 def _attention(job: Job) -> int:
-    """q, k, v and the output as attention keeps them, with its log-sum-exp; k and v of all tokens under cp."""
+    """q, k, v and the output as attention keeps them, with its log-sum-exp; k and v of all tokens under cp.
+
+    Where the attention of some layers is run on whole rows, all of it is of all tokens, in every layer.
+    """
     model, item, tp = _shape(job), _item(job), job.tp
     if job.autocast and job.hardware.device == "cpu":
         item = _FP32  # rotary embeddings are float32 under autocast, and on a CPU attention takes them as they are
-    tokens = job.tokens
-    kept = tokens * model.q_width * 2 * item // tp + tokens * job.cp * model.kv_width * 2 * item // tp
+    tokens, whole = job.tokens, any(model.whole_rows)
+    row = tokens * job.cp
+    if whole:
+        tokens = row
+    kept = tokens * model.q_width * 2 * item // tp + row * model.kv_width * 2 * item // tp
     kept += tokens * model.heads * _FP32 // tp
-    if job.cp > 1:  # the output is put together from two parts and laid out anew
+    if job.cp > 1 and not whole:  # the output is put together from two parts and laid out anew
         kept += tokens * model.q_width * item // tp
     if model.qk_norm and not job.compiled:
         kept += tokens * (model.q_width + model.kv_width) * (_FP32 + item) // tp

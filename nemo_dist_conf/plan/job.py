@@ -192,7 +192,12 @@ class Job:
 
     @cached_property
     def sequence_parallel(self) -> bool:
-        return self.styles.splits_sequence
+        return self.styles.splits_sequence or self.follows_stream
+
+    @cached_property
+    def follows_stream(self) -> bool:
+        """Whether no style says how the sequence is split, so that the model itself is asked when it is built."""
+        return self.tp > 1 and bool(self.options.get("sequence_parallel")) and not self.styles.splits_sequence
 
     @cached_property
     def styles(self) -> Styles:

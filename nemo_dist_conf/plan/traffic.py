@@ -17,6 +17,9 @@ from nemo_dist_conf.plan.rank_shards import padded
 
 __all__ = ["traffic_of"]
 
+#: Routers compute their weights in float32.
+_ROUTED_BYTES = 4
+
 
 def traffic_of(job: Job, pp_rank: int, tp: int = 0) -> list[Collective]:
     """What a rank takes part in during a step, by its index on the axes pp and tp; calls of zero left out."""
@@ -53,8 +56,11 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
         norm = model.hidden * DTYPE_BYTES[job.param_dtype]
         yield Collective("tp", "all_reduce", (columns + head) * times, norm, "backward", why="norms")
     else:
-        yield Collective("tp", "all_reduce", (rows + embedding) * times, size, "forward", why="row sums")
-        yield Collective("tp", "all_reduce", (columns + head) * times, size, "backward", why="column inputs")
+        sparse = sum(model.sparse[stage.first : stage.last])
+        apart = sparse if job.ep > 1 else 0
+        yield Collective("tp", "all_reduce", (rows - apart + embedding) * times, size, "forward", why="row sums")
+        yield Collective("tp", "all_reduce", (columns - apart + head) * times, size, "backward", why="column inputs")
+        yield from _experts_beside(job, sparse * times, size)
     if isinstance(model, ModelShape) and model.qk_norm:
         norm = model.head_dim * DTYPE_BYTES[job.param_dtype]
         yield Collective("tp", "all_reduce", 2 * stage.layers * times, norm, "backward", why="norms of heads")
@@ -63,6 +69,20 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
         yield Collective("tp", "all_gather", times, logits, "forward", why="logits")
     if job.checkpointing:
         yield from _tensor_again(job, rows, columns, size, times)
+
+
+def _experts_beside(job: Job, times: int, size: int) -> Iterator[Collective]:
+    """What experts add: gradients of routing weights; of whole experts also what each rank had computed of its tokens.
+
+    times: experts that run in a step.
+    """
+    weights = job.tokens * job.model.experts_per_token * _ROUTED_BYTES
+    if job.ep == 1:
+        yield Collective("tp", "all_reduce", times, weights, "backward", why="routing weights")
+        return
+    yield Collective("tp", "all_gather", times, size, "forward", why="outputs of experts")
+    yield Collective("tp", "all_gather", times, size, "backward", why="inputs of experts")
+    yield Collective("tp", "all_gather", times, weights, "backward", why="routing weights")
 
 
 def _tensor_again(job: Job, rows: int, columns: int, size: int, times: int) -> Iterator[Collective]:
@@ -76,22 +96,27 @@ def _tensor_again(job: Job, rows: int, columns: int, size: int, times: int) -> I
 
 
 def _context(job: Job, stage: Stage) -> Iterator[Collective]:
-    """Keys and values of the whole sequence gathered, their gradients scattered back."""
+    """Keys and values of the whole sequence gathered, their gradients scattered back.
+
+    Where a mixer is run on whole rows, its input instead.
+    """
     if job.cp == 1:
         return
-    times = job.microbatches * job.calls
-    sizes: dict[int, int] = {}
+    times, item = job.microbatches * job.calls, DTYPE_BYTES[job.compute_dtype]
+    sizes: list[tuple[str, int, int]] = []
     if isinstance(job.model, ModelShape):
-        size = job.tokens * job.cp * job.model.kv_width * DTYPE_BYTES[job.compute_dtype] // job.tp
-        sizes[size] = 2 * stage.layers
+        whole = sum(job.model.whole_rows[stage.first : stage.last])
+        kv = job.tokens * job.cp * job.model.kv_width * item // job.tp
+        row = job.tokens * job.cp * job.model.hidden * item
+        sizes += [("keys and values", 2 * (stage.layers - whole), kv), ("whole rows", whole, row)]
     else:
-        for both in exchanged_bytes(job, stage):
-            sizes[both // 2] = sizes.get(both // 2, 0) + 2
-    for size, calls in sizes.items():
-        yield Collective("cp", "all_gather", calls * times, size, "forward", why="keys and values")
-        yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why="keys and values")
+        found = [both // 2 for both in exchanged_bytes(job, stage)]
+        sizes += [("keys and values", 2 * found.count(size), size) for size in dict.fromkeys(found)]
+    for why, calls, size in sizes:
+        yield Collective("cp", "all_gather", calls * times, size, "forward", why=why)
+        yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
         if job.checkpointing:
-            yield Collective("cp", "all_gather", calls * times, size, "recompute", why="keys and values")
+            yield Collective("cp", "all_gather", calls * times, size, "recompute", why=why)
 
 
 def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
@@ -100,7 +125,9 @@ def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
     if job.ep == 1 or not layers:
         return
     times = layers * job.microbatches * job.calls
-    size = job.tokens * job.model.experts_per_token * job.model.hidden * DTYPE_BYTES[job.compute_dtype]
+    # Ranks along tp hold the same tokens, and each sends its part of them.
+    rows = -(-job.tokens // job.tp) * job.model.experts_per_token
+    size = rows * job.model.hidden * DTYPE_BYTES[job.compute_dtype]
     counts = 8 * job.model.experts
     passes = {"forward": 2, "backward": 2}
     if job.checkpointing:  # selective keeps what all_to_all returned

@@ -69,11 +69,11 @@ def parallelize(
         send_from_rank0([*model.parameters(), *model.buffers()])
     units = find_blocks(model, blocks)
     mesh: Any = engine.device_mesh
-    counts = None
+    ways = None
     if engine.sizes.get(A.CP, 1) > 1:
         from nemo_dist_conf.runtime.techniques.context.trial import try_context_parallel
 
-        counts = try_context_parallel(model, mesh[A.CP.value], units)
+        ways = try_context_parallel(model, mesh[A.CP.value], units)
     warn_of_own_rows(model, engine.data_ranks)
     pp_size = engine.sizes.get(A.PP, 1)
     if pp_size > 1:
@@ -94,10 +94,10 @@ def parallelize(
         fill = None
     engine.after_split(model)
     again = None
-    if counts is not None:
+    if ways is not None:
         from nemo_dist_conf.runtime.techniques.context.parallel import apply_context_parallel
 
-        again = apply_context_parallel(model, mesh[A.CP.value], counts).again
+        again = apply_context_parallel(model, mesh[A.CP.value], ways).again
     engine.set_precision(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
     apply_activation_checkpointing(model, units, engine.config.activation_checkpointing, keeps_routing, again)

@@ -82,6 +82,8 @@ EXPERTS: dict[str, Layout] = {
     "fsdp2 4": Layout(4, FSDP2, _MIXTRAL),
     "ep 2 x dp 4": Layout(4, (*FSDP2, EP), _MIXTRAL),
     "ep 2 x pp 2": Layout(4, (*FSDP2, EP, PP, "pipeline.pp_batch_size=8"), _MIXTRAL),
+    "tp 2 x dp 2": Layout(4, (*FSDP2, TP), _MIXTRAL),
+    "tp 2 x ep 2 x dp 2": Layout(4, (*FSDP2, TP, EP), _MIXTRAL),
 }
 #: Other numbers of ranks, and sizes that nothing divides.
 _ODD: dict[str, Any] = {"config": {**LLAMA, "vocab_size": 97, "num_hidden_layers": 2}}

@@ -108,7 +108,8 @@ def test_a_model_that_takes_vectors_is_tried_and_stays_as_it_was() -> None:
 def test_where_a_plan_parts_is_said_with_one_that_was_tried() -> None:
     with pytest.raises(ConfigError, match=r"what the model \(Sums\) returns is not what it returns") as refused:
         run_ranks(2, apply, Sums(), PLAN)
-    assert refused.value.type == "parallelism.tp_size=1"
+    gathered = "{layers.*.up:colwise_gather_output,layers.*.down:rowwise_split_input}"
+    assert refused.value.type == f"'strategy.tp_plan={gathered}'"
     with pytest.raises(ConfigError, match=r"the model \(Scales\) returns in training is not what it"):
         run_ranks(2, apply, Scales(), PLAN)
     with pytest.raises(ConfigError, match="no tensor-parallel plan is known for Vectors") as refused:
@@ -129,9 +130,31 @@ class Chained(Vectors):
         self.layers = nn.ModuleList(chains)
 
 
-def test_an_offer_that_cannot_be_made_is_none() -> None:
+class Single(Vectors):
+    """Each layer is one linear: nothing lies between two of them that the ranks could share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)) for _ in range(3))
+
+
+def test_an_offer_names_layers_that_are_called_by_numbers() -> None:
     with pytest.raises(ConfigError, match="no tensor-parallel plan is known for Chained") as refused:
         run_ranks(2, apply, Chained(), None)
+    assert refused.value.type == "'strategy.tp_plan={layers.*.0:colwise,layers.*.2:rowwise}'"
+
+
+def test_layers_that_are_split_otherwise_than_the_first_are_tried_too() -> None:
+    last = {"layers.2.up": "colwise", "layers.2.down": "colwise"}
+    with pytest.raises(ConfigError, match="an error in layers.2.down") as refused:
+        run_ranks(2, apply, Vectors(), last)
+    assert refused.value.type == PLAN_WORD
+    assert run_ranks(2, apply, Vectors(), {"layers.2.up": "colwise", "layers.2.down": "rowwise"})
+
+
+def test_an_offer_that_cannot_be_made_is_none() -> None:
+    with pytest.raises(ConfigError, match="no tensor-parallel plan is known for Single") as refused:
+        run_ranks(2, apply, Single(), None)
     assert refused.value.type == "parallelism.tp_size=1"
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from nemo_dist_conf.families.plans import complete_plan
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.plan.activations import stage_bytes
@@ -34,6 +35,11 @@ PLAIN = "strategy.mp_policy=null"
 NARROW = "strategy.mp_policy.output_dtype=float32"
 TP = "parallelism.tp_size=2"
 SEQUENCE = "strategy.sequence_parallel=true"
+#: Llama's own plan as a user types it, without a word on the sequence.
+_PLAN = {
+    name: style for name, style in (complete_plan("llama") or {}).items() if name[-7:] not in (".q_norm", ".k_norm")
+}
+TYPED = f"strategy.tp_plan={{{','.join(f'{name}:{style}' for name, style in _PLAN.items())}}}"
 MODES = ("false", "true", "selective")
 #: Wide enough for activations to be more than what is counted with them.
 MODEL = {
@@ -91,7 +97,7 @@ def test_options_of_stages_and_experts_are_planned_as_they_run(name: str) -> Non
 
 
 def test_both_ends_of_a_pipeline_hold_a_tied_embedding_and_send_its_gradients() -> None:
-    model = {"config": {**model_of(PIPELINE)["config"], "tie_word_embeddings": True}}
+    model = {"config": {**model_of(PIPELINE)["config"], "vocab_size": 98, "tie_word_embeddings": True}}
     words = words_of(PIPELINE)
     job = job_for(words, 4, model["config"], ADAMW, 16, LENGTH)
     for seen in run_ranks(4, seen_of_rank, words, model, ADAMW, LENGTH, 16):
@@ -113,6 +119,7 @@ CASES: dict[str, tuple[list[str], Any]] = {
     "not resharded": ([PLAIN, "strategy.reshard_after_forward=false"], ADAMW),
     "every microbatch reduced": ([PLAIN, "strategy.defer_fsdp_grad_sync=false"], ADAMW),
     "plain sgd": ([PLAIN], {"name": "sgd", "lr": 0.1}),
+    "sp that is followed": ([PLAIN, TP, SEQUENCE, TYPED], ADAMW),
     **{
         f"{title}, {mode}": ([PLAIN, *words, f"activation_checkpointing={mode}"], ADAMW)
         for title, words in {
@@ -168,6 +175,25 @@ def test_experts_that_are_recomputed_exchange_their_tokens_again(mode: str) -> N
     job = job_for(words, 2, MIXTRAL, ADAMW, 4, 16)
     for seen in run_ranks(2, seen_of_rank, words, {"config": MIXTRAL}, ADAMW, 16, 4):
         assert list(differences(job, seen)) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN_MOE], ids=["mixtral", "qwen3_moe"])
+def test_experts_split_inside(config: dict[str, Any], mode: str) -> None:
+    words = [PLAIN, TP, f"activation_checkpointing={mode}"]
+    job = job_for(words, 2, config, ADAMW, 4, 16)
+    for seen in run_ranks(2, seen_of_rank, words, {"config": config}, ADAMW, 16, 4):
+        assert list(differences(job, seen)) == []
+
+
+def test_whole_experts_beside_tensor_parallelism() -> None:
+    """All but the tokens that come to a rank, of which a plan knows the mean."""
+    words = [PLAIN, TP, "parallelism.ep_size=2"]
+    job = job_for(words, 2, MIXTRAL, ADAMW, 4, 16)
+    for seen in run_ranks(2, seen_of_rank, words, {"config": MIXTRAL}, ADAMW, 16, 4):
+        found = [entry for entry in differences(job, seen) if "only counted" in entry]
+        assert all("all_gather" not in entry and "all_reduce" not in entry for entry in found), found
+        assert not [entry for entry in differences(job, seen) if "CommDebugMode" in entry]
 
 
 def megatron_elements(words: list[str], config: dict[str, Any]) -> tuple[int, int]:

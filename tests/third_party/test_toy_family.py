@@ -65,7 +65,6 @@ def test_a_command_line_refuses_what_its_sizes_do_not_allow(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("config", "sizes", "what"),
     [
-        (TOY, {"cp_size": 2}, "toy has an attention of its own"),
         ({**TOY, "heads": 3}, {"tp_size": 2}, "does not divide the model's 3 attention heads"),
         (TOY, {"ep_size": 2}, r"the model \(toy\) has no experts"),
         ({**EXPERTS, "n_experts": 3}, {"ep_size": 2}, "does not divide the model's 3 experts"),

@@ -136,6 +136,8 @@ class _FSDP2Costs(StrategyCosts):
     def notes(self, job: Job) -> Iterable[str]:
         if job.options.get("enable_async_tensor_parallel"):
             yield "strategy.enable_async_tensor_parallel: its overlap is not in the time"
+        if job.follows_stream:
+            yield "strategy.sequence_parallel: parts of a block that are neither a norm, an attention nor an MLP"
 
 
 def _gathers_of_stage(job: Job, stage: Stage) -> tuple[int, int]:

@@ -211,6 +211,10 @@ class Engine:
         """ids of parameters that a rank of another stage has too, and counts where each is counted once."""
         return ()
 
+    def on_several_stages(self, model: nn.Module) -> Collection[str]:
+        """Names of parameters that ranks of several stages have."""
+        return ()
+
     def parts(self, model: nn.Module) -> list[nn.Module]:
         """The user's modules that this rank holds: the model, or its stages here."""
         return [unwrapped(model)]

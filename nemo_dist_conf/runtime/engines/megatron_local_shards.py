@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.techniques.tensor.local_parameters import runs_on_parts
 from nemo_dist_conf.runtime.torch_inside import mark_tensor_parallel, own_parameters
 
 __all__ = ["keep_local_shards"]
@@ -32,14 +33,16 @@ def keep_local_shards(model: nn.Module) -> None:
         if not held:
             continue
         for key, parameter in held.items():
-            problem = _uneven(f"{path}.{key}", parameter)
+            problem = _uneven(f"{path}.{key}", parameter) or _packed(f"{path}.{key}", parameter)
             if problem is not None:
                 problems.setdefault(problem.what, problem)
             if id(parameter) not in made:
                 made[id(parameter)] = _local(parameter)
             own[key] = made[id(parameter)]
-        # Replicated ones alone are those of the style that shows them to their module as plain tensors itself.
-        if any(not placement.is_replicate() for p in held.values() for placement in p.placements):
+        # Some styles show parameters to their module as plain tensors themselves: replicated ones alone, and parts.
+        if not runs_on_parts(module) and any(
+            not placement.is_replicate() for p in held.values() for placement in p.placements
+        ):
             module.forward = _Presented(module, module.forward, {key: _Layout(p) for key, p in held.items()})
     ConfigError.raise_if(problems.values())
 
@@ -96,3 +99,13 @@ def _uneven(name: str, parameter: DTensor) -> Problem | None:
                 instead=f"strategy=fsdp2 parallelism.tp_size={size}",
             )
     return None
+
+
+def _packed(name: str, parameter: DTensor) -> Problem | None:
+    if not any(hasattr(placement, "split_factor") for placement in parameter.placements):
+        return None
+    tp = f"parallelism.tp_size={parameter.device_mesh.size()}"
+    what = (
+        f"{name} is several weights in one, each split by itself, which megatron-fsdp has no words for in a checkpoint"
+    )
+    return Problem(what=what, asked=tp, allowed="tp_size=1, or strategy=fsdp2", instead=f"strategy=fsdp2 {tp}")

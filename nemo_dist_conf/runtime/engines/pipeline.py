@@ -54,6 +54,10 @@ class PipelineEngine(Engine):
         found: set[int] = model.shared.counted_elsewhere()
         return found
 
+    def on_several_stages(self, model: Any) -> Collection[str]:
+        names: list[str] = model.shared.on_several_ranks()
+        return names
+
     def parts(self, model: Any) -> list[nn.Module]:
         return [unwrapped(stage) for stage in model.parts.values()]
 

@@ -146,6 +146,7 @@ class Pipeline(nn.Module):
         shown = config.pp_schedule_csv or config.pp_schedule
         sizes = (pp_mesh.size(), len(self.rows), shown, self.microbatches)
         for forward in forwards.values():
+            forward.sent = dtype
             forward.watch(is_compiled)
         log.info("pipeline over %d ranks: %d stages, %s, %d microbatches", *sizes)
 

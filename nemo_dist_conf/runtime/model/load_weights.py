@@ -149,8 +149,10 @@ def load_weights(model: nn.Module, folder: Path, ties: list[list[str]], parts: M
     parts: as ``check_weights`` returned them for the whole model.
     Source: torch.distributed.checkpoint.HuggingFaceStorageReader.
     """
-    optional = {name for group in ties for name in group[1:]}
-    held: dict[str, Any] = {name: value for name, value in model.state_dict().items() if name not in optional}
+    first = {name: group[0] for group in ties for name in group}
+    held: dict[str, Any] = {}
+    for name, value in model.state_dict().items():  # a pipeline stage may hold another than the first of tied ones
+        held.setdefault(first.get(name, name), value)
     stored = {part.parameter: name for name, part in parts.items() if part.expert is None}
     apart = {part.parameter for part in parts.values() if part.expert is not None}
     with torch.no_grad():

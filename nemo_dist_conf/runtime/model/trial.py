@@ -22,7 +22,7 @@ import inspect
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,17 @@ from nemo_dist_conf.runtime.torch_inside import (
     tree_unflatten,
 )
 
-__all__ = ["Seen", "differ", "keep_generators", "observed", "parted", "small_input", "tensors_of", "twin"]
+__all__ = [
+    "Seen",
+    "differ",
+    "keep_generators",
+    "observed",
+    "parted",
+    "small_input",
+    "standing_for",
+    "tensors_of",
+    "twin",
+]
 
 #: Rows of a small input, and how many ids it draws from.
 _ROWS, _IDS = 2, 64
@@ -49,17 +59,24 @@ _DRAWN_ELEMENTS = 1_048_573
 _TOLERANCE = 2e-4
 
 
-def twin(model: nn.Module, blocks: Blocks, device: torch.device | str = "cpu", seed: int = 0) -> nn.Module:
+def twin(
+    model: nn.Module,
+    blocks: Blocks,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    marks: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """A copy of the model in evaluation mode and float32, with values of its own and one block of each kind.
 
     Blocks of one class with tensors of the same shapes and the same settings are of one kind: the first of them is
     run, the others are there and hand their input on. Long embeddings and heads keep their first rows. Nothing in it
-    drops out. model: on any device, or on meta, before anything is wrapped or sharded.
+    drops out. model: on any device, or on meta, before anything is wrapped or sharded. marks: what else makes a block's
+    kind, by its name, for what is to be done to the blocks.
     Raises whatever copying the model, or computing its buffers, raises.
     """
     copied, moved = _copy_on_meta(model)
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    skipped = _hand_on(copied, [names[id(block)] for block in blocks.values()])
+    skipped = _hand_on(copied, [names[id(block)] for block in blocks.values()], marks or {})
     for module in copied.modules():
         _quiet(vars(module))
     with keep_generators(), torch.no_grad():
@@ -69,13 +86,20 @@ def twin(model: nn.Module, blocks: Blocks, device: torch.device | str = "cpu", s
     return copied.eval()
 
 
+def standing_for(copied: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Block of a twin that only hands its input on -> the block of its kind that is run. names: of all blocks."""
+    forwards = {name: copied.get_submodule(name).forward for name in names}
+    firsts = {id(forward): name for name, forward in forwards.items() if isinstance(forward, _First)}
+    return {name: firsts[id(forward.first)] for name, forward in forwards.items() if isinstance(forward, _HandOn)}
+
+
 def small_input(
     model: nn.Module, length: int, example: Mapping[str, Any] | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any] | None:
     """Keyword arguments for forward: two rows of ``length`` random ids, or what the model takes instead of them.
 
-    Instead of ids, what the first linear layer of an own model without an embedding takes, or the pixels that the
-    config of a transformers model describes; None where neither is there.
+    Instead of ids, what the first linear layer of an own model without an embedding takes, or the pixels or the
+    spectrum that the config of a transformers model describes; None where neither is there.
     example: what the user says the model takes; it is returned as it is.
     """
     if example is not None:
@@ -98,6 +122,11 @@ def small_input(
     if "input_ids" not in names and names and not hasattr(getattr(model, "config", None), "model_type"):
         return {names[0]: ids_BS}
     given: dict[str, Any] = {"input_ids": ids_BS}
+    if main == "input_features":
+        spectrum = _spectrum(model, generator, torch.device(device))
+        if spectrum is None:
+            return None
+        given = spectrum
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in names:
         given["decoder_input_ids"] = ids_BS.flip(1)
     if "use_cache" in names:
@@ -260,14 +289,14 @@ class _HandOn:
         return tree_unflatten(leaves, form)
 
 
-def _hand_on(copied: nn.Module, names: list[str]) -> set[str]:
+def _hand_on(copied: nn.Module, names: list[str], marks: Mapping[str, Any]) -> set[str]:
     """Let all blocks but the first of each kind hand their input on; their names."""
     blocks = {name: copied.get_submodule(name) for name in names}
     counted = _counters(list(blocks.values()))
     firsts: dict[Any, _First] = {}
     skipped = set()
     for name, block in blocks.items():
-        kind = _kind(block, counted)
+        kind = (marks.get(name), _kind(block, counted))
         if kind in firsts:
             block.forward = _HandOn(firsts[kind])
             skipped.add(name)
@@ -406,6 +435,15 @@ def _random(name: str, shape: torch.Size, spread: float, seed: int) -> Tensor:
     if len(shape) > 1:
         return drawn * spread
     return 1 + 0.2 * drawn if name.endswith("weight") else 0.5 * drawn  # scales of norms; biases, sinks and the like
+
+
+def _spectrum(model: nn.Module, generator: torch.Generator, device: torch.device) -> dict[str, Any] | None:
+    """Of the only length that an encoder of speech with learned positions takes: two frames a position (Whisper)."""
+    config: Any = getattr(model, "config", None)
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if bins is None or positions is None:
+        return None
+    return {"input_features": torch.randn(_ROWS, bins, 2 * positions, generator=generator).to(device)}
 
 
 def _pixels(model: nn.Module, generator: torch.Generator, device: torch.device) -> dict[str, Any] | None:

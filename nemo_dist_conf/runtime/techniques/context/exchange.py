@@ -9,6 +9,7 @@ Shapes: B rows, S tokens of a whole sequence, L = S / cp tokens of a rank, H hea
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any, Callable, ContextManager, Iterator
@@ -33,7 +34,7 @@ from nemo_dist_conf.runtime.techniques.context.mask_rules import (
 from nemo_dist_conf.runtime.techniques.context.whole_attention import Scores, attend
 from nemo_dist_conf.runtime.torch_inside import collectives
 
-__all__ = ["Exchange", "Row", "chunks_of", "exchanged_attention", "exchanged_mask"]
+__all__ = ["Exchange", "Row", "RowMask", "chunks_of", "exchanged_attention", "exchanged_mask"]
 
 #: torch 2.13 renamed them; the old names warn there, the new ones are unknown to torch 2.11.
 _all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
@@ -45,6 +46,7 @@ _IDLE = frozenset(
     {
         "cache_position",
         "deterministic",
+        "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
@@ -73,14 +75,49 @@ class Row:
     documents: Documents | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class RowMask:
+    """A rule, and the mask for whole rows that transformers would have made of it, for what is run on whole rows.
+
+    shape: [B, 1, S, S]. dtype: of a mask that is added to scores; bool: of one of what is seen. may_be_none: the model
+    may be given None instead. converted: what the model has then converted it to.
+    """
+
+    rule: Rule
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    may_be_none: bool
+    converted: torch.dtype | None = None
+
+    def to(self, dtype: torch.dtype) -> RowMask:
+        """For a model that asks for its mask as bool: what is added to scores is not 0 where nothing is seen."""
+        return dataclasses.replace(self, converted=dtype)
+
+    @functools.cached_property
+    def tensor(self) -> Tensor:
+        places = torch.arange(self.shape[-1], device=self.device)
+        batch = torch.arange(self.shape[0], device=self.device).view(-1, 1, 1, 1)
+        seen = self.rule.seen(batch, places.view(1, 1, -1, 1), places.view(1, 1, 1, -1)).expand(self.shape)
+        if self.dtype != torch.bool:
+            hidden = torch.finfo(self.dtype).min
+            seen = torch.zeros(self.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, hidden)
+        return seen if self.converted is None else seen.to(self.converted)
+
+
 @dataclass
 class Exchange:
-    """One model's exchange over a cp axis, and the rows that its forward is at. mesh: the axis cp."""
+    """One model's exchange over a cp axis, and the rows that its forward is at. mesh: the axis cp.
+
+    runs_whole_rows: some of its modules are run on whole rows. on_whole_rows: one of them is being run.
+    """
 
     mesh: DeviceMesh
     depth: int = 0
     row: Row | None = None
     lengths: set[int] = field(default_factory=set)
+    runs_whole_rows: bool = False
+    on_whole_rows: bool = False
 
     @property
     def size(self) -> int:
@@ -104,8 +141,21 @@ class Exchange:
             self.depth -= 1
             self.row = before
 
+    @contextlib.contextmanager
+    def whole_rows(self) -> Iterator[None]:
+        """For a module that is run on whole rows: nothing inside of it is exchanged."""
+        self.on_whole_rows = True
+        try:
+            yield
+        finally:
+            self.on_whole_rows = False
+
     def whole(self, part: Tensor, dim: int) -> Tensor:
         """This rank's part of a tensor -> all of it, in the order of the sequence; gradients are scattered back."""
+        if part.is_complex():
+            return torch.view_as_complex(self.whole(torch.view_as_real(part), dim % part.dim()))
+        if part.dtype == torch.bool:
+            return self.whole(part.to(torch.uint8), dim).to(torch.bool)
         if part.is_floating_point():
             gathered = _all_gather(part.contiguous(), dim, self.mesh.get_group())
         else:
@@ -114,6 +164,11 @@ class Exchange:
         # Rank r's two chunks stand at 2r and 2r + 1.
         held = [index for rank in range(self.size) for index in chunks_of(rank, self.size)]
         return torch.cat([chunks[held.index(index)] for index in range(len(held))], dim=dim)
+
+    def own(self, whole: Tensor, dim: int) -> Tensor:
+        """All of a tensor, in the order of the sequence -> this rank's part of it."""
+        chunks = whole.chunk(2 * self.size, dim=dim)
+        return torch.cat([chunks[index] for index in chunks_of(self.mesh.get_local_rank(), self.size)], dim=dim)
 
     def refuse(self, what: str, allowed: str) -> ConfigError:
         asked = f"parallelism.cp_size={self.size}"
@@ -140,7 +195,7 @@ def exchanged_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **others: Any,
-) -> Rule | None:
+) -> Rule | RowMask | None:
     """The mask function of transformers' registry: the rule, over the whole row, that a mask would have been made of.
 
     may_be_none: the model knows that it may be given None instead of a causal mask or of one that hides nothing, as
@@ -176,9 +231,12 @@ def exchanged_mask(
     rule = simplified(rule, row.length * exchange.size)
     # Positions jump between a rank's two parts, which transformers takes for two documents.
     skips = may_be_none and (allow_is_causal_skip or packed)
-    if rule == Causal() and skips or rule == Everything() and may_be_none and allow_is_bidirectional_skip:
-        return None
-    return rule
+    is_idle = rule == Causal() and skips or rule == Everything() and may_be_none and allow_is_bidirectional_skip
+    if exchange.runs_whole_rows:
+        whole, dtype = row.length * exchange.size, torch.bool if may_be_none else others.get("dtype", torch.float32)
+        shape = (int(others.get("batch_size", 1)), 1, whole, whole)
+        return RowMask(rule, shape, dtype, exchange.device, is_idle)
+    return None if is_idle else rule
 
 
 def _on_any_rank(exchange: Exchange, said: bool) -> bool:
@@ -191,7 +249,7 @@ def _with_padding(exchange: Exchange, rule: Rule, mask: Tensor, length: int) -> 
     """The rule for rows of which some tokens are seen by none. mask: [B, L]."""
     if mask.dim() != 2 or mask.size(1) != length:
         raise exchange.refuse(f"a mask of shape {tuple(mask.shape)} says nothing of other ranks' tokens", "cp_size=1")
-    seen_BS = exchange.whole((mask != 0).to(torch.uint8), 1).to(torch.bool)
+    seen_BS = exchange.whole(mask != 0, 1)
     return rule if bool(seen_BS.all()) else Both((rule, Unpadded(seen_BS)))
 
 
@@ -201,7 +259,7 @@ def exchanged_attention(
     query_BHLD: Tensor,
     key_BKLD: Tensor,
     value_BKLD: Tensor,
-    attention_mask: Rule | Tensor | None = None,
+    attention_mask: Rule | RowMask | Tensor | None = None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -259,8 +317,10 @@ def _refuse_unknown(exchange: Exchange, module: nn.Module, others: dict[str, Any
 
 
 def _rule_and_bias(
-    exchange: Exchange, module: nn.Module, mask: Rule | Tensor | None, is_causal: bool | None, length: int
+    exchange: Exchange, module: nn.Module, mask: Rule | RowMask | Tensor | None, is_causal: bool | None, length: int
 ) -> tuple[Rule, Tensor | None]:
+    if isinstance(mask, RowMask):
+        return mask.rule, None
     if isinstance(mask, Rule):
         return mask, None
     if mask is None:
@@ -280,8 +340,6 @@ def _over_all_keys(exchange: Exchange, module: nn.Module, tensor: Tensor, length
     if tensor.dim() == 4 and tensor.size(-2) in (1, length) and tensor.size(-1) == whole:
         return tensor
     if tensor.dim() == 4 and tensor.size(-2) == 1 and tensor.size(-1) == length:
-        if tensor.dtype == torch.bool:
-            return exchange.whole(tensor.to(torch.uint8), 3).to(torch.bool)
         return exchange.whole(tensor, 3)
     what = f"{name} of {type(module).__name__} has the shape {tuple(tensor.shape)}: it says nothing of the {whole} keys"
     raise exchange.refuse(f"{what} of the whole row", f"[.., .., {length}, {whole}], or [.., .., 1, {length}]")

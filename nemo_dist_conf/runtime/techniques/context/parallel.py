@@ -6,8 +6,8 @@ A sequence is cut into 2 * cp chunks; rank r holds chunks r and 2 * cp - 1 - r. 
 the same work (Llama 3, arXiv:2407.21783, section 3.3.2). Keys and values are gathered over the cp ranks and their
 gradients scattered back, which runs on NCCL and gloo alike; torch's own ring attention runs on CUDA only.
 
-Attention and masks come in through the two registries of transformers. Whether a model mixes tokens by nothing else
-is known of its family, or tried (context_trial.py).
+Attention and masks come in through the two registries of transformers. Modules that mix tokens otherwise are run on
+whole rows (whole_rows.py). Which those are is known of a model's family, or tried (trial.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import functools
 import inspect
 import itertools
 import logging
-from typing import Any, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,12 @@ from nemo_dist_conf.runtime.techniques.context.exchange import (
 )
 from nemo_dist_conf.runtime.techniques.context.mask_rules import Documents
 from nemo_dist_conf.runtime.techniques.context.position_counts import CountsPositions, Site
+from nemo_dist_conf.runtime.techniques.context.whole_rows import OnWholeRows, TokenDims
 from nemo_dist_conf.runtime.torch_inside import attention_of, name_attention, names_attention, tree_map_only
 from nemo_dist_conf.topology.sequence_chunks import chunk_problem
 
 __all__ = [
+    "Ways",
     "apply_context_parallel",
     "exchange_tokens",
     "local_positions",
@@ -68,6 +71,19 @@ _WHOLE = {
 _NO_CP = "parallelism.cp_size=1"
 
 
+@dataclass(frozen=True)
+class Ways:
+    """What is done to the modules of a model, beside the attention that it asks transformers' registry for.
+
+    counts: classes of modules that count tokens by themselves, and where in their code. whole_rows: classes of those
+    that are run on whole rows. fills_positions: the model takes positions from 0 where it is given none.
+    """
+
+    counts: Mapping[type, set[Site]] = field(default_factory=dict)
+    whole_rows: Mapping[type, TokenDims] = field(default_factory=dict)
+    fills_positions: bool = True
+
+
 def split_sequence(tensor: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
     """This rank's chunks of a whole sequence along ``dim``. mesh: the axis cp. [B, S] -> [B, L].
 
@@ -90,45 +106,45 @@ def local_positions(length: int, mesh: DeviceMesh, device: torch.device) -> Tens
     return torch.cat([first * chunk + steps, last * chunk + steps])
 
 
-def apply_context_parallel(
-    model: nn.Module, mesh: DeviceMesh, counts: Mapping[type, set[Site]] | None = None
-) -> Exchange:
+def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, ways: Ways | None = None) -> Exchange:
     """Let a model attend over the sequence parts of all ranks of ``mesh``, the axis cp; in place.
 
     Its forward then takes this rank's tokens [B, L]; position ids that are not given are filled in.
-    counts: classes of modules that count tokens by themselves, and where in their code, as ``try_context_parallel``
-    found before anything was wrapped; None: the model is tried here.
+    ways: what ``try_context_parallel`` found before anything was wrapped; None: the model is tried here.
     Raises ConfigError for a model that mixes tokens by anything that is not exchanged.
     """
-    if counts is None:
+    if ways is None:
         from nemo_dist_conf.runtime.techniques.context.trial import try_context_parallel
 
-        counts = try_context_parallel(model, mesh)
-    exchange = exchange_tokens(model, mesh, counts)
+        ways = try_context_parallel(model, mesh)
+    exchange = exchange_tokens(model, mesh, ways)
     _split_over.pop(mesh.get_group().group_name, None)
     log.info("context parallel over %d ranks", mesh.size())
     return exchange
 
 
-def exchange_tokens(model: nn.Module, mesh: DeviceMesh, counts: Mapping[type, set[Site]] = {}) -> Exchange:
+def exchange_tokens(model: nn.Module, mesh: DeviceMesh, ways: Ways) -> Exchange:
     """``apply_context_parallel`` without asking whether it is right for the model."""
-    exchange = Exchange(mesh)
-    _register(model, exchange)
+    exchange = Exchange(mesh, runs_whole_rows=bool(ways.whole_rows))
+    _register(model, exchange, ways.whole_rows)
+    positions = functools.partial(local_positions, mesh=mesh, device=exchange.device)
     for name, module in model.named_modules():
         if name == "" or takes_tokens(module):
-            module.register_forward_pre_hook(functools.partial(_enter, exchange), with_kwargs=True)
+            enter = functools.partial(_enter, exchange, ways.fills_positions)
+            module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(functools.partial(_leave, exchange), always_call=True)
-        if type(module) in counts:
-            positions = functools.partial(local_positions, mesh=mesh, device=exchange.device)
-            module.forward = CountsPositions(module.forward, counts[type(module)], exchange.lengths, positions)
+        if type(module) in ways.counts:
+            module.forward = CountsPositions(module.forward, ways.counts[type(module)], exchange, positions)
         if _depends_on_length(module):
             module.forward = _OverWholeRow(module.forward, exchange)
+        if type(module) in ways.whole_rows:
+            module.forward = OnWholeRows(module, exchange, ways.whole_rows[type(module)])
     return exchange
 
 
-def _register(model: nn.Module, exchange: Exchange) -> None:
-    """Let every config of the model name the exchange as the attention that is run."""
-    configs = own_configs(model)
+def _register(model: nn.Module, exchange: Exchange, whole_rows: Collection[type]) -> None:
+    """Let every config of the model name the exchange as the attention that is run, but on whole rows."""
+    configs = own_configs(model, whole_rows)
     if not configs:
         return
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -141,14 +157,18 @@ def _register(model: nn.Module, exchange: Exchange) -> None:
     set_attention(configs, {None: f"{name}_eager", "eager": f"{name}_eager"}, f"{name}_other")
 
 
-def own_configs(model: nn.Module) -> list[Any]:
+def own_configs(model: nn.Module, but: Collection[type] = ()) -> list[Any]:
     """Copies, which the model now has, of all its objects that name an implementation of attention.
 
-    Another model that was built from the same object keeps its attention.
+    Another model that was built from the same object keeps its attention, and so do modules of the classes ``but``,
+    with what is in them.
     """
     memo: dict[int, Any] = {}
     found: dict[int, Any] = {}
+    kept = {id(inner) for module in model.modules() if type(module) in but for inner in module.modules()}
     for module in model.modules():
+        if id(module) in kept:
+            continue
         for key, value in list(vars(module).items()):
             if not isinstance(value, (nn.Module, Tensor, type)) and names_attention(value):
                 copied = copy.deepcopy(value, memo)
@@ -179,9 +199,11 @@ def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in own if parameter.kind not in several)
 
 
-def _enter(exchange: Exchange, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _enter(exchange: Exchange, fills: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before a forward: note its rows, and fill in positions, which the model would count from 0 on every rank."""
     exchange.depth += 1
+    if exchange.on_whole_rows:
+        return args, kwargs
     names = _parameters(module)
     given = {**dict(zip(names, args)), **kwargs}
     tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
@@ -193,7 +215,7 @@ def _enter(exchange: Exchange, module: nn.Module, args: tuple[Any, ...], kwargs:
         _refuse_whole(exchange, module, given)
         exchange.row = _row(exchange, tokens, given.get("position_ids"))
         exchange.lengths.add(exchange.row.length)
-    if exchange.row is not None and tokens is not None and given.get("position_ids") is None:
+    if fills and exchange.row is not None and tokens is not None and given.get("position_ids") is None:
         positions = local_positions(exchange.row.length, exchange.mesh, tokens.device)
         return with_positions(module, args, kwargs, positions.expand(tokens.size(0), -1))
     return args, kwargs
@@ -276,6 +298,8 @@ class _OverWholeRow:
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         row = self.exchange.row
+        if self.exchange.on_whole_rows:
+            return self.forward(x, position_ids, *args, **kwargs)
         if row is None:
             raise self.exchange.refuse("positions were computed outside of the model's forward", "model(input_ids)")
         last = torch.full_like(position_ids[..., :1], row.last)

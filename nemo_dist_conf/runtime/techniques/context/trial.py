@@ -10,15 +10,20 @@ Three things can be wrong, and each is looked for:
 - anything else: the twin is run on the ranks of the axis, each with its part of the rows, and what it returns has to
   be what the plain twin returns for whole rows.
 
+The module where one of them shows is run on whole rows (whole_rows.py), and the model tried again, its gradients too;
+where that does not help, the modules around it are, as long as some blocks of the model are still split.
+
 Shapes: B rows, S tokens of a whole sequence, L = S / cp tokens of a rank, H heads, K key/value heads, D head width.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import sys
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Collection, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -31,6 +36,7 @@ from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.trial import differ, keep_generators, observed, parted, small_input, tensors_of, twin
 from nemo_dist_conf.runtime.techniques.context.exchange import Exchange
 from nemo_dist_conf.runtime.techniques.context.parallel import (
+    Ways,
     exchange_tokens,
     own_configs,
     set_attention,
@@ -39,7 +45,8 @@ from nemo_dist_conf.runtime.techniques.context.parallel import (
     with_positions,
 )
 from nemo_dist_conf.runtime.techniques.context.position_counts import Site, counted_by, counting_from
-from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention
+from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, kept_tokens, token_dims
+from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention, tree_leaves
 
 __all__ = ["try_context_parallel"]
 
@@ -52,16 +59,20 @@ _FAR = 1_000_000
 #: A token that nothing mixes into another leaves it as it was, but for experts that compute other groups of tokens.
 _SAME = 1e-5
 _NO_MIXING = "nemo_dist_conf_no_mixing"
+#: Modules that cannot be told of by the tokens that they are given.
+_HOLDS_NO_TOKENS = ("torch.nn.modules.linear", "torch.nn.modules.sparse", "torch.nn.modules.normalization")
+#: Sums of gradients over tokens and ranks, in another order.
+_GRADIENTS_SAME = 1e-3
 
 
-def try_context_parallel(model: nn.Module, mesh: DeviceMesh, blocks: Blocks | None = None) -> dict[type, set[Site]]:
-    """Classes of modules that count positions by themselves, and where they do, for ``apply_context_parallel``.
+def try_context_parallel(model: nn.Module, mesh: DeviceMesh, blocks: Blocks | None = None) -> Ways:
+    """What is to be done to which modules of the model, for ``apply_context_parallel``.
 
     model: plain, on meta or not; nothing of it changes. mesh: the axis cp; every rank of it calls this.
     Raises ConfigError, on every rank, for a model that would compute something else.
     """
     if _is_known(model):
-        return {}
+        return Ways()
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -92,6 +103,14 @@ def _is_kernel(attention: str | None) -> bool:
     return attention is not None and (attention.startswith(("flash_attention", "flex_attention")) or "/" in attention)
 
 
+class _Fault(Exception):
+    """What is wrong with a model on parts of rows, and the name of the module where it shows."""
+
+    def __init__(self, refusal: ConfigError, place: str) -> None:
+        super().__init__(refusal)
+        self.refusal, self.place = refusal, place
+
+
 class _Trial:
     """The trial of one model, on rows of ``length`` tokens."""
 
@@ -99,19 +118,105 @@ class _Trial:
         self.model, self.mesh, self.blocks, self.device = model, mesh, blocks, device
         self.length = 2 * mesh.size() * max(1, 8 // mesh.size())
         self.name = type(model).__name__
+        self.local: tuple[nn.Module, dict[str, Any]] | None = None
 
-    def run(self) -> dict[type, set[Site]]:
-        local, inputs = self._twin(torch.device("cpu"))
-        with self._without_mixing(local):
-            self._refuse_mixing(local, inputs, self.length)
-            self._refuse_mixing(local, *self._longer(local, inputs))
-            counts, far = self._counts(local, inputs)
+    def run(self) -> Ways:
+        whole: dict[type, TokenDims] = {}
+        faults: list[_Fault] = []
+        while True:
+            try:
+                ways = self._tried(whole)
+                break
+            except _Fault as fault:
+                faults.append(fault)
+                reason = self._run_on_whole_rows(self._agreed(fault.place), whole)
+                if reason is not None:
+                    raise self._of_all(faults, reason) from fault.__cause__
+        counts, rows = (
+            ", ".join(sorted(kind.__name__ for kind in kinds)) or "none" for kinds in (ways.counts, ways.whole_rows)
+        )
+        text = "context parallel: tried on %d tokens; modules that count positions: %s; that are run on whole rows: %s"
+        log.info(text, self.length, counts, rows)
+        return ways
+
+    def _tried(self, whole: dict[type, TokenDims]) -> Ways:
+        """What was found, with these modules run on whole rows. Raises _Fault."""
+        local, inputs = self.local = self.local or self._twin(torch.device("cpu"))
+        fills = self._fills(local, inputs)
+        longer, far_length = self._longer(local, inputs)
+        with self._without_mixing(local, whole) as unmixed:
+            self._find_mixing(local, inputs, self.length, unmixed)
+            self._find_mixing(local, longer, far_length, unmixed)
+            counts, far = self._counts(local, (inputs, longer), whole, fills)
         if self.device.type != "cpu":
             local, inputs = self._twin(self.device)
-        self._compare(local, inputs, counts, far)
-        shown = ", ".join(sorted(kind.__name__ for kind in counts)) or "none"
-        log.info("context parallel: tried on %d tokens; modules that count positions: %s", self.length, shown)
-        return counts
+        else:
+            self.local = None  # it is changed
+        ways = Ways(counts, dict(whole), fills)
+        self._compare(local, inputs, ways, far)
+        return dataclasses.replace(ways, whole_rows=self._outermost(whole))
+
+    def _agreed(self, place: str) -> str:
+        """The same on all ranks: of what they found, the last in the model, because one may see less than another."""
+        names = [name for name, _ in self.model.named_modules()]
+        number = torch.tensor(names.index(place), device=self.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.mesh.get_group())
+        return names[int(number)]
+
+    def _of_all(self, faults: list[_Fault], reason: str) -> ConfigError:
+        """The refusal of the first fault, with what came of running modules on whole rows."""
+        problem = faults[0].refusal.problems[0]
+        what = problem.what
+        if len(faults) > 1:
+            last = faults[-1].refusal.problems[0].what.removeprefix(f"cp_size={self.mesh.size()}: ")
+            what = f"{what}; with what it is in run on whole rows, {last}"
+        if reason:
+            what = f"{what} ({reason})"
+        return ConfigError(dataclasses.replace(problem, what=what))
+
+    def _run_on_whole_rows(self, place: str, whole: dict[type, TokenDims]) -> str | None:
+        """Add to ``whole`` the module at this place, or the next one around it; why not, if that cannot be."""
+        names, why = place.split("."), ""
+        for count in range(len(names), 0, -1):
+            name = ".".join(names[:count])
+            module = self.model.get_submodule(name)
+            if not name or any(block.startswith(f"{name}.") for block in self.blocks):
+                return why
+            kind = type(module)
+            if name in self.blocks and {type(block) for block in self.blocks.values()} <= {kind, *whole}:
+                return why  # nothing of the model would be split
+            if kind in whole or kind.__module__.startswith(_HOLDS_NO_TOKENS):
+                continue
+            try:
+                whole[kind] = self._token_dims(kind)
+                return None
+            except ConfigError:
+                raise
+            except Exception as error:  # also the model's own
+                why = why or _first_line(error)
+        return why
+
+    def _token_dims(self, kind: type) -> TokenDims:
+        local, inputs = self.local = self.local or self._twin(torch.device("cpu"))
+        longer, far_length = self._longer(local, inputs)
+        if far_length == self.length:
+            longer, far_length = small_input(local, self.length // 2, device="cpu") or {}, self.length // 2
+        fills = self._fills(local, inputs)
+        runs = {
+            length: functools.partial(self._outputs, local, given, fills)
+            for length, given in ((self.length, inputs), (far_length, longer))
+        }
+        tokens = _tokens_of(inputs)
+        assert tokens is not None
+        return token_dims(local, kind, runs, tokens[1].size(0))
+
+    def _outermost(self, whole: Mapping[type, TokenDims]) -> dict[type, TokenDims]:
+        """Without the classes whose modules are all inside of others that are run on whole rows."""
+        names = {name: type(module) for name, module in self.model.named_modules() if type(module) in whole}
+        outer = {
+            kind for name, kind in names.items() if not any(name.startswith(f"{other}.") for other in names if other)
+        }
+        return {kind: dims for kind, dims in whole.items() if kind in outer}
 
     def _refusal(self, what: str, allowed: str) -> ConfigError:
         asked = f"parallelism.cp_size={self.mesh.size()}"
@@ -149,9 +254,12 @@ class _Trial:
         raise self._refusal(f"{what}, so what it does to the tokens of a row cannot be tried", "cp_size=1")
 
     @contextlib.contextmanager
-    def _without_mixing(self, tried: nn.Module) -> Iterator[None]:
-        """The twin, in training mode, with an attention that lets no token see another."""
-        configs = own_configs(tried)
+    def _without_mixing(self, tried: nn.Module, whole: Mapping[type, TokenDims]) -> Iterator[list[_Unmixed]]:
+        """The twin, in training mode, with an attention that lets no token see another.
+
+        Yields what stands for the forwards of the modules that are to be run on whole rows.
+        """
+        configs = own_configs(tried, whole)
         before = [(config, attention_of(config)) for config in configs]
         if configs:
             from transformers import AttentionInterface, AttentionMaskInterface
@@ -160,12 +268,53 @@ class _Trial:
             # Attention of a model's own may run with it.
             AttentionMaskInterface.register(_NO_MIXING, AttentionMaskInterface()["eager"])
             set_attention(configs, {}, _NO_MIXING)
+        apart = [(module, vars(module).get("forward")) for module in tried.modules() if type(module) in whole]
+        unmixed = [_Unmixed(module.forward, whole[type(module)]) for module, _ in apart]
+        for (module, _), forward in zip(apart, unmixed):
+            module.forward = forward
         tried.train()
         try:
-            yield
+            yield unmixed
         finally:
             tried.eval()
             name_attention(before)
+            for module, own in apart:
+                if own is None:
+                    del module.forward
+                else:
+                    module.forward = own
+
+    def _outputs(self, tried: nn.Module, inputs: Mapping[str, Any], fills: bool) -> list[Tensor]:
+        """What the twin returns; fills: given the positions of its tokens, as a rank's part of a row is."""
+        tokens = _tokens_of(inputs)
+        assert tokens is not None
+        positions_BS = torch.arange(tokens[1].size(1)).expand(tokens[1].size(0), -1)
+
+        def fill(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            filled = kwargs.get("position_ids") is not None
+            return (args, kwargs) if filled else with_positions(module, args, kwargs, positions_BS)
+
+        torch.manual_seed(0)
+        modules = [module for module in tried.modules() if fills and takes_tokens(module)]
+        handles = [m.register_forward_pre_hook(fill, with_kwargs=True) for m in modules]
+        try:
+            with torch.no_grad():
+                return tensors_of(tried(**inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _fills(self, tried: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Whether positions from 0 are what the model takes where it is given none."""
+        plain = self._outputs(tried, inputs, False)
+        try:
+            filled = self._outputs(tried, inputs, True)
+        except Exception as error:  # the model's own code
+            log.debug("context parallel: %s is given no positions: %s", self.name, _first_line(error))
+            return False
+        return len(plain) == len(filled) and not any(
+            one.shape != other.shape or differ(one, other) for one, other in zip(plain, filled)
+        )
 
     def _longer(self, tried: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """(an input of more tokens, how many); the same again where the model takes none, as one with few positions."""
@@ -182,8 +331,10 @@ class _Trial:
             length //= 2
         return inputs, self.length
 
-    def _refuse_mixing(self, tried: nn.Module, inputs: Mapping[str, Any], length: int) -> None:
-        """One token of ``length`` changes: the others have to come out as before."""
+    def _find_mixing(
+        self, tried: nn.Module, inputs: Mapping[str, Any], length: int, unmixed: Collection[_Unmixed]
+    ) -> None:
+        """One token of ``length`` changes: the others have to come out as before. Raises _Fault."""
         tokens, place = _tokens_of(inputs), length // 3
         assert tokens is not None
         name, ids = tokens
@@ -200,15 +351,19 @@ class _Trial:
             return torch.zeros(()) if by_token is None else by_token[others]
 
         runs = []
-        for given in (inputs, {**inputs, name: changed}):
+        for number, given in enumerate((inputs, {**inputs, name: changed})):
             torch.manual_seed(0)
-            try:
-                runs.append(observed(tried, given, kept))
-            except ConfigError:
-                raise
-            except Exception as error:
-                what = f"{self.name} does not run where attention lets no token see another ({_first_line(error)})"
-                raise self._refusal(f"{what}, so what else mixes tokens cannot be found", "cp_size=1") from error
+            for forward in unmixed:
+                forward.start(None if number == 0 else (ids.size(0), length, place))
+            with _watched(tried) as running:
+                try:
+                    runs.append(observed(tried, given, kept))
+                except Exception as error:
+                    what = f"{self.name} does not run where attention lets no token see another ({_first_line(error)})"
+                    refusal = self._refusal(f"{what}, so what else mixes tokens cannot be found", "cp_size=1")
+                    raise _Fault(refusal, running[-1] if running else "") from error
+        for forward in unmixed:
+            forward.stop()
         first, second = (run[-1].outputs for run in runs)
         if not first or first[0].dim() == 0:
             raise self._refusal(f"{self.name} returns nothing for each of a row's tokens", "a value for each token")
@@ -216,58 +371,63 @@ class _Trial:
             return
         where = parted(runs[0], runs[1], _SAME) or runs[0][-1]
         what = f"{where} mixes the tokens of a row, and not through the attention registry of transformers"
-        raise self._refusal(f"{what}, so it would see this rank's tokens only", "cp_size=1, or another model")
+        refusal = self._refusal(f"{what}, so it would see this rank's tokens only", "cp_size=1, or another model")
+        raise _Fault(refusal, where.module)
 
-    def _counts(self, tried: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[type, set[Site]], bool]:
-        """Modules that count tokens where it shows, and whether they can count from far away."""
-        tokens = _tokens_of(inputs)
-        assert tokens is not None
-        positions_BS = torch.arange(self.length).expand(tokens[1].size(0), -1)
+    def _counts(
+        self,
+        tried: nn.Module,
+        inputs: tuple[Mapping[str, Any], Mapping[str, Any]],
+        whole: Collection[type],
+        fills: bool,
+    ) -> tuple[dict[type, set[Site]], bool]:
+        """Modules that count tokens where it shows, and whether they can count from far away.
 
-        def fill(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            filled = kwargs.get("position_ids") is not None
-            return (args, kwargs) if filled else with_positions(module, args, kwargs, positions_BS)
-
-        def run() -> list[Tensor]:
-            torch.manual_seed(0)
-            modules = [module for module in tried.modules() if takes_tokens(module)]
-            handles = [m.register_forward_pre_hook(fill, with_kwargs=True) for m in modules]
+        inputs: for rows of ``self.length`` tokens, and longer ones.
+        """
+        run = functools.partial(self._outputs, tried, fills=fills)
+        by_length = []
+        for given in inputs:
+            tokens = _tokens_of(given)
+            assert tokens is not None
             try:
-                with torch.no_grad():
-                    return tensors_of(tried(**inputs))
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-        try:
-            found = counted_by(tried, self.length, run)
-        except Exception as error:
-            what = f"{self.name} does not run with the positions of its tokens ({_first_line(error)})"
-            raise self._refusal(what, "cp_size=1") from error
+                by_length.append(counted_by(tried, tokens[1].size(1), functools.partial(run, given), whole))
+            except Exception as error:
+                what = f"{self.name} does not run with the positions of its tokens ({_first_line(error)})"
+                raise self._refusal(what, "cp_size=1") from error
+        found, longer = by_length
         # Where transformers makes masks it counts too; those are replaced by rules.
         masks = getattr(sys.modules.get("transformers.masking_utils"), "__file__", None)
         found = {kind: {site for site in sites if site[0] != masks} for kind, sites in found.items()}
+        everywhere = set().union(*longer.values())
         matters: set[Site] = set()
-        plain, far = run(), True
+        plain, far = run(inputs[0]), True
         for site in sorted(set().union(*found.values())):
+            if site[2] == "cumsum":  # taken over the whole row, it is right whether or not it shows
+                if site in everywhere:
+                    matters.add(site)
+                continue
             try:
                 with counting_from(self.length, _FAR, {site}):
-                    moved = run()
+                    moved = run(inputs[0])
+                with counting_from(self.length, self.length, {site}, only_late=True):
+                    torn = run(inputs[0])
             except Exception:  # a table of positions ends before
                 matters.add(site)
                 far = False
                 continue
-            if any(differ(a, b) for a, b in zip(plain, moved)):
+            if any(differ(a, b) for other in (moved, torn) for a, b in zip(plain, other)):
                 matters.add(site)
         kinds = {kind: sites & matters for kind, sites in found.items()}
         return {kind: sites for kind, sites in kinds.items() if sites}, far
 
-    def _compare(
-        self, tried: nn.Module, inputs: Mapping[str, Any], counts: Mapping[type, set[Site]], far: bool
-    ) -> None:
-        """The twin on the ranks of the axis, against the plain one on whole rows; last, because it changes the twin."""
-        sites = set().union(*counts.values())
-        offsets = (0, _FAR) if sites and far else (0,)
+    def _compare(self, tried: nn.Module, inputs: Mapping[str, Any], ways: Ways, far: bool) -> None:
+        """The twin on the ranks of the axis, against the plain one on whole rows; last, because it changes the twin.
+
+        Raises _Fault where they differ.
+        """
+        sites = set().union(*ways.counts.values())
+        offsets = (0, _FAR) if any(site[2] == "arange" for site in sites) and far else (0,)
         plain = []
         for offset in offsets:
             with counting_from(self.length, offset, sites):
@@ -275,18 +435,16 @@ class _Trial:
         tokens = _tokens_of(inputs)
         assert tokens is not None
         name, whole = tokens
-        exchange = exchange_tokens(tried, self.mesh, counts)
-        given = {**inputs, name: split_sequence(whole, self.mesh)}
         rows, length = whole.size(0), self.length // self.mesh.size()
+        wanted_gradients: list[Tensor] = []
+        if ways.whole_rows:
+            with self._running(tried):
+                wanted_gradients = _gradients(tried, inputs, rows, self.length)
+        exchange = exchange_tokens(tried, self.mesh, ways)
+        given = {**inputs, name: split_sequence(whole, self.mesh)}
         for offset, seen in zip(offsets, plain):
-            try:
-                with counting_from(length, offset, sites), torch.no_grad():
-                    found = [_gathered(exchange, tensor, rows, length) for tensor in tensors_of(tried(**given))]
-            except ConfigError:
-                raise
-            except Exception as error:
-                what = f"{self.name} does not run on parts of a row ({_first_line(error)})"
-                raise self._refusal(what, "cp_size=1") from error
+            with counting_from(length, offset, sites), torch.no_grad(), self._running(tried):
+                found = [_gathered(exchange, tensor, rows, length) for tensor in tensors_of(tried(**given))]
             wanted = seen[-1].outputs
             wrong = len(found) != len(wanted) or any(a.shape != b.shape or differ(a, b) for a, b in zip(wanted, found))
             if not self._on_any_rank(wrong):
@@ -295,12 +453,125 @@ class _Trial:
                 other = observed(tried, given, lambda tensor: _gathered(exchange, tensor, rows, length))
             where = parted(seen, other) or seen[-1]
             what = f"{where} computes something else on parts of a row than on whole rows"
-            raise self._refusal(what, "cp_size=1, or another model")
+            raise _Fault(self._refusal(what, "cp_size=1, or another model"), where.module)
+        if ways.whole_rows:
+            with self._running(tried):
+                gradients = _gradients(tried, given, rows, length, exchange)
+            for gradient in gradients:
+                dist.all_reduce(gradient, group=self.mesh.get_group())
+            if self._on_any_rank(_gradients_differ(wanted_gradients, gradients)):
+                kinds = ", ".join(sorted(kind.__name__ for kind in ways.whole_rows))
+                what = (
+                    f"{self.name} has other gradients on parts of a row than on whole rows, with {kinds} on whole ones"
+                )
+                raise self._refusal(what, "cp_size=1, or another model")
+
+    @contextlib.contextmanager
+    def _running(self, tried: nn.Module) -> Iterator[None]:
+        """What does not run on parts of a row is a _Fault of the module that was running."""
+        with _watched(tried) as running:
+            try:
+                yield
+            except Exception as error:
+                refusal = error if isinstance(error, ConfigError) else None
+                if refusal is None:
+                    what = f"{self.name} does not run on parts of a row ({_first_line(error)})"
+                    refusal = self._refusal(what, "cp_size=1")
+                raise _Fault(refusal, running[-1] if running else "") from error
 
     def _on_any_rank(self, wrong: bool) -> bool:
         word = torch.tensor(wrong, dtype=torch.uint8, device=self.device)
         dist.all_reduce(word, dist.ReduceOp.MAX, group=self.mesh.get_group())
         return bool(word)
+
+
+class _Unmixed:
+    """The forward of a module that is run on whole rows, where mixing by others is looked for.
+
+    In the run with a changed token it returns, for all others, what it returned in the run before.
+    """
+
+    def __init__(self, forward: Callable[..., Any], dims: TokenDims) -> None:
+        self.forward, self.dims = forward, dims
+        self.outputs: list[Any] | None = None
+        self.changed: tuple[int, int, int] | None = None
+
+    def start(self, changed: tuple[int, int, int] | None) -> None:
+        """changed: (rows, tokens, the one that changed) in the second run, None in the first."""
+        self.changed = changed
+        self.outputs = [] if changed is None or self.outputs is None else self.outputs
+
+    def stop(self) -> None:
+        self.outputs = self.changed = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.forward(*args, **kwargs)
+        if self.outputs is None:
+            return output
+        if self.changed is None:
+            self.outputs.append(output)
+            return output
+        return kept_tokens(output, self.outputs.pop(0), self.dims, *self.changed)
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose forward has begun and not ended, the innermost last; also after an exception."""
+    running: list[str] = []
+    handles = []
+
+    def enter(name: str, module: nn.Module, args: Any) -> None:
+        running.append(name)
+
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        while running.pop() != name:  # one that ended by an exception which somebody caught
+            pass
+
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(functools.partial(enter, name)))
+            handles.append(module.register_forward_hook(functools.partial(leave, name)))
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gradients(
+    model: nn.Module, inputs: Mapping[str, Any], rows: int, length: int, exchange: Exchange | None = None
+) -> list[Tensor]:
+    """Gradients of a sum over all that the model returns for each token, weighed with numbers that no two share.
+
+    exchange: the model is run on this rank's parts of rows, and length is that of a part.
+    """
+    torch.manual_seed(0)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad and not p.is_meta]  # those of blocks that are run
+    total = torch.zeros(())
+    with torch.enable_grad():
+        output = model(**inputs)
+        for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad or leaf.shape[:2] != (rows, length):
+                continue
+            whole = length if exchange is None else length * exchange.size
+            weights = torch.randn(rows, whole, *leaf.shape[2:], generator=torch.Generator().manual_seed(0))
+            weights = weights.to(leaf.device, leaf.dtype)
+            total = total + (leaf * (weights if exchange is None else exchange.own(weights, 1))).sum().cpu()
+        found: list[Tensor] = []
+        if parameters and total.requires_grad:
+            found += torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    model.eval()
+    return found
+
+
+def _gradients_differ(wanted: list[Tensor], found: list[Tensor]) -> bool:
+    """Whether one of them does, by more than rounding errors of the largest leave of those that are nothing."""
+    least = _GRADIENTS_SAME * max(
+        (float(gradient.abs().amax()) for gradient in wanted if gradient.numel()), default=0.0
+    )
+    apart = [(one - other).abs() for one, other in zip(wanted, found, strict=True) if one.numel()]
+    largest = [max(float(one.abs().amax()), least) for one in wanted if one.numel()]
+    return any(not float(part.amax()) <= _GRADIENTS_SAME * most for part, most in zip(apart, largest))
 
 
 def _tokens_of(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:
@@ -346,8 +617,6 @@ def _by_token(tensor: Tensor, rows: int, length: int) -> Tensor | None:
 
 def _gathered(exchange: Exchange, tensor: Tensor, rows: int, length: int) -> Tensor:
     """The tensor for the whole row, where it has a value for every token of a rank."""
-    if tensor.dtype == torch.bool:
-        return _gathered(exchange, tensor.to(torch.uint8), rows, length).to(torch.bool)
     if tensor.shape[:2] == (rows, length):
         return exchange.whole(tensor, 1)
     if tensor.dim() > 1 and tensor.size(0) == rows * length:

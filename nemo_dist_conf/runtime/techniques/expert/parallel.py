@@ -22,7 +22,7 @@ from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.styles import match_pattern
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.model.base_model import base_prefix
-from nemo_dist_conf.runtime.torch_inside import own_parameters, split_experts
+from nemo_dist_conf.runtime.torch_inside import is_view, own_parameters, split_experts
 from nemo_dist_conf.runtime.typed_configs import MoEParallelizerConfig
 
 __all__ = ["SplitExperts", "apply_expert_parallel", "find_experts", "keep_routing"]
@@ -109,9 +109,11 @@ class _Averaged:
         averaged = {name: _Divided.apply(p, self.count) for name, p in held.items() if p is not None}
         parameters.update(averaged)
         try:
-            return self.forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
         finally:
             parameters.update(held)
+        # Gathered over tp it is a view, into which autograd lets nobody add the output of shared experts.
+        return output.clone() if is_view(output) else output
 
 
 class _Divided(torch.autograd.Function):

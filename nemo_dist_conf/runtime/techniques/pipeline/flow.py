@@ -45,7 +45,8 @@ class Call:
     """nth: which call of that part, from 0. leaves, spec: of its result, a ``Shape`` for each tensor.
 
     depends: whether the result follows from weights. takes: values that it is given, or that its arguments follow
-    from. uses: names of parameters that the code around the parts computes its arguments with.
+    from. uses: names of parameters that the code around the parts computes its arguments with. reads: calls that have
+    written what it reads, into a cache that both are given.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Call:
     depends: bool
     takes: frozenset[Value]
     uses: frozenset[str]
+    reads: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class OwnSkips:
     def __init__(self, stage: nn.Module, first: bool, inner: str) -> None:
         """inner: name of the decoder inside, which runs in the model's place on stages that do not hold the head."""
         self.stage, self.first, self.inner = stage, first, inner
+        #: dtype of what is handed on, which the strategy casts.
+        self.sent: torch.dtype | None = None
 
     def __call__(self, ids: Tensor, received: tuple[Tensor, ...] = (), **kwargs: Any) -> Any:
         output = _run(self.stage, ids if self.first else received[0], self.first, self.inner, **kwargs)

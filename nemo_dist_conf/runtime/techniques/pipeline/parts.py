@@ -95,7 +95,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _on_cpu(buffer: Tensor) -> Tensor:
     if buffer.is_meta:
-        return torch.zeros(buffer.shape, dtype=buffer.dtype)
+        return torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
     return buffer.detach().to("cpu", copy=True)
 
 

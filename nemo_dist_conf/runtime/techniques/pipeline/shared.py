@@ -53,9 +53,16 @@ class SharedParameters:
         self, shared: Sequence[SharedParameter], ranks: Sequence[int], parts: Mapping[int, nn.Module], mesh: DeviceMesh
     ) -> None:
         """ranks: pp rank of each stage. parts: this rank's stages."""
-        self._parts, self._mesh = parts, mesh
+        self._mesh = mesh
         self._shared = [one for one in shared if len(one.stages) > 1]
         self._ranks = {one.name: list(dict.fromkeys(ranks[stage] for stage in one.stages)) for one in self._shared}
+        # A stand-in has attributes of what it stands for, so the stages are asked for what they hold.
+        held = {stage: {name for name, _ in part.named_parameters()} for stage, part in parts.items()}
+        found = [
+            (one, [(parts[s], next(filter(held[s].__contains__, one.names))) for s in one.stages if s in parts])
+            for one in self._shared
+        ]
+        self._places = [(one, places) for one, places in found if places]
         #: Every name of each parameter with several -> that in the plain model.
         self.plain = {name: one.name for one in shared for name in one.names}
 
@@ -63,6 +70,10 @@ class SharedParameters:
         """ids of this rank's parameters that another rank has too, and counts in norms."""
         me = self._mesh.get_local_rank()
         return {id(own[0]) for one, own in self._own() if self._ranks[one.name][0] != me}
+
+    def on_several_ranks(self) -> list[str]:
+        """Names of those that ranks of several stages have."""
+        return [name for name, ranks in self._ranks.items() if len(ranks) > 1]
 
     @torch.no_grad()
     def fill_copies(self) -> None:
@@ -112,20 +123,7 @@ class SharedParameters:
 
     def _own(self) -> list[tuple[SharedParameter, list[nn.Parameter]]]:
         """Shared parameters that this rank has, with its copies in the order of stages."""
-        found = []
-        for one in self._shared:
-            stages = [self._parts[stage] for stage in one.stages if stage in self._parts]
-            copies = [next(p for name in one.names if (p := _parameter(stage, name)) is not None) for stage in stages]
-            if copies:
-                found.append((one, copies))
-        return found
-
-
-def _parameter(stage: nn.Module, name: str) -> nn.Parameter | None:
-    try:
-        return stage.get_parameter(name)
-    except AttributeError:
-        return None
+        return [(one, [stage.get_parameter(name) for stage, name in places]) for one, places in self._places]
 
 
 def _local(tensor: Tensor) -> Tensor:

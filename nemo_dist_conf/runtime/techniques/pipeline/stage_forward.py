@@ -53,6 +53,8 @@ class StageForward:
         self.is_last = stage == len(placed.parts) - 1
         self.takes: tuple[Value, ...] = placed.handed[stage - 1] if stage else ()
         self.hands: tuple[Value, ...] = () if self.is_last else placed.handed[stage]
+        #: dtype of what is handed on; None: as in the trial.
+        self.sent: torch.dtype | None = None
         self._module: nn.Module | None = None
         self._absent: list[tuple[nn.Module, str, Tensor]] = []
         self._counts: Counter[str] = Counter()
@@ -87,7 +89,7 @@ class StageForward:
         try:
             output = run_model(self._module, ids, **kwargs)
             if self.is_last:
-                return output.clone() if is_view(output) else output
+                return _own(output)
         except _Ended:
             pass
         finally:
@@ -100,7 +102,8 @@ class StageForward:
         # torch frees a stage's graph by detaching its output in place, which a view does not allow; what was received
         # is handed on as a tensor of this stage's graph.
         handed = [made[value] if value in made else received_now[value].clone() for value in self.hands]
-        handed = [tensor.clone() if is_view(tensor) else tensor for tensor in handed]
+        shapes = map(self.placed.flow.shape, self.hands)
+        handed = [_own(tensor.to(self.sent or shape.dtype)) for tensor, shape in zip(handed, shapes)]
         return handed[0] if len(handed) == 1 else tuple(handed)
 
     def in_place_of(self, name: str, args: Any, kwargs: Any, run: Callable[..., Any] | None = None) -> Any:
@@ -197,6 +200,13 @@ def stage_of(
 
 def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor that may be detached in place and sent."""
+    if is_view(tensor) or not tensor.is_contiguous():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 class StandIn(Likeness):

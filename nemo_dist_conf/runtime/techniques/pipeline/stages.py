@@ -156,6 +156,12 @@ def spread(chain: Chain, planned: Sequence[Sequence[str]], pipeline: Mapping[str
         f"{name}.{key}": name for name, part in chain.parts.items() for key, _ in part.named_parameters(recurse=False)
     }
     placed = place(chain.flow, home, len(planned), chain.idle, chain.loose, owner)
+    for call, stage in zip(placed.flow.calls, placed.stage_of):
+        for other in call.reads:
+            if placed.stage_of[other] != stage:
+                writer = placed.flow.calls[other].name
+                why = f"{call.name} reads what {writer} has written, which lies on another stage"
+                raise no_chain(chain.trial.model, why)
     if not skips_by_itself(pipeline):
         with generators_kept():
             prove(chain.trial, placed)

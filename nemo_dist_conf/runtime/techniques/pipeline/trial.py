@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import zlib
 from collections import Counter
@@ -24,7 +25,9 @@ from nemo_dist_conf.runtime.techniques.pipeline.flow import Call, Flow, Given, P
 from nemo_dist_conf.runtime.techniques.pipeline.parts import copied, first_line, no_chain
 from nemo_dist_conf.runtime.techniques.pipeline.stage_forward import Likeness, StageForward, run_model, stage_of
 from nemo_dist_conf.runtime.torch_inside import (
-    TorchDispatchMode,
+    QuickDispatchMode,
+    is_hooked,
+    own_buffers,
     own_parameters,
     tree_flatten,
     tree_leaves,
@@ -39,6 +42,7 @@ _SIZES = ((2, 8), (3, 16))
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
 #: In the names of operators that take no more than the shape of what they are given.
 _SHAPE_ONLY = ("_like", "new_")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 #: How deep objects that nobody knows are searched for tensors.
 _DEPTH = 4
 
@@ -57,9 +61,12 @@ class Trial:
         self.model, self.parts, self.blocks = model, parts, blocks
         self.opened: set[str] = set()
         self._twins: dict[str, nn.Module] = {}
+        self._kinds: dict[str, str] = {}
+        self._known: dict[Any, tuple[Any, frozenset[int]]] = {}
         self._used: dict[int, str] = {}
         self._made: dict[int, Value] = {}
         self._kept: list[Tensor] = []
+        self._written: dict[int, tuple[int, Tensor]] = {}
         self._calls: list[tuple[Call, tuple[Tensor, ...]]] = []
         self._counts: Counter[str] = Counter()
         self._sources_of_output: tuple[frozenset[Value], frozenset[str]] = (frozenset(), frozenset())
@@ -85,7 +92,7 @@ class Trial:
         return Flow(calls, output, takes, uses)
 
     def _run(self, rows: int, tokens: int) -> tuple[list[tuple[Call, tuple[Tensor, ...]]], Tensor]:
-        self._used, self._made, self._kept, self._calls = {}, {}, [], []
+        self._used, self._made, self._written, self._kept, self._calls = {}, {}, {}, [], []
         self._counts.clear()
         try:
             with _same_numbers():
@@ -112,7 +119,7 @@ class Trial:
             raise no_chain(self.model, f"the shape of what {call.name} returns does not follow from that of the ids")
         rest = iter(shapes)
         leaves = tuple(next(rest) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves)
-        return Call(call.name, call.nth, leaves, call.spec, call.depends, call.takes, call.uses)
+        return Call(call.name, call.nth, leaves, call.spec, call.depends, call.takes, call.uses, call.reads)
 
     # ------------------------------------------------------------------------------------------------------ parts
 
@@ -132,9 +139,9 @@ class Trial:
         """What a part gives in the trial, noted as one of its calls."""
         nth = self._counts[name]
         self._counts[name] += 1
-        given = [tensor for tensor in _tensors((args, kwargs))]
+        given = self._given(args, kwargs)
         takes, uses = self._sources(given)
-        out = self._on_meta(name, module, args, kwargs, given)
+        out, reads = self._told(name, module, args, kwargs, given)
         leaves, spec = tree_flatten(out)
         places = {id(leaf): place for place, leaf in enumerate(tree_leaves((args, kwargs)))}
         depends = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
@@ -159,11 +166,34 @@ class Trial:
             made.append(leaf)
             noted.append(leaf)
             handed.append(value.clone())  # no leaf, so that the model may write into it
-        self._calls.append((Call(name, nth, tuple(noted), spec, depends, takes, uses), tuple(made)))
+        self._calls.append((Call(name, nth, tuple(noted), spec, depends, takes, uses, reads), tuple(made)))
         return tree_unflatten(handed, spec)
 
-    def _on_meta(self, name: str, module: nn.Module, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+    def _given(self, args: Any, kwargs: Any) -> list[Tensor]:
+        """Tensors that a part is given, without those that others have written into what it is given too."""
+        return [tensor for tensor in _tensors((args, kwargs)) if id(tensor) not in self._written]
+
+    def _told(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, given: list[Tensor]
+    ) -> tuple[Any, frozenset[int]]:
+        """As ``_on_meta``, asked once of parts that are alike and are given the like."""
+        leaves, spec = tree_flatten((args, kwargs))
+        if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):  # a cache, into which each of them writes
+            return self._on_meta(name, module, args, kwargs, given)
+        shown = [(one.shape, one.dtype, one.requires_grad) if isinstance(one, Tensor) else repr(one) for one in leaves]
+        if name not in self._kinds:
+            self._kinds[name] = _kind_of(name, module)
+        key = (self._kinds[name], str(spec), tuple(map(str, shown)))
+        if key not in self._known:
+            self._known[key] = self._on_meta(name, module, args, kwargs, given)
+        return self._known[key]
+
+    def _on_meta(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, given: list[Tensor]
+    ) -> tuple[Any, frozenset[int]]:
         """What the part itself returns, as tensors without values; those that follow from weights require gradients.
+
+        And the calls that have written what it reads, into a cache that is handed to all of them.
 
         Where it does not run without values, with weights of zeros; else what a block most often returns.
         """
@@ -173,22 +203,25 @@ class Trial:
             try:
                 if key not in self._twins:
                     self._twins[key] = _twin(module, device)
-                twin, follow = self._twins[key], _Following(device)
+                twin, follow = self._twins[key], _Following(device, self._written)
                 moved = tree_map_only(Tensor, follow.moved, (args, kwargs))
-                known = before | {id(tensor) for tensor in _tensors(moved)}
+                known = before | {id(tensor) for tensor in _tensors(moved)} | self._written.keys()
                 follow.note(twin.parameters())
                 with follow, torch.no_grad():
                     out = twin(*moved[0], **moved[1])
             except Exception:
                 self._twins.pop(key, None)
                 continue
-            if any(id(tensor) not in known for tensor in _tensors(moved)):
+            if any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in tree_leaves(moved)):
+                # Into a copy of it here, so that nobody could tell who reads it.
                 raise no_chain(self.model, f"{name} writes into what it is given, and other modules may read it there")
-            return tree_map_only(Tensor, follow.shown, out)
+            written = [tensor for tensor in _tensors(moved) if id(tensor) not in known]
+            self._written.update({id(tensor): (len(self._calls), tensor) for tensor in written})
+            return tree_map_only(Tensor, follow.shown, out), frozenset(follow.read - {len(self._calls)})
         tensors = [tensor for tensor in given if tensor.is_floating_point()]
         if not tensors:
             raise TypeError(f"{name} does not run on meta")
-        return torch.empty_like(tensors[0], device="meta").requires_grad_()
+        return torch.empty_like(tensors[0], device="meta").requires_grad_(), frozenset()
 
     def _sources(self, tensors: list[Tensor]) -> tuple[frozenset[Value], frozenset[str]]:
         """What of the values and parameters of this trial tensors follow from, but not through a part."""
@@ -206,6 +239,7 @@ class _Tried(Likeness):
         own = own_parameters(self)
         for key, parameter in own_parameters(module).items():
             own[key] = None if parameter is None else trial._leaf(f"{name}.{key}", parameter)
+        own.update(_sign_of(module))
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
@@ -239,7 +273,7 @@ def prove(trial: Trial, placed: Placed) -> None:
         del stage
         handed = output if isinstance(output, tuple) else (output,)
     if handed[0].shape != whole.shape or not torch.equal(handed[0].nan_to_num(), whole.nan_to_num()):
-        raise no_chain(model, "its forward computes with more of what its layers return than a stage can hand on")
+        raise no_chain(model, "its layers hand on something else than tensors with gradients")
 
 
 def _numbered_stage(trial: Trial, placed: Placed, index: int, forward: StageForward) -> nn.Module:
@@ -265,6 +299,7 @@ class _Numbered(Likeness):
         parameters = own_parameters(self)
         for key, parameter in own_parameters(module).items():
             parameters[key] = None if parameter is None else _filled(parameter, 0.25)
+        parameters.update(_sign_of(module))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.__dict__["calls"].pop(0)
@@ -289,10 +324,10 @@ def numbers(name: str, shape: Sequence[int], dtype: torch.dtype, given: Sequence
         for place, tensor in enumerate(given):
             values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             values = values.detach().double().nan_to_num(0.5).clamp(-1e4, 1e4)
-            total += (values.reshape(-1) * _waves(values.numel(), place + 1)).sum()
+            total += (place + 1.3) * (values.reshape(-1) * _waves(values.numel())).sum()
             alike = values if alike is None and values.shape == tuple(shape) else alike
         size = torch.Size(shape).numel()
-        found = _waves(size, zlib.crc32(name.encode()) % 997).view(shape) + torch.sin(total)
+        found = _waves(size).view(shape) * (1 + zlib.crc32(name.encode()) % 997 / 997) + torch.sin(total)
         if alike is not None:
             found = found + alike.tanh()
         if not dtype.is_floating_point and not dtype.is_complex:
@@ -300,17 +335,28 @@ def numbers(name: str, shape: Sequence[int], dtype: torch.dtype, given: Sequence
         return found.to(dtype)
 
 
-def _waves(size: int, phase: int) -> Tensor:
-    return torch.arange(size, dtype=torch.float64).mul_(0.7).add_(phase).cos_().mul_(0.4).add_(1)
+@functools.lru_cache(maxsize=8)
+def _waves(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float64, device="cpu").mul_(0.7).cos_().mul_(0.4).add_(1)
 
 
 def _ids(rows: int, tokens: int) -> Tensor:
-    return torch.zeros(rows, tokens, dtype=torch.int64)
+    return torch.zeros(rows, tokens, dtype=torch.int64, device="cpu")
 
 
 def _filled(parameter: Tensor, value: float) -> Tensor:
     """A tensor of a parameter's shape, in no memory."""
-    return torch.full((), value, dtype=parameter.dtype).expand(parameter.shape)
+    return torch.full((), value, dtype=parameter.dtype, device="cpu").expand(parameter.shape)
+
+
+def _sign_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What tells a model that asks a part's parameters for their dtype and device."""
+    first = next(module.parameters(), None)
+    return (
+        {}
+        if first is None
+        else {"sign_of_the_trial": nn.Parameter(torch.empty(0, dtype=first.dtype, device="cpu"), False)}
+    )
 
 
 @contextlib.contextmanager
@@ -318,7 +364,7 @@ def _same_numbers() -> Iterator[None]:
     """Inside, the code around the parts draws the same random numbers each time; gradients can be followed."""
     torch.manual_seed(0)
     random.seed(0)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.device("cpu"):
         yield
 
 
@@ -378,6 +424,20 @@ def _leaves_behind(tensors: Sequence[Tensor]) -> set[int]:
     return found
 
 
+def _kind_of(name: str, module: nn.Module) -> str:
+    """Equal for parts that do the same with other weights: of one class, sizes and settings, but for their number."""
+    place = name.rpartition(".")[2]
+    found: list[Any] = []
+    for path, one in module.named_modules():
+        own = {**own_parameters(one), **own_buffers(one)}
+        shapes = {key: None if tensor is None else (tensor.shape, tensor.dtype) for key, tensor in own.items()}
+        plain = {key: value for key, value in vars(one).items() if isinstance(value, (*_PLAIN, list, tuple))}
+        rest = {key: id(value) for key, value in vars(one).items() if key not in plain and key not in _OF_EVERY_MODULE}
+        numbered = {key: "its number" if str(value) == place else value for key, value in plain.items()}
+        found.append((path, type(one), shapes, numbered, rest, id(one) if is_hooked(one) else None))
+    return repr(found)
+
+
 def _twin(module: nn.Module, device: str) -> nn.Module:
     """The module with tensors without values, or with zeros, on another device."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
@@ -390,15 +450,18 @@ def _twin(module: nn.Module, device: str) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-class _Following(TorchDispatchMode):
+class _Following(QuickDispatchMode):
     """Runs a part without values, and follows what its weights and what it is given that follows from weights go into.
 
     On meta operators may take tensors that are neither parameters nor buffers, and have values, wherever kept.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, written: Mapping[int, tuple[int, Tensor]]) -> None:
+        """written: tensors that other calls have written, by their ids, with the numbers of those calls."""
         super().__init__()
-        self._device = device
+        self._device, self._written = device, written
+        #: Calls whose tensors have been read.
+        self.read: set[int] = set()
         self._noted: dict[int, Tensor] = {}
 
     def note(self, tensors: Iterable[Tensor]) -> None:
@@ -419,6 +482,7 @@ class _Following(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         follows = any(id(tensor) in self._noted for tensor in given)
+        self.read |= {self._written[id(tensor)][0] for tensor in given if id(tensor) in self._written}
         if len({tensor.is_meta for tensor in given}) > 1:
             args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
         out = func(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ So any module will do, and parameters of a whole model share one mesh, which tor
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Sequence
 
 import torch
@@ -15,21 +16,32 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from nemo_dist_conf.runtime.model.shard_boxes import cut_boxes, joined
 from nemo_dist_conf.runtime.torch_inside import own_parameters
 
-__all__ = ["LocalParameters", "replicate_parameters", "split_parameter", "split_parameters"]
+__all__ = ["LocalParameters", "replicate_parameters", "runs_on_parts", "split_parameter", "split_parameters"]
 
 #: (module, name in it) of a parameter.
 _Place = tuple[nn.Module, str]
+
+
+#: Modules whose code is shown parts of their parameters by a style here.
+_RUN_ON_PARTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def runs_on_parts(module: nn.Module) -> bool:
+    """Whether a style shows a module's split parameters to its code as plain tensors, and not as DTensors."""
+    return module in _RUN_ON_PARTS
 
 
 class LocalParameters:
     """Plain tensors in the places of parameters, between ``put`` and ``take_back``."""
 
     def __init__(
-        self, mesh: DeviceMesh, whole: Sequence[_Place], gradient: Placement, split: Sequence[_Place] = ()
+        self, mesh: DeviceMesh, whole: Sequence[_Place], gradient: Placement | None, split: Sequence[_Place] = ()
     ) -> None:
         """whole: replicated parameters. gradient: Replicate() where all ranks compute the same of them; Partial() where
-        each has its own part, summed in backward. split: parameters of which each rank has its part."""
+        each has its own part, summed in backward; None: they stay DTensors, which know that. split: parameters of which
+        each rank has its part."""
         self._mesh, self._whole, self._gradient, self._split = mesh, whole, gradient, split
+        _RUN_ON_PARTS.update(owner for owner, _ in split)
         self._held: list[tuple[nn.Module, str, Any]] = []
 
     def put(self) -> None:
@@ -40,7 +52,8 @@ class LocalParameters:
             # Through redistribute, whose backward sums partial gradients before they reach parameter.grad: a norm over
             # gradients that are still partial would be wrong.
             replica = parameter.redistribute(placements=[Replicate()])
-            own_parameters(owner)[key] = replica.to_local(grad_placements=[self._gradient])
+            local = None if self._gradient is None else replica.to_local(grad_placements=[self._gradient])
+            own_parameters(owner)[key] = replica if local is None else local
         for owner, key in self._split:
             parameter = self._keep(owner, key)
             if isinstance(parameter, DTensor):
@@ -57,9 +70,10 @@ class LocalParameters:
         return parameter
 
 
-def replicate_parameters(module: nn.Module, mesh: DeviceMesh) -> list[_Place]:
-    """Make the parameters of a module and those inside, which no style has taken yet, replicas; where they are."""
-    places = [(owner, key) for owner in module.modules() for key in own_parameters(owner) if _is_plain(owner, key)]
+def replicate_parameters(module: nn.Module, mesh: DeviceMesh, inside: bool = True) -> list[_Place]:
+    """Make the parameters of a module, and those inside, which no style has taken yet, replicas; where they are."""
+    owners = module.modules() if inside else (module,)
+    places = [(owner, key) for owner in owners for key in own_parameters(owner) if _is_plain(owner, key)]
     for owner, key in places:
         whole = own_parameters(owner)[key]
         replica = DTensor.from_local(whole.detach(), mesh, [Replicate()], run_check=False)

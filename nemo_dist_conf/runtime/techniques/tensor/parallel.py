@@ -27,7 +27,10 @@ from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, 
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.base_model import base_prefix
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan, likely_plan
+from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
+from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
@@ -40,9 +43,6 @@ log = logging.getLogger(__name__)
 
 #: Names of layers whose output features are heads.
 _OF_HEADS = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"})
-
-#: Kinds of rows of layers that are tried for an offer; each takes a run of the twin.
-_MOST_OFFERS = 6
 
 _Plan = Mapping[str, Any]
 
@@ -62,8 +62,9 @@ def apply_tensor_parallel(
     same on all ranks; on the meta device nothing is read. Outputs of the model are plain tensors, equal on every rank.
     Tied parameters stay tied. Call it before activation checkpointing, compile and fully_shard.
     plan: pattern -> style name (families/styles.py) or torch ParallelStyle, relative to ``model``. None: the model's
-    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its family. But for families whose plan the tests hold
-    against one process (``proven`` in the family's row), a plan is tried on a small input first.
+    attribute ``tp_plan`` or ``_tp_plan``, or what is known of its family, or for a model of transformers of which
+    nothing is known what is found in its blocks (derived_plan.py). But for families whose plan the tests hold against
+    one process (``proven`` in the family's row), a plan is tried on a small input first.
     sequence_parallel: norms and the residual stream are split over the sequence, of any length.
     example: what the model's forward takes, by keyword, for that trial; None: ids or vectors are tried.
     apart: names of modules that stay whole here, because another axis splits them (experts).
@@ -74,17 +75,22 @@ def apply_tensor_parallel(
     tp_size, ties = tp_mesh.size(), tied_names(model)
     own = plan is None and _declared(model) is None
     offers = _Offers(model, tp_mesh, example)
-    entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, sequence_parallel, offers)
+    entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, offers)
     named, problems = _resolve(model, entries, own, offers)
     held = [name for name in named if any(name == other or name.startswith(f"{other}.") for other in apart)]
     if held and (not own or len(held) == len(named)):
         problems.append(_split_twice(model, held, entries, own))
     named = {name: style for name, style in named.items() if name not in held}
+    if entries is not offers.found:  # which was tried
+        ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
+        if not (own and _is_proven(model)):
+            named, problems = _tried(model, entries, named, own, plan is None, offers)
+            if problems and own and offers.derived():
+                named, problems = _resolve(model, offers.derived(), own, offers)
+                log.info("the tensor-parallel plan of %s does not fit it; found in its blocks: %s", *offers.told())
+            ConfigError.raise_if(problems)
     if sequence_parallel and not any(map(_splits_sequence, named.values())):
-        problems.append(_no_sequence_style(entries))
-    ConfigError.raise_if(problems or _misfits(model, named, tp_size) + _tie_problems(model, entries, named, ties))
-    if not (own and _is_proven(model)):
-        named, problems = _tried(model, entries, named, own, plan is None, offers)
+        named, problems = _with_sequence(model, entries, named, own, plan is None, offers)
         ConfigError.raise_if(problems)
     styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
@@ -124,6 +130,35 @@ def _tried(
     return named, [Problem(what=what, asked=asked, allowed=allowed, instead=way_out)]
 
 
+def _with_sequence(
+    model: nn.Module, entries: _Plan, named: dict[str, Any], own: bool, declared: bool, offers: _Offers
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The styles with those of sequence parallelism, or what is wrong: those of the family, else the first way to
+    follow the residual stream that computes what the plain model does.
+    """
+    known = _family_plan(model, sequence_parallel=True) if own else None
+    if known is not None:
+        of_family, _ = _resolve(model, known, own, offers)
+        if _is_proven(model) or offers.trial().finding(of_family) is None:
+            return of_family, []
+    why = ""
+    try:
+        for way in offers.trial().sequence_ways(named):
+            found = offers.trial().finding(way)
+            if found is None:
+                return way, []
+            why = found.text
+    except CannotFollow as error:
+        why = str(error)
+    what = (
+        "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence, and the residual stream of "
+    )
+    what += f"{type(model).__name__} cannot be followed: {why}"
+    asked = f"strategy.sequence_parallel=true{'' if declared else f' {_set(entries)}'}"
+    allowed = f"the plan without it, or one with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
+    return named, [Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false")]
+
+
 # From a plan's patterns to the model's modules.
 
 
@@ -143,53 +178,88 @@ def _declared(model: nn.Module) -> tuple[str, Any] | None:
     return next(((name, plan) for name in DECLARED_PLANS if (plan := getattr(model, name, None))), None)
 
 
-def _own_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers) -> _Plan:
-    """The plan that a model comes with; ConfigError with the way out where it has none."""
-    declared = _declared(model)
-    if declared is not None:
-        return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
-    return known_plan(model, sequence_parallel, offers)
-
-
-def known_plan(model: nn.Module, sequence_parallel: bool, offers: _Offers | None = None) -> _Plan:
-    """Pattern -> style for a model as it comes; nothing is tried.
-
-    Raises ConfigError where it has no plan, or one with styles that are not supported. offers: plans to type instead.
-    """
-    declared, family = _declared(model), _model_type(model)
-    if declared is not None:
-        return dict(declared[1])
+def _family_plan(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str] | None:
+    """The plan of the model's family and of what transformers says of it; None where nothing is known."""
     base = head = prefix = None
+    wrapper, inner = _unwrapped(model)
     if _is_transformers(model):
         config: Any = model.config
-        base, head = config.base_model_tp_plan, plan_of_head(model)
-        prefix = base_prefix(model, base or ())
-        parts = {} if base else _plans_of_parts(model)
+        base, head = config.base_model_tp_plan, plan_of_head(inner)
+        prefix = base_prefix(inner, base or ())
+        parts = {} if base else _plans_of_parts(inner)
         if parts:
             base, prefix = {**parts, **(head or {})}, ""
-    row = find_family(family)
-    found = complete_plan(family, base, head, prefix=prefix, sequence_parallel=sequence_parallel)
-    if found is None and sequence_parallel and base:
-        what = f"no sequence-parallel plan is known for the model family {family}"
-        allowed = f"the families {planned_families()}; a tp_plan of your own"
-        off = "strategy.sequence_parallel=false"
-        raise ConfigError(Problem(what=what, asked="strategy.sequence_parallel=true", allowed=allowed, instead=off))
-    if found is None:
+    found = complete_plan(_model_type(model), base, head, prefix=prefix, sequence_parallel=sequence_parallel)
+    if found is not None and wrapper:
+        found = {f"{wrapper}.{pattern}": style for pattern, style in found.items()}
+    return found
+
+
+def _own_plan(model: nn.Module, offers: _Offers) -> _Plan:
+    """The plan that a model comes with; ConfigError with the way out where it has none."""
+    declared, family = _declared(model), _model_type(model)
+    if declared is not None:
+        return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
+    if _is_adapted(model):
         raise ConfigError(_no_plan(model, offers))
-    tp_size = f"={offers.mesh.size()}" if offers is not None else ""
+    row, found = find_family(family), _family_plan(model)
+    if found is None:
+        found = offers.derived() if _is_transformers(model) else None
+        if not found:
+            raise ConfigError(_no_plan(model, offers))
+        log.info("%s brings no tensor-parallel plan; found in its blocks and tried: %s", *offers.told())
+        return found
     unknown = sorted({style for style in found.values() if find_style(style) is None})
     if unknown:
         what = f"the tp_plan of {family} asks for what is not supported: {', '.join(unknown)}"
-        asked = f"parallelism.tp_size{tp_size}"
+        asked = f"parallelism.tp_size={offers.mesh.size()}"
         allowed = f"tp_size=1, or the families {planned_families()}"
         raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.tp_size=1"))
-    if row is None or row.tensor_plan is None:
-        # transformers leaves the embedding out; tied to a head in the plan, it has to be laid out alike.
-        names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
-        if any(match_pattern(pattern, name) for pattern in found for name in names):
-            tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
-            found = {**tied, **found}
+    return found if row is not None and row.tensor_plan is not None else _with_tied(model, found)
+
+
+def _with_tied(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """A plan with the embedding, which transformers leaves out; tied to a head in it, it has to be laid out alike."""
+    names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
+    if not any(match_pattern(pattern, name) for pattern in plan for name in names):
+        return plan
+    tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
+    return {**tied, **plan}
+
+
+def known_plan(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str]:
+    """Pattern -> style name for a model on paper: what it comes with, else what would be tried first.
+
+    Nothing is tried. sequence_parallel: where the family says nothing of it, each style's own twin.
+    Raises ConfigError for a model that has nothing to split.
+    """
+    declared = _declared(model)
+    if declared is not None:
+        return {str(pattern): style for pattern, style in dict(declared[1]).items() if isinstance(style, str)}
+    found = None if _is_adapted(model) else _family_plan(model, sequence_parallel)
+    if found is None and sequence_parallel:
+        plain = known_plan(model)
+        known = {pattern: find_style(style) for pattern, style in plain.items()}
+        return {pattern: (style and style.sequence_twin) or plain[pattern] for pattern, style in known.items()}
+    if found is not None:
+        return _with_tied(model, found)
+    found = likely_plan(model) if _is_transformers(model) else {}
+    if not found:
+        what = f"nothing is known of how {type(model).__name__} would be split over ranks"
+        allowed = "tp_size=1, a tp_plan here or as an attribute of the model"
+        raise ConfigError(Problem(what=what, asked="parallelism.tp_size", allowed=allowed, instead=_WITHOUT))
     return found
+
+
+def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
+    """(name, model) of the model of transformers inside of one that wraps it, as peft does; ("", the model) else."""
+    named = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "base_model_prefix"))
+    return next(named, ("", model))
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    """Whether layers are wrapped with adapters, as peft's are: no family's plan says what to do with these."""
+    return any(isinstance(getattr(module, "base_layer", None), nn.Module) for module in model.modules())
 
 
 def _plans_of_parts(model: nn.Module) -> dict[str, str]:
@@ -272,7 +342,8 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
     places = {**parameters, **modules}
     for name, style in named.items():
         if not _takes(style, places[name]):
-            what = f"tp_plan: the style {style} is for {_kinds(style)}, and {name} is {type(places[name]).__name__}"
+            kinds, found = _kinds(style, places[name]), type(places[name]).__name__
+            what = f"tp_plan: the style {style} is for {kinds}, and {name} is {found}"
             wrong.append((what, f"{name}: {style}", f"{name}: replicated, or no entry"))
             fixed = {key: value for key, value in fixed.items() if not match_pattern(key, name)}
     by_kind = {what: (asked, allowed) for what, asked, allowed in wrong}
@@ -295,10 +366,12 @@ def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
 
 
-def _kinds(style: Any) -> str:
-    """What a style name is for, in words."""
+def _kinds(style: Any, place: nn.Module | nn.Parameter) -> str:
+    """What a style name is for, in words: kinds of modules, where a module was given it."""
     known = STYLES[style]
-    return " or ".join((*known.layers, "Parameter") if known.parameters else known.layers or ("modules",))
+    if isinstance(place, nn.Parameter):
+        return " or ".join(known.layers) or "modules"
+    return " or ".join(known.layers) or "Parameter"
 
 
 def _takes(style: Any, place: nn.Module | nn.Parameter) -> bool:
@@ -308,10 +381,12 @@ def _takes(style: Any, place: nn.Module | nn.Parameter) -> bool:
         return known is not None and (known.parameters or known is STYLES["replicated"])
     if known is None or (not known.layers and not known.splits):
         return True
-    return isinstance(place, tuple(getattr(nn, layer) for layer in known.layers))
+    return layer_kind(place) in known.layers
 
 
 def _splits_sequence(style: Any) -> bool:
+    if isinstance(style, tuple):
+        return any(map(_splits_sequence, style))
     if isinstance(style, str):
         return style in SEQUENCE_STYLES
     if isinstance(style, SequenceParallel):
@@ -337,6 +412,11 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
         problems = model_problems(facts_from_config(fields_of(config)), {"tp_size": tp_size}, dist.get_world_size())
         if problems:
             return problems
+    return _odd_widths(model, named, tp_size)
+
+
+def _odd_widths(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[Problem]:
+    """Layers whose ranks keep their parts to themselves, where tp_size does not divide the width."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     widths: dict[str, int] = {}
     for name, style in named.items():
@@ -344,8 +424,7 @@ def _misfits(model: nn.Module, named: Mapping[str, Any], tp_size: int) -> list[P
         if known is None or not known.keeps_part:
             continue
         weight = parameters[name] if name in parameters else modules[name].weight
-        layer = "Embedding" if isinstance(modules.get(name), nn.Embedding) else "Linear"
-        dim = known.split_dim(layer, weight.dim())
+        dim = known.split_dim(layer_kind(modules[name]) if name in modules else "", weight.dim())
         if dim is not None:
             widths[name] = weight.size(dim) // known.packed
     odd = [f"{name} ({width})" for name, width in widths.items() if width % tp_size]
@@ -390,7 +469,7 @@ def _layout(module: nn.Module, style: Any) -> str:
         return "plain"
     kind = style if isinstance(style, str) else type(style).__name__.lower()  # torch's are called like ours
     known = STYLES.get(kind) or next((known for name, known in STYLES.items() if name in kind), None)
-    dim = known.split_dim("Linear" if isinstance(module, nn.Linear) else "Embedding", 2) if known is not None else None
+    dim = known.split_dim(layer_kind(module), 2) if known is not None else None
     return "replicated" if dim is None else f"dimension {dim}"
 
 
@@ -402,12 +481,15 @@ _WITHOUT = "parallelism.tp_size=1"
 
 
 class _Offers:
-    """What can be typed instead: plans that were tried, made only when they are asked for."""
+    """What can be typed instead: plans that were tried, made only when they are asked for.
+
+    found: the plan that was read off the model's blocks; None until it is asked for.
+    """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, example: Mapping[str, Any] | None) -> None:
         self.model, self.mesh, self.example = model, mesh, example
+        self.found: dict[str, str] | None = None
         self._trial: Trial | None = None
-        self._is_planning = False
 
     def trial(self) -> Trial:
         """Raises CannotTry."""
@@ -415,39 +497,37 @@ class _Offers:
             self._trial = Trial(self.model, self.mesh, self.example)
         return self._trial
 
+    def derived(self) -> dict[str, str]:
+        """A plan for all rows of linear layers that split and compute the same; empty without any."""
+        if self.found is None:
+            self.found = {}  # what is tried for an offer makes none of its own
+            try:
+                self.found = derived_plan(self.model, self.trial(), self._fitting)
+            except CannotTry:
+                pass
+        return self.found
+
+    def _fitting(self, plan: _Plan) -> Mapping[str, Any] | None:
+        named, problems = _resolve(self.model, plan, True, self)
+        return None if problems or _odd_widths(self.model, named, self.mesh.size()) else named
+
+    def told(self) -> tuple[str, str]:
+        """(class of the model, the word that sets the plan which was found)."""
+        return type(self.model).__name__, _set(self._short(self.derived()))
+
     def plan(self, other_than: _Plan | None = None) -> str:
-        """The word that sets a plan for all rows of linear layers that split and compute the same; without any, the
-        way without tensor parallelism."""
-        good: dict[str, str] = {}
-        if self._is_planning:  # what is tried for an offer makes none of its own
-            return _WITHOUT
-        self._is_planning = True
-        try:
-            for plan in _rows_of_linears(self.model):
-                named, problems = _resolve(self.model, plan, False, self)
-                if not problems and not _misfits(self.model, named, self.mesh.size()):
-                    if self.trial().finding(named) is None:
-                        good |= plan
-        except CannotTry:
-            pass
-        finally:
-            self._is_planning = False
-        return _set(good) if good and good != other_than else _WITHOUT
+        """The word that sets such a plan; without any, the way without tensor parallelism."""
+        found = self._short(self.derived())
+        return _set(found) if found and found != other_than else _WITHOUT
 
-
-def _rows_of_linears(model: nn.Module) -> list[dict[str, str]]:
-    """Plans for linear layers in a row, their widths the input of the last one, for each place in a block."""
-    groups: dict[str, list[tuple[str, nn.Linear]]] = {}
-    for name, module in model.named_modules():
-        if name and isinstance(module, nn.Linear):
-            groups.setdefault(name.rpartition(".")[0], []).append((name, module))
-    found: dict[tuple[str, ...], dict[str, str]] = {}
-    for layers in groups.values():
-        *before, (last, narrow) = layers
-        if before and all(wide.out_features == narrow.in_features for _, wide in before):
-            plan = {pattern_of(name): "colwise" for name, _ in before} | {pattern_of(last): "rowwise"}
-            found.setdefault(tuple(plan), plan)
-    return list(found.values())[:_MOST_OFFERS]
+    def _short(self, plan: _Plan) -> _Plan:
+        """With a pattern for all layers of a name in place of many, where it means no others."""
+        short: dict[str, str] = {}
+        for pattern, style in plan.items():
+            if short.setdefault(pattern_of(pattern), style) != style:
+                return plan
+        meant, also = (_resolve(self.model, entries, True, self)[0] if entries else {} for entries in (plan, short))
+        return short if meant == also else plan
 
 
 def _words(style: Any) -> str:
@@ -459,14 +539,13 @@ def _set(plan: Mapping[str, Any]) -> str:
     return assigned("strategy.tp_plan", {pattern: _words(style) for pattern, style in plan.items()})
 
 
-def _no_plan(model: nn.Module, offers: _Offers | None) -> Problem:
+def _no_plan(model: nn.Module, offers: _Offers) -> Problem:
     family = _model_type(model)
-    tp_size = f"={offers.mesh.size()}" if offers is not None else ""
     return Problem(
         what=f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
-        asked=f"parallelism.tp_size{tp_size} strategy.tp_plan=null",
+        asked=f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",
         allowed=f"tp_size=1, a tp_plan here or as an attribute of the model, or the families {planned_families()}",
-        instead=offers.plan() if offers is not None else _WITHOUT,
+        instead=offers.plan(),
     )
 
 
@@ -485,13 +564,4 @@ def _split_twice(model: nn.Module, held: list[str], plan: _Plan, own: bool) -> P
         asked=f"{_set(patterns)} and parallelism.ep_size of 2 or more",
         allowed="a plan without the experts, or parallelism.ep_size=1",
         instead=_set(rest) if rest else "strategy.tp_plan=null",
-    )
-
-
-def _no_sequence_style(plan: _Plan) -> Problem:
-    return Problem(
-        what="sequence_parallel is on, but no entry of the model's tp_plan splits the sequence",
-        asked=f"strategy.sequence_parallel=true {_set(plan)}",
-        allowed=f"at least one of {', '.join(sorted(SEQUENCE_STYLES))}",
-        instead="strategy.sequence_parallel=false",
     )

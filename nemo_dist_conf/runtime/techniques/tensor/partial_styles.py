@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from nemo_dist_conf.runtime.model.shard_boxes import cut_boxes
+from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.local_parameters import (
     LocalParameters,
     replicate_parameters,
@@ -117,10 +118,12 @@ class PackedLinear(Style):
     def __init__(self, packed: int) -> None:
         self.packed = packed
 
-    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        own, placement = own_parameters(module), packed_shard(0, self.packed)
-        boxes = cut_boxes(own["weight"].shape[:1], device_mesh, [placement])
-        split_parameter(module, "weight", device_mesh, placement)
+    def parallelized(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
+        own, turned = own_parameters(module), layer_kind(module) == "Conv1D"  # then its weight is [input, output]
+        boxes = cut_boxes(own["weight"].shape[int(turned) :][:1], device_mesh, [packed_shard(0, self.packed)])
+        split_parameter(module, "weight", device_mesh, packed_shard(int(turned), self.packed))
+        if turned:
+            module.nf //= device_mesh.size()  # of which its code makes the shape of what it returns
         split = split_parameters(module)
         parameters = LocalParameters(device_mesh, replicate_parameters(module, device_mesh), Partial(), split)
         _run_on_parts(module, parameters)

@@ -35,7 +35,7 @@ def repaired(model: nn.Module, named: Mapping[str, Any], trial: Trial) -> tuple[
     layers are still split, and what they give is gathered.
     """
     found = first = trial.finding(named)
-    styles, changes = dict(named), []
+    styles, changes = dict(named), list[dict[str, str]]()
     while found is not None and len(changes) < _MOST_REPAIRS:
         change = next(filter(None, (repair(model, styles, found) for repair in _REPAIRS)), None)
         if not change:

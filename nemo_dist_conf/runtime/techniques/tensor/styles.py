@@ -7,16 +7,17 @@ Tensors are [batch, seq, hidden].
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from nemo_dist_conf.families.styles import STYLES
 from nemo_dist_conf.runtime.model.materialise import retie, tied_names
+from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.local_parameters import LocalParameters, replicate_parameters
 from nemo_dist_conf.runtime.techniques.tensor.partial_styles import (
     Experts,
@@ -28,7 +29,16 @@ from nemo_dist_conf.runtime.techniques.tensor.partial_styles import (
     SplitParameter,
     Summed,
 )
-from nemo_dist_conf.runtime.torch_inside import AsyncCollectiveTensor, is_view, local_tensor, own_parameters
+from nemo_dist_conf.runtime.techniques.tensor.split_heads import SplitHeads
+from nemo_dist_conf.runtime.torch_inside import (
+    AsyncCollectiveTensor,
+    is_view,
+    local_tensor,
+    own_parameters,
+    tree_flatten,
+    tree_map_only,
+    tree_unflatten,
+)
 from nemo_dist_conf.runtime.torch_inside.styles import Style, laid_out_by, packed_shard
 
 __all__ = ["SEQUENCE_DIM", "STYLE_OBJECTS", "apply_styles"]
@@ -87,6 +97,34 @@ _Colwise = laid_out_by(ColwiseParallel, _input_of_columns, _output)
 _Rowwise = laid_out_by(RowwiseParallel, _input_of_rows, _output)
 
 
+class _Transposed(Style):
+    """A style of torch's for linear layers, for one whose weight is [input, output] (Conv1D)."""
+
+    def __init__(self, style: ColwiseParallel | RowwiseParallel) -> None:
+        self.style = style
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style, splits_rows = self.style, isinstance(self.style, RowwiseParallel)
+        placements: dict[str, Placement] = {"weight": Shard(0), "bias": Replicate()}
+        if not splits_rows:
+            placements = {"weight": Shard(1), "bias": Shard(0)}
+        for key, whole in list(module.named_parameters(recurse=False)):
+            part = distribute_tensor(whole, device_mesh, [placements[key]], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+        def enter(_: nn.Module, args: tuple) -> tuple:
+            if splits_rows:
+                return (_input_of_rows(style.input_layouts, (Shard(-1),), module, args, device_mesh),)
+            return (_input_of_columns(style.input_layouts, (Replicate(),), module, args, device_mesh),)
+
+        def leave(_: nn.Module, args: tuple, output: Any) -> torch.Tensor:
+            return _output(style.output_layouts, style.use_local_output, module, output, device_mesh)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
+
+
 class _Input(Style):
     """The module's first tensor becomes a DTensor of this layout: one collective for all layers inside.
 
@@ -104,11 +142,81 @@ class _Input(Style):
         return module
 
 
+class _SplitInputs(Style):
+    """Of the module's arguments, those that are [batch, seq, ...] as its first tensor is, split over the sequence.
+
+    So what a block is given beside the stream (embeddings of its own, the stream as it began) meets its part of that.
+    """
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return _map_alike(args, kwargs, lambda x: _as_dtensor(x, device_mesh, Shard(SEQUENCE_DIM)))
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        return module
+
+
+class _SequenceParameters(Style):
+    """Parameters of the module's own are replicated DTensors to its code as well, which meet the split stream there."""
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        local = LocalParameters(device_mesh, replicate_parameters(module, device_mesh, inside=False), gradient=None)
+        module.register_forward_pre_hook(lambda *_: local.put())
+        module.register_forward_hook(lambda *_: local.take_back(), always_call=True)
+        return module
+
+
+class _Whole(Style):
+    """Inside the module all tensors are plain and full, as without sequence parallelism.
+
+    sequence: the first tensor of its output becomes a DTensor that is split over the sequence; one that it has made
+    flat, [batch * seq, hidden], is put in shape before. Every rank computes all of it, so no gradient is summed.
+    """
+
+    def __init__(self, sequence: bool) -> None:
+        self.sequence = sequence
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        during: dict[str, Any] = {}  # one forward: the shape of the stream
+
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            _map_first(args, kwargs, lambda x: during.update(shape=x.shape) or x)
+            return tree_map_only(DTensor, full, (args, kwargs))
+
+        def full(x: DTensor) -> torch.Tensor:
+            return _OwnTensor.apply(_as_dtensor(x, device_mesh, Replicate()).to_local())
+
+        def leave(_: nn.Module, args: tuple, output: Any) -> Any:
+            leaves, form = tree_flatten(output)
+            index = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+            shape, back = during.pop("shape"), leaves[index]
+            back = back.view(shape) if back.dim() == 2 and back.numel() == shape.numel() else back
+            leaves[index] = _as_dtensor(back, device_mesh, Shard(SEQUENCE_DIM))
+            return tree_unflatten(leaves, form)
+
+        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        if self.sequence:
+            module.register_forward_hook(leave)
+        return module
+
+
+class _Together(Style):
+    """Several styles of one module, in this order."""
+
+    def __init__(self, styles: Sequence[ParallelStyle]) -> None:
+        self.styles = styles
+
+    def parallelized(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for style in self.styles:
+            parallelize_module(module, device_mesh, style, src_data_rank=None)
+        return module
+
+
 class _Replicated(Style):
     """Parameters are replicated DTensors that the module itself sees as plain tensors while it runs.
 
     gradient: Replicate() where all ranks compute the same; Partial() where each has its own part, summed in backward.
-    sequence: the input is split over the sequence, the output is a DTensor of that layout.
+    sequence: the inputs are split over the sequence, the outputs are DTensors of that layout.
     """
 
     def __init__(self, gradient: Placement, sequence: bool = False) -> None:
@@ -121,7 +229,7 @@ class _Replicated(Style):
 
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if self.sequence:
-                args, kwargs = _map_first(args, kwargs, split)
+                args, kwargs = _map_alike(args, kwargs, split)
             local.put()
             return args, kwargs
 
@@ -132,12 +240,16 @@ class _Replicated(Style):
 
         def leave(_: nn.Module, args: tuple, output: Any) -> Any:
             local.take_back()
-            if not self.sequence or not isinstance(output, torch.Tensor):
+            if not self.sequence or "shape" not in during:
                 return output
-            shape = during.pop("shape")
+            leading = during.pop("shape")[: SEQUENCE_DIM + 1]
+            return tree_map_only(torch.Tensor, lambda x: joined(x, leading), output)
+
+        def joined(x: torch.Tensor, leading: torch.Size) -> DTensor:
+            shape = torch.Size((*leading, *x.shape[SEQUENCE_DIM + 1 :]))
             stride = torch.empty(shape, device="meta").stride()
             placements = [Shard(SEQUENCE_DIM)]
-            return DTensor.from_local(output, device_mesh, placements, run_check=False, shape=shape, stride=stride)
+            return DTensor.from_local(x, device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
@@ -158,7 +270,9 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "replicated": lambda: _Replicated(Replicate()),
     "replicated_with_grad_allreduce": lambda: _Replicated(Partial()),
     "sequence_parallel": lambda: _Replicated(Partial(), sequence=True),
+    "split_heads": SplitHeads,
     "packed_colwise": lambda: PackedLinear(STYLES["packed_colwise"].packed),
+    "packed_qkv_colwise": lambda: PackedLinear(STYLES["packed_qkv_colwise"].packed),
     "local_params": OwnPart,
     "moe_tp_experts": Experts,
     "moe_identity_expert": Shared,
@@ -166,11 +280,15 @@ STYLE_OBJECTS: dict[str, Callable[[], ParallelStyle]] = {
     "own_output": OwnOutput,
     "gather_input": lambda: _Input(Replicate()),
     "scatter_input": lambda: _Input(Shard(SEQUENCE_DIM)),
+    "scatter_inputs": _SplitInputs,
+    "sequence_parameters": _SequenceParameters,
+    "whole_inputs": lambda: _Whole(sequence=False),
+    "whole_sequence": lambda: _Whole(sequence=True),
 }
 
 
 def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, ParallelStyle]:
-    """Split the named modules over ``mesh`` in place, each by its style (a name or an object); ties stay ties.
+    """Split the named modules over ``mesh`` in place, each by its style (a name, an object or several); ties stay.
 
     Outputs of the model are then full, plain tensors. Returns the objects.
     """
@@ -189,6 +307,8 @@ def apply_styles(model: nn.Module, styles: Mapping[str, Any], mesh: DeviceMesh) 
 
 def _object(model: nn.Module, name: str, style: Any) -> ParallelStyle:
     """What a style, by its name or itself, does to a module or a parameter of the model."""
+    if isinstance(style, tuple):
+        return _Together([_object(model, name, one) for one in style])
     if not isinstance(style, str):
         return style
     owner, _, key = name.rpartition(".")
@@ -197,7 +317,10 @@ def _object(model: nn.Module, name: str, style: Any) -> ParallelStyle:
         return SplitParameter(key, Replicate() if dim is None else packed_shard(dim, STYLES[style].packed))
     if style == "mla_kv_a_proj":
         return LatentProjection(_rotary_width(model, owner))
-    return STYLE_OBJECTS[style]()
+    made = STYLE_OBJECTS[style]()
+    if isinstance(made, (ColwiseParallel, RowwiseParallel)) and layer_kind(model.get_submodule(name)) == "Conv1D":
+        return _Transposed(made)
+    return made
 
 
 def _rotary_width(model: nn.Module, attention: str) -> int:
@@ -218,11 +341,29 @@ def _map_first(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Ten
     return args, {**kwargs, key: fn(kwargs[key])}
 
 
+def _map_alike(args: tuple, kwargs: dict, fn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple, dict]:
+    """The arguments with fn applied to the first tensor, and to all others of its [batch, seq, ...]."""
+    first: list[torch.Tensor] = []
+    _map_first(args, kwargs, lambda x: first.append(x) or x)  # type: ignore[func-returns-value]
+    if not first:
+        return args, kwargs
+
+    def change(value: Any) -> Any:
+        if value is first[0]:
+            return fn(value)
+        is_alike = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > SEQUENCE_DIM + 1
+        return (
+            fn(value) if is_alike and value.shape[: SEQUENCE_DIM + 1] == first[0].shape[: SEQUENCE_DIM + 1] else value
+        )
+
+    return tuple(map(change, args)), {key: change(value) for key, value in kwargs.items()}
+
+
 class _OwnTensor(torch.autograd.Function):
     """The same memory as a torch.Tensor that is no view and that no collective is still writing.
 
-    Layers give views of their DTensors. fully_shard warns of a view as the model's output, because changing it in
-    place would drop its hook on backward.
+    Layers give views of their DTensors, which code of a model may not change in place. fully_shard warns of a view as
+    the model's output, because changing it so would drop its hook on backward.
     """
 
     @staticmethod

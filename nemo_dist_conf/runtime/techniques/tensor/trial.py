@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from nemo_dist_conf.runtime.model.blocks import find_blocks
+from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.trial import Seen, keep_generators, observed, parted, small_input, twin
+from nemo_dist_conf.runtime.techniques.tensor.layer_rows import LayerRow, find_rows
+from nemo_dist_conf.runtime.techniques.tensor.stream import sequence_ways
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 from nemo_dist_conf.runtime.torch_inside import tree_leaves
 
@@ -59,10 +61,20 @@ class Trial:
     Raises CannotTry.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, example: Mapping[str, Any] | None = None) -> None:
-        """model: not wrapped yet, with values or on meta. example: keyword arguments of its forward."""
-        self._model, self._mesh = model, mesh
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        example: Mapping[str, Any] | None = None,
+        marks: Mapping[str, Any] | None = None,
+    ) -> None:
+        """model: not wrapped yet, with values or on meta. example: keyword arguments of its forward.
+
+        marks: of blocks that are not alike although the model has them so (``twin``).
+        """
+        self._model, self._mesh, self._example, self._marks = model, mesh, example, marks or {}
         self._blocks, self._inputs = find_blocks(model), {} if example is None else example
+        self._ran: set[str] = set()
         self._trained: list[Seen] | None = None
         why = self._run_plain(example)
         if why is not None and self._blocks and sum(p.numel() for p in model.parameters()) <= _WHOLE_ELEMENTS:
@@ -80,6 +92,7 @@ class Trial:
         why = "no input is known that its forward takes"
         for self._inputs in _inputs(plain, example, self._mesh.device_type):
             try:
+                self._ran = self._run_blocks(plain)
                 self._outputs = observed(plain, self._inputs)
                 self._gradients = _gradients(plain, self._inputs)
                 self._largest = max((float(g.abs().max()) for g in self._gradients.values() if g.numel()), default=0.0)
@@ -96,7 +109,10 @@ class Trial:
 
         styles: name of a module -> its style, a name of families/styles.py or a ParallelStyle.
         """
-        split = self._twin()
+        marks = _marks(styles, self._blocks)
+        split = self._twin(marks)
+        if self._run_blocks(split) != self._ran:  # blocks of one kind that are split in different ways: each is run
+            return Trial(self._model, self._mesh, self._example, marks).finding(styles)
         # Blocks that only hand their input on have no values.
         places = {**dict(split.named_parameters()), **dict(split.named_modules())}
         run = {name: copy.deepcopy(style) for name, style in styles.items() if not _is_empty(places[name])}
@@ -134,9 +150,24 @@ class Trial:
                     found.append(name)
         return tuple(found)
 
-    def _twin(self) -> nn.Module:
+    def rows(self) -> list[LayerRow]:
+        """The rows of layers that the plain model goes through (layer_rows.py), the same on every rank."""
+        return find_rows(self._twin(), self._inputs)
+
+    def sequence_ways(self, styles: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """``sequence_ways`` of stream.py for styles that split features only. Raises CannotFollow."""
         with keep_generators():
-            return twin(self._model, self._blocks, self._mesh.device_type)
+            return sequence_ways(self._twin(), list(find_blocks(self._model)), styles, self._inputs)
+
+    def _twin(self, marks: Mapping[str, Any] | None = None) -> nn.Module:
+        with keep_generators():
+            return twin(
+                self._model, self._blocks, self._mesh.device_type, marks=self._marks if marks is None else marks
+            )
+
+    def _run_blocks(self, made: nn.Module) -> set[str]:
+        """The blocks of a twin that do not only hand their input on."""
+        return {name for name in self._blocks if not _is_empty(made.get_submodule(name))}
 
     def _difference(self, split: nn.Module, gradients: dict[str, Tensor], passed_over: set[str]) -> Finding | None:
         """gradients: takes those of the split model, by parameter. passed_over: modules whose output is a part."""
@@ -168,6 +199,16 @@ class Trial:
         plain = self._gradients[name]
         allowed = _TOLERANCE * max(float(plain.abs().max()) if plain.numel() else 0.0, _NOISE * self._largest)
         return gradient.shape == plain.shape and (not plain.numel() or float((gradient - plain).abs().max()) <= allowed)
+
+
+def _marks(styles: Mapping[str, Any], blocks: Blocks) -> dict[str, tuple[tuple[str, Any], ...]]:
+    """What is done to the modules of each block, by their names in it."""
+    inside: dict[str, list[tuple[str, Any]]] = {name: [] for name in blocks}
+    for name, style in styles.items():
+        block = next((block for block in blocks if name == block or name.startswith(f"{block}.")), None)
+        if block is not None:
+            inside[block].append((name[len(block) :], style if isinstance(style, str) else id(style)))
+    return {name: tuple(sorted(found, key=str)) for name, found in inside.items()}
 
 
 def _inputs(model: nn.Module, example: Mapping[str, Any] | None, device: str) -> Iterator[Mapping[str, Any]]:

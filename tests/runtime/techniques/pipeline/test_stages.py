@@ -116,6 +116,42 @@ class Writes(Plain):
         return self.head(x + seen.get("last", 0.0))
 
 
+class Cache:
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+
+class Caches(Plain):
+    """Each block keeps something in a cache that all are given, and reads its own."""
+
+    of = -1
+
+    class Layer(Layer):
+        def __init__(self, of: int) -> None:
+            super().__init__()
+            self.of = of
+
+        def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+            extra.held.append(self.mix(x))
+            return x + extra.held[self.of]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer(self.of) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, cache = self.embed(ids), Cache()
+        for layer in self.layers:
+            x = layer(x, cache)
+        return self.head(x)
+
+
+class Reads(Caches):
+    """Each block reads what the first one has kept."""
+
+    of = 0
+
+
 class Counts(Plain):
     """Blocks that hand on whole numbers, which follow from weights and have no gradients."""
 
@@ -222,9 +258,10 @@ def test_the_order_is_that_of_forward(device: str) -> None:
         (Twice, "not layers.0, layers.1, layers.2 once each"),
         (Dicts, "returns dict"),
         (Broken, "does not run without its layers .RuntimeError: no batch of two rows"),
-        (Remembers, "computes with more of what its layers return than a stage can hand on"),
+        (Remembers, "hand on something else than tensors with gradients"),
         (Writes, "layers.0 writes into what it is given"),
-        (Counts, "computes with more of what its layers return than a stage can hand on"),
+        (Reads, "layers.1 reads what layers.0 has written, which lies on another stage"),
+        (Counts, "hand on something else than tensors with gradients"),
     ],
 )
 def test_a_model_that_is_no_chain_is_refused(model: type[nn.Module], words: str) -> None:
@@ -298,7 +335,7 @@ class Rooted(Plain):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.norm(self.embed(ids) + self.places[: ids.size(1)])
         for layer in self.layers[: len(self.kinds)]:
-            x = layer(x) if layer.mix.bias is not None else x
+            x = layer(x) if isinstance(layer.mix, nn.Linear) else x
         return self.head(self.norm(x) - self.places[: ids.size(1)]) * 0.5
 
 
@@ -314,7 +351,7 @@ class WithoutModule(Plain):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
-    "kind", [Scaled, ScaledInPlace, Skip, Positions, Between, Loose, Tied, Idle, Pairs, Rooted, WithoutModule]
+    "kind", [Scaled, ScaledInPlace, Skip, Positions, Between, Loose, Tied, Idle, Pairs, Rooted, WithoutModule, Caches]
 )
 def test_what_is_around_the_blocks_runs_where_it_is_needed(kind: type[nn.Module], device: str) -> None:
     """Output and gradients of stages in a row are those of the model; what they hand on is found without values too."""
@@ -339,7 +376,9 @@ def test_what_is_around_the_blocks_runs_where_it_is_needed(kind: type[nn.Module]
     assert torch.equal(output, want)
     output.square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.grad, gradients[name]) if parameter.grad is not None else gradients[name] is None
+        found_gradient, gradient = parameter.grad, gradients[name]
+        assert (found_gradient is None) == (gradient is None)
+        assert found_gradient is None or gradient is None or torch.equal(found_gradient, gradient)
     held = {id(parameter) for stage in stages for parameter in stage.parameters()}
     assert held == {id(parameter) for parameter in model.parameters()}
 
