@@ -31,7 +31,6 @@ from tests.plan.test_command import composed
 from tests.plan.test_measured import PLAIN, tracked
 
 OWN = {"_target_": "tests.plan.own_models.Chain"}
-MAMBA = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 97}
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64, "attn_pdrop": 0.0}
 
 
@@ -149,7 +148,6 @@ def test_a_forward_that_cannot_be_counted_is_estimated_and_said_to_be(tmp_path: 
 REFUSED = {
     "no family": ({"model_type": "lama"}, [], "lama"),
     "no causal model": ({"model_type": "vit"}, [], "vit is no causal language model"),
-    "no plan of tensors": (MAMBA, ["parallelism.tp_size=2"], "no tensor-parallel"),
     "no experts": ({"model_type": "gpt2", **GPT2}, ["parallelism.ep_size=2"], "no experts"),
     "heads": ({"model_type": "gemma2"}, ["parallelism.tp_size=8"], "does not divide the model's 4 key/value heads"),
 }
@@ -175,10 +173,14 @@ def test_a_run_does_not_build_its_model_once_more_for_its_plan(tmp_path: Path) -
         job_of(recipe, 8, "h100", builds=False)
 
 
-def test_a_search_keeps_to_what_is_known_of_the_model(tmp_path: Path) -> None:
+def test_tensor_parallelism_of_a_module_without_a_plan_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing is known of how Chain would be split"):
+        run(own("parallelism.tp_size=2"))
+
+
+def test_a_search_keeps_to_what_is_known_of_the_model() -> None:
     """No tensor parallelism without a plan, no experts that are not there."""
-    recipe = _recipe_config(composed(folder_of(tmp_path, **MAMBA), "data.seq_len=64"), None)
-    found = search(recipe, 4, "h100", top=50)
+    found = search(_recipe_config(own(count=4), None), 4, "h100", top=50)
     assert found.fitting and not any("tp_size" in one.words or "ep_size" in one.words for one in found.best)
     assert any("pp_size" in one.words for one in found.best)
 
