@@ -6,6 +6,7 @@ import sys
 import textwrap
 from typing import Any, Mapping, Sequence
 
+from nemo_dist_conf.composition.printed import show
 from nemo_dist_conf.composition.sections import SECTIONS, section_of
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.schema import SwitchesConf, documented
@@ -86,10 +87,10 @@ def main(words: Sequence[str] | None = None) -> int:
     """Print what the words on the command line name; 1 with the way out for an unknown one."""
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words):
-        print(__doc__)
+        show(__doc__ or "")
         return 0
     try:
-        print(explain(*words))
+        show(explain(*words))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1

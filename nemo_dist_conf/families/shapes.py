@@ -6,27 +6,33 @@ import functools
 import importlib
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.families.plans import complete_plan
 from nemo_dist_conf.families.registry import families, find_family
 from nemo_dist_conf.families.spec import Family, Places
 from nemo_dist_conf.wording import assigned, unknown_name
 
-__all__ = ["ModelShape", "Weight", "block_weights", "outer_weights", "shape_of", "weights"]
+if TYPE_CHECKING:
+    from nemo_dist_conf.families.built_shape import BuiltShape
+
+__all__ = ["ModelShape", "Weight", "shape_of", "weights"]
 
 
 @dataclass(frozen=True)
 class Weight:
     """A parameter of the model. expert: the first dimension counts experts. name: relative to its block, if it has one.
 
-    part: ``embedding``, ``attention``, ``mlp``, ``norm``, ``final_norm`` or ``head``.
+    part: ``embedding``, ``attention``, ``mlp``, ``norm``, ``final_norm`` or ``head``; "": not told.
+    layer: the class of torch.nn that it is of; "": as the part says, an Embedding or a Linear.
     """
 
     name: str
     shape: tuple[int, ...]
     part: str
     expert: bool = False
+    layer: str = ""
 
     @property
     def count(self) -> int:
@@ -86,10 +92,48 @@ class ModelShape:
         unused = sum(w.count // self.experts * idle for _, w in weights(self) if w.expert)
         return self.parameters - unused
 
+    def kind(self, layer: int) -> bool:
+        """The kind of a layer: whether it is sparse."""
+        return self.sparse[layer]
+
     def kinds(self, first: int = 0, last: int | None = None) -> dict[bool, int]:
         """How many of the layers first to last - 1 are dense (False) and sparse (True); those that occur."""
         held = self.sparse[first:last]
         return {kind: held.count(kind) for kind in (False, True) if kind in held}
+
+    def block_name(self, layer: int) -> str:
+        """The name of a layer in the whole model."""
+        return self.places.block(layer)
+
+    def block_weights(self, kind: int) -> tuple[Weight, ...]:
+        """Weights of one layer of a kind, in the order in which backward has their gradients."""
+        found: tuple[Weight, ...] = _weights_of(self.model_type).block_weights(self, bool(kind))
+        return found
+
+    def outer_weights(self) -> tuple[Weight, ...]:
+        """Embedding, final norm and head, by their names in the whole model; tied ones once, as the embedding."""
+        found: tuple[Weight, ...] = _weights_of(self.model_type).outer_weights(self)
+        return found
+
+    def outer_units(self, least: int) -> tuple[tuple[Weight, ...], tuple[Weight, ...], tuple[Weight, ...]]:
+        """Outer weights of the embedding's unit, of the head's, and of the root.
+
+        An embedding and a head have units of their own from ``least`` elements on, where they are not one parameter.
+        """
+        outer = self.outer_weights()
+        is_large = not self.tied and self.vocab * self.hidden >= least
+        return (outer[:1], outer[1:], ()) if is_large else ((), (), outer)
+
+    def parts_named(self, names: list[str]) -> tuple[str, ...]:
+        """Which parts outside of layers a pipeline stage holds that is given by the names of its modules."""
+        leaves = {name.rpartition(".")[2] for name in names}
+        places = self.places
+        parts = ((places.embedding, "embedding"), (places.final_norm, "final_norm"), (places.head, "head"))
+        return tuple(part for place, part in parts if place.rpartition(".")[2] in leaves)
+
+    def plan(self, sequence_parallel: bool) -> Mapping[str, str]:
+        """Tensor-parallel styles by pattern; empty where the family has none."""
+        return complete_plan(self.model_type, sequence_parallel=sequence_parallel) or {}
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
@@ -176,23 +220,11 @@ def _weights_of(model_type: str) -> Any:
     return importlib.import_module(shapes.weights)
 
 
-def block_weights(shape: ModelShape, sparse: bool) -> tuple[Weight, ...]:
-    """Weights of one layer, in the order in which backward has their gradients."""
-    found: tuple[Weight, ...] = _weights_of(shape.model_type).block_weights(shape, sparse)
-    return found
-
-
-def outer_weights(shape: ModelShape) -> tuple[Weight, ...]:
-    """Embedding, final norm and head, by their names in the whole model; tied ones once, as the embedding."""
-    found: tuple[Weight, ...] = _weights_of(shape.model_type).outer_weights(shape)
-    return found
-
-
-def weights(shape: ModelShape) -> list[tuple[str, Weight]]:
+def weights(shape: ModelShape | BuiltShape) -> list[tuple[str, Weight]]:
     """(name in the whole model, weight) of every parameter."""
     inside = [
-        (f"{shape.places.block(index)}.{weight.name}", weight)
-        for index, sparse in enumerate(shape.sparse)
-        for weight in block_weights(shape, sparse)
+        (f"{shape.block_name(layer)}.{weight.name}", weight)
+        for layer in range(shape.layers)
+        for weight in shape.block_weights(shape.kind(layer))
     ]
-    return [*inside, *((weight.name, weight) for weight in outer_weights(shape))]
+    return [*inside, *((weight.name, weight) for weight in shape.outer_weights())]

@@ -18,10 +18,11 @@ __all__ = ["checked_main", "main"]
 def main(cfg: DictConfig) -> None:
     """Print the plan of the config."""
     from nemo_dist_conf.composition.agreement.shared_failure import end
+    from nemo_dist_conf.composition.printed import show
     from nemo_dist_conf.plan.command import run
 
     try:
-        print(run(cfg, HydraConfig.get()))
+        show(run(cfg, HydraConfig.get()))
     except NemoDistConfError as error:
         end(error)
 

@@ -2,14 +2,17 @@
 
 Names of sizes: T tokens of the microbatch on this rank, H hidden, Q and K widths of queries and keys, I of the MLP,
 V ids. Each term is a tensor that autograd saves in the modules of transformers (modeling_llama.py and its kin) run
-without fused kernels; what torch.compile saves is estimated (see ``_norm`` and ``_mlp``).
+without fused kernels; what torch.compile saves is estimated (see ``_norm`` and ``_mlp``). So it is for families whose
+row has shapes; of other models plan/built_costs.py says what was counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Iterator
 
-from nemo_dist_conf.families.shapes import block_weights
+from nemo_dist_conf.families.shapes import ModelShape
+from nemo_dist_conf.plan.built_costs import built_of, entered_bytes, outer_saved, saved_bytes, selected_bytes
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = ["Kept", "kept_by_stage", "loss_bytes", "stage_bytes"]
@@ -32,6 +35,12 @@ def _item(job: Job) -> int:
     return DTYPE_BYTES[job.compute_dtype]
 
 
+def _shape(job: Job) -> ModelShape:
+    """The model, where its family's row has shapes."""
+    assert isinstance(job.model, ModelShape), "built models are counted"
+    return job.model
+
+
 def _stream(job: Job) -> int:
     """Bytes of an element of the residual stream: autocast leaves it in the parameters' dtype."""
     return DTYPE_BYTES[job.param_dtype]
@@ -49,7 +58,7 @@ def _norm(job: Job, readers_bytes: int) -> int:
     copy. Under sequence parallelism the layers keep the gathered output. Compiled, what is elementwise is recomputed
     from the input.
     """
-    tokens, hidden, stream = job.tokens, job.model.hidden, _stream(job)
+    tokens, hidden, stream = job.tokens, _shape(job).hidden, _stream(job)
     split = _split(job)
     if job.compiled:
         return tokens * hidden * stream // split + tokens * _FP32 // split
@@ -62,7 +71,7 @@ def _attention(job: Job) -> int:
 
     Where the attention of some layers is run on whole rows, all of it is of all tokens, in every layer.
     """
-    model, item, tp = job.model, _item(job), job.tp
+    model, item, tp = _shape(job), _item(job), job.tp
     if job.autocast and job.hardware.device == "cpu":
         item = _FP32  # rotary embeddings are float32 under autocast, and on a CPU attention takes them as they are
     tokens, whole = job.tokens, any(model.whole_rows)
@@ -80,7 +89,7 @@ def _attention(job: Job) -> int:
 
 def _mlp(job: Job, sparse: bool) -> int:
     """Gate, its activation, up and their product; of experts for each token that they were sent."""
-    model, item = job.model, _item(job)
+    model, item = _shape(job), _item(job)
     if not sparse:
         per_token = (2 if job.compiled else 4) * model.intermediate // job.tp
         return job.tokens * per_token * item
@@ -102,7 +111,7 @@ def _block_bytes(job: Job, sparse: bool) -> int:
 
 def _selective_bytes(job: Job, sparse: bool) -> int:
     """The block's input, results of matrix products and of attention. Products of grouped experts are recomputed."""
-    model, item, tokens, tp = job.model, _item(job), job.tokens, job.tp
+    model, item, tokens, tp = _shape(job), _item(job), job.tokens, job.tp
     kept = tokens * model.hidden * _stream(job) // _split(job)
     kept += tokens * (model.q_width + 2 * model.kv_width) * item // tp  # projections
     kept += tokens * model.q_width * item // tp + tokens * model.heads * _FP32 // tp  # attention
@@ -128,6 +137,26 @@ def _block(job: Job, sparse: bool) -> Kept:
     return Kept(saved, _block_bytes(job, sparse))
 
 
+def _built_block(job: Job, layer: int) -> Kept:
+    """The same of a block of a built model."""
+    whole = saved_bytes(job, layer)
+    if job.checkpointing is False:
+        return Kept(whole, 0)
+    if job.checkpointing == "selective":
+        saved = selected_bytes(job, layer)
+        return Kept(saved, max(0, whole - saved))
+    return Kept(entered_bytes(job, layer), whole)
+
+
+def _blocks(job: Job, stage: Stage) -> Iterator[tuple[int, Kept]]:
+    """(how many, what one keeps) of a stage's blocks."""
+    if built_of(job) is not None:
+        yield from ((1, _built_block(job, layer)) for layer in range(stage.first, stage.last))
+        return
+    for sparse, count in _shape(job).kinds(stage.first, stage.last).items():
+        yield count, _block(job, sparse)
+
+
 def loss_bytes(job: Job) -> tuple[int, int]:
     """(kept, working): logits and their log-softmax in float32; the gradients of both."""
     elements = job.tokens * job.model.vocab
@@ -138,17 +167,18 @@ def loss_bytes(job: Job) -> tuple[int, int]:
 def stage_bytes(job: Job, stage: Stage) -> Kept:
     """Bytes that one microbatch keeps on a stage: blocks, final norm, head and loss; on later stages what came in."""
     saved = working = 0
-    for sparse, count in job.model.kinds(stage.first, stage.last).items():
-        kept = _block(job, sparse)
+    for count, kept in _blocks(job, stage):
         saved += count * kept.saved
         working = max(working, kept.working)
     if job.autocast:
         saved += _narrow_weights(job, stage)
     if "embedding" in stage.outer:
         saved += job.tokens * 8  # the ids
+    if built_of(job) is not None:
+        saved += outer_saved(job, stage)
+    elif "final_norm" in stage.outer:
+        saved += _norm(job, _item(job))
     if "final_norm" in stage.outer:
-        reader = _item(job)
-        saved += _norm(job, reader)
         saved += loss_bytes(job)[0]
     return Kept(saved, working)
 
@@ -158,8 +188,8 @@ def _narrow_weights(job: Job, stage: Stage) -> int:
     item = DTYPE_BYTES[job.compute_dtype]
     total = 0
     if job.checkpointing is False:
-        for sparse, count in job.model.kinds(stage.first, stage.last).items():
-            total += count * sum(w.count for w in block_weights(job.model, sparse) if len(w.shape) > 1)
+        for kind, count in job.model.kinds(stage.first, stage.last).items():
+            total += count * sum(w.count for w in job.model.block_weights(kind) if len(w.shape) > 1)
     if "head" in stage.outer or (job.model.tied and "final_norm" in stage.outer):
         total += job.model.vocab * job.model.hidden
     return total * item // job.tp

@@ -1,10 +1,14 @@
-"""A composed recipe config -> the job to plan."""
+"""A composed recipe config -> the job to plan.
+
+The shape of a family with a row of shapes is read from its config. Any other model, a module of one's own too, is built
+on the meta device, which imports torch and transformers: what does it is imported when such a model is planned.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,7 +17,10 @@ from nemo_dist_conf.composition.check import Checked
 from nemo_dist_conf.composition.command_line import WITHOUT, raw_words
 from nemo_dist_conf.composition.resolvers import autocast_dtype
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.families.config_facts import plain_floats
+from nemo_dist_conf.families.model_rules import model_problems as size_problems
+from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.shapes import ModelShape, shape_of
 from nemo_dist_conf.names import HARDWARE
 from nemo_dist_conf.plan.job import Job, Update
@@ -24,7 +31,16 @@ from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
 from nemo_dist_conf.wording import assigned, typed_path, unknown_name
 
-__all__ = ["autocast_of", "hardware_of", "job_of", "model_config", "model_shape", "planned_start", "update_of"]
+__all__ = [
+    "autocast_of",
+    "hardware_of",
+    "is_built",
+    "job_of",
+    "model_config",
+    "model_shape",
+    "planned_start",
+    "update_of",
+]
 
 
 def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start:
@@ -32,20 +48,38 @@ def planned_start(world_size: int, machine: HardwareConf | None = None) -> Start
     return Start(world_size, launch_command(), elsewhere=machine is None or machine.device != "cpu")
 
 
-def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None = None) -> Job:
+def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None = None, builds: bool = True) -> Job:
     """What a recipe config asks for on ``world_size`` ranks. hardware None: of the config's node.
 
+    builds: a model without a row of shapes is built on the meta device; False: it is refused.
     Raises ConfigError for everything that the recipe refuses, and for a model or hardware that is not known.
     """
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
-    model = model_shape(cfg)
+    has_to_be_built = builds and is_built(cfg)
+    model = None if has_to_be_built else model_shape(cfg, builds=False)
     with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
+        if model is None:  # after the rules, because it takes seconds
+            model = model_shape(cfg)
         return _job(cfg, checked, machine, model)
 
 
-def model_shape(cfg: DictConfig) -> ModelShape:
-    """The shape of ``cfg.model``. Raises ConfigError for a family or a size that cannot be planned."""
+def is_built(cfg: DictConfig) -> bool:
+    """Whether ``cfg.model`` has to be built to know its shape. Raises ConfigError for a model that says too little."""
+    if isinstance(cfg.get("model"), DictConfig) and "_target_" in cfg.model:
+        return True
+    kind = model_config(cfg).get("model_type")
+    family = find_family(kind)
+    return isinstance(kind, str) and bool(kind) and (family is None or family.shapes is None)
+
+
+def model_shape(cfg: DictConfig, builds: bool = True) -> ModelShape | BuiltShape:
+    """The shape of ``cfg.model``. builds: as in ``job_of``.
+
+    Raises ConfigError for a family or a size that cannot be planned.
+    """
+    if builds and is_built(cfg):
+        return _built_shape(cfg)
     config = model_config(cfg)
     try:
         return shape_of(config)
@@ -58,7 +92,22 @@ def model_shape(cfg: DictConfig) -> ModelShape:
         raise ConfigError(*(dataclasses.replace(each, asked=asked, instead=best) for each in error.problems)) from None
 
 
-def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelShape) -> Job:
+def _built_shape(cfg: DictConfig) -> BuiltShape:
+    """As the runtime builds it; beside a checkpoint folder only typed fields hold."""
+    from nemo_dist_conf.runtime.on_paper import read_model
+
+    node: Any = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
+    if node.get("name_or_path"):
+        overrides = raw_words(OmegaConf.select(cfg, "hydra.overrides.task"))
+        node.config = typed_model_config(node.get("config"), overrides)
+    return read_model(node)
+
+
+def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelShape | BuiltShape) -> Job:
+    if isinstance(model, BuiltShape):  # whose config may say more than what was typed
+        size = checked.mesh.world_size
+        ConfigError.raise_if(size_problems(model.facts, checked.sizes, size, int(cfg.data.seq_len), moe=checked.moe))
+        ConfigError.raise_if(expert_problems(model, checked.mesh.size("ep")))
     rows, micro, seq_len = _batch_of(cfg, checked.mesh.size("dp"))
     microbatches, calls = rows // micro, 1
     if checked.mesh.size("pp") > 1:
@@ -81,6 +130,14 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
         autocast=autocast_of(checked.strategy, checked.strategy_values, dtype, machine.device),
         update=update_of(cfg.get("optimizer")),
     )
+
+
+def expert_problems(model: BuiltShape, ep: int) -> Iterator[Problem]:
+    """That experts are split which a model has not, or has no plan for."""
+    if ep > 1 and not any(model.sparse):
+        what = f"ep_size={ep}: {model.model_type} has no experts that can be split"
+        asked, allowed = f"parallelism.ep_size={ep}", "a mixture-of-experts model of transformers with a plan for it"
+        yield Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.ep_size=1")
 
 
 def autocast_of(strategy: Strategy, options: Mapping[str, Any], dtype: str, device: str) -> str | None:

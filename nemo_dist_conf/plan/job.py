@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Mapping
 
-from nemo_dist_conf.families.plans import complete_plan
+from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.families.spec import Places
 from nemo_dist_conf.families.styles import SEQUENCE_STYLES, match_pattern, unalias
 from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.plan.schedule_orders import PlayedSchedule, from_file, played_schedule, unknown_schedule
@@ -83,8 +82,8 @@ class Styles:
 
 
 @lru_cache(maxsize=64)
-def _own_styles(model_type: str, sequence_parallel: bool) -> Styles:
-    return Styles(complete_plan(model_type, sequence_parallel=sequence_parallel) or {})
+def _own_styles(model: ModelShape | BuiltShape, sequence_parallel: bool) -> Styles:
+    return Styles(model.plan(sequence_parallel))
 
 
 _NO_STYLES = Styles({})
@@ -101,7 +100,7 @@ class Job:
     strategy: Strategy
     options: Mapping[str, Any]
     mesh: MeshSpec
-    model: ModelShape
+    model: ModelShape | BuiltShape
     hardware: HardwareConf
     rows: int = 1
     seq_len: int = 1024
@@ -208,7 +207,7 @@ class Job:
         given = self.options.get("tp_plan")
         if given:
             return Styles({str(key): str(style) for key, style in dict(given).items()})
-        return _own_styles(self.model.model_type, bool(self.options.get("sequence_parallel")))
+        return _own_styles(self.model, bool(self.options.get("sequence_parallel")))
 
     @cached_property
     def compiled(self) -> bool:
@@ -258,9 +257,7 @@ class Job:
             ranks = tuple(rank_of_stage(stage, count, self.pp, v_shaped) for stage in range(count))
         parts = self.pipeline.get("module_fqns_per_model_part")
         if parts is not None:
-            return tuple(
-                _named_stage(index, ranks[index], list(part), self.model.places) for index, part in enumerate(parts)
-            )
+            return tuple(_named_stage(index, ranks[index], list(part), self.model) for index, part in enumerate(parts))
         found, first = [], 0
         weighted = self.pipeline.get("layers_per_stage") is None
         for index, layers in enumerate(spread_layers(self.model.layers, count, weighted)):
@@ -273,10 +270,7 @@ class Job:
         return [stage for stage in self.stages if stage.rank == pp_rank]
 
 
-def _named_stage(index: int, rank: int, names: list[str], places: Places) -> Stage:
+def _named_stage(index: int, rank: int, names: list[str], model: ModelShape | BuiltShape) -> Stage:
     """A stage given by the names of its modules; layers are those whose last part is a number."""
     numbers = sorted(int(leaf) for leaf in (name.rpartition(".")[2] for name in names) if leaf.isdigit())
-    leaves = {name.rpartition(".")[2] for name in names}
-    parts = ((places.embedding, "embedding"), (places.final_norm, "final_norm"), (places.head, "head"))
-    outer = tuple(part for place, part in parts if place.rpartition(".")[2] in leaves)
-    return Stage(index, rank, numbers[0] if numbers else 0, numbers[-1] + 1 if numbers else 0, outer)
+    return Stage(index, rank, numbers[0] if numbers else 0, numbers[-1] + 1 if numbers else 0, model.parts_named(names))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.fit import FITS, memories_of, verdict_of
 from nemo_dist_conf.plan.job import Job
@@ -63,6 +64,11 @@ class Plan:
         """What was asked for and is not in the numbers, a sentence each."""
         job = self.job
         found = list(job.costs.notes(job))
+        if isinstance(job.model, BuiltShape) and job.model.why_estimated:
+            why = f"{job.model.model_type} does not run on the meta device ({job.model.why_estimated})"
+            found.append(f"activations and FLOPs, which are estimates from the sizes of weights: {why}")
+        if isinstance(job.model, BuiltShape) and job.tp > 1:
+            found.append(f"tp: what layers of {job.model.model_type} gather whose parts are no plain rows and columns")
         policy = job.moe.get("mp_policy")
         changed = {
             "lm_head_precision": job.moe.get("lm_head_precision") is not None,
@@ -74,6 +80,10 @@ class Plan:
             found += [f"moe.{key}: its units and dtypes are not in memory and traffic" for key in asked]
         return found
 
+    @property
+    def _source(self) -> dict[str, str]:
+        return {"read_off": self.job.model.source} if isinstance(self.job.model, BuiltShape) else {}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; bytes, seconds, counts."""
         job = self.job
@@ -83,7 +93,7 @@ class Plan:
             "layout": job.mesh.describe(),
             "mesh": dict(zip(job.mesh.axes, job.mesh.shape)),
             "hardware": job.hardware.name,
-            "model": {"type": job.model.model_type, "parameters": job.model.parameters},
+            "model": {"type": job.model.model_type, "parameters": job.model.parameters, **self._source},
             "verdict": self.verdict,
             "change": self.ways_out(),
             "notes": self.notes,

@@ -7,7 +7,8 @@ from functools import lru_cache
 from math import prod
 from typing import Iterator
 
-from nemo_dist_conf.families.shapes import ModelShape, Weight, block_weights, outer_weights
+from nemo_dist_conf.families.built_shape import BuiltShape
+from nemo_dist_conf.families.shapes import ModelShape, Weight
 from nemo_dist_conf.families.styles import STYLES
 from nemo_dist_conf.plan.job import Job, Stage, Styles
 
@@ -86,28 +87,30 @@ def units_of(job: Job, stage: Stage) -> tuple[Unit, ...]:
 
 @lru_cache(maxsize=4096)
 def stage_units(
-    model: ModelShape, stage: Stage, splits_experts: bool = False, splits_outer: bool = False
+    model: ModelShape | BuiltShape, stage: Stage, splits_experts: bool = False, outer_from: int | None = None
 ) -> tuple[Unit, ...]:
     """A unit for each block of a stage, for a block's experts where they are split apart, and for the rest.
 
-    splits_outer: the rest is two units, the embedding, and the head with the final norm. The same arguments give the
-    same objects, by which other answers are remembered.
+    outer_from: elements from which on an embedding, and a head with the final norm, are units of their own; None: they
+    are none. The same arguments give the same objects, by which other answers are remembered.
     """
     found: list[Unit] = []
-    for sparse, count in model.kinds(stage.first, stage.last).items():
-        layer = next(i for i in range(stage.first, stage.last) if model.sparse[i] is sparse)
-        held = tuple((f"{model.places.block(layer)}.{w.name}", w) for w in block_weights(model, sparse))
+    for kind, count in model.kinds(stage.first, stage.last).items():
+        layer = next(i for i in range(stage.first, stage.last) if model.kind(i) == kind)
+        block = model.block_name(layer)
+        held = tuple((f"{block}.{w.name}", w) for w in model.block_weights(kind))
         experts = tuple(entry for entry in held if entry[1].expert and splits_experts)
-        title = "sparse block" if sparse else "block"
+        title = "sparse block" if model.sparse[layer] else "block"
         found.append(Unit(title, layer, count, tuple(entry for entry in held if entry not in experts)))
         if experts:
             found.append(Unit("experts", layer, count, experts, expert=True))
     tied = {"head": "embedding"} if model.tied else {}  # the last stage has a copy
     parts = {tied.get(part, part) for part in stage.outer}
-    outer = tuple((w.name, w) for w in outer_weights(model) if w.part in parts)
-    if splits_outer:
-        return (*found, Unit("embedding", EMBEDDING, 1, outer[:1]), Unit("head", HEAD, 1, outer[1:]))
-    return (*found, Unit("root", _ROOT, 1, outer)) if outer else tuple(found)
+    front, back, root = model.outer_units(outer_from) if outer_from is not None else ((), (), model.outer_weights())
+    for title, number, weights in (("embedding", EMBEDDING, front), ("head", HEAD, back), ("root", _ROOT, root)):
+        outer = tuple((w.name, w) for w in weights if w.part in parts)
+        found += [Unit(title, number, 1, outer)] if outer else []
+    return tuple(found)
 
 
 def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:
@@ -115,8 +118,8 @@ def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> 
     style = STYLES.get(styles.of(name)) if tp > 1 else None
     if style is None:
         return weight.shape
-    dim = style.split_dim("Embedding" if weight.part == "embedding" else "Linear", len(weight.shape))
-    packed = style.packed
+    layer = weight.layer or ("Embedding" if weight.part == "embedding" else "Linear")
+    dim, packed = style.split_dim(layer, len(weight.shape)), style.packed
     return tuple(
         packed * _chunk(size // packed, tp, index) if d == dim else size for d, size in enumerate(weight.shape)
     )
@@ -146,7 +149,9 @@ def _dimensions(unit: Unit, split: _Split, tp: int, ep: int) -> Iterator[tuple[i
     Shards cut experts along the second dimension, because ep cuts the first, and everything else along the first.
     """
     for name, weight in unit.weights:
-        if unit.expert:
+        if not weight.shape:  # whole on every rank
+            yield 1, 1, 1
+        elif unit.expert:
             experts, size, *rest = weight.shape
             yield _chunk(experts, split.ep, ep) * prod(rest), size, split.ep_shard
         else:

@@ -13,6 +13,7 @@ from nemo_dist_conf.composition.check import check_values
 from nemo_dist_conf.composition.command_line import raw_words
 from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.families.config_facts import facts_from_config
 from nemo_dist_conf.plan.activations import stage_bytes
 from nemo_dist_conf.plan.fit import NO, usable_bytes
@@ -101,7 +102,7 @@ def search(
         what, allowed = "a search chooses layouts itself", "words for the model, the data, the batch and the optimizer"
         raise ConfigError(Problem(what=what, asked=" ".join(taken), allowed=allowed, instead=instead))
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
-    seek = _Search(cfg, machine, model_config(cfg))
+    seek = _Search(cfg, machine)
     with about_to_start(planned_start(world_size, machine)):
         result = seek.best(world_size, top)
         if not result.allowed:
@@ -112,7 +113,7 @@ def search(
 
 
 class _Search:
-    def __init__(self, cfg: DictConfig, machine: HardwareConf, config: Mapping[str, Any]) -> None:
+    def __init__(self, cfg: DictConfig, machine: HardwareConf) -> None:
         self.machine, self.model = machine, model_shape(cfg)
         self.rows, self.seq_len = cfg.train.global_batch_size, int(cfg.data.seq_len)
         problems = batch_problems(self.rows, None, 1)
@@ -122,8 +123,9 @@ class _Search:
         self.schedules = [name for name in planned_schedules() if played_schedule(name).searched]
         self.sections = {name: _defaults(schema) for name, schema in SECTIONS.items()}
         # What the config leaves to transformers' defaults is known from the shape.
+        known = self.model.facts if isinstance(self.model, BuiltShape) else facts_from_config(model_config(cfg))
         self.facts = dataclasses.replace(
-            facts_from_config(config),
+            known,
             num_layers=self.model.layers,
             num_heads=self.model.heads,
             num_kv_heads=self.model.kv_heads,
@@ -131,6 +133,22 @@ class _Search:
             num_experts=self.model.experts,
             expert_width=self.model.expert_width if self.model.experts else None,
         )
+
+    @functools.cached_property
+    def splits_tensors(self) -> bool:
+        """Whether a tensor-parallel plan of the model is known."""
+        return not self.model.experts and self._has_plan(False)
+
+    @functools.cached_property
+    def splits_sequence(self) -> bool:
+        """Whether one is that splits the sequence too."""
+        return self._has_plan(True)
+
+    def _has_plan(self, sequence_parallel: bool) -> bool:
+        try:
+            return bool(self.model.plan(sequence_parallel))
+        except ConfigError:
+            return False
 
     def best(self, world_size: int, top: int) -> Result:
         quick: list[tuple[float, int, Job, _Layout, bool | str]] = []
@@ -177,7 +195,7 @@ class _Search:
             for pp in divisors(world_size) if "pp" in axes else [1]:
                 if pp > self.model.layers:
                     continue
-                for tp in divisors(world_size // pp) if "tp" in axes and not self.model.experts else [1]:
+                for tp in divisors(world_size // pp) if "tp" in axes and self.splits_tensors else [1]:
                     if any(width % tp for width in widths):
                         continue
                     for cp in divisors(world_size // (pp * tp)) if "cp" in axes else [1]:
@@ -190,7 +208,7 @@ class _Search:
         self, strategy: Strategy, values: Mapping[str, Any], pp: int, tp: int, cp: int, dp: int
     ) -> Iterator[_Layout]:
         replicas = [d for d in divisors(dp) if d < dp or d == 1] if "dp_replicate" in strategy.axes.allowed else [1]
-        experts = divisors(self.model.experts) if self.model.experts and "ep" in strategy.axes.allowed else [1]
+        experts = divisors(self.model.experts) if any(self.model.sparse) and "ep" in strategy.axes.allowed else [1]
         for replicate in replicas:
             for ep in experts:
                 sizes = {
@@ -202,7 +220,8 @@ class _Search:
                     "ep_size": ep,
                 }
                 for schedule in self.schedules if pp > 1 else (None,):
-                    yield _Layout(strategy, values, sizes, schedule, tp > 1 and "sequence_parallel" in values)
+                    sequence = tp > 1 and "sequence_parallel" in values and self.splits_sequence
+                    yield _Layout(strategy, values, sizes, schedule, sequence)
 
     def job(self, layout: _Layout, world_size: int) -> Job | None:
         """The layout's job with as small a microbatch as there is; None where a rule forbids it."""
@@ -290,7 +309,8 @@ def _words(layout: _Layout, job: Job, mode: bool | str) -> str:
 def _no_layout(seek: _Search, world_size: int) -> ConfigError:
     near = next((n for n in _outwards(world_size) if any(_legal(seek, n))), None)
     model = seek.model
-    what = f"no layout of {world_size} ranks divides {seek.rows} rows, {model.heads} heads and {seek.seq_len} tokens"
+    heads = f", {model.heads} heads" if model.heads else ""
+    what = f"no layout of {world_size} ranks divides {seek.rows} rows{heads} and {seek.seq_len} tokens"
     allowed = "numbers of ranks that do, or another global_batch_size"
     return ConfigError(
         Problem(what=what, asked=f"world_size={world_size}", allowed=allowed, instead=f"world_size={near or 1}")

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Iterable, Mapping
 
-from nemo_dist_conf.families.shapes import block_weights
+from nemo_dist_conf.families.shapes import ModelShape
+from nemo_dist_conf.plan.built_costs import built_of, model_flops, stage_work
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.memory import Memory
@@ -52,6 +53,8 @@ _GATED = (30, 18)
 _RESIDUAL = (12, 8)
 _LOGITS = (34, 24)
 _KERNELS = (140, 50)
+#: Part of the bytes of operators that are no products which compiled blocks still move.
+_FUSED = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class StepTime:
 def _model_flops(job: Job) -> float:
     """Floating point operations of a step on all ranks, forward and backward, as MFU counts them."""
     model = job.model
+    if not isinstance(model, ModelShape):
+        return model_flops(job)
     weights = model.active_parameters - model.vocab * model.hidden * (0 if model.tied else 1)
     per_token = 6 * weights + 12 * model.layers * model.q_width * job.seq_len
     return float(per_token) * job.global_rows * job.seq_len
@@ -104,15 +109,44 @@ def _collective_seconds(entry: Collective, groups: Groups, job: Job) -> float:
 
 def _stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
     """Seconds of one microbatch on a stage, computing only: by part, forward and backward together."""
-    model, hardware, tokens = job.model, job.hardware, job.tokens
+    hardware, tokens = job.hardware, job.tokens
+    matmul, attention, bytes_moved, kernels, times = _work_of_blocks(job, stage)
     peak, memory = _peak(job), 1e9 * hardware.memory_gb_s * hardware.bandwidth_efficiency
+    again = (matmul, attention, bytes_moved / 3) if job.checkpointing is True else (0.0, 0.0, 0.0)
+    if job.checkpointing == "selective":
+        again = (0.0, 0.0, bytes_moved / 3)
+    if "final_norm" in stage.outer:
+        model, style = job.model, 1 if job.compiled else 0
+        is_built = built_of(job) is not None  # then head and norm are counted
+        matmul += 0 if is_built else 2 * model.vocab * model.hidden * tokens / job.tp
+        bytes_moved += tokens * (model.vocab * _LOGITS[style] + (0 if is_built else model.hidden * _NORM[style]))
+    product, attend = peak * hardware.matmul_efficiency, peak * hardware.attention_efficiency
+    parts = {
+        "matmul": 3 * matmul / product,
+        "attention": 3.5 * attention / attend,
+        "elementwise": bytes_moved / memory,
+        "recompute": again[0] / product + again[1] / attend + again[2] / memory,
+    }
+    kernels *= 4 / 3 if job.checkpointing else 1
+    launches = 1e-6 * hardware.kernel_launch_us * kernels * times
+    return {**parts, "launches": max(0.0, launches - sum(parts.values()))}
+
+
+def _work_of_blocks(job: Job, stage: Stage) -> tuple[float, float, float, float, int]:
+    """(FLOPs of products in a forward, of attention, bytes moved forward and backward, kernels both ways, how often
+    those) of a microbatch; of a built model with what is outside of blocks, but for the loss."""
+    model, tokens = job.model, job.tokens
+    if not isinstance(model, ModelShape):
+        product, attended, moved, kernels = stage_work(job, stage)
+        fused, fewer = (_FUSED, _KERNELS[1] / _KERNELS[0]) if job.compiled else (1.0, 1.0)
+        return product, attended, 3 * moved * fused, 3 * kernels * fewer, 1
     matmul = attention = bytes_moved = 0.0
     style = 1 if job.compiled else 0
     item = DTYPE_BYTES[job.compute_dtype] / 2
     split = job.tp if job.sequence_parallel else 1
     for sparse, count in model.kinds(stage.first, stage.last).items():
         active = 0.0
-        for weight in block_weights(model, sparse):
+        for weight in model.block_weights(sparse):
             share = model.experts_per_token / model.experts if weight.expert else 1.0
             active += share * weight.count if len(weight.shape) > 1 else 0.0
         matmul += count * 2 * active * tokens / job.tp
@@ -124,22 +158,7 @@ def _stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
         if sparse:
             moved += model.hidden * model.experts_per_token * 24  # sorted, sent and weighted
         bytes_moved += count * tokens * moved * item
-    again = (matmul, attention, bytes_moved / 3) if job.checkpointing is True else (0.0, 0.0, 0.0)
-    if job.checkpointing == "selective":
-        again = (0.0, 0.0, bytes_moved / 3)
-    if "final_norm" in stage.outer:
-        matmul += 2 * model.vocab * model.hidden * tokens / job.tp
-        bytes_moved += tokens * (model.vocab * _LOGITS[style] + model.hidden * _NORM[style])
-    product, attend = peak * hardware.matmul_efficiency, peak * hardware.attention_efficiency
-    parts = {
-        "matmul": 3 * matmul / product,
-        "attention": 3.5 * attention / attend,
-        "elementwise": bytes_moved / memory,
-        "recompute": again[0] / product + again[1] / attend + again[2] / memory,
-    }
-    kernels = _KERNELS[style] * (4 / 3 if job.checkpointing else 1)
-    launches = 1e-6 * hardware.kernel_launch_us * kernels * (stage.layers + 1)
-    return {**parts, "launches": max(0.0, launches - sum(parts.values()))}
+    return matmul, attention, bytes_moved, _KERNELS[style], stage.layers + 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Sequence
 
+from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.plan.fit import NO, usable_bytes
 from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.plan import Plan
@@ -74,7 +75,9 @@ def summary(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     job = plan.job
     model, mesh = job.model, job.mesh
-    active = f" ({count_of(model.active_parameters)} for a token)" if model.experts else ""
+    active = ""
+    if model.experts and model.experts_per_token:
+        active = f" ({count_of(model.active_parameters)} for a token)"
     nodes = -(-mesh.world_size // job.hardware.ranks_per_node)
     rows = f"{counted(job.global_rows, 'row')} x {counted(job.seq_len, 'token')}"
     runs = counted(job.microbatches * job.calls, "microbatch")
@@ -86,7 +89,8 @@ def _head(plan: Plan) -> list[str]:
         ("batch", f"{rows}: {counted(job.data_size, 'data rank')} x {runs} x {counted(job.rows, 'row')}"),
         ("hardware", f"{job.hardware.name}, {job.hardware.memory_gib:g} GiB, {job.compute_dtype}"),
     ]
-    return columns(facts, "")
+    source = [("read off", model.source)] if isinstance(model, BuiltShape) else []
+    return columns([facts[0], *source, *facts[1:]], "")
 
 
 def _topology(plan: Plan) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Iterator
 
+from nemo_dist_conf.families.shapes import ModelShape
+from nemo_dist_conf.plan.built_costs import built_of, exchanged_bytes, split_ends, tensor_sums
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.rank_shards import padded
@@ -30,38 +32,43 @@ def traffic_of(job: Job, pp_rank: int, tp: int = 0) -> list[Collective]:
 
 
 def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
-    """What tensor parallelism sends: two sums a block forward, two backward, or their halves along the sequence."""
+    """What tensor parallelism sends: sums of rows forward, of columns backward, or their halves along the sequence.
+
+    A block of a family with a row has two of each.
+    """
     if job.tp == 1:
         return
     model, times = job.model, job.microbatches * job.calls
     size = job.tokens * model.hidden * DTYPE_BYTES[job.compute_dtype]
-    sums, layers = job.sequence_parallel, stage.layers
-    head, embedding = "final_norm" in stage.outer, "embedding" in stage.outer
-    if sums:
+    rows, columns = (2 * stage.layers,) * 2 if built_of(job) is None else tensor_sums(job, stage)
+    embedding, head = "embedding" in stage.outer, "final_norm" in stage.outer
+    if built_of(job) is not None:
+        embedding, head = split_ends(job, stage)
+    if job.sequence_parallel:
         # What stages hand on is whole: put together before, cut again after, and the other way round in backward.
         cuts = (not head, not embedding)
         yield Collective("tp", "all_gather", cuts[0] * times, size, "forward", why="between stages")
         yield Collective("tp", "all_gather", cuts[1] * times, size, "backward", why="between stages")
-        yield Collective("tp", "reduce_scatter", (2 * layers + embedding) * times, size, "forward", why="row sums")
-        yield Collective("tp", "all_gather", (2 * layers + head) * times, size, "forward", why="column inputs")
-        yield Collective("tp", "reduce_scatter", (2 * layers + head) * times, size, "backward", why="column inputs")
-        yield Collective("tp", "all_gather", (2 * layers + embedding) * times, size, "backward", why="row sums")
+        yield Collective("tp", "reduce_scatter", (rows + embedding) * times, size, "forward", why="row sums")
+        yield Collective("tp", "all_gather", (columns + head) * times, size, "forward", why="column inputs")
+        yield Collective("tp", "reduce_scatter", (columns + head) * times, size, "backward", why="column inputs")
+        yield Collective("tp", "all_gather", (rows + embedding) * times, size, "backward", why="row sums")
         norm = model.hidden * DTYPE_BYTES[job.param_dtype]
-        yield Collective("tp", "all_reduce", (2 * layers + head) * times, norm, "backward", why="norms")
+        yield Collective("tp", "all_reduce", (columns + head) * times, norm, "backward", why="norms")
     else:
-        sparse = model.kinds(stage.first, stage.last).get(True, 0)
-        inside = 2 * layers - (sparse if job.ep > 1 else 0)
-        yield Collective("tp", "all_reduce", (inside + embedding) * times, size, "forward", why="row sums")
-        yield Collective("tp", "all_reduce", (inside + head) * times, size, "backward", why="column inputs")
+        sparse = sum(model.sparse[stage.first : stage.last])
+        apart = sparse if job.ep > 1 else 0
+        yield Collective("tp", "all_reduce", (rows - apart + embedding) * times, size, "forward", why="row sums")
+        yield Collective("tp", "all_reduce", (columns - apart + head) * times, size, "backward", why="column inputs")
         yield from _experts_beside(job, sparse * times, size)
-    if model.qk_norm:
+    if isinstance(model, ModelShape) and model.qk_norm:
         norm = model.head_dim * DTYPE_BYTES[job.param_dtype]
-        yield Collective("tp", "all_reduce", 2 * layers * times, norm, "backward", why="norms of heads")
+        yield Collective("tp", "all_reduce", 2 * stage.layers * times, norm, "backward", why="norms of heads")
     if head:
         logits = job.tokens * padded(model.vocab, job.tp) * DTYPE_BYTES[job.compute_dtype]
         yield Collective("tp", "all_gather", times, logits, "forward", why="logits")
     if job.checkpointing:
-        yield from _tensor_again(job, layers, size, times)
+        yield from _tensor_again(job, rows, columns, size, times)
 
 
 def _experts_beside(job: Job, times: int, size: int) -> Iterator[Collective]:
@@ -78,14 +85,14 @@ def _experts_beside(job: Job, times: int, size: int) -> Iterator[Collective]:
     yield Collective("tp", "all_gather", times, weights, "backward", why="routing weights")
 
 
-def _tensor_again(job: Job, layers: int, size: int, times: int) -> Iterator[Collective]:
-    """What recomputing a block calls again: all but its last sum, with which torch stops early."""
+def _tensor_again(job: Job, rows: int, columns: int, size: int, times: int) -> Iterator[Collective]:
+    """What recomputing a block calls again: all but its last sum, the second of two, with which torch stops early."""
     if not job.sequence_parallel:
-        yield Collective("tp", "all_reduce", layers * times, size, "recompute", why="row sums")
+        yield Collective("tp", "all_reduce", rows // 2 * times, size, "recompute", why="row sums")
         return
-    yield Collective("tp", "all_gather", 2 * layers * times, size, "recompute", why="column inputs")
+    yield Collective("tp", "all_gather", columns * times, size, "recompute", why="column inputs")
     if job.checkpointing is True:  # selective keeps what reduce_scatter returned
-        yield Collective("tp", "reduce_scatter", layers * times, size, "recompute", why="row sums")
+        yield Collective("tp", "reduce_scatter", rows // 2 * times, size, "recompute", why="row sums")
 
 
 def _context(job: Job, stage: Stage) -> Iterator[Collective]:
@@ -96,10 +103,16 @@ def _context(job: Job, stage: Stage) -> Iterator[Collective]:
     if job.cp == 1:
         return
     times, item = job.microbatches * job.calls, DTYPE_BYTES[job.compute_dtype]
-    whole = sum(job.model.whole_rows[stage.first : stage.last])
-    kv = job.tokens * job.cp * job.model.kv_width * item // job.tp
-    row = job.tokens * job.cp * job.model.hidden * item
-    for why, calls, size in (("keys and values", 2 * (stage.layers - whole), kv), ("whole rows", whole, row)):
+    sizes: list[tuple[str, int, int]] = []
+    if isinstance(job.model, ModelShape):
+        whole = sum(job.model.whole_rows[stage.first : stage.last])
+        kv = job.tokens * job.cp * job.model.kv_width * item // job.tp
+        row = job.tokens * job.cp * job.model.hidden * item
+        sizes += [("keys and values", 2 * (stage.layers - whole), kv), ("whole rows", whole, row)]
+    else:
+        found = [both // 2 for both in exchanged_bytes(job, stage)]
+        sizes += [("keys and values", 2 * found.count(size), size) for size in dict.fromkeys(found)]
+    for why, calls, size in sizes:
         yield Collective("cp", "all_gather", calls * times, size, "forward", why=why)
         yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
         if job.checkpointing:
@@ -108,7 +121,7 @@ def _context(job: Job, stage: Stage) -> Iterator[Collective]:
 
 def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
     """Tokens to their experts and back, in forward and in backward; before each, how many there will be."""
-    layers = job.model.kinds(stage.first, stage.last).get(True, 0)
+    layers = sum(job.model.sparse[stage.first : stage.last])
     if job.ep == 1 or not layers:
         return
     times = layers * job.microbatches * job.calls

@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 def plan_of_run(cfg: Any, context: MeshContext) -> Plan | None:
     """The plan for the machine that runs it; None for a device or a model of which too little is known.
 
+    A model without a row of shapes is not built once more for it: the start of a run is not to wait for its plan.
     Nothing that goes wrong in it may stop the run that it is of.
     """
     try:
         machine = _machine(context.device)
         if machine is None:
             return None
-        plan = make_plan(job_of(cfg, context.world_size, machine))
+        plan = make_plan(job_of(cfg, context.world_size, machine, builds=False))
         summary(plan)
         return plan
     except NemoDistConfError as error:  # a user's own module has no config to plan from

@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist_conf.composition.check import check
-from nemo_dist_conf.families.shapes import shape_of
+from nemo_dist_conf.families.built_shape import BuiltShape
+from nemo_dist_conf.families.registry import find_family
+from nemo_dist_conf.families.shapes import ModelShape, shape_of
 from nemo_dist_conf.gradients import accumulate
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.plan import Job
@@ -24,10 +26,11 @@ from nemo_dist_conf.plan.memory import resting_bytes
 from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.traffic import traffic_of
 from nemo_dist_conf.runtime.engines.pipeline_model import Pipeline
+from nemo_dist_conf.runtime.on_paper import read_model
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from tests.dist.layouts import ROWS, composed, loss_sum
 
-__all__ = ["CALLS", "differences", "job_for", "place_of", "seen_of_rank"]
+__all__ = ["CALLS", "differences", "job_for", "place_of", "seen_of_rank", "shape_for"]
 
 #: Operator -> the kind of collective that the plan calls it.
 CALLS = {
@@ -66,6 +69,12 @@ def _bytes(tree: Any) -> int:
     return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(tree) if isinstance(t, Tensor))
 
 
+def shape_for(config: dict[str, Any]) -> ModelShape | BuiltShape:
+    """By the family's row, else read off the built model."""
+    family = find_family(config["model_type"])
+    return shape_of(config) if family is not None and family.shapes is not None else read_model({"config": config})
+
+
 def job_for(words: list[str], ranks: int, config: dict[str, Any], optimizer: Any, rows: int, length: int) -> Job:
     """The job that these overrides ask for, with the rows of a global batch."""
     checked = check(composed(*words, model={"config": config}, optimizer=optimizer), ranks)
@@ -78,7 +87,7 @@ def job_for(words: list[str], ranks: int, config: dict[str, Any], optimizer: Any
         strategy=checked.strategy,
         options=checked.strategy_values,
         mesh=checked.mesh,
-        model=shape_of(config),
+        model=shape_for(config),
         hardware=HardwareConf(**PROFILES["cpu"]),
         rows=micro,
         seq_len=length,

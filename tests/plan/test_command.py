@@ -50,9 +50,10 @@ def without_torch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("search", ["plan.search=false", "plan.search=true"])
-def test_a_folder_of_a_family_without_sizes_is_told_of_models_that_have_them(tmp_path: Path, search: str) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32}')
-    with pytest.raises(ConfigError, match="sizes of a model of type gpt2 are not known") as refused:
+def test_a_size_of_a_folder_that_cannot_be_is_told_of_models_that_have_them(tmp_path: Path, search: str) -> None:
+    """What the folder's config says cannot be typed."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 0}')
+    with pytest.raises(ConfigError, match="hidden_size=0 is not a size") as refused:
         planned(f"model.name_or_path={tmp_path}", "world_size=8", "hardware=h100", search)
     assert refused.value.asked == f"model.name_or_path={tmp_path}"
     assert planned(refused.value.type, "world_size=8", "hardware=h100", "data.seq_len=4096", search)
@@ -203,7 +204,7 @@ REFUSED = {
     "model.config.hidden_size=${oc.env:NOT_SET}": "the same without",
     "data.seq_len=${nothing.there}": "the same without",
     "plan.search=3": "plan.search=true",
-    "model.config.model_type=gpt2": "model=llama3_8b",
+    "model.config.model_type=lama": "model.config.model_type=llama",
     "model.name_or_path=/nowhere": "model.name_or_path=null",
     "hardware.memory_gib=-1": "hardware=h100",
     "parallelism.tp_size=3": "parallelism.tp_size=2",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Iterator, Mapping, Sequence
 
 from nemo_dist_conf.composition.resolvers import autocast_dtype
-from nemo_dist_conf.families.shapes import block_weights, outer_weights
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import Job, Stage
 from nemo_dist_conf.plan.strategies.base import Gathered, StrategyCosts
@@ -37,10 +36,10 @@ class _DDPCosts(StrategyCosts):
         cap = job.options.get("bucket_cap_mb")
         limit = int((25 if cap is None else cap) * _MIB)
         model = job.model
-        outer = {weight.part: weight for weight in outer_weights(model)}
-        order = [outer[part] for part in ("head", "final_norm") if part in outer]
-        order += [weight for sparse in reversed(model.sparse) for weight in block_weights(model, sparse)]
-        order.append(outer["embedding"])
+        outer, layers = model.outer_weights(), reversed(range(model.layers))
+        order = [weight for part in ("head", "final_norm") for weight in outer if weight.part == part]
+        order += [weight for layer in layers for weight in model.block_weights(model.kind(layer))]
+        order += [weight for weight in outer if weight.part == "embedding"]
         sizes: list[int] = []
         filled, first = 0, min(limit, _MIB)
         for weight in order:

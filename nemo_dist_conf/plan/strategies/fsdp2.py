@@ -69,9 +69,8 @@ class _FSDP2Costs(StrategyCosts):
 
     def units(self, job: Job, stage: Stage) -> tuple[Unit, ...]:
         """A large embedding is a unit of its own, and so is the head, without stages and split experts."""
-        model = job.model
-        is_large = not model.tied and model.vocab * model.hidden >= OUTER_UNIT_ELEMENTS
-        return stage_units(model, stage, job.ep > 1, splits_outer=is_large and job.pp == 1 and job.ep == 1)
+        has_outer = job.pp == 1 and job.ep == 1
+        return stage_units(job.model, stage, job.ep > 1, OUTER_UNIT_ELEMENTS if has_outer else None)
 
     def offloads(self, job: Job) -> bool:
         return _is_on(job.options.get("offload_policy"))

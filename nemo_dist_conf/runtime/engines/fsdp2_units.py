@@ -31,7 +31,7 @@ from nemo_dist_conf.runtime.torch_inside import expect_views, own_parameters
 from nemo_dist_conf.runtime.typed_configs import FSDP2Config, MoEParallelizerConfig
 from nemo_dist_conf.strategies.fsdp2 import OUTER_UNIT_ELEMENTS
 
-__all__ = ["shard_blocks"]
+__all__ = ["large_outer", "shard_blocks"]
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def shard_blocks(
     if experts is not None:
         _shard_outer(model, experts.config, inner, config.reshard_after_forward, shared)
     elif not in_pipeline:
-        embedding, last = _large_outer(model, units)
+        embedding, last = large_outer(model, units)
     if embedding is not None:
         reshard = config.reshard_after_forward is not False
         _expect_views(embedding)
@@ -196,7 +196,7 @@ def _shard_outer(
         fully_shard(decoder, mp_policy=inner, reshard_after_forward=reshard, **shared)
 
 
-def _large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
+def large_outer(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
     """The embedding, and the final norm with the head, of a language model in which they are large and not tied.
 
     Of transformers' own models only: a forward of somebody else's (a fused loss patched in) may use the head's weight

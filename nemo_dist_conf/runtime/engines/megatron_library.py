@@ -155,18 +155,19 @@ def shard_axis(device_mesh: DeviceMesh, sizes: Mapping[str, int]) -> str:
 
 
 def unit_classes(model: nn.Module, config: MegatronFSDPConfig, units: Blocks) -> list[type]:
-    """Classes of the modules that are gathered and freed as one."""
+    """Classes of the modules that are gathered and freed as one.
+
+    By default those of the model's blocks, of all its lists: as it declares them, else its repeated layers.
+    """
     present = dict.fromkeys(type(module) for module in model.modules())
     own = list(dict.fromkeys(type(block) for block in units.values()))
     paths = config.megatron_fsdp_unit_modules
     if paths == MegatronFSDPConfig().megatron_fsdp_unit_modules:
         named = [kind for kind in present if f"{kind.__module__}.{kind.__qualname__}" in paths]
-        if named:
-            return named
-        if own:
-            names = ", ".join(kind.__name__ for kind in own)
-            log.info("%s: the default is no module of %s; its blocks are taken: %s", _KEY, type(model).__name__, names)
-            return own
+        if own and set(own) != set(named):
+            log.info("%s: blocks of %s: %s", _KEY, type(model).__name__, ", ".join(kind.__name__ for kind in own))
+        if own or named:
+            return own or named
     else:
         classes = [_import(path, own) for path in paths]
         absent = [path for path, kind in zip(paths, classes) if not any(issubclass(one, kind) for one in present)]

@@ -25,15 +25,17 @@ def find_blocks(model: nn.Module, declared: str | Iterable[str] | None = None) -
 
     Looked for in this order: ``declared`` (a path or several, ``*`` allowed; a list of modules stands for its
     members), the attribute ``distributed_blocks`` of the model, the class names in ``_no_split_modules`` (the
-    declaration of transformers' models), and else the repeated layers: members of a ModuleList or Sequential
-    that holds two modules or more of one class. Empty where a model has no repetition.
+    declaration of transformers' models) with the repeated layers of towers in which it names nothing, and else the
+    repeated layers: members of a ModuleList or Sequential that holds two modules or more of one class. Empty where a
+    model has no repetition.
     Raises ConfigError where a declared path matches nothing.
     """
     paths = declared if declared is not None else getattr(model, "distributed_blocks", None)
     if paths is not None:
         found = _declared(model, [paths] if isinstance(paths, str) else list(paths))
     else:
-        found = _by_class(model, block_classes(model)) or _repeated(model)
+        found = _by_class(model, block_classes(model))
+        found |= {name: module for name, module in _repeated(model).items() if not _is_beside(name, found)}
     found = {path: block for name, module in found.items() for path, block in _called(name, module).items()}
     order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     outermost: Blocks = {}
@@ -78,6 +80,14 @@ def _declared(model: nn.Module, paths: list[str]) -> Blocks:
 def _by_class(model: nn.Module, class_names: Iterable[str] | None) -> Blocks:
     wanted = set(class_names or ())
     return {name: module for name, module in model.named_modules() if name and type(module).__name__ in wanted}
+
+
+def _is_beside(name: str, found: Blocks) -> bool:
+    """Whether anything is declared in the tower whose list a repeated layer is in, or around that: it says what the
+    blocks are there."""
+    tower = name.rpartition(".")[0].rpartition(".")[0]
+    inside = f"{tower}." if tower else ""
+    return any(other.startswith(inside) or name.startswith(f"{other}.") for other in found)
 
 
 def _containers(model: nn.Module) -> list[str]:

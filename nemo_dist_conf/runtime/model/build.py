@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from nemo_dist_conf.errors import ConfigError, DataError, Problem
+from nemo_dist_conf.errors import ConfigError, DataError, NemoDistConfError, Problem
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_folder, plain_floats
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.config_targets import build_target
@@ -30,7 +30,7 @@ from nemo_dist_conf.runtime.model.recording.recorder import NotRecorded
 from nemo_dist_conf.runtime.model.stored_names import Part
 from nemo_dist_conf.wording import assigned, typed_path, unknown_name
 
-__all__ = ["Built", "Fill", "build_model", "refuse_given_model"]
+__all__ = ["Built", "Fill", "build_model", "build_without_values", "refuse_given_model"]
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,39 @@ def build_model(
     if built.record is not None:
         materialise(built.model, built.record, loaded=built.loaded)
     return dataclasses.replace(built, record=None)
+
+
+def build_without_values(node: Any) -> Built:
+    """The model of a config's node as ``build_model`` has it before it gives values, on the meta device for good.
+
+    Nothing is read of a checkpoint folder but its config, and nothing is built with values: that would take the memory
+    of the whole model. Raises ConfigError or DataError, with the reason, for what cannot be built so.
+    """
+    blocks = None
+    if "_target_" in node:
+        asked = assigned("model._target_", node["_target_"])
+        build = functools.partial(build_target, node, "model", instead="model=llama_tiny")
+        factory: Callable[[], Any] = build() if node.get("_partial_") else build
+    elif node.get("name_or_path") or node.get("config"):
+        config, folder, factory = _of_transformers(node)
+        blocks = OmegaConf.to_container(node.blocks) if OmegaConf.is_config(node.get("blocks")) else node.get("blocks")
+        kind = str(config.model_type)
+        asked = assigned("model.name_or_path", folder) if folder else assigned("model.config.model_type", kind)
+    else:
+        raise _not_a_model(node)
+    try:
+        model, made = record(factory, 0, torch.device("cpu"))
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # of many types, by what a constructor does
+        if "_target_" not in node and not isinstance(error, NotRecorded):
+            raise _not_built(config, folder, error) from error
+        what = f"the model cannot be built on the meta device: {_first(error)}"
+        allowed = "a model whose constructor asks no tensor for its values"
+        raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="model=llama3_8b")) from error
+    if made is None:
+        raise _no_module(model)
+    return Built(model, blocks=blocks)
 
 
 def _marked(built: Built) -> Built:
@@ -202,22 +235,21 @@ def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, b
             log.info("a model is built with values on every rank: %s", why)
         model = construct(factory, seed)
     if not isinstance(model, nn.Module):
-        what = f"the model's factory returned {type(model).__name__}, not a torch.nn.Module"
-        raise ConfigError(
-            Problem(
-                what=what,
-                asked="model",
-                allowed="a class or function that returns a module",
-                instead="model._target_=...",
-            )
-        )
+        raise _no_module(model)
     if made is not None:
         return Built(model, made, ties=tied_names(model), blocks=blocks)
     built = _from_module(model, seed, device, blocks)
     return built if built.record is not None else dataclasses.replace(built, why_whole=why)
 
 
-def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) -> Built:
+def _no_module(made: Any) -> ConfigError:
+    what = f"the model's factory returned {type(made).__name__}, not a torch.nn.Module"
+    allowed = "a class or function that returns a module"
+    return ConfigError(Problem(what=what, asked="model", allowed=allowed, instead="model._target_=..."))
+
+
+def _of_transformers(node: Any) -> tuple[Any, Path | None, Callable[[], nn.Module]]:
+    """(the config that a node describes, the checkpoint folder that it names, what builds the model)."""
     try:
         import transformers
     except ImportError:
@@ -237,21 +269,29 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
 
     if getattr(config, "use_cache", False):
         config.use_cache = False  # for generation only: in training it would keep keys and values of every layer
+    return config, folder, factory
 
+
+def _not_built(config: Any, folder: Path | None, error: Exception) -> NemoDistConfError:
+    kind = config.model_type
+    asked = assigned("model.name_or_path", folder) if folder else assigned("model.config.model_type", kind)
+    what = f"transformers cannot build {kind} from this config: {_first(error)}"
+    if "Unrecognized configuration class" in str(error):
+        what = f"{kind} is no causal language model of transformers"
+    allowed = "a causal language model of transformers (llama, qwen3, mistral, ...), and fields that fit each other"
+    return (DataError if folder else ConfigError)(
+        Problem(what=what, asked=asked, allowed=allowed, instead="model=llama_tiny")
+    )
+
+
+def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) -> Built:
+    config, folder, factory = _of_transformers(node)
     try:
         built = _from_factory(factory, seed, device, blocks)
     except ConfigError:
         raise
     except Exception as error:  # of many types, by what a model's constructor does with the fields
-        kind = config.model_type
-        asked = assigned("model.name_or_path", folder) if folder else assigned("model.config.model_type", kind)
-        what = f"transformers cannot build {kind} from this config: {_first(error)}"
-        if "Unrecognized configuration class" in str(error):
-            what = f"{kind} is no causal language model of transformers"
-        allowed = "a causal language model of transformers (llama, qwen3, mistral, ...), and fields that fit each other"
-        raise (DataError if folder else ConfigError)(
-            Problem(what=what, asked=asked, allowed=allowed, instead="model=llama_tiny")
-        ) from error
+        raise _not_built(config, folder, error) from error
     if folder is None:
         return built
     parts = check_weights(built.model, folder, built.ties)

@@ -17,7 +17,7 @@ from nemo_dist_conf.runtime.model.forward_state import ForwardState, Taken
 from nemo_dist_conf.runtime.model.replaced_forwards import Around
 from nemo_dist_conf.runtime.torch_inside import saved_by_selection
 
-__all__ = ["apply_activation_checkpointing"]
+__all__ = ["apply_activation_checkpointing", "kept_operators"]
 
 #: Called in forward; what it returns makes what is entered where that forward runs again.
 _Again = Callable[[], Callable[[], ContextManager[None]]]
@@ -49,7 +49,7 @@ def apply_activation_checkpointing(
             config.use_cache = False  # a key/value cache of transformers would be filled again by the recomputation
     contexts: Callable[[], Any] | None = None
     if mode == "selective" or keeps_routing:
-        kept = (_kept_ops() if mode == "selective" else frozenset()) | (_ROUTING if keeps_routing else frozenset())
+        kept = (kept_operators() if mode == "selective" else frozenset()) | (_ROUTING if keeps_routing else frozenset())
         contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
     for block in blocks.values():
         block.forward = _Checkpointed(block, contexts, again)
@@ -159,7 +159,7 @@ def _policy(kept: frozenset[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) 
 
 
 @functools.cache
-def _kept_ops() -> frozenset[Any]:
-    """Operators whose results are kept."""
+def kept_operators() -> frozenset[Any]:
+    """Operators whose results selective checkpointing keeps."""
     aten = torch.ops.aten
     return saved_by_selection() | {aten.mm.default, aten.addmm.default, aten.bmm.default}

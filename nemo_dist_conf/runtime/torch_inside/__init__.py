@@ -20,6 +20,8 @@ from nemo_dist_conf.runtime.torch_inside.groups import (
     set_group_timeout,
 )
 from nemo_dist_conf.runtime.torch_inside.kernels import (
+    ASKED_VALUE,
+    GROUPED_PRODUCT,
     flash_backward_on_cpu,
     flash_on_cpu,
     generator_of,
@@ -97,6 +99,8 @@ from nemo_dist_conf.runtime.torch_inside.tensors import (
 )
 
 __all__ = [
+    "ASKED_VALUE",
+    "GROUPED_PRODUCT",
     "AsyncCollectiveTensor",
     "COLLECTIVE_NAMESPACES",
     "DECLARED_PLANS",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ASKED_VALUE",
+    "GROUPED_PRODUCT",
     "flash_backward_on_cpu",
     "flash_on_cpu",
     "generator_of",
@@ -20,6 +22,14 @@ __all__ = [
 #: the others. Test: tests/runtime/techniques/test_whole_attention.py.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+#: The operator by which Python asks a tensor for its value, and the one that multiplies rows with a matrix of their
+#: group each, [rows, in] x [groups, in, out]; None in a build without it.
+#: torch 2.11 to 2.13: what ``item`` and ``torch.nn.functional.grouped_mm`` run; on meta neither does for all dtypes.
+#: Test: tests/plan/test_built.py, test_what_is_kept_is_what_torch_tracks.
+ASKED_VALUE: Any = torch.ops.aten._local_scalar_dense.default
+GROUPED_PRODUCT: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 
 
 def saved_by_selection() -> frozenset[Any]:

@@ -149,3 +149,10 @@ def test_a_path_that_names_nothing_is_refused_with_one_that_does(declared: Any, 
     assert error.value.what == f"blocks: no module of Model is named {wrong}"
     assert error.value.type.startswith("blocks=") and near in error.value.allowed
     assert names(model, error.value.type.removeprefix("blocks="))  # what it says to type works
+
+
+def test_a_tower_in_which_nothing_is_declared_gives_its_repeated_layers() -> None:
+    """Beside one that is declared; there, what is not declared is no block."""
+    text = Model(layers=repeated(2), extra=repeated(2, Other))
+    model = Model(text=text, vision=Model(layers=repeated(2, Other)), no_split=["Inner"])
+    assert names(model) == ["text.layers.0", "text.layers.1", "vision.layers.0", "vision.layers.1"]

@@ -27,7 +27,7 @@ from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, 
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.base_model import base_prefix
 from nemo_dist_conf.runtime.model.materialise import tied_names
-from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan
+from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan, likely_plan
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
 from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow
@@ -37,7 +37,7 @@ from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.wording import assigned
 
-__all__ = ["apply_tensor_parallel"]
+__all__ = ["apply_tensor_parallel", "known_plan"]
 
 log = logging.getLogger(__name__)
 
@@ -215,12 +215,39 @@ def _own_plan(model: nn.Module, offers: _Offers) -> _Plan:
         asked = f"parallelism.tp_size={offers.mesh.size()}"
         allowed = f"tp_size=1, or the families {planned_families()}"
         raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.tp_size=1"))
-    if row is None or row.tensor_plan is None:
-        # transformers leaves the embedding out; tied to a head in the plan, it has to be laid out alike.
-        names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
-        if any(match_pattern(pattern, name) for pattern in found for name in names):
-            tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
-            found = {**tied, **found}
+    return found if row is not None and row.tensor_plan is not None else _with_tied(model, found)
+
+
+def _with_tied(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """A plan with the embedding, which transformers leaves out; tied to a head in it, it has to be laid out alike."""
+    names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
+    if not any(match_pattern(pattern, name) for pattern in plan for name in names):
+        return plan
+    tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
+    return {**tied, **plan}
+
+
+def known_plan(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str]:
+    """Pattern -> style name for a model on paper: what it comes with, else what would be tried first.
+
+    Nothing is tried. sequence_parallel: where the family says nothing of it, each style's own twin.
+    Raises ConfigError for a model that has nothing to split.
+    """
+    declared = _declared(model)
+    if declared is not None:
+        return {str(pattern): style for pattern, style in dict(declared[1]).items() if isinstance(style, str)}
+    found = None if _is_adapted(model) else _family_plan(model, sequence_parallel)
+    if found is None and sequence_parallel:
+        plain = known_plan(model)
+        known = {pattern: find_style(style) for pattern, style in plain.items()}
+        return {pattern: (style and style.sequence_twin) or plain[pattern] for pattern, style in known.items()}
+    if found is not None:
+        return _with_tied(model, found)
+    found = likely_plan(model) if _is_transformers(model) else {}
+    if not found:
+        what = f"nothing is known of how {type(model).__name__} would be split over ranks"
+        allowed = "tp_size=1, a tp_plan here or as an attribute of the model"
+        raise ConfigError(Problem(what=what, asked="parallelism.tp_size", allowed=allowed, instead=_WITHOUT))
     return found
 
 

@@ -1,0 +1,276 @@
+"""A forward of a model on the meta device: what each part of it keeps for backward, computes and moves.
+
+No tensor has a value, so no memory is taken and nothing is computed. What Python asks of a value is answered as if
+every condition held: rows are not padded, every token is meant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import defaultdict
+from typing import Any, Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from nemo_dist_conf.families.built_shape import Run, Work
+from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.torch_inside import (
+    ASKED_VALUE,
+    GROUPED_PRODUCT,
+    QuickDispatchMode,
+    schema_of,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
+)
+
+__all__ = ["run_on_meta"]
+
+_aten = torch.ops.aten
+
+#: Operator -> which of its arguments' last dimension is summed over for each element of the result.
+_PRODUCTS: Mapping[Any, int] = {
+    _aten.mm.default: 0,
+    _aten.addmm.default: 1,
+    _aten.bmm.default: 0,
+    _aten.baddbmm.default: 1,
+    GROUPED_PRODUCT: 0,
+}
+_INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+
+
+def run_on_meta(model: nn.Module, blocks: Blocks, kept: frozenset[Any], rows: int, length: int, dtype: str) -> Run:
+    """What a microbatch of so many rows and tokens takes, part by part.
+
+    model: on the meta device; it is in ``dtype`` (float32, bfloat16) for the time of the run. kept: operators whose
+    results selective checkpointing keeps. Raises whatever the model's forward raises there.
+    """
+    parameters = list(model.parameters())
+    before = [(tensor, tensor.dtype) for tensor in (*parameters, *model.buffers()) if tensor.is_floating_point()]
+    ids = torch.empty(rows, length, dtype=torch.long, device="meta")
+    try:
+        for tensor, _ in before:
+            tensor.data = tensor.data.to(getattr(torch, dtype))
+        counted = _Counted(model, blocks, kept)
+        with counted.watched(), torch.device("meta"), _Attention(counted), counted, torch.enable_grad():
+            output = _call(model, ids)
+    finally:
+        for tensor, own in before:
+            tensor.data = tensor.data.to(own)
+    return counted.run(output)
+
+
+def _call(model: nn.Module, ids: Tensor) -> Any:
+    names = inspect.signature(model.forward).parameters
+    output = model(input_ids=ids) if "input_ids" in names else model(ids)
+    return getattr(output, "logits", output)
+
+
+class _Counted(QuickDispatchMode):
+    """Counts what every operator does for the part of the model that it runs in.
+
+    Parts are numbered as the blocks are; -1: before the first, their number: after the last and in between.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks, kept: frozenset[Any]) -> None:
+        super().__init__()
+        self._blocks, self._kept, self._model = list(blocks.values()), kept, model
+        self._first: set[str] = set()
+        self._inside: list[int] = []
+        self._seen = False
+        self._sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._widths: dict[int, int] = {}
+        self._own = {storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        #: By storage: (what is saved of it, parts that save it). The tensors keep ids of storages theirs.
+        self._saved: dict[int, tuple[Tensor, list[int]]] = {}
+        self._results: dict[int, tuple[Tensor, int]] = {}
+
+    @property
+    def _part(self) -> int:
+        return self._inside[-1] if self._inside else len(self._blocks) if self._seen else -1
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Know which block runs, and what autograd saves."""
+        with contextlib.ExitStack() as stack, saved_tensors_hooks(self._pack, lambda packed: packed):
+            for number, block in enumerate(self._blocks):
+                enter, leave = self._entering(number), self._leaving
+                stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(leave).remove)
+            inside = {id(module) for block in self._blocks for module in block.modules()}
+            for name, module in self._model.named_modules():
+                if id(module) not in inside:
+                    stack.callback(module.register_forward_pre_hook(self._noting(name)).remove)
+            yield
+
+    def _entering(self, number: int) -> Callable[..., None]:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._inside:
+                stream = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+                self._sums[number]["entered"] += sum({storage_id(t): _bytes(t) for t in stream}.values())
+                self._widths.setdefault(number, stream[0].shape[-1] if stream else 0)
+            self._inside.append(number)
+            self._seen = True
+
+        return enter
+
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            if not self._seen:
+                self._first.add(name)
+
+        return note
+
+    def _leaving(self, *_: Any) -> None:
+        self._inside.pop()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        key = storage_id(tensor)
+        if key not in self._own:
+            _, parts = self._saved.setdefault(key, (tensor, []))
+            if self._part not in parts:
+                parts.append(self._part)
+        return tensor
+
+    # ------------------------------------------------------------------------------------------------ operators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = _all_on_meta(args, kwargs or {})
+        if func is ASKED_VALUE:
+            return {torch.bool: True}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 0)
+        if func is _aten.nonzero.default:
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
+        if func in _INDEXING:
+            args = (args[0], _without_masks(args[1]), *args[2:])
+        if func is GROUPED_PRODUCT:  # on meta for bfloat16 alone
+            out = args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
+        else:
+            out = func(*args, **kwargs)
+        self._count(func, args, kwargs, out)
+        return out
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        sums, known = self._sums[self._part], {storage_id(tensor) for tensor in given}
+        if func in self._kept:
+            self.keep(made)
+        if func in _PRODUCTS:
+            self.product("matmul", 2.0 * made[0].numel() * args[_PRODUCTS[func]].shape[-1])
+            return
+        if func is _aten.convolution.default:
+            self.product("matmul", 2.0 * made[0].numel() * args[1].numel() / args[1].shape[0])
+            return
+        if not made or (all(storage_id(t) in known for t in made) and not schema_of(func).is_mutable):
+            return  # a view, or nothing
+        sums["moved"] += sum(map(_bytes, (*given, *made)))
+        sums["kernels"] += 1
+
+    def product(self, kind: str, flops: float) -> None:
+        """A matrix product or an attention."""
+        sums = self._sums[self._part]
+        sums[kind] += flops
+        sums["kernels"] += 1
+
+    def keep(self, made: list[Tensor]) -> None:
+        """Results that selective checkpointing keeps."""
+        for tensor in made:
+            self._results.setdefault(storage_id(tensor), (tensor, self._part))
+
+    def exchange(self, size: int) -> None:
+        """Keys and values of an attention, in bytes."""
+        self._sums[self._part]["keys_and_values"] += size
+
+    # ------------------------------------------------------------------------------------------------ sums
+
+    def run(self, output: Any) -> Run:
+        """What was counted; output: what the model returned."""
+        for tensor, parts in self._saved.values():
+            # What many blocks save, masks and rotary tables, is there once; a block hands its output to the next one.
+            part = parts[0] if len(parts) <= 2 else -1
+            self._add("saved", part, tensor)
+        for tensor, part in self._results.values():
+            self._add("kept", part, tensor)
+        works = [self._work(part) for part in range(-1, len(self._blocks) + 1)]
+        logits = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+        vocab = logits.shape[-1] if logits is not None and logits.dim() else 0
+        width = next((self._widths[n] for n in sorted(self._widths) if self._widths[n]), 0)
+        return Run(tuple(works[1:-1]), works[0], works[-1], width, vocab, frozenset(self._first))
+
+    def _add(self, name: str, part: int, tensor: Tensor) -> None:
+        # What has the width of the residual stream is whole on every rank of tensor parallelism.
+        width = self._widths.get(part) or next(iter(self._widths.values()), 0)
+        is_stream = tensor.dim() > 1 and tensor.shape[-1] == width
+        self._sums[part][f"{name}_{'stream' if is_stream else 'inner'}"] += tensor.untyped_storage().nbytes()
+
+    def _work(self, part: int) -> Work:
+        sums = self._sums[part]
+        whole = ("saved_stream", "saved_inner", "kept_stream", "kept_inner", "entered", "keys_and_values")
+        counts = {name: int(sums[name]) for name in (*whole, "moved", "kernels")}
+        return Work(**counts, matmul=sums["matmul"], attention=sums["attention"])
+
+
+class _Attention(TorchFunctionMode):
+    """scaled_dot_product_attention as a fused kernel has it: no scores are kept."""
+
+    def __init__(self, counted: _Counted) -> None:
+        self.counted = counted
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any
+    ) -> Tensor:
+        scores = query.shape[:-1].numel() * key.shape[-2]
+        flops = 2.0 * scores * (query.shape[-1] + value.shape[-1])
+        out: Tensor = _Fused.apply(query, key, value, attn_mask)
+        self.counted.product("attention", flops)
+        self.counted.keep([out])
+        self.counted.exchange(_bytes(key) + _bytes(value))
+        return out
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps what a fused attention keeps: [batch, heads, queries, width] of each, and the scores' logarithm of sums."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise AssertionError("nothing runs backward on the meta device")
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _all_on_meta(args: Any, kwargs: Any) -> Any:
+    """The same for an operator some of whose tensors have values, wherever the model keeps them."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if len({tensor.is_meta for tensor in given}) < 2:
+        return args, kwargs
+    return tree_map_only(Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to("meta"), (args, kwargs))
+
+
+def _without_masks(indices: Any) -> list[Any]:
+    """Indices of all elements in the place of masks."""
+    found: list[Any] = []
+    for index in indices:
+        if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+            found += [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.dim())]
+        else:
+            found.append(index)
+    return found
