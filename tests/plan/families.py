@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nemo_dist_conf.errors import NemoDistConfError
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.families.shapes import weights
 from tests.plan.measure import shape_for
 from tests.tiny_configs import causal_families, tiny_config
@@ -43,7 +43,7 @@ def main() -> int:
     for family in chosen:
         try:
             found = what_differs(family)
-        except NemoDistConfError as error:  # transformers builds none either
+        except ConfigError as error:  # transformers builds none either
             refused += 1
             print(f"{family:32} refused  {error.what}")
             continue

@@ -155,6 +155,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_run_would_refuse_of_such_a_model_a_plan_refuses(name: str, tmp_path: Path) -> None:
+    config: Any
     config, words, text = REFUSED[name]
     with pytest.raises(Exception, match=text) as refused:
         run(composed(folder_of(tmp_path, **config), "data.seq_len=16", "world_size=8", *words))

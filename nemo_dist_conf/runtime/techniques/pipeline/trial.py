@@ -256,9 +256,9 @@ class _Tried(Likeness):
 
 
 def prove(trial: Trial, placed: Placed) -> Placed:
-    """Stages that one after the other give what the whole model does, in the numbers of the trial, and what they change.
+    """The same with what the stages change, once they give one after the other what the whole model does.
 
-    Raises ConfigError where they do not.
+    In the numbers of the trial. Raises ConfigError where they do not.
     """
     changing: set[int] = set()
     model, whole = trial.model, trial.output
