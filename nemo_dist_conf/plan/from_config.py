@@ -34,7 +34,6 @@ from nemo_dist_conf.wording import assigned, typed_path, unknown_name
 __all__ = [
     "autocast_of",
     "hardware_of",
-    "is_built",
     "job_of",
     "model_config",
     "model_shape",
@@ -55,7 +54,7 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
     Raises ConfigError for everything that the recipe refuses, and for a model or hardware that is not known.
     """
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
-    has_to_be_built = builds and is_built(cfg)
+    has_to_be_built = builds and _is_built(cfg)
     model = None if has_to_be_built else model_shape(cfg, builds=False)
     with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
@@ -64,7 +63,7 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
         return _job(cfg, checked, machine, model)
 
 
-def is_built(cfg: DictConfig) -> bool:
+def _is_built(cfg: DictConfig) -> bool:
     """Whether ``cfg.model`` has to be built to know its shape. Raises ConfigError for a model that says too little."""
     if isinstance(cfg.get("model"), DictConfig) and "_target_" in cfg.model:
         return True
@@ -78,7 +77,7 @@ def model_shape(cfg: DictConfig, builds: bool = True) -> ModelShape | BuiltShape
 
     Raises ConfigError for a family or a size that cannot be planned.
     """
-    if builds and is_built(cfg):
+    if builds and _is_built(cfg):
         return _built_shape(cfg)
     config = model_config(cfg)
     try:
@@ -107,7 +106,7 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
     if isinstance(model, BuiltShape):  # whose config may say more than what was typed
         size = checked.mesh.world_size
         ConfigError.raise_if(size_problems(model.facts, checked.sizes, size, int(cfg.data.seq_len), moe=checked.moe))
-        ConfigError.raise_if(expert_problems(model, checked.mesh.size("ep")))
+        ConfigError.raise_if(_expert_problems(model, checked.mesh.size("ep")))
     rows, micro, seq_len = _batch_of(cfg, checked.mesh.size("dp"))
     microbatches, calls = rows // micro, 1
     if checked.mesh.size("pp") > 1:
@@ -132,7 +131,7 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
     )
 
 
-def expert_problems(model: BuiltShape, ep: int) -> Iterator[Problem]:
+def _expert_problems(model: BuiltShape, ep: int) -> Iterator[Problem]:
     """That experts are split which a model has not, or has no plan for."""
     if ep > 1 and not any(model.sparse):
         what = f"ep_size={ep}: {model.model_type} has no experts that can be split"

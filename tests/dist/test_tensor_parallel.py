@@ -418,7 +418,7 @@ REFUSED: dict[str, tuple[Any, Any, bool, list[str], str]] = {
         [
             "tp_plan: 'colwse' is not the name of a style",
             "tp_plan: no module is named layers.*.fc3",
-            "tp_plan: the style colwise is for Linear or Conv1D or Embedding or Parameter, and norm is LayerNorm",
+            "tp_plan: the style colwise is for Linear or Conv1D or Embedding, and norm is LayerNorm",
         ],
         GOOD_WORD,
     ),

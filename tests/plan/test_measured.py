@@ -26,7 +26,7 @@ from tests.dist.layouts import ADAMW, LLAMA, SGD, composed, loss_sum
 from tests.dist.matrix import LENGTH, Layout, layouts, model_of
 from tests.dist.pool import close_pools, run_ranks
 from tests.plan.fake import fake_rank
-from tests.plan.matrix import check_fake, check_real, words_of
+from tests.plan.matrix import check_fake, check_real, needs_all_ranks, words_of
 from tests.plan.measure import differences, job_for, seen_of_rank
 
 pytestmark = pytest.mark.dist
@@ -59,7 +59,7 @@ QWEN_MOE = {**QWEN, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_pe
 
 @pytest.mark.parametrize("layout", list(layouts(2)), ids=lambda one: f"{one} {one.schedule or ''}")
 def test_two_ranks_hold_and_call_what_is_planned(layout: Layout) -> None:
-    assert (check_real(layout) if layout.pp > 1 else check_fake(layout)) == []
+    assert (check_real(layout) if needs_all_ranks(layout) else check_fake(layout)) == []
 
 
 FOUR = [

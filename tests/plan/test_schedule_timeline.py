@@ -226,7 +226,7 @@ def test_nothing_in_the_plan_stops_a_run(monkeypatch: pytest.MonkeyPatch, caplog
             raise error
 
         monkeypatch.setattr(estimate, "make_plan", fails)
-        monkeypatch.setattr(estimate, "job_of", lambda *_: None)
+        monkeypatch.setattr(estimate, "job_of", lambda *_, **__: None)
         caplog.clear()
         assert estimate.plan_of_run({}, context) is None
         assert ("no plan of this run" in caplog.text) is not isinstance(error, ConfigError)

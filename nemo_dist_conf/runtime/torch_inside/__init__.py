@@ -55,7 +55,6 @@ from nemo_dist_conf.runtime.torch_inside.modules import (
     own_children,
     own_parameters,
     replace_tensors,
-    share_parameters,
     with_own_places,
 )
 from nemo_dist_conf.runtime.torch_inside.sharding import (
@@ -76,7 +75,6 @@ from nemo_dist_conf.runtime.torch_inside.tensors import (
     COLLECTIVE_NAMESPACES,
     AsyncCollectiveTensor,
     QuickDispatchMode,
-    TorchDispatchMode,
     chunks_told,
     collectives,
     has_hooks,
@@ -100,13 +98,12 @@ from nemo_dist_conf.runtime.torch_inside.tensors import (
 
 __all__ = [
     "ASKED_VALUE",
-    "GROUPED_PRODUCT",
     "AsyncCollectiveTensor",
     "COLLECTIVE_NAMESPACES",
     "DECLARED_PLANS",
+    "GROUPED_PRODUCT",
     "QuickDispatchMode",
     "RESETS",
-    "TorchDispatchMode",
     "after_backward",
     "as_stored",
     "attention_of",
@@ -162,7 +159,6 @@ __all__ = [
     "schema_of",
     "send_in_buckets",
     "set_group_timeout",
-    "share_parameters",
     "show_sharded",
     "split_experts",
     "storage_id",

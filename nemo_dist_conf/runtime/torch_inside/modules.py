@@ -15,7 +15,6 @@ __all__ = [
     "own_children",
     "own_parameters",
     "replace_tensors",
-    "share_parameters",
     "with_own_places",
 ]
 
@@ -55,15 +54,6 @@ def is_made(module: nn.Module) -> bool:
     Test: tests/dist/test_unused.py.
     """
     return "_modules" in vars(module)
-
-
-def share_parameters(module: nn.Module, other: nn.Module) -> None:
-    """Let a module have the parameters of another as its own, the dictionary itself.
-
-    torch 2.11 to 2.13: registered one by one, they would not follow what the other is given later.
-    Test: tests/runtime/techniques/pipeline/test_stages.py, test_a_trial_leaves_no_trace.
-    """
-    module._parameters = other._parameters
 
 
 def with_own_places(module: nn.Module) -> nn.Module:

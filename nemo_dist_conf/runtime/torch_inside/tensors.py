@@ -15,7 +15,6 @@ __all__ = [
     "AsyncCollectiveTensor",
     "COLLECTIVE_NAMESPACES",
     "QuickDispatchMode",
-    "TorchDispatchMode",
     "chunks_told",
     "collectives",
     "has_hooks",
@@ -46,10 +45,6 @@ collectives = _functional_collectives
 #: torch 2.11 to 2.13: as those. Test: tests/dist/test_tensor_parallel.py, test_all_that_forward_takes_and_gives.
 AsyncCollectiveTensor = _functional_collectives.AsyncCollectiveTensor
 
-#: Sees each operator of torch. torch 2.11 to 2.13: in the documentation, with no other address.
-#: Test: tests/runtime/model/test_recorder.py, test_the_tape_is_what_the_constructor_did.
-TorchDispatchMode = _python_dispatch.TorchDispatchMode
-
 #: Tensors in dictionaries, tuples and outputs of transformers, which registers its classes there.
 #: torch 2.11 to 2.13: torch.utils has no other address for them. Test: tests/runtime/model/test_trial.py.
 tree_flatten = _pytree.tree_flatten
@@ -77,7 +72,7 @@ move_all_towards = torch._foreach_lerp_
 COLLECTIVE_NAMESPACES = ("c10d", "_c10d_functional", "_dtensor", "symm_mem")
 
 
-class QuickDispatchMode(TorchDispatchMode):
+class QuickDispatchMode(_python_dispatch.TorchDispatchMode):
     """A TorchDispatchMode that torch may not compile.
 
     torch 2.13 would import its compiler for the first operator, which takes longer than most constructors.

@@ -29,7 +29,7 @@ from nemo_dist_conf.topology.schedule_rules import stage_count
 from nemo_dist_conf.topology.stage_layers import spread_layers
 from nemo_dist_conf.wording import unknown_name
 
-__all__ = ["Chain", "chain_of", "cut", "plan_stages", "skips_by_itself", "spread"]
+__all__ = ["Chain", "chain_of", "cut", "plan_stages", "spread"]
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def chain_of(model: nn.Module, blocks: Blocks, pipeline: Mapping[str, Any]) -> C
         raise no_chain(model, "it has no repeated layers to split", "blocks= in the model's config, or pp_size=1")
     with generators_kept():
         chain = _chain_of(_apart(model), blocks)
-        if skips_by_itself(pipeline):
+        if _skips_by_itself(pipeline):
             trial = chain.trial
             check_own_skips(trial.model, chain.parts, chain.names, chain.flow, trial.tried, pipeline)
     return chain
@@ -162,13 +162,13 @@ def spread(chain: Chain, planned: Sequence[Sequence[str]], pipeline: Mapping[str
                 writer = placed.flow.calls[other].name
                 why = f"{call.name} reads what {writer} has written, which lies on another stage"
                 raise no_chain(chain.trial.model, why)
-    if not skips_by_itself(pipeline):
+    if not _skips_by_itself(pipeline):
         with generators_kept():
             placed = prove(chain.trial, placed)
     return placed
 
 
-def skips_by_itself(pipeline: Mapping[str, Any]) -> bool:
+def _skips_by_itself(pipeline: Mapping[str, Any]) -> bool:
     """Whether the model's forward is to skip modules of other stages that are None."""
     return not (pipeline["patch_inner_model"] and pipeline["patch_causal_lm_model"])
 
@@ -184,7 +184,7 @@ def cut(
     are stand-ins, or None for a forward that skips those by itself.
     """
     found = {name: model.get_submodule(name) for name in parts}
-    if skips_by_itself(pipeline):
+    if _skips_by_itself(pipeline):
         return cut_as_it_skips(model, found, placed, stage, pipeline)
     forward = StageForward(placed, stage)
 

@@ -98,7 +98,7 @@ class Trial:
         self._counts.clear()
         try:
             with _same_numbers():
-                whole = copied(self.model, self.parts, self.tried, self._leaf, trial=True)
+                whole = copied(self.model, self.parts, self.tried, self.leaf, trial=True)
                 output = run_model(whole, _ids(rows, tokens))
         except Exception as error:  # the model's own code, in a way its author never ran it
             if self.opened - self.blocks.keys():
@@ -128,7 +128,7 @@ class Trial:
     def tried(self, name: str, module: nn.Module) -> nn.Module:
         return _Tried(name, module, self)
 
-    def _leaf(self, name: str, parameter: Tensor) -> Tensor:
+    def leaf(self, name: str, parameter: Tensor) -> Tensor:
         """What stands for a parameter that the code around the parts uses: in no memory, and known again."""
         leaf = _filled(parameter, 0.25)
         if leaf.is_floating_point():
@@ -240,7 +240,7 @@ class _Tried(Likeness):
         self.__dict__["trial"] = (name, trial)
         own = own_parameters(self)
         for key, parameter in own_parameters(module).items():
-            own[key] = None if parameter is None else trial._leaf(f"{name}.{key}", parameter)
+            own[key] = None if parameter is None else trial.leaf(f"{name}.{key}", parameter)
         own.update(_sign_of(module))
 
     def __getattr__(self, name: str) -> Any:
