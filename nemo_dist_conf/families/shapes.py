@@ -133,7 +133,8 @@ class ModelShape:
 
     def plan(self, sequence_parallel: bool) -> Mapping[str, str]:
         """Tensor-parallel styles by pattern; empty where the family has none."""
-        return complete_plan(self.model_type, sequence_parallel=sequence_parallel) or {}
+        plans = (complete_plan(self.model_type, sequence_parallel=asked) for asked in (sequence_parallel, False))
+        return next(filter(None, plans), {})  # without one that splits the sequence, the stream is followed
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:

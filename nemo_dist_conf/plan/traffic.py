@@ -42,6 +42,8 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
     size = job.tokens * model.hidden * DTYPE_BYTES[job.compute_dtype]
     rows, columns = (2 * stage.layers,) * 2 if built_of(job) is None else tensor_sums(job, stage)
     embedding, head = "embedding" in stage.outer, "final_norm" in stage.outer
+    sparse = sum(model.sparse[stage.first : stage.last])
+    apart = sparse if job.ep > 1 else 0  # whole experts have whole rows of the block's input, and add up nothing
     if built_of(job) is not None:
         embedding, head = split_ends(job, stage)
     if job.sequence_parallel:
@@ -49,15 +51,16 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
         cuts = (not head, not embedding)
         yield Collective("tp", "all_gather", cuts[0] * times, size, "forward", why="between stages")
         yield Collective("tp", "all_gather", cuts[1] * times, size, "backward", why="between stages")
-        yield Collective("tp", "reduce_scatter", (rows + embedding) * times, size, "forward", why="row sums")
+        yield Collective("tp", "reduce_scatter", (rows - apart + embedding) * times, size, "forward", why="row sums")
         yield Collective("tp", "all_gather", (columns + head) * times, size, "forward", why="column inputs")
-        yield Collective("tp", "reduce_scatter", (columns + head) * times, size, "backward", why="column inputs")
+        yield Collective(
+            "tp", "reduce_scatter", (columns - apart + head) * times, size, "backward", why="column inputs"
+        )
         yield Collective("tp", "all_gather", (rows + embedding) * times, size, "backward", why="row sums")
         norm = model.hidden * DTYPE_BYTES[job.param_dtype]
         yield Collective("tp", "all_reduce", (columns + head) * times, norm, "backward", why="norms")
+        yield from _experts_beside(job, apart * times, size)
     else:
-        sparse = sum(model.sparse[stage.first : stage.last])
-        apart = sparse if job.ep > 1 else 0
         yield Collective("tp", "all_reduce", (rows - apart + embedding) * times, size, "forward", why="row sums")
         yield Collective("tp", "all_reduce", (columns - apart + head) * times, size, "backward", why="column inputs")
         yield from _experts_beside(job, sparse * times, size)
