@@ -105,3 +105,29 @@ def test_a_stream_that_cannot_be_followed_is_refused_with_the_place() -> None:
             "the residual stream of Position cannot be followed: it ends in an error in the model (Position)"
             in error.what
         )
+
+
+class Tied(Own):
+    """Two blocks have one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = list(self.layers)[:2]
+        path, _, key = next(name for name, _ in first.named_parameters() if "norm" in name).rpartition(".")
+        setattr(second.get_submodule(path), key, getattr(first.get_submodule(path), key))
+
+
+class OneModule(Own):
+    """Two blocks have one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = list(self.layers)[:2]
+        key = next(name for name, _ in first.named_children() if "norm" not in name)
+        setattr(second, key, getattr(first, key))
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Tied, "are one parameter, of several blocks"), (OneModule, "are one ")])
+def test_what_several_blocks_share_is_not_followed(kind: type[Own], said: str) -> None:
+    for error, is_untouched in run_ranks(2, refused, kind):
+        assert is_untouched and said in error.what, error

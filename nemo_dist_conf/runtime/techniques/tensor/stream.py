@@ -77,9 +77,19 @@ def sequence_ways(
             way |= {name + part.removeprefix(alike): style for part, style in found.items()}
             way[name] = entries[alike] if alike in entries else "scatter_input"
         way |= _outside(model, calls, run, styles, ends_split)
+        _refuse_shared(model, way)
         if way not in ways:
             ways.append(way)
     return ways
+
+
+def _refuse_shared(model: nn.Module, way: _Styles) -> None:
+    """A module of several blocks would be split once for each of them."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        known = names[id(module)]
+        if known != name and any(f"{styled}.".startswith((f"{name}.", f"{known}.")) for styled in way):
+            raise CannotFollow(f"{known} and {name} are one {type(module).__name__}")
 
 
 # What was called with what.
