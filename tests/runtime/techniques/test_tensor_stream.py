@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ class Model(nn.Module):
     def __init__(self, mlp: type[Mlp] = Mlp, mixer: nn.Module | None = None, width: int = 3) -> None:
         super().__init__()
         self.embed = nn.Embedding(32, 8)
-        self.layers = nn.ModuleList(Block(mlp, Shift() if mixer is None else mixer) for _ in range(2))
+        self.layers = nn.ModuleList(Block(mlp, Shift() if mixer is None else copy.deepcopy(mixer)) for _ in range(2))
         self.final, self.head, self.width = nn.LayerNorm(8), nn.Linear(8, 32), width
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
