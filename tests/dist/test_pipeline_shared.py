@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nemo_dist_conf.checkpoint import load, save
 from nemo_dist_conf.checkpoint.export import export_hf
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.ema import EMA
 from tests.checkpoint.exchange import Layout, exchange, worst
@@ -72,7 +73,27 @@ class Around(nn.Module):
         return x_BSH @ self.table.weight.T * 0.5
 
 
+class Writing(nn.Module):
+    """Writes into what a block has returned, which is what a stage is handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY)
+        self.stack = nn.ModuleList(Block(32) for _ in range(4))
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        x_BSH = self.table(ids_BS)
+        for block in self.stack:
+            x_BSH = block(x_BSH)
+            x_BSH *= 0.9
+        return self.head(x_BSH)
+
+
 AROUND = {"_target_": "tests.dist.test_pipeline_shared.Around"}
+
+
+WRITING = {"_target_": "tests.dist.test_pipeline_shared.Writing"}
+MODELS = {"tied": TIED, "around": AROUND, "writing": WRITING}
 
 
 def rows(count: int) -> str:
@@ -116,6 +137,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], int, dict[str, Any], list[str]]] = 
         AROUND,
         ["norm.bias", "norm.weight", "places", "table.weight"],
     ),
+    "writing x dp": (4, (PP, rows(ROWS // 2)), 1, WRITING, []),
 }
 
 
@@ -133,8 +155,8 @@ def run_case(name: str) -> tuple[Trajectory, dict[str, Tensor], dict[str, Tensor
 
 
 @functools.cache
-def expected(is_tied: bool) -> tuple[Trajectory, dict[str, Tensor]]:
-    return run_ranks(1, one_rank, TIED if is_tied else AROUND)[0]
+def expected(model: str) -> tuple[Trajectory, dict[str, Tensor]]:
+    return run_ranks(1, one_rank, MODELS[model])[0]
 
 
 def one_rank(model: dict[str, Any]) -> tuple[Trajectory, dict[str, Tensor]]:
@@ -145,7 +167,7 @@ def one_rank(model: dict[str, Any]) -> tuple[Trajectory, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(name: str) -> None:
-    want, after = expected("tied" in name)
+    want, after = expected(name.split()[0].rstrip(","))
     found = run_ranks(CASES[name][0], run_case, name)
     for rank, _, shared in found:
         assert rank.losses == pytest.approx(want.losses, rel=1e-5)
@@ -163,10 +185,24 @@ def test_equals_one_process(name: str) -> None:
 
 
 def test_what_is_compared_moves() -> None:
-    for is_tied in (True, False):
-        want, after = expected(is_tied)
+    for model, name in (("tied", EMBEDDING), ("around", "places"), ("writing", "table.weight")):
+        want, after = expected(model)
         apart = {key: float((after[key] - value).norm() / value.norm()) for key, value in want.weights.items()}
-        assert apart[EMBEDDING if is_tied else "places"] > 1e-4
+        assert apart[name] > 1e-4
+
+
+def other_rows() -> str:
+    _, pipeline, _ = instantiate(composed(FP32, PP, rows(ROWS), model=WRITING, optimizer=SGD))
+    ids = torch.full((ROWS, LENGTH), 1 + torch.distributed.get_rank())
+    try:
+        pipeline.step(ids, ids)
+    except ConfigError as error:
+        return error.what
+    return ""
+
+
+def test_stages_that_are_given_different_rows_are_refused_in_the_first_step() -> None:
+    assert all("stages of a pipeline were given different rows" in said for said in run_ranks(2, other_rows))
 
 
 # Checkpoints.

@@ -135,8 +135,10 @@ def trained(words: tuple[str, ...], config: dict[str, Any]) -> tuple[Trajectory,
         (("parallelism.tp_size=2",), TOY),
         (("parallelism.tp_size=2", "strategy.sequence_parallel=true"), TOY),
         (("parallelism.ep_size=2",), EXPERTS),
+        (("parallelism.tp_size=2", "parallelism.ep_size=2"), EXPERTS),
+        (("parallelism.tp_size=2", "parallelism.ep_size=2", "strategy.sequence_parallel=true"), EXPERTS),
     ],
-    ids=["tp", "sp", "ep"],
+    ids=["tp", "sp", "ep", "tp x ep", "sp x ep"],
 )
 def test_training_equals_one_process(words: tuple[str, ...], config: dict[str, Any]) -> None:
     found, single = run_ranks(2, with_toy, trained, words, config)[0]

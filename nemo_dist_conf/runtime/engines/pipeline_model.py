@@ -141,6 +141,7 @@ class Pipeline(nn.Module):
         self.shared = SharedParameters(plan.shared, [row.pp_rank for row in plan.rows], parts, pp_mesh)
         self._copies = sum((len(one.stages) - 1) * one.elements for one in plan.shared)
         self._microbatches: Sequence[Tensor] = ()
+        self._ids_agree = False
         self._schedule: Any = None if self._length is None else self._prepared(self._length)
         self._is_first, self._is_last = "0" in self.parts, str(len(self.rows) - 1) in self.parts
         shown = config.pp_schedule_csv or config.pp_schedule
@@ -189,6 +190,7 @@ class Pipeline(nn.Module):
         Raises ConfigError for a batch of another shape than the pipeline was made for.
         """
         self._accept_batch(input_ids, target)
+        self._agree_on_ids(input_ids)
         self._scale = scale
         self._microbatches = input_ids.tensor_split(self.microbatches)
         self.shared.fill_copies()
@@ -295,6 +297,25 @@ class Pipeline(nn.Module):
                     instead="pipeline.pp_seq_len=null, and rows padded to one length",
                 )
             )
+
+    def _agree_on_ids(self, input_ids: Tensor) -> None:
+        """In the first step: loaders that deal rows out by global rank give every stage other ones, in each step."""
+        if self._ids_agree:
+            return
+        places = torch.arange(1, input_ids.numel() + 1, device=input_ids.device, dtype=torch.float64)
+        mark = (input_ids.detach().flatten().double() * places.view(-1)).sum()
+        marks = torch.stack([mark, -mark])
+        dist.all_reduce(marks, dist.ReduceOp.MAX, group=self.pp_mesh.get_group())
+        if float(marks.sum()) != 0.0:
+            raise ConfigError(
+                Problem(
+                    what="the stages of a pipeline were given different rows, and all of them compute with theirs",
+                    asked=f"parallelism.pp_size={self.pp_mesh.size()}",
+                    allowed="the same rows on every stage: those of mesh_context.data_rank among data_size",
+                    instead="rows.chunk(mesh_context.data_size)[mesh_context.data_rank]",
+                )
+            )
+        self._ids_agree = True
 
     def _put_aside(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Gradients of earlier steps, which the schedule would divide once more."""

@@ -22,7 +22,7 @@ import inspect
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ from nemo_dist_conf.runtime.torch_inside import (
 __all__ = [
     "Seen",
     "differ",
+    "first_line",
     "keep_generators",
+    "noted",
     "observed",
     "parted",
     "small_input",
@@ -147,22 +149,19 @@ class Seen:
         return f"{self.module or 'the model'} ({self.kind})"
 
 
-def observed(
-    model: nn.Module, inputs: Mapping[str, Any], read: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> list[Seen]:
-    """Every call of a module in a run of the model without gradients, in the order in which the calls ended.
+T = TypeVar("T")
 
-    read: what of a tensor is kept, for a run in which ranks hold parts of it; called alike on every rank.
+
+def noted(model: nn.Module, inputs: Mapping[str, Any], note: Callable[[str, nn.Module, Any, Any, Any], T]) -> list[T]:
+    """``note(name, module, args, kwargs, output)`` of every call of a module in a run of the model without gradients.
+
+    In the order in which the calls ended.
     """
-    calls: list[Seen] = []
+    calls: list[T] = []
     handles = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given, returned = (tuple(read(t).clone() for t in tensors_of(x)) for x in ((args, kwargs), output))
-            calls.append(Seen(name, type(module).__name__, given, returned))
-
-        return hook
+        return lambda *call: calls.append(note(name, *call))
 
     try:
         for name, module in model.named_modules():
@@ -173,6 +172,26 @@ def observed(
         for handle in handles:
             handle.remove()
     return calls
+
+
+def observed(
+    model: nn.Module, inputs: Mapping[str, Any], read: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> list[Seen]:
+    """Every call of a module in a run of the model without gradients, in the order in which the calls ended.
+
+    read: what of a tensor is kept, for a run in which ranks hold parts of it; called alike on every rank.
+    """
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Seen:
+        given, returned = (tuple(read(t).clone() for t in tensors_of(x)) for x in ((args, kwargs), output))
+        return Seen(name, type(module).__name__, given, returned)
+
+    return noted(model, inputs, note)
+
+
+def first_line(error: BaseException | None) -> str:
+    """What kind of error a model's own code ended in, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or '...').splitlines()[0]}"
 
 
 def parted(plain: list[Seen], other: list[Seen], tolerance: float = _TOLERANCE) -> Seen | None:

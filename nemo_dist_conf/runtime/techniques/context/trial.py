@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import logging
 import sys
-from typing import Any, Callable, Collection, Iterator, Mapping
+from typing import Any, Collection, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
-from nemo_dist_conf.runtime.model.trial import differ, keep_generators, observed, parted, small_input, tensors_of, twin
-from nemo_dist_conf.runtime.techniques.context.exchange import Exchange
+from nemo_dist_conf.runtime.model.trial import (
+    differ,
+    first_line,
+    keep_generators,
+    observed,
+    parted,
+    small_input,
+    tensors_of,
+    twin,
+)
 from nemo_dist_conf.runtime.techniques.context.parallel import (
     Ways,
     exchange_tokens,
@@ -45,8 +53,18 @@ from nemo_dist_conf.runtime.techniques.context.parallel import (
     with_positions,
 )
 from nemo_dist_conf.runtime.techniques.context.position_counts import Site, counted_by, counting_from
-from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, kept_tokens, token_dims
-from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention, tree_leaves
+from nemo_dist_conf.runtime.techniques.context.trial_runs import (
+    Unmixed,
+    by_token,
+    gathered,
+    gradients_differ,
+    gradients_of,
+    sees_itself,
+    tokens_of,
+    watched,
+)
+from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, token_dims
+from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention
 
 __all__ = ["try_context_parallel"]
 
@@ -61,8 +79,6 @@ _SAME = 1e-5
 _NO_MIXING = "nemo_dist_conf_no_mixing"
 #: Modules that cannot be told of by the tokens that they are given.
 _HOLDS_NO_TOKENS = ("torch.nn.modules.linear", "torch.nn.modules.sparse", "torch.nn.modules.normalization")
-#: Sums of gradients over tokens and ranks, in another order.
-_GRADIENTS_SAME = 1e-3
 
 
 def try_context_parallel(model: nn.Module, mesh: DeviceMesh, blocks: Blocks | None = None) -> Ways:
@@ -193,7 +209,7 @@ class _Trial:
             except ConfigError:
                 raise
             except Exception as error:  # also the model's own
-                why = why or _first_line(error)
+                why = why or first_line(error)
         return why
 
     def _token_dims(self, kind: type) -> TokenDims:
@@ -206,7 +222,7 @@ class _Trial:
             length: functools.partial(self._outputs, local, given, fills)
             for length, given in ((self.length, inputs), (far_length, longer))
         }
-        tokens = _tokens_of(inputs)
+        tokens = tokens_of(inputs)
         assert tokens is not None
         return token_dims(local, kind, runs, tokens[1].size(0))
 
@@ -240,7 +256,7 @@ class _Trial:
                 tried = twin(self.model, blocks, device)
                 name_attention([(c, "eager") for c in own_configs(tried) if _is_kernel(attention_of(c))])
                 inputs = small_input(tried, self.length, device=device)
-                if inputs is None or _tokens_of(inputs) is None:
+                if inputs is None or tokens_of(inputs) is None:
                     what = f"nobody says what {self.name} takes, so what it does to the tokens of a row cannot be tried"
                     raise self._refusal(what, "cp_size=1, or a model of token ids")
                 with torch.no_grad():
@@ -250,11 +266,11 @@ class _Trial:
                 raise
             except Exception as error:  # the model's own code
                 failure = failure or error
-        what = f"{self.name} does not run on {self.length} tokens ({_first_line(failure)})"
+        what = f"{self.name} does not run on {self.length} tokens ({first_line(failure)})"
         raise self._refusal(f"{what}, so what it does to the tokens of a row cannot be tried", "cp_size=1")
 
     @contextlib.contextmanager
-    def _without_mixing(self, tried: nn.Module, whole: Mapping[type, TokenDims]) -> Iterator[list[_Unmixed]]:
+    def _without_mixing(self, tried: nn.Module, whole: Mapping[type, TokenDims]) -> Iterator[list[Unmixed]]:
         """The twin, in training mode, with an attention that lets no token see another.
 
         Yields what stands for the forwards of the modules that are to be run on whole rows.
@@ -264,12 +280,12 @@ class _Trial:
         if configs:
             from transformers import AttentionInterface, AttentionMaskInterface
 
-            AttentionInterface.register(_NO_MIXING, _sees_itself)
+            AttentionInterface.register(_NO_MIXING, sees_itself)
             # Attention of a model's own may run with it.
             AttentionMaskInterface.register(_NO_MIXING, AttentionMaskInterface()["eager"])
             set_attention(configs, {}, _NO_MIXING)
         apart = [(module, vars(module).get("forward")) for module in tried.modules() if type(module) in whole]
-        unmixed = [_Unmixed(module.forward, whole[type(module)]) for module, _ in apart]
+        unmixed = [Unmixed(module.forward, whole[type(module)]) for module, _ in apart]
         for (module, _), forward in zip(apart, unmixed):
             module.forward = forward
         tried.train()
@@ -286,7 +302,7 @@ class _Trial:
 
     def _outputs(self, tried: nn.Module, inputs: Mapping[str, Any], fills: bool) -> list[Tensor]:
         """What the twin returns; fills: given the positions of its tokens, as a rank's part of a row is."""
-        tokens = _tokens_of(inputs)
+        tokens = tokens_of(inputs)
         assert tokens is not None
         positions_BS = torch.arange(tokens[1].size(1)).expand(tokens[1].size(0), -1)
 
@@ -310,7 +326,7 @@ class _Trial:
         try:
             filled = self._outputs(tried, inputs, True)
         except Exception as error:  # the model's own code
-            log.debug("context parallel: %s is given no positions: %s", self.name, _first_line(error))
+            log.debug("context parallel: %s is given no positions: %s", self.name, first_line(error))
             return False
         return len(plain) == len(filled) and not any(
             one.shape != other.shape or differ(one, other) for one, other in zip(plain, filled)
@@ -327,15 +343,15 @@ class _Trial:
                         tried(**given)
                         return given, length
             except Exception as error:  # the model's own code
-                log.debug("context parallel: not tried on %d tokens: %s", length, _first_line(error))
+                log.debug("context parallel: not tried on %d tokens: %s", length, first_line(error))
             length //= 2
         return inputs, self.length
 
     def _find_mixing(
-        self, tried: nn.Module, inputs: Mapping[str, Any], length: int, unmixed: Collection[_Unmixed]
+        self, tried: nn.Module, inputs: Mapping[str, Any], length: int, unmixed: Collection[Unmixed]
     ) -> None:
         """One token of ``length`` changes: the others have to come out as before. Raises _Fault."""
-        tokens, place = _tokens_of(inputs), length // 3
+        tokens, place = tokens_of(inputs), length // 3
         assert tokens is not None
         name, ids = tokens
         changed = ids.clone()
@@ -347,19 +363,19 @@ class _Trial:
         others = [index for index in range(length) if index != place]
 
         def kept(tensor: Tensor) -> Tensor:
-            by_token = _by_token(tensor, ids.size(0), length)
-            return torch.zeros(()) if by_token is None else by_token[others]
+            of_tokens = by_token(tensor, ids.size(0), length)
+            return torch.zeros(()) if of_tokens is None else of_tokens[others]
 
         runs = []
         for number, given in enumerate((inputs, {**inputs, name: changed})):
             torch.manual_seed(0)
             for forward in unmixed:
                 forward.start(None if number == 0 else (ids.size(0), length, place))
-            with _watched(tried) as running:
+            with watched(tried) as running:
                 try:
                     runs.append(observed(tried, given, kept))
                 except Exception as error:
-                    what = f"{self.name} does not run where attention lets no token see another ({_first_line(error)})"
+                    what = f"{self.name} does not run where attention lets no token see another ({first_line(error)})"
                     refusal = self._refusal(f"{what}, so what else mixes tokens cannot be found", "cp_size=1")
                     raise _Fault(refusal, running[-1] if running else "") from error
         for forward in unmixed:
@@ -388,12 +404,12 @@ class _Trial:
         run = functools.partial(self._outputs, tried, fills=fills)
         by_length = []
         for given in inputs:
-            tokens = _tokens_of(given)
+            tokens = tokens_of(given)
             assert tokens is not None
             try:
                 by_length.append(counted_by(tried, tokens[1].size(1), functools.partial(run, given), whole))
             except Exception as error:
-                what = f"{self.name} does not run with the positions of its tokens ({_first_line(error)})"
+                what = f"{self.name} does not run with the positions of its tokens ({first_line(error)})"
                 raise self._refusal(what, "cp_size=1") from error
         found, longer = by_length
         # Where transformers makes masks it counts too; those are replaced by rules.
@@ -432,34 +448,34 @@ class _Trial:
         for offset in offsets:
             with counting_from(self.length, offset, sites):
                 plain.append(observed(tried, inputs))
-        tokens = _tokens_of(inputs)
+        tokens = tokens_of(inputs)
         assert tokens is not None
         name, whole = tokens
         rows, length = whole.size(0), self.length // self.mesh.size()
         wanted_gradients: list[Tensor] = []
         if ways.whole_rows:
             with self._running(tried):
-                wanted_gradients = _gradients(tried, inputs, rows, self.length)
+                wanted_gradients = gradients_of(tried, inputs, rows, self.length)
         exchange = exchange_tokens(tried, self.mesh, ways)
         given = {**inputs, name: split_sequence(whole, self.mesh)}
         for offset, seen in zip(offsets, plain):
             with counting_from(length, offset, sites), torch.no_grad(), self._running(tried):
-                found = [_gathered(exchange, tensor, rows, length) for tensor in tensors_of(tried(**given))]
+                found = [gathered(exchange, tensor, rows, length) for tensor in tensors_of(tried(**given))]
             wanted = seen[-1].outputs
             wrong = len(found) != len(wanted) or any(a.shape != b.shape or differ(a, b) for a, b in zip(wanted, found))
             if not self._on_any_rank(wrong):
                 continue
             with counting_from(length, offset, sites):
-                other = observed(tried, given, lambda tensor: _gathered(exchange, tensor, rows, length))
+                other = observed(tried, given, lambda tensor: gathered(exchange, tensor, rows, length))
             where = parted(seen, other) or seen[-1]
             what = f"{where} computes something else on parts of a row than on whole rows"
             raise _Fault(self._refusal(what, "cp_size=1, or another model"), where.module)
         if ways.whole_rows:
             with self._running(tried):
-                gradients = _gradients(tried, given, rows, length, exchange)
+                gradients = gradients_of(tried, given, rows, length, exchange)
             for gradient in gradients:
                 dist.all_reduce(gradient, group=self.mesh.get_group())
-            if self._on_any_rank(_gradients_differ(wanted_gradients, gradients)):
+            if self._on_any_rank(gradients_differ(wanted_gradients, gradients)):
                 kinds = ", ".join(sorted(kind.__name__ for kind in ways.whole_rows))
                 what = (
                     f"{self.name} has other gradients on parts of a row than on whole rows, with {kinds} on whole ones"
@@ -469,13 +485,13 @@ class _Trial:
     @contextlib.contextmanager
     def _running(self, tried: nn.Module) -> Iterator[None]:
         """What does not run on parts of a row is a _Fault of the module that was running."""
-        with _watched(tried) as running:
+        with watched(tried) as running:
             try:
                 yield
             except Exception as error:
                 refusal = error if isinstance(error, ConfigError) else None
                 if refusal is None:
-                    what = f"{self.name} does not run on parts of a row ({_first_line(error)})"
+                    what = f"{self.name} does not run on parts of a row ({first_line(error)})"
                     refusal = self._refusal(what, "cp_size=1")
                 raise _Fault(refusal, running[-1] if running else "") from error
 
@@ -483,148 +499,3 @@ class _Trial:
         word = torch.tensor(wrong, dtype=torch.uint8, device=self.device)
         dist.all_reduce(word, dist.ReduceOp.MAX, group=self.mesh.get_group())
         return bool(word)
-
-
-class _Unmixed:
-    """The forward of a module that is run on whole rows, where mixing by others is looked for.
-
-    In the run with a changed token it returns, for all others, what it returned in the run before.
-    """
-
-    def __init__(self, forward: Callable[..., Any], dims: TokenDims) -> None:
-        self.forward, self.dims = forward, dims
-        self.outputs: list[Any] | None = None
-        self.changed: tuple[int, int, int] | None = None
-
-    def start(self, changed: tuple[int, int, int] | None) -> None:
-        """changed: (rows, tokens, the one that changed) in the second run, None in the first."""
-        self.changed = changed
-        self.outputs = [] if changed is None or self.outputs is None else self.outputs
-
-    def stop(self) -> None:
-        self.outputs = self.changed = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.forward(*args, **kwargs)
-        if self.outputs is None:
-            return output
-        if self.changed is None:
-            self.outputs.append(output)
-            return output
-        return kept_tokens(output, self.outputs.pop(0), self.dims, *self.changed)
-
-
-@contextlib.contextmanager
-def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the modules whose forward has begun and not ended, the innermost last; also after an exception."""
-    running: list[str] = []
-    handles = []
-
-    def enter(name: str, module: nn.Module, args: Any) -> None:
-        running.append(name)
-
-    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        while running.pop() != name:  # one that ended by an exception which somebody caught
-            pass
-
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(functools.partial(enter, name)))
-            handles.append(module.register_forward_hook(functools.partial(leave, name)))
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _gradients(
-    model: nn.Module, inputs: Mapping[str, Any], rows: int, length: int, exchange: Exchange | None = None
-) -> list[Tensor]:
-    """Gradients of a sum over all that the model returns for each token, weighed with numbers that no two share.
-
-    exchange: the model is run on this rank's parts of rows, and length is that of a part.
-    """
-    torch.manual_seed(0)
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad and not p.is_meta]  # those of blocks that are run
-    total = torch.zeros(())
-    with torch.enable_grad():
-        output = model(**inputs)
-        for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
-            if not isinstance(leaf, Tensor) or not leaf.requires_grad or leaf.shape[:2] != (rows, length):
-                continue
-            whole = length if exchange is None else length * exchange.size
-            weights = torch.randn(rows, whole, *leaf.shape[2:], generator=torch.Generator().manual_seed(0))
-            weights = weights.to(leaf.device, leaf.dtype)
-            total = total + (leaf * (weights if exchange is None else exchange.own(weights, 1))).sum().cpu()
-        found: list[Tensor] = []
-        if parameters and total.requires_grad:
-            found += torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
-    model.eval()
-    return found
-
-
-def _gradients_differ(wanted: list[Tensor], found: list[Tensor]) -> bool:
-    """Whether one of them does, by more than rounding errors of the largest leave of those that are nothing."""
-    least = _GRADIENTS_SAME * max(
-        (float(gradient.abs().amax()) for gradient in wanted if gradient.numel()), default=0.0
-    )
-    apart = [(one - other).abs() for one, other in zip(wanted, found, strict=True) if one.numel()]
-    largest = [max(float(one.abs().amax()), least) for one in wanted if one.numel()]
-    return any(not float(part.amax()) <= _GRADIENTS_SAME * most for part, most in zip(apart, largest))
-
-
-def _tokens_of(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:
-    """The argument that holds a row's tokens, [B, S] or [B, S, width]."""
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and name != "pixel_values" and value.dim() in (2, 3):
-            return name, value
-    return None
-
-
-def _sees_itself(
-    module: nn.Module,
-    query_BHSD: Tensor,
-    key_BKSD: Tensor,
-    value_BKSD: Tensor,
-    attention_mask: Any = None,
-    *,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """An attention in which a token sees itself alone; it shows every change of what is told of a token."""
-    if query_BHSD.size(2) != key_BKSD.size(2):
-        raise NotImplementedError(f"attention from {query_BHSD.size(2)} to {key_BKSD.size(2)} tokens")
-    groups = query_BHSD.size(1) // key_BKSD.size(1)
-    key_BHSD, value_BHSD = (part.repeat_interleave(groups, 1) for part in (key_BKSD, value_BKSD))
-    probe_D = torch.linspace(-1, 1, query_BHSD.size(-1), device=query_BHSD.device, dtype=query_BHSD.dtype)
-    score = ((query_BHSD + 2 * key_BHSD) * probe_D).sum(-1, keepdim=True)
-    for added in (attention_mask, position_bias):
-        if isinstance(added, Tensor) and added.is_floating_point() and added.size(-1) == query_BHSD.size(2):
-            own = added.expand(*added.shape[:-2], added.size(-1), -1).diagonal(dim1=-2, dim2=-1)
-            score = score + own.unsqueeze(-1)
-    return (value_BHSD * torch.sigmoid(score)).transpose(1, 2).contiguous(), None
-
-
-def _by_token(tensor: Tensor, rows: int, length: int) -> Tensor | None:
-    """[S, ...] of something that has a value for every token; None of anything else."""
-    if tensor.shape[:2] == (rows, length):
-        return tensor.transpose(0, 1)
-    if tensor.dim() > 1 and tensor.size(0) == rows * length:
-        return tensor.unflatten(0, (rows, length)).transpose(0, 1)
-    return None
-
-
-def _gathered(exchange: Exchange, tensor: Tensor, rows: int, length: int) -> Tensor:
-    """The tensor for the whole row, where it has a value for every token of a rank."""
-    if tensor.shape[:2] == (rows, length):
-        return exchange.whole(tensor, 1)
-    if tensor.dim() > 1 and tensor.size(0) == rows * length:
-        return exchange.whole(tensor.unflatten(0, (rows, length)), 1).flatten(0, 1)
-    if tensor.dim() == 4 and tensor.size(2) == length:  # [B, H, L, D]
-        return exchange.whole(tensor, 2)
-    return tensor
-
-
-def _first_line(error: Exception | None) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -88,7 +88,7 @@ class Placed:
     stage_of: of each call; None: it follows from no weights and runs on every stage that asks for it.
     parts, loose: names of the parts and of the parameters outside of parts that each stage holds.
     handed: what each stage but the last hands on.
-    changing: stages that write into what they are handed.
+    changing: stages that write into what they are handed, or into what they hand on after a part has returned it.
     """
 
     flow: Flow

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.model.trial import first_line
 from nemo_dist_conf.runtime.techniques.pipeline.flow import Flow, Placed
-from nemo_dist_conf.runtime.techniques.pipeline.parts import copied, first_line
+from nemo_dist_conf.runtime.techniques.pipeline.parts import copied
 from nemo_dist_conf.runtime.torch_inside import is_view
 
 __all__ = ["OwnSkips", "check_own_skips", "cut_as_it_skips"]

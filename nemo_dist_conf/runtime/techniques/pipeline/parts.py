@@ -11,7 +11,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.torch_inside import own_buffers, own_children, own_parameters, with_own_places
 
-__all__ = ["copied", "first_line", "loose_parameters", "no_chain", "parts_of", "short", "without_values"]
+__all__ = ["copied", "loose_parameters", "no_chain", "parts_of", "short", "without_values"]
 
 
 def parts_of(model: nn.Module, blocks: Blocks, opened: Collection[str] = ()) -> dict[str, nn.Module]:
@@ -108,10 +108,6 @@ def no_chain(model: nn.Module, why: str, allowed: str = "") -> ConfigError:
             instead="parallelism.pp_size=1",
         )
     )
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '...').splitlines()[0]}"
 
 
 def short(names: list[str], count: int = 3) -> str:

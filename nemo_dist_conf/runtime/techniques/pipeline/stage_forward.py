@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nemo_dist_conf.errors import TrainingError
 from nemo_dist_conf.runtime.techniques.pipeline.flow import Call, Given, Placed, Shape, Value
 from nemo_dist_conf.runtime.techniques.pipeline.parts import copied, without_values
-from nemo_dist_conf.runtime.torch_inside import is_view, tree_flatten, tree_leaves, tree_unflatten
+from nemo_dist_conf.runtime.torch_inside import is_view, tree_flatten, tree_leaves, tree_unflatten, writes_into
 
 __all__ = ["Likeness", "StageForward", "run_model", "stage_of"]
 
@@ -53,6 +53,8 @@ class StageForward:
         self.is_last = stage == len(placed.parts) - 1
         self.takes: tuple[Value, ...] = placed.handed[stage - 1] if stage else ()
         self.hands: tuple[Value, ...] = () if self.is_last else placed.handed[stage]
+        #: Whether the last run has written into what it handed on, after a part had returned it.
+        self.wrote = False
         #: dtype of what is handed on; None: as in the trial.
         self.sent: torch.dtype | None = None
         self._module: nn.Module | None = None
@@ -60,6 +62,7 @@ class StageForward:
         self._counts: Counter[str] = Counter()
         self._received: dict[Value, Tensor] = {}
         self._made: dict[Value, Tensor] = {}
+        self._writes: dict[Value, int] = {}
         self._ids = torch.empty(0, 0)
         self._runs = False
 
@@ -84,6 +87,7 @@ class StageForward:
         if self.stage in self.placed.changing:  # FSDP2 gives it as a view, which autograd lets nobody write into
             received = tuple(tensor.clone() for tensor in received)
         self._ids, self._received, self._made = ids, dict(zip(self.takes, received, strict=True)), {}
+        self._writes = {}
         for container, name, parameter in self._absent:
             # In no memory: only what is thrown away is computed with it.
             container.__dict__[name] = torch.zeros((), dtype=parameter.dtype, device=ids.device).expand(parameter.shape)
@@ -98,6 +102,7 @@ class StageForward:
             self._runs = False
             received_now, made = self._received, self._made
             self._received, self._made = {}, {}
+        self.wrote = any(writes_into(made[value]) != before for value, before in self._writes.items())
         missing = next((value for value in self.hands if value not in made and value not in received_now), None)
         if missing is not None:
             raise self._other_way(f"{self.placed.flow.calls[missing.call].name} did not run")
@@ -148,7 +153,9 @@ class StageForward:
         leaves = tree_flatten(output)[0]
         for value in self.hands:
             if value.call == number:
-                self._made[value] = leaves[value.leaf]
+                made = leaves[value.leaf]
+                self._made[value] = made.clone() if self.stage in self.placed.changing else made
+                self._writes[value] = writes_into(self._made[value])
 
     def _other_way(self, what: str) -> TrainingError:
         return TrainingError(

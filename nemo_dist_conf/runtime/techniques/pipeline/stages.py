@@ -19,9 +19,10 @@ from torch import nn
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.model.forward_state import generators_kept
+from nemo_dist_conf.runtime.model.trial import first_line
 from nemo_dist_conf.runtime.techniques.pipeline.flow import Flow, Placed, place
 from nemo_dist_conf.runtime.techniques.pipeline.own_skips import OwnSkips, check_own_skips, cut_as_it_skips
-from nemo_dist_conf.runtime.techniques.pipeline.parts import first_line, loose_parameters, no_chain, parts_of, short
+from nemo_dist_conf.runtime.techniques.pipeline.parts import loose_parameters, no_chain, parts_of, short
 from nemo_dist_conf.runtime.techniques.pipeline.stage_forward import StageForward, stage_of
 from nemo_dist_conf.runtime.techniques.pipeline.trial import Opened, Trial, prove
 from nemo_dist_conf.runtime.torch_inside import with_own_places

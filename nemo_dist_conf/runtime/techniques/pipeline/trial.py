@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.runtime.model.blocks import Blocks
+from nemo_dist_conf.runtime.model.trial import first_line
 from nemo_dist_conf.runtime.techniques.pipeline.flow import Call, Flow, Given, Placed, Shape, Value
-from nemo_dist_conf.runtime.techniques.pipeline.parts import copied, first_line, no_chain
+from nemo_dist_conf.runtime.techniques.pipeline.parts import copied, no_chain
 from nemo_dist_conf.runtime.techniques.pipeline.stage_forward import Likeness, StageForward, run_model, stage_of
 from nemo_dist_conf.runtime.torch_inside import (
     QuickDispatchMode,
@@ -260,26 +261,35 @@ def prove(trial: Trial, placed: Placed) -> Placed:
 
     In the numbers of the trial. Raises ConfigError where they do not.
     """
-    changing: set[int] = set()
     model, whole = trial.model, trial.output
     ids = _ids(*_SIZES[0])
     handed: tuple[Tensor, ...] = ()
     for index in range(len(placed.parts)):
-        forward = StageForward(placed, index)
-        stage = _numbered_stage(trial, placed, index, forward)
-        forward.watch()
-        try:
-            with _same_numbers(), torch.no_grad():
-                output = forward(ids, handed)
-        except Exception as error:
-            raise no_chain(model, f"its forward does not take what a stage hands on ({first_line(error)})") from error
-        del stage
-        if any(map(writes_into, handed)):
-            changing.add(index)
-        handed = tuple(tensor.clone() for tensor in (output if isinstance(output, tuple) else (output,)))
+        output, writes = _stage_alone(trial, placed, index, ids, handed)
+        if writes:
+            placed = dataclasses.replace(placed, changing=placed.changing | {index})
+            output, _ = _stage_alone(trial, placed, index, ids, handed)
+        handed = output
     if handed[0].shape != whole.shape or not torch.equal(handed[0].nan_to_num(), whole.nan_to_num()):
         raise no_chain(model, "its layers hand on something else than tensors with gradients")
-    return dataclasses.replace(placed, changing=frozenset(changing))
+    return placed
+
+
+def _stage_alone(
+    trial: Trial, placed: Placed, index: int, ids: Tensor, handed: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], bool]:
+    """(what a stage returns, whether it writes into what it is handed or hands on), in the numbers of the trial."""
+    given = tuple(tensor.clone() for tensor in handed)
+    forward = StageForward(placed, index)
+    stage = _numbered_stage(trial, placed, index, forward)
+    forward.watch()
+    try:
+        with _same_numbers(), torch.no_grad():
+            output = forward(ids, given)
+    except Exception as error:
+        raise no_chain(trial.model, f"its forward does not take what a stage hands on ({first_line(error)})") from error
+    del stage
+    return output if isinstance(output, tuple) else (output,), forward.wrote or any(map(writes_into, given))
 
 
 def _numbered_stage(trial: Trial, placed: Placed, index: int, forward: StageForward) -> nn.Module:

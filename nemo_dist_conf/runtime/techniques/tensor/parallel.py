@@ -90,7 +90,7 @@ def apply_tensor_parallel(
                 log.info("the tensor-parallel plan of %s does not fit it; found in its blocks: %s", *offers.told())
             ConfigError.raise_if(problems)
     if sequence_parallel and not any(map(_splits_sequence, named.values())):
-        named, problems = _with_sequence(model, entries, named, own, plan is None, offers)
+        named, problems = _with_sequence(model, entries, named, own, plan is None, offers, apart)
         ConfigError.raise_if(problems)
     styles = apply_styles(model, named, tp_mesh)
     kind = "tensor and sequence" if any(map(_splits_sequence, named.values())) else "tensor"
@@ -131,12 +131,21 @@ def _tried(
 
 
 def _with_sequence(
-    model: nn.Module, entries: _Plan, named: dict[str, Any], own: bool, declared: bool, offers: _Offers
+    model: nn.Module,
+    entries: _Plan,
+    named: dict[str, Any],
+    own: bool,
+    declared: bool,
+    offers: _Offers,
+    apart: Collection[str],
 ) -> tuple[dict[str, Any], list[Problem]]:
     """The styles with those of sequence parallelism, or what is wrong: those of the family, else the first way to
     follow the residual stream that computes what the plain model does.
+
+    apart: modules that another axis splits; a family's own styles do not know of them, and what they are in sees whole
+    rows, whose parameters are laid out over nothing here.
     """
-    known = _family_plan(model, sequence_parallel=True) if own else None
+    known = _family_plan(model, sequence_parallel=True) if own and not apart else None
     if known is not None:
         of_family, _ = _resolve(model, known, own, offers)
         if _is_proven(model) or offers.trial().finding(of_family) is None:
@@ -144,6 +153,8 @@ def _with_sequence(
     why = ""
     try:
         for way in offers.trial().sequence_ways(named):
+            holders = {name for name in way if any(f"{one}.".startswith(f"{name}.") for one in apart)}
+            way |= {name: "whole_sequence" for name in holders if way[name] == "sequence_parallel"}
             found = offers.trial().finding(way)
             if found is None:
                 return way, []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.families.styles import sequence_twin
-from nemo_dist_conf.runtime.model.trial import differ, standing_for, tensors_of
+from nemo_dist_conf.runtime.model.trial import differ, noted, standing_for, tensors_of
 from nemo_dist_conf.runtime.torch_inside import holds_experts
 
 __all__ = ["CannotFollow", "sequence_ways"]
@@ -61,7 +61,7 @@ def sequence_ways(
     model: a plain twin that runs on ``inputs``; its modules are called as the model's. blocks: their names. styles:
     those of tensor parallelism. Raises CannotFollow.
     """
-    calls = _calls(model, inputs)
+    calls = noted(model, inputs, _Call)
     stack = _split_blocks(blocks, styles)
     made = {call.name: call for call in calls}
     run = [name for name in stack if name in made]
@@ -93,26 +93,6 @@ def _refuse_shared(model: nn.Module, way: _Styles) -> None:
 
 
 # What was called with what.
-
-
-def _calls(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Call]:
-    """Every call, in the order in which they ended."""
-    calls: list[_Call] = []
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.append(_Call(name, module, args, kwargs, output))
-
-        return hook
-
-    handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

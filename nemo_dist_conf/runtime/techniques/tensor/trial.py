@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.materialise import tied_names
-from nemo_dist_conf.runtime.model.trial import Seen, keep_generators, observed, parted, small_input, twin
+from nemo_dist_conf.runtime.model.trial import Seen, first_line, keep_generators, observed, parted, small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.layer_rows import LayerRow, find_rows
 from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow, sequence_ways
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
@@ -89,7 +89,7 @@ class Trial:
         try:
             plain = self._twin()
         except Exception as error:  # whatever a model's own code raises when it is copied
-            return f"it cannot be copied: {_first_line(error)}"
+            return f"it cannot be copied: {first_line(error)}"
         why = "no input is known that its forward takes"
         for self._inputs in _inputs(plain, example, self._mesh.device_type):
             try:
@@ -102,7 +102,7 @@ class Trial:
                 self._trained = self._outputs if same else trained  # kept once
                 return None
             except Exception as error:
-                why = f"its forward does not run on {_described(self._inputs)}: {_first_line(error)}"
+                why = f"its forward does not run on {_described(self._inputs)}: {first_line(error)}"
         return why
 
     def finding(self, styles: Mapping[str, Any]) -> Finding | None:
@@ -125,7 +125,7 @@ class Trial:
             mine = self._difference(split, split_gradients, {n for n, style in run.items() if style in _SEEN_OTHERWISE})
         except Exception as error:
             module = place[-1] if place else ""
-            text = f"it ends in an error in {kinds[module] if place else 'a layer'}: {_first_line(error)}"
+            text = f"it ends in an error in {kinds[module] if place else 'a layer'}: {first_line(error)}"
             mine = Finding(text, module)
         found: list[Finding | None] = [None] * self._mesh.size()
         dist.all_gather_object(found, mine, group=self._mesh.get_group())
@@ -287,7 +287,3 @@ def _follow(model: nn.Module, place: list[str]) -> dict[str, str]:
 
 def _is_empty(place: nn.Module | nn.Parameter) -> bool:
     return any(p.is_meta for p in (place.parameters() if isinstance(place, nn.Module) else [place]))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
