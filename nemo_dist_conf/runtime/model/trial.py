@@ -149,15 +149,15 @@ class Seen:
         return f"{self.module or 'the model'} ({self.kind})"
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def noted(model: nn.Module, inputs: Mapping[str, Any], note: Callable[[str, nn.Module, Any, Any, Any], T]) -> list[T]:
+def noted(model: nn.Module, inputs: Mapping[str, Any], note: Callable[[str, nn.Module, Any, Any, Any], _T]) -> list[_T]:
     """``note(name, module, args, kwargs, output)`` of every call of a module in a run of the model without gradients.
 
     In the order in which the calls ended.
     """
-    calls: list[T] = []
+    calls: list[_T] = []
     handles = []
 
     def watch(name: str) -> Callable[..., None]:
