@@ -95,9 +95,8 @@ def test_the_base_config_leaves_out_what_the_app_has_of_that_name(group, tmp_pat
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         cfg = compose("config", [f"{group}=4"])
     assert cfg[group] == 4 and check(cfg, 1).groups[group] == default_groups()[group]
-    (tmp_path / "config.yaml").write_text(f"defaults: [nemo_dist_conf@dist, _self_]\n{group}: 3\n")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        cfg = compose("config")
+        cfg = compose("config", ["+nemo_dist@dist=nemo_dist_conf"])
     assert cfg[group] == 3 and issubclass(kind_of(cfg.dist[group]), OWN_SCHEMAS[group])
 
 
