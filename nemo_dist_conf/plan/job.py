@@ -110,6 +110,7 @@ class Job:
     moe: Mapping[str, Any] = field(default_factory=dict)
     checkpointing: bool | str = False
     autocast: str | None = None
+    context_method: str = "auto"
     update: Update = Update()
 
     @cached_property
