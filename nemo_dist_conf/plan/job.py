@@ -112,7 +112,6 @@ class Job:
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=default_groups)
     checkpointing: bool | str = False
     autocast: str | None = None
-    context_method: str = "auto"
     update: Update = Update()
 
     @cached_property
@@ -129,6 +128,12 @@ class Job:
     @cached_property
     def cp(self) -> int:
         return self.mesh.size("cp")
+
+    @cached_property
+    def context_method(self) -> str:
+        """As ``context.method`` was asked for."""
+        method: str = self.groups["context"]["method"]
+        return method
 
     @cached_property
     def pp(self) -> int:

@@ -8,19 +8,27 @@ from typing import Any, Iterator, Mapping
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.option import option
-from nemo_dist_conf.wording import unknown_name
+from nemo_dist_conf.wording import Spelling, unknown_name
 
-__all__ = ["METHODS", "ContextConf", "context_problems", "idle_context"]
+__all__ = ["METHODS", "RING", "ContextConf", "context_problems", "head_problems", "idle_context"]
 
 #: What ``context.method`` accepts.
-METHODS: tuple[str, ...] = ("auto", "gather")
+METHODS: tuple[str, ...] = ("auto", "gather", "ulysses")
+#: Known and refused.
+RING = "ring"
 
 
 @dataclass
 class ContextConf:
     """Context parallelism beyond its size."""
 
-    method: str = option("auto", "auto, gather: keys and values of the whole sequence are gathered over the cp ranks")
+    method: str = option(
+        "auto",
+        "how attention sees the tokens of other cp ranks; gather: keys and values of the whole sequence on each; "
+        "ulysses: tokens exchanged for heads, whole rows of heads / cp_size on each; auto: ulysses where cp_size "
+        "divides the heads of a tp rank, and heads + key/value heads (those in copies, until cp_size divides them) are "
+        "fewer than cp_size x key/value heads, so that it sends less; else gather. ring is refused",
+    )
 
 
 def idle_context(asked: Asked) -> Idle | None:
@@ -30,12 +38,45 @@ def idle_context(asked: Asked) -> Idle | None:
 
 def context_problems(values: Mapping[str, Any], asked: Asked) -> Iterator[Problem]:
     """What cannot work in the settings."""
-    if values["method"] not in METHODS:
-        yield unknown_name(
-            values["method"],
-            METHODS,
-            what=f"context.method={values['method']} is not a way to see the whole sequence",
-            asked=asked.spelling.set("context.method", values["method"]),
+    method, spelling = values["method"], asked.spelling
+    if method == RING:
+        yield Problem(
+            what="context.method=ring: torch's ring attention has kernels for CUDA alone and takes no windows, "
+            "documents, sinks or soft caps, and nothing shows that a model would compute the same with it",
+            asked=spelling.set("context.method", RING),
             allowed=", ".join(METHODS),
-            offer=lambda known: asked.spelling.set("context.method", known),
+            instead=spelling.set("context.method", "auto"),
         )
+    elif method not in METHODS:
+        yield unknown_name(
+            method,
+            METHODS,
+            what=f"context.method={method} is not a way to see the whole sequence",
+            asked=spelling.set("context.method", method),
+            allowed=", ".join(METHODS),
+            offer=lambda known: spelling.set("context.method", known),
+        )
+    yield from head_problems(method, asked.facts, asked.sizes, spelling)
+
+
+def head_problems(
+    method: str, facts: Any, sizes: Mapping[str, Any], spelling: Spelling = Spelling()
+) -> Iterator[Problem]:
+    """That heads are not to be had in equal parts by the ranks which exchange tokens for them, where a config says so.
+
+    facts: of the model (``families.config_facts.ModelFacts``). A tp_size that does not divide them is another rule's.
+    """
+    tp, cp = (sizes.get(name) or 1 for name in ("tp_size", "cp_size"))
+    heads = facts.num_heads
+    if method != "ulysses" or cp == 1 or not heads or heads % tp or heads // tp % cp == 0:
+        return
+    of_rank = f"{heads // tp:,} heads of a tp rank" if tp > 1 else f"{heads:,} attention heads"
+    legal = [size for size in range(1, heads // tp + 1) if heads // tp % size == 0]
+    asked = [spelling.set("context.method", method), spelling.set("parallelism.cp_size", cp)]
+    asked += [spelling.set("parallelism.tp_size", tp)] if tp > 1 else []
+    yield Problem(
+        what=f"context.method=ulysses: cp_size={cp} does not divide the model's {of_rank}",
+        asked=" ".join(asked),
+        allowed=f"cp_size: {', '.join(map(str, legal))}; or context.method=gather",
+        instead=spelling.set("context.method", "gather"),
+    )

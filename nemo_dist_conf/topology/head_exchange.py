@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import math
 
-from nemo_dist_conf.topology.solve import divisors
-
-__all__ = ["chosen_method", "sent_kv_heads", "sizes_for_heads"]
+__all__ = ["chosen_method", "sent_kv_heads"]
 
 
 def sent_kv_heads(kv_heads: int, ranks: int) -> int:
@@ -35,8 +33,3 @@ def chosen_method(method: str, heads: int | None, kv_heads: int | None, ranks: i
     if not heads or not kv_heads or heads % ranks or heads % kv_heads:
         return "gather"
     return "ulysses" if heads + sent_kv_heads(kv_heads, ranks) < ranks * kv_heads else "gather"
-
-
-def sizes_for_heads(heads: int, tp: int) -> list[int]:
-    """Every cp_size that ulysses can have."""
-    return divisors(heads // tp) if heads % tp == 0 else [1]

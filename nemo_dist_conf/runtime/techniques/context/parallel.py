@@ -126,9 +126,7 @@ def apply_context_parallel(
     return exchange
 
 
-def exchange_tokens(
-    model: nn.Module, mesh: DeviceMesh, ways: Ways, method: str = "auto", tp: int = 1
-) -> Exchange:
+def exchange_tokens(model: nn.Module, mesh: DeviceMesh, ways: Ways, method: str = "auto", tp: int = 1) -> Exchange:
     """``apply_context_parallel`` without asking whether it is right for the model. tp: as in ``Exchange``."""
     exchange = Exchange(mesh, method, tp, runs_whole_rows=bool(ways.whole_rows))
     _register(model, exchange, ways.whole_rows)
