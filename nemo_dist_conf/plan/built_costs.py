@@ -122,7 +122,7 @@ def model_flops(job: Job) -> float:
 
 
 def attended_bytes(job: Job, stage: Stage) -> list[tuple[int, int]]:
-    """Of whole sequences on a rank, (keys and values, queries and outputs) of each block that exchanges them under cp."""
+    """(keys and values, queries and outputs) of whole sequences on a rank, of each block that exchanges them under cp."""
     works = _run(job).blocks[stage.first : stage.last]
     return [
         (work.keys_and_values // job.tp, work.queries_and_outputs // job.tp) for work in works if work.keys_and_values
