@@ -122,6 +122,8 @@ def _selective_bytes(job: Job, sparse: bool) -> int:
     kept += tokens * model.hidden * item  # output projection, before ranks add up
     if job.sequence_parallel:
         kept += 2 * tokens * model.hidden * item // tp  # and after they have, as parts of the sequence
+    if job.cp > 1 and method_of(job) == "ulysses":  # heads as they came, and tokens as they came back
+        kept += 2 * tokens * (model.q_width + model.kv_width * kv_copies(job)) * item // tp
     if not sparse:
         kept += tokens * (2 * model.intermediate // tp + model.hidden) * item
     else:

@@ -81,7 +81,10 @@ def selected_bytes(job: Job, layer: int) -> int:
     kept = _of_rank(job, work.entered + work.kept_stream, work.kept_inner)
     if job.sequence_parallel:  # results of rows after ranks have added them up, too
         kept += 2 * job.tokens * job.model.hidden * DTYPE_BYTES[job.compute_dtype] // job.tp
-    return min(kept, _whole(job, work)) + _exchange(job, layer, work)
+    kept = min(kept, _whole(job, work))
+    if job.cp > 1 and method_of(job) == "ulysses":  # heads as they came, and tokens as they came back
+        kept += (work.queries_and_outputs + work.keys_and_values * kv_copies(job)) // (job.tp * job.cp)
+    return kept + _exchange(job, layer, work)
 
 
 def entered_bytes(job: Job, layer: int) -> int:
@@ -122,7 +125,7 @@ def model_flops(job: Job) -> float:
 
 
 def attended_bytes(job: Job, stage: Stage) -> list[tuple[int, int]]:
-    """(keys and values, queries and outputs) of whole sequences on a rank, of each block that exchanges them under cp."""
+    """Bytes of whole sequences on a rank, (keys and values, queries and outputs), of each block that exchanges them."""
     works = _run(job).blocks[stage.first : stage.last]
     return [
         (work.keys_and_values // job.tp, work.queries_and_outputs // job.tp) for work in works if work.keys_and_values

@@ -132,7 +132,7 @@ def _context(job: Job, stage: Stage) -> Iterator[Collective]:
 
 
 def _exchanged_for_heads(job: Job, times: int, kv: int, q: int) -> Iterator[Collective]:
-    """Queries, keys and values in one all-to-all, outputs back in another. kv, q: bytes of a rank's tokens, as above."""
+    """Queries, keys and values there in one all-to-all, outputs back in another; kv, q: of a rank's tokens."""
     for when in ("forward", "backward", *(["recompute"] if job.checkpointing is True else [])):
         yield Collective("cp", "all_to_all", times, q // 2 + kv, when, why="queries, keys and values")
         yield Collective("cp", "all_to_all", times, q // 2, when, why="outputs of heads")

@@ -10,12 +10,14 @@ from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.wording import Spelling, unknown_name
 
-__all__ = ["METHODS", "RING", "ContextConf", "context_problems", "head_problems", "idle_context"]
+__all__ = ["MASKLESS", "METHODS", "RING", "ContextConf", "context_problems", "head_problems", "idle_context"]
 
 #: What ``context.method`` accepts.
 METHODS: tuple[str, ...] = ("auto", "gather", "ulysses")
 #: Known and refused.
 RING = "ring"
+#: Implementations of attention that take no mask of queries and keys.
+MASKLESS = ("flash_attention", "flex_attention")
 
 
 @dataclass
@@ -57,6 +59,7 @@ def context_problems(values: Mapping[str, Any], asked: Asked) -> Iterator[Proble
             offer=lambda known: spelling.set("context.method", known),
         )
     yield from head_problems(method, asked.facts, asked.sizes, spelling)
+    yield from _own_attention_problems(method, asked)
 
 
 def head_problems(
@@ -80,3 +83,28 @@ def head_problems(
         allowed=f"cp_size: {', '.join(map(str, legal))}; or context.method=gather",
         instead=spelling.set("context.method", "gather"),
     )
+
+
+def _own_attention_problems(method: str, asked: Asked) -> Iterator[Problem]:
+    """What a model cannot have whose attention asks no registry, so that each rank runs it on whole rows."""
+    facts, spelling = asked.facts, asked.spelling
+    if asked.sizes["cp_size"] == 1 or not facts.own_attention:
+        return
+    cp = spelling.set("parallelism.cp_size", asked.sizes["cp_size"])
+    does = f"{facts.model_type}'s attention asks no registry of transformers, so every cp rank runs it on whole rows"
+    if method == "ulysses":
+        gather = spelling.set("context.method", "gather")
+        yield Problem(
+            what=f"context.method=ulysses would do nothing: {does}",
+            asked=f"{spelling.set('context.method', method)} {cp}",
+            allowed=f"{gather}, which gathers what that attention is given",
+            instead=gather,
+        )
+    kernel = facts.attention or ""
+    if kernel.startswith(MASKLESS) or "/" in kernel:
+        yield Problem(
+            what=f"{does}, with a mask that {kernel} does not take",
+            asked=f"model.config.attn_implementation={kernel} {cp}",
+            allowed="model.config.attn_implementation=eager, or cp_size=1",
+            instead="model.config.attn_implementation=eager",
+        )

@@ -77,10 +77,13 @@ def _apart(method: str, kv_value_width: int = 5) -> float:
                 bias = options.get("bias")
                 if bias is not None and bias.size(2) > 1:
                     bias = _own(bias, mesh, 2)
+                q, k, v = (_own(part, mesh, 2) for part in (query, key, value))
                 found, _ = exchanged_attention(
                     exchange,
                     nn.Module(),
-                    *(_own(part, mesh, 2) for part in (query, key, value)),
+                    q,
+                    k,
+                    v,
                     rule,
                     scaling=options.get("scale"),
                     softcap=options.get("cap"),

@@ -210,9 +210,9 @@ class _Counted(QuickDispatchMode):
 
     def _work(self, part: int) -> Work:
         sums = self._sums[part]
-        whole = ("saved_stream", "saved_inner", "kept_stream", "kept_inner", "entered")
-        whole += ("keys_and_values", "queries_and_outputs")
-        counts = {name: int(sums[name]) for name in (*whole, "moved", "kernels")}
+        kept = ("saved_stream", "saved_inner", "kept_stream", "kept_inner", "entered")
+        exchanged = ("keys_and_values", "queries_and_outputs")
+        counts = {name: int(sums[name]) for name in (*kept, *exchanged, "moved", "kernels")}
         return Work(**counts, matmul=sums["matmul"], attention=sums["attention"])
 
 

@@ -65,7 +65,8 @@ from nemo_dist_conf.runtime.techniques.context.trial_runs import (
     watched,
 )
 from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, token_dims
-from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention
+from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention, names_attention
+from nemo_dist_conf.schema.context import MASKLESS
 
 __all__ = ["try_context_parallel"]
 
@@ -128,7 +129,7 @@ def _refuse_heads_of_family(model: nn.Module, exchange: Exchange) -> None:
 
 def _is_kernel(attention: str | None) -> bool:
     """Whether this is one of transformers' attentions that compute what ``eager`` does, on a GPU in half precision."""
-    return attention is not None and (attention.startswith(("flash_attention", "flex_attention")) or "/" in attention)
+    return attention is not None and (attention.startswith(MASKLESS) or "/" in attention)
 
 
 class _Fault(Exception):
@@ -163,6 +164,7 @@ class _Trial:
                 reason = self._run_on_whole_rows(self._agreed(fault.place), whole)
                 if reason is not None:
                     raise self._of_all(faults, reason) from fault.__cause__
+        self._refuse_maskless(ways)
         counts, rows = (
             ", ".join(sorted(kind.__name__ for kind in kinds)) or "none" for kinds in (ways.counts, ways.whole_rows)
         )
@@ -332,6 +334,20 @@ class _Trial:
         exchange = Exchange(self.mesh, self.method, self.tp)
         for kind, heads, kv_heads in sorted(attended, key=str):
             exchange.by_heads(kind, heads, kv_heads, has_bias=False)
+
+    def _refuse_maskless(self, ways: Ways) -> None:
+        """Where what is run on whole rows is given masks of queries and keys, and asks for an attention without."""
+        masked = [kind for kind, dims in ways.whole_rows.items() if any(len(d) == 2 for d in dims.given.values())]
+        for name, module in self.model.named_modules():
+            if type(module) not in masked:
+                continue
+            values = [value for inner in module.modules() for value in vars(inner).values()]
+            kernels = {attention_of(value) for value in values if names_attention(value)}
+            for kernel in sorted(filter(_is_kernel, kernels), key=str):
+                what = f"{name} ({type(module).__name__}) is run on whole rows, with a mask that {kernel} does not take"
+                asked = f"attn_implementation={kernel} with parallelism.cp_size={self.mesh.size()}"
+                allowed, instead = "attn_implementation=eager, or cp_size=1", "parallelism.cp_size=1"
+                raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
 
     def _outputs(self, tried: nn.Module, inputs: Mapping[str, Any], fills: bool) -> list[Tensor]:
         """What the twin returns; fills: given the positions of its tokens, as a rank's part of a row is."""
