@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.runtime.techniques.context.exchange import Exchange, exchanged_attention
 from nemo_dist_conf.runtime.techniques.context.mask_rules import (
     Behind,
@@ -20,9 +22,14 @@ from nemo_dist_conf.runtime.techniques.context.mask_rules import (
     Unpadded,
 )
 from nemo_dist_conf.runtime.techniques.context.parallel import split_sequence
+from nemo_dist_conf.runtime.techniques.context.trial import try_context_parallel
 from nemo_dist_conf.runtime.techniques.context.whole_attention import Scores
+from nemo_dist_conf.runtime.torch_inside import name_attention, names_attention
+from tests.conformance.of_context import DELTA, EXPERTS, built, compared, documents, on_megatron
 from tests.dist.pool import run_ranks
+from tests.dist.test_context_parallel import FP32, ULYSSES, own_model
 from tests.runtime.techniques.test_whole_attention import plainly
+from tests.zoo.axes import compiled_without_cpp
 
 pytestmark = pytest.mark.dist
 
@@ -103,3 +110,107 @@ def _apart(method: str, kv_value_width: int = 5) -> float:
 def test_output_and_gradients_are_those_of_whole_rows(method: str, ranks: int) -> None:
     """Whatever the heads, the mask, sinks, soft caps and biases."""
     assert max(run_ranks(ranks, _apart, method)) < 1e-10
+
+
+def _dropped(method: str) -> tuple[float, float]:
+    """The mean of what is kept of values of 1, and how much of it is not 1."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    exchange = Exchange(mesh, method, lengths={256})
+    torch.manual_seed(mesh.get_local_rank())
+    query, key, value = torch.randn(2, 4, 256, 8), torch.randn(2, 2, 256, 8), torch.ones(2, 2, 256, 1)
+    found, _ = exchanged_attention(exchange, nn.Module(), query, key, value, Everything(), dropout=0.5)
+    kept, _ = exchanged_attention(exchange, nn.Module().eval(), query, key, value, Everything(), dropout=0.5)
+    assert kept.eq(kept.flatten()[0]).all() or float((kept - 1).abs().max()) < 1e-5
+    return float(found.mean()), float((found - 1).abs().max())
+
+
+@pytest.mark.parametrize("method", ["gather", "ulysses"])
+def test_weights_are_dropped_in_training_alone_and_the_mean_stays(method: str) -> None:
+    for mean, most in run_ranks(2, _dropped, method):
+        assert mean == pytest.approx(1, abs=0.02) and most > 0.05
+
+
+OWN = ("registry", "both ways", "bias of keys", "window")
+
+
+def test_models_of_ones_own_equal_one_process() -> None:
+    """Whatever they hand to the attention that they ask for: no mask, a bias, a mask of theirs."""
+    for mixer in OWN:
+        assert max(run_ranks(2, compared, functools.partial(own_model, mixer), (FP32, ULYSSES))) < 1e-5
+
+
+def test_packed_documents_and_other_strategies_equal_one_process() -> None:
+    make, rows = functools.partial(built, "gemma2", {"sliding_window": 5}), documents((11, 21), (32,))
+    assert max(run_ranks(2, compared, make, (FP32, ULYSSES), rows)) < 1e-5
+    assert max(run_ranks(2, on_megatron, make, ULYSSES)) < 1e-5
+
+
+def _compiled(make: Callable[[], nn.Module]) -> float:
+    with compiled_without_cpp():
+        return compared(make, (FP32, ULYSSES, "strategy.enable_compile=true"))
+
+
+def test_compiled_blocks_equal_one_process() -> None:
+    assert max(run_ranks(2, _compiled, functools.partial(built, "llama", {}))) < 1e-5
+
+
+def _flash(make: Callable[[], nn.Module]) -> nn.Module:
+    """As on a machine that has flash attention."""
+    model: Any = make()
+    for module in model.modules():
+        if names_attention(getattr(module, "config", None)):
+            name_attention([(module.config, "flash_attention_2")])
+    return model
+
+
+def _tried(make: Callable[[], nn.Module], method: str, tp: int) -> str:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    try:
+        try_context_parallel(make(), mesh, method=method, tp=tp)
+    except ConfigError as refusal:
+        return f"{refusal.what} | {refusal.type}"
+    return "tried"
+
+
+GPTJ = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "rotary_dim": 4}
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str, int, str]] = {
+    "heads of a family": (
+        functools.partial(built, "llama", {"num_key_value_heads": 4}),
+        "ulysses",
+        4,
+        "LlamaForCausalLM has 1 head on a rank, which cp_size=2 does not divide | context.method=gather",
+    ),
+    "heads of an own model": (
+        functools.partial(own_model, "registry"),
+        "ulysses",
+        4,
+        "OwnAttention has 1 head on a rank, which cp_size=2 does not divide | context.method=gather",
+    ),
+    "nothing attends": (
+        functools.partial(own_model, "pooled"),
+        "ulysses",
+        1,
+        "nothing of Own asks the attention registry of transformers | context.method=gather",
+    ),
+    "a kernel without masks": (
+        functools.partial(_flash, functools.partial(built, "gptj", GPTJ)),
+        "auto",
+        1,
+        "(GPTJAttention) is run on whole rows, with a mask that flash_attention_2 does not take | "
+        "parallelism.cp_size=1",
+    ),
+    "recurrent layers that are given no mask, beside one": (
+        functools.partial(_flash, functools.partial(built, "qwen3_next", {**EXPERTS, **DELTA})),
+        "auto",
+        1,
+        "tried",
+    ),
+    "heads that auto gathers": (functools.partial(own_model, "registry"), "auto", 4, "tried"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_model_cannot_have_is_refused_before_it_is_wrapped(name: str) -> None:
+    make, method, tp, text = REFUSED[name]
+    for found in run_ranks(2, _tried, make, method, tp):
+        assert found.endswith(text)

@@ -193,7 +193,8 @@ class Exchange:
         """Raise ConfigError where ulysses cannot be had by an attention of so many heads on one rank along tp."""
         if heads % self.size == 0 and heads % kv_heads == 0:
             return
-        what = f"context.method=ulysses: {name} has {heads} heads on a rank, which cp_size={self.size} does not divide"
+        held = f"{heads} head{'' if heads == 1 else 's'} on a rank"
+        what = f"context.method=ulysses: {name} has {held}, which cp_size={self.size} does not divide"
         asked = f"context.method=ulysses parallelism.cp_size={self.size}"
         allowed = "a cp_size that divides the heads of a rank along tp, or context.method=gather"
         raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="context.method=gather"))
