@@ -10,12 +10,12 @@ from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.wording import Spelling, unknown_name
 
-__all__ = ["MASKLESS", "METHODS", "RING", "ContextConf", "context_problems", "head_problems", "idle_context"]
+__all__ = ["MASKLESS", "ContextConf", "context_problems", "head_problems", "idle_context"]
 
 #: What ``context.method`` accepts.
-METHODS: tuple[str, ...] = ("auto", "gather", "ulysses")
+_METHODS: tuple[str, ...] = ("auto", "gather", "ulysses")
 #: Known and refused.
-RING = "ring"
+_RING = "ring"
 #: Implementations of attention that take no mask of queries and keys.
 MASKLESS = ("flash_attention", "flex_attention")
 
@@ -41,21 +41,21 @@ def idle_context(asked: Asked) -> Idle | None:
 def context_problems(values: Mapping[str, Any], asked: Asked) -> Iterator[Problem]:
     """What cannot work in the settings."""
     method, spelling = values["method"], asked.spelling
-    if method == RING:
+    if method == _RING:
         yield Problem(
             what="context.method=ring: torch's ring attention has kernels for CUDA alone and takes no windows, "
             "documents, sinks or soft caps, and nothing shows that a model would compute the same with it",
-            asked=spelling.set("context.method", RING),
-            allowed=", ".join(METHODS),
+            asked=spelling.set("context.method", _RING),
+            allowed=", ".join(_METHODS),
             instead=spelling.set("context.method", "auto"),
         )
-    elif method not in METHODS:
+    elif method not in _METHODS:
         yield unknown_name(
             method,
-            METHODS,
+            _METHODS,
             what=f"context.method={method} is not a way to see the whole sequence",
             asked=spelling.set("context.method", method),
-            allowed=", ".join(METHODS),
+            allowed=", ".join(_METHODS),
             offer=lambda known: spelling.set("context.method", known),
         )
     yield from head_problems(method, asked.facts, asked.sizes, spelling)
