@@ -21,10 +21,9 @@ class Work:
 
     saved: for backward, parameters left out; of them stream: as wide as the residual stream, which every rank of tensor
     parallelism holds whole; inner: the rest, which they share. kept: the same of results of matrix products and
-    attention. entered: what comes in and has a gradient. keys_and_values, queries_and_outputs: of an
-    attention that is fused.
-    matmul, attention: FLOPs, of attention without discount for a causal mask. moved: bytes that all other operators
-    read and write. kernels: operators that are no views.
+    attention. entered: what comes in and has a gradient. keys_and_values, queries_and_outputs: of an attention that is
+    fused. matmul, attention: FLOPs, of attention without discount for a causal mask. moved: bytes that all other
+    operators read and write. kernels: operators that are no views.
     """
 
     saved_stream: int = 0

@@ -26,10 +26,9 @@ class ContextConf:
 
     method: str = option(
         "auto",
-        "how attention sees the tokens of other cp ranks; gather: keys and values of the whole sequence on each; "
-        "ulysses: tokens exchanged for heads, whole rows of heads / cp_size on each; auto: ulysses where cp_size "
-        "divides the heads of a tp rank, and heads + key/value heads (those in copies, until cp_size divides them) are "
-        "fewer than cp_size x key/value heads, so that it sends less; else gather. ring is refused",
+        "how attention sees other cp ranks' tokens; gather: keys and values of all tokens on each; ulysses: tokens "
+        "exchanged for heads, all tokens of heads / cp_size on each; auto: ulysses where cp_size divides the heads (of a "
+        "tp rank) and it sends less: heads + key/value heads as sent < cp_size x key/value heads; else gather",
     )
 
 

@@ -122,7 +122,7 @@ def apply_context_parallel(
         ways = try_context_parallel(model, mesh, method=method)
     exchange = exchange_tokens(model, mesh, ways, method)
     _split_over.pop(mesh.get_group().group_name, None)
-    log.info("context parallel over %d ranks", mesh.size())
+    log.info("context parallel over %d ranks (context.method=%s)", mesh.size(), method)
     return exchange
 
 
