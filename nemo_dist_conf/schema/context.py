@@ -10,7 +10,7 @@ from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.wording import Spelling, unknown_name
 
-__all__ = ["MASKLESS", "ContextConf", "context_problems", "head_problems", "idle_context"]
+__all__ = ["ContextConf", "MASKLESS", "context_problems", "head_problems", "idle_context"]
 
 #: What ``context.method`` accepts.
 _METHODS: tuple[str, ...] = ("auto", "gather", "ulysses")
@@ -27,7 +27,7 @@ class ContextConf:
     method: str = option(
         "auto",
         "how attention sees other cp ranks' tokens; gather: keys and values of all tokens on each; ulysses: tokens "
-        "exchanged for heads, all tokens of heads / cp_size on each; auto: ulysses where cp_size divides the heads (of a "
+        "exchanged for heads, all tokens of heads / cp_size on each; auto: ulysses where cp_size divides heads (of a "
         "tp rank) and it sends less: heads + key/value heads as sent < cp_size x key/value heads; else gather",
     )
 
