@@ -194,6 +194,26 @@ class Normed(nn.Module):
         return self.norm(x_BSH.transpose(1, 2)).transpose(1, 2)
 
 
+class FlatMean(nn.Module):
+    """Means over all tokens so far of rows that come and go as one, with the number of a row's tokens."""
+
+    def forward(self, x_TH: Tensor, length: int) -> tuple[Tensor, int]:
+        x_BSH = x_TH.unflatten(0, (-1, length))
+        return (x_BSH.cumsum(1) / torch.arange(1, length + 1).unsqueeze(-1)).flatten(0, 1), length
+
+
+class Flat(nn.Module):
+    """Whose mixer is given rows in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.out = FlatMean(), nn.Linear(32, 32)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        mixed_TH, length = self.mean(x_BSH.flatten(0, 1), x_BSH.size(1))
+        return self.out(mixed_TH.unflatten(0, (-1, length)))
+
+
 class Direct(nn.Module):
     """Attention that asks no registry."""
 
@@ -244,7 +264,7 @@ class Own(nn.Module):
         super().__init__()
         config = LlamaConfig(attn_implementation="sdpa", sliding_window=5)
         kinds: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "dilated": Dilated, "batch norm": Normed}
-        kinds |= {"direct": Direct, "weighed": Weighed, "counted": Counted}
+        kinds |= {"direct": Direct, "weighed": Weighed, "counted": Counted, "flat": Flat}
         self.embed, self.positions = nn.Embedding(97, 32), nn.Embedding(40, 32)
         self.blocks = nn.ModuleList(kinds.get(mixer, lambda: OwnAttention(config, mixer))() for _ in range(2))
         self.head = nn.Linear(32, 97)
@@ -269,7 +289,7 @@ def test_an_own_model_whose_attention_asks_the_registry_equals_one_process(mixer
 
 @pytest.mark.parametrize(
     ("mixer", "words"),
-    [("pooled", ("activation_checkpointing=true",)), ("direct", ("parallelism.cp_size=4",))],
+    [("pooled", ("activation_checkpointing=true",)), ("flat", ()), ("direct", ("parallelism.cp_size=4",))],
 )
 def test_what_mixes_tokens_by_itself_is_run_on_whole_rows(mixer: str, words: tuple[str, ...]) -> None:
     ranks = 4 if "parallelism.cp_size=4" in words else 2
