@@ -21,9 +21,9 @@ class Work:
 
     saved: for backward, parameters left out; of them stream: as wide as the residual stream, which every rank of tensor
     parallelism holds whole; inner: the rest, which they share. kept: the same of results of matrix products and
-    attention. entered: what comes in and has a gradient. keys_and_values: of an attention that is fused.
-    matmul, attention: FLOPs, of attention without discount for a causal mask. moved: bytes that all other operators
-    read and write. kernels: operators that are no views.
+    attention. entered: what comes in and has a gradient. keys_and_values, queries_and_outputs: of an attention that is
+    fused. matmul, attention: FLOPs, of attention without discount for a causal mask. moved: bytes that all other
+    operators read and write. kernels: operators that are no views.
     """
 
     saved_stream: int = 0
@@ -32,6 +32,7 @@ class Work:
     kept_inner: int = 0
     entered: int = 0
     keys_and_values: int = 0
+    queries_and_outputs: int = 0
     matmul: float = 0.0
     attention: float = 0.0
     moved: int = 0
@@ -202,6 +203,7 @@ def _estimated(shape: BuiltShape, weights: tuple[Weight, ...], rows: int, length
         kept_inner=inner,
         entered=tokens * wide * item,
         keys_and_values=2 * tokens * wide * item,
+        queries_and_outputs=2 * tokens * wide * item,
         matmul=matmul,
         attention=4.0 * tokens * length * wide,
         moved=3 * (stream + inner),

@@ -35,6 +35,7 @@ class ModelFacts:
 
     num_experts 0: a dense model. expert_width: of an expert's hidden layer, where the family's row names the field.
     balances_experts: it computes a loss for an even load of its experts.
+    own_attention: what attends in it asks no registry of transformers. attention: the implementation that is asked for.
     folder: of the checkpoint whose config says so; None: its fields are the tree's own, and can be typed.
     """
 
@@ -49,6 +50,8 @@ class ModelFacts:
     expert_width: int | None = None
     tied: bool = False
     balances_experts: bool = False
+    own_attention: bool = False
+    attention: str | None = None
     folder: str | None = None
 
 
@@ -74,7 +77,13 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         expert_width=_whole(config, fields.expert_width),
         tied=bool(config.get(fields.tied, family.defaults.get(fields.tied, False))),
         balances_experts=bool(config.get("output_router_logits", False)),
+        own_attention=any(mixer.attends for mixer in family.mixers),
+        attention=_word(config.get("attn_implementation")),
     )
+
+
+def _word(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def fields_of(config: Any) -> dict[str, Any]:

@@ -17,11 +17,12 @@ class Mixer:
     """One kind of layer whose mixer is run on whole rows.
 
     fields: of the config that choose the kind of each layer; empty: all layers are of this kind. kinds: words in those
-    fields that stand for it.
+    fields that stand for it. attends: it is the attention of the model.
     """
 
     fields: tuple[str, ...] = ()
     kinds: frozenset[str] = frozenset()
+    attends: bool = False
 
     def layers(self, config: Mapping[str, Any], count: int) -> tuple[bool, ...]:
         """Of each of so many layers, whether it is of this kind; where no list of words chooses, all are."""
@@ -30,7 +31,7 @@ class Mixer:
         return tuple(str(word) in self.kinds for word in chosen) or (True,) * count
 
 
-OWN_ATTENTION = Mixer()
+OWN_ATTENTION = Mixer(attends=True)
 """An attention that does not go through transformers' registry."""
 
 RECURRENT = Mixer()

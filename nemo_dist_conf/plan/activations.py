@@ -13,6 +13,7 @@ from typing import Iterator
 
 from nemo_dist_conf.families.shapes import ModelShape
 from nemo_dist_conf.plan.built_costs import built_of, entered_bytes, outer_saved, saved_bytes, selected_bytes
+from nemo_dist_conf.plan.context_methods import kv_copies, method_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = ["Kept", "kept_by_stage", "loss_bytes", "stage_bytes"]
@@ -67,8 +68,9 @@ def _norm(job: Job, readers_bytes: int) -> int:
 
 
 def _attention(job: Job) -> int:
-    """q, k, v and the output as attention keeps them, with its log-sum-exp; k and v of all tokens under cp.
+    """q, k, v and the output as attention keeps them, with its log-sum-exp.
 
+    Under cp k and v are of all tokens where they are gathered, and in copies where tokens are exchanged for heads.
     Where the attention of some layers is run on whole rows, all of it is of all tokens, in every layer.
     """
     model, item, tp = _shape(job), _item(job), job.tp
@@ -78,9 +80,11 @@ def _attention(job: Job) -> int:
     row = tokens * job.cp
     if whole:
         tokens = row
+    elif job.cp > 1 and method_of(job) == "ulysses":
+        row = tokens * kv_copies(job)
     kept = tokens * model.q_width * 2 * item // tp + row * model.kv_width * 2 * item // tp
     kept += tokens * model.heads * _FP32 // tp
-    if job.cp > 1 and not whole:  # the output is put together from two parts and laid out anew
+    if job.cp > 1 and not whole:  # the output is put together from parts and laid out anew
         kept += tokens * model.q_width * item // tp
     if model.qk_norm and not job.compiled:
         kept += tokens * (model.q_width + model.kv_width) * (_FP32 + item) // tp
@@ -118,6 +122,8 @@ def _selective_bytes(job: Job, sparse: bool) -> int:
     kept += tokens * model.hidden * item  # output projection, before ranks add up
     if job.sequence_parallel:
         kept += 2 * tokens * model.hidden * item // tp  # and after they have, as parts of the sequence
+    if job.cp > 1 and method_of(job) == "ulysses":  # heads as they came, and tokens as they came back
+        kept += 2 * tokens * (model.q_width + model.kv_width * kv_copies(job)) * item // tp
     if not sparse:
         kept += tokens * (2 * model.intermediate // tp + model.hidden) * item
     else:

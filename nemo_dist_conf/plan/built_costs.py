@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from nemo_dist_conf.families.built_shape import BuiltShape, Run, Work
 from nemo_dist_conf.families.styles import STYLES
+from nemo_dist_conf.plan.context_methods import kv_copies, method_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = [
+    "attended_bytes",
     "built_of",
     "entered_bytes",
-    "exchanged_bytes",
     "model_flops",
     "outer_saved",
     "saved_bytes",
@@ -59,7 +60,10 @@ def saved_bytes(job: Job, layer: int) -> int:
 
 
 def _whole(job: Job, work: Work) -> int:
-    others = work.keys_and_values * (job.cp - 1) // (job.tp * job.cp)  # of the other ranks of cp
+    if job.cp > 1 and method_of(job) == "ulysses":
+        others = work.keys_and_values * (kv_copies(job) - 1) // (job.tp * job.cp)
+    else:
+        others = work.keys_and_values * (job.cp - 1) // (job.tp * job.cp)  # of the other ranks of cp
     return _of_rank(job, work.saved_stream, work.saved_inner) + others
 
 
@@ -77,7 +81,10 @@ def selected_bytes(job: Job, layer: int) -> int:
     kept = _of_rank(job, work.entered + work.kept_stream, work.kept_inner)
     if job.sequence_parallel:  # results of rows after ranks have added them up, too
         kept += 2 * job.tokens * job.model.hidden * DTYPE_BYTES[job.compute_dtype] // job.tp
-    return min(kept, _whole(job, work)) + _exchange(job, layer, work)
+    kept = min(kept, _whole(job, work))
+    if job.cp > 1 and method_of(job) == "ulysses":  # heads as they came, and tokens as they came back
+        kept += (work.queries_and_outputs + work.keys_and_values * kv_copies(job)) // (job.tp * job.cp)
+    return kept + _exchange(job, layer, work)
 
 
 def entered_bytes(job: Job, layer: int) -> int:
@@ -117,10 +124,12 @@ def model_flops(job: Job) -> float:
     return 3.0 * sum(work.matmul + work.attention for work in works) * job.global_rows / job.rows
 
 
-def exchanged_bytes(job: Job, stage: Stage) -> list[int]:
-    """Keys and values of whole sequences on a rank, of each block that exchanges them under cp."""
-    found = [work.keys_and_values // job.tp for work in _run(job).blocks[stage.first : stage.last]]
-    return [size for size in found if size]
+def attended_bytes(job: Job, stage: Stage) -> list[tuple[int, int]]:
+    """Bytes of whole sequences on a rank, (keys and values, queries and outputs), of each block that exchanges them."""
+    works = _run(job).blocks[stage.first : stage.last]
+    return [
+        (work.keys_and_values // job.tp, work.queries_and_outputs // job.tp) for work in works if work.keys_and_values
+    ]
 
 
 def split_ends(job: Job, stage: Stage) -> tuple[bool, bool]:

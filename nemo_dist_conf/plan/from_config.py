@@ -26,6 +26,7 @@ from nemo_dist_conf.names import HARDWARE
 from nemo_dist_conf.plan.job import Job, Update
 from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
+from nemo_dist_conf.schema.context import head_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
@@ -107,6 +108,7 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
         size = checked.mesh.world_size
         ConfigError.raise_if(size_problems(model.facts, checked.sizes, size, int(cfg.data.seq_len), moe=checked.moe))
         ConfigError.raise_if(_expert_problems(model, checked.mesh.size("ep")))
+        ConfigError.raise_if(head_problems(checked.groups["context"]["method"], model.facts, checked.sizes))
     rows, micro, seq_len = _batch_of(cfg, checked.mesh.size("dp"))
     microbatches, calls = rows // micro, 1
     if checked.mesh.size("pp") > 1:

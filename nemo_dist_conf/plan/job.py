@@ -130,6 +130,12 @@ class Job:
         return self.mesh.size("cp")
 
     @cached_property
+    def context_method(self) -> str:
+        """As ``context.method`` was asked for."""
+        method: str = self.groups["context"]["method"]
+        return method
+
+    @cached_property
     def pp(self) -> int:
         return self.mesh.size("pp")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.plan.collectives import Collective
+from nemo_dist_conf.plan.context_methods import method_of
 from nemo_dist_conf.plan.fit import FITS, memories_of, verdict_of
 from nemo_dist_conf.plan.job import Job
 from nemo_dist_conf.plan.memory import Memory
@@ -92,6 +93,7 @@ class Plan:
             "strategy": job.strategy.name,
             "layout": job.mesh.describe(),
             "mesh": dict(zip(job.mesh.axes, job.mesh.shape)),
+            **({"context_method": method_of(job)} if job.cp > 1 else {}),
             "hardware": job.hardware.name,
             "model": {"type": job.model.model_type, "parameters": job.model.parameters, **self._source},
             "verdict": self.verdict,

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.check import check_values
 from nemo_dist_conf.composition.command_line import raw_words
-from nemo_dist_conf.composition.sections import SECTIONS
+from nemo_dist_conf.composition.sections import SECTIONS, read_section
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.families.config_facts import facts_from_config
@@ -34,8 +34,10 @@ from nemo_dist_conf.plan.step_time import quick_seconds
 from nemo_dist_conf.plan.strategy_costs import costs_of, planned_strategies, unplanned_strategies
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.schema import PipelineConf
+from nemo_dist_conf.schema.asked import Asked
 from nemo_dist_conf.schema.hardware import HardwareConf
-from nemo_dist_conf.strategies import Strategy
+from nemo_dist_conf.schema.own_groups import OWN_SCHEMAS, own_group
+from nemo_dist_conf.strategies import Strategy, default_strategy, find_strategy
 from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.sequence_chunks import splits_evenly
@@ -121,7 +123,11 @@ class _Search:
         self.dtype = OmegaConf.select(cfg, "train.dtype") or "auto"
         self.update = update_of(cfg.get("optimizer"))
         self.schedules = [name for name in planned_schedules() if played_schedule(name).searched]
+        wrong: list[Problem] = []
         self.sections = {name: _defaults(schema) for name, schema in SECTIONS.items()}
+        self.groups = {name: read_section(cfg, name, kind, Spelling(), wrong) for name, kind in OWN_SCHEMAS.items()}
+        self.sections |= self.groups
+        ConfigError.raise_if(wrong)
         # What the config leaves to transformers' defaults is known from the shape.
         known = self.model.facts if isinstance(self.model, BuiltShape) else facts_from_config(model_config(cfg))
         self.facts = dataclasses.replace(
@@ -132,6 +138,12 @@ class _Search:
             intermediate_size=self.model.intermediate,
             num_experts=self.model.experts,
             expert_width=self.model.expert_width if self.model.experts else None,
+        )
+        # What no layout can have is said as such.
+        first = find_strategy(default_strategy())
+        asked = Asked(first, _defaults(first.schema), self.sections["parallelism"], False, self.facts, self.groups)
+        ConfigError.raise_if(
+            each for name in self.groups for each in own_group(name).problems(self.groups[name], asked)
         )
 
     @functools.cached_property
@@ -251,6 +263,7 @@ class _Search:
             microbatches=rows,
             pipeline=pipeline,
             moe=self.sections["moe"],
+            groups=self.groups,
             autocast=autocast_of(layout.strategy, values, self.dtype, self.machine.device),
             update=self.update,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Sequence
 
 from nemo_dist_conf.families.built_shape import BuiltShape
+from nemo_dist_conf.plan.context_methods import context_shown
 from nemo_dist_conf.plan.fit import NO, usable_bytes
 from nemo_dist_conf.plan.memory import Memory
 from nemo_dist_conf.plan.plan import Plan
@@ -89,6 +90,8 @@ def _head(plan: Plan) -> list[str]:
         ("batch", f"{rows}: {counted(job.data_size, 'data rank')} x {runs} x {counted(job.rows, 'row')}"),
         ("hardware", f"{job.hardware.name}, {job.hardware.memory_gib:g} GiB, {job.compute_dtype}"),
     ]
+    if job.cp > 1:
+        facts.append(("context", context_shown(job)))
     source = [("read off", model.source)] if isinstance(model, BuiltShape) else []
     return columns([facts[0], *source, *facts[1:]], "")
 

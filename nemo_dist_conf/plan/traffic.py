@@ -7,11 +7,13 @@ norm, and DDP's agreement on its buckets in the second step.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Iterator
 
 from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.plan.built_costs import built_of, exchanged_bytes, split_ends, tensor_sums
+from nemo_dist_conf.plan.built_costs import attended_bytes, built_of, split_ends, tensor_sums
 from nemo_dist_conf.plan.collectives import Collective
+from nemo_dist_conf.plan.context_methods import kv_copies, method_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.rank_shards import padded
 
@@ -99,27 +101,41 @@ def _tensor_again(job: Job, rows: int, columns: int, size: int, times: int) -> I
 
 
 def _context(job: Job, stage: Stage) -> Iterator[Collective]:
-    """Keys and values of the whole sequence gathered, their gradients scattered back.
+    """Keys and values of the whole sequence gathered, their gradients scattered back; or tokens exchanged for heads.
 
-    Where a mixer is run on whole rows, its input instead.
+    Where a mixer is run on whole rows, its input is gathered.
     """
     if job.cp == 1:
         return
     times, item = job.microbatches * job.calls, DTYPE_BYTES[job.compute_dtype]
-    sizes: list[tuple[str, int, int]] = []
+    gathered: list[tuple[str, int, int]] = []
+    #: Of whole sequences: (attentions, bytes of keys and values, of queries and outputs).
+    attended: list[tuple[int, int, int]] = []
     if isinstance(job.model, ModelShape):
         whole = sum(job.model.whole_rows[stage.first : stage.last])
-        kv = job.tokens * job.cp * job.model.kv_width * item // job.tp
-        row = job.tokens * job.cp * job.model.hidden * item
-        sizes += [("keys and values", 2 * (stage.layers - whole), kv), ("whole rows", whole, row)]
+        sequence = job.tokens * job.cp * item
+        kv, q = (2 * sequence * width // job.tp for width in (job.model.kv_width, job.model.q_width))
+        attended.append((stage.layers - whole, kv, q))
+        gathered.append(("whole rows", whole, sequence * job.model.hidden))
     else:
-        found = [both // 2 for both in exchanged_bytes(job, stage)]
-        sizes += [("keys and values", 2 * found.count(size), size) for size in dict.fromkeys(found)]
-    for why, calls, size in sizes:
+        attended += [(count, *sizes) for sizes, count in Counter(attended_bytes(job, stage)).items()]
+    for count, kv, q in attended:
+        if method_of(job) == "ulysses":
+            yield from _exchanged_for_heads(job, count * times, kv * kv_copies(job) // job.cp, q // job.cp)
+        else:
+            gathered.append(("keys and values", 2 * count, kv // 2))
+    for why, calls, size in gathered:
         yield Collective("cp", "all_gather", calls * times, size, "forward", why=why)
         yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
         if job.checkpointing:
             yield Collective("cp", "all_gather", calls * times, size, "recompute", why=why)
+
+
+def _exchanged_for_heads(job: Job, times: int, kv: int, q: int) -> Iterator[Collective]:
+    """Queries, keys and values there in one all-to-all, outputs back in another; kv, q: of a rank's tokens."""
+    for when in ("forward", "backward", *(["recompute"] if job.checkpointing is True else [])):
+        yield Collective("cp", "all_to_all", times, q // 2 + kv, when, why="queries, keys and values")
+        yield Collective("cp", "all_to_all", times, q // 2, when, why="outputs of heads")
 
 
 def _expert(job: Job, stage: Stage) -> Iterator[Collective]:

@@ -69,11 +69,11 @@ def parallelize(
         send_from_rank0([*model.parameters(), *model.buffers()])
     units = find_blocks(model, blocks)
     mesh: Any = engine.device_mesh
-    ways = None
+    ways, method = None, engine.groups["context"]["method"]
     if engine.sizes.get(A.CP, 1) > 1:
         from nemo_dist_conf.runtime.techniques.context.trial import try_context_parallel
 
-        ways = try_context_parallel(model, mesh[A.CP.value], units)
+        ways = try_context_parallel(model, mesh[A.CP.value], units, method, engine.sizes.get(A.TP, 1))
     warn_of_own_rows(model, engine.data_ranks)
     pp_size = engine.sizes.get(A.PP, 1)
     if pp_size > 1:
@@ -97,7 +97,7 @@ def parallelize(
     if ways is not None:
         from nemo_dist_conf.runtime.techniques.context.parallel import apply_context_parallel
 
-        again = apply_context_parallel(model, mesh[A.CP.value], ways).again
+        again = apply_context_parallel(model, mesh[A.CP.value], ways, method).again
     engine.set_precision(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
     apply_activation_checkpointing(model, units, engine.config.activation_checkpointing, keeps_routing, again)

@@ -115,3 +115,58 @@ def test_a_method_that_there_is_not_is_refused():
     with pytest.raises(ConfigError) as caught:
         check(composed("context.method=gathr", "parallelism.cp_size=2"), 2)
     assert caught.value.type == "context.method=gather"
+
+
+LLAMA = {"model_type": "llama", "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 48}
+
+
+def with_model(config, *words):
+    cfg = composed(*words)
+    OmegaConf.set_struct(cfg, False)
+    cfg.model = {"config": config}
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "what", "allowed"),
+    [
+        (["parallelism.cp_size=8"], 8, "cp_size=8 does not divide the model's 12 attention heads", "1, 2, 3, 4, 6, 12"),
+        (
+            ["parallelism.cp_size=4", "parallelism.tp_size=2"],
+            8,
+            "cp_size=4 does not divide the model's 6 heads of a tp rank",
+            "1, 2, 3, 6",
+        ),
+    ],
+)
+def test_heads_that_ranks_cannot_share_are_refused(words, world_size, what, allowed):
+    cfg = with_model(LLAMA, "context.method=ulysses", *words)
+    with pytest.raises(ConfigError) as caught:
+        check(cfg, world_size)
+    assert caught.value.what == f"context.method=ulysses: {what}" and caught.value.type == "context.method=gather"
+    assert caught.value.allowed == f"cp_size: {allowed}; or context.method=gather"
+    for method in ("gather", "auto"):
+        cfg.context.method = method
+        assert check(cfg, world_size).groups["context"]["method"] == method
+
+
+def test_ring_is_refused_with_the_reason_whatever_the_size():
+    for size in (1, 2):
+        with pytest.raises(ConfigError, match="kernels for CUDA alone") as caught:
+            check(composed("context.method=ring", f"parallelism.cp_size={size}"), size)
+        assert caught.value.type == "context.method=auto" and len(caught.value.problems) == 1
+
+
+def test_an_attention_on_whole_rows_serves_no_ulysses_and_needs_masks():
+    config = {"model_type": "gptj", "n_head": 4}
+    cp = "parallelism.cp_size=2"
+    with pytest.raises(ConfigError, match="would do nothing: gptj's attention asks no registry") as caught:
+        check(with_model(config, cp, "context.method=ulysses"), 2)
+    assert caught.value.type == "context.method=gather"
+    flash = {**config, "attn_implementation": "flash_attention_2"}
+    with pytest.raises(ConfigError, match="with a mask that flash_attention_2 does not take") as caught:
+        check(with_model(flash, cp), 2)
+    assert caught.value.type == "++model.config.attn_implementation=eager"
+    for fine, words in (({**config, "attn_implementation": "eager"}, (cp,)), (flash, ())):
+        assert check(with_model(fine, *words), 2 if words else 1)
+    assert check(with_model({**flash, "model_type": "llama"}, cp), 2)

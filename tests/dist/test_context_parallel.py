@@ -38,6 +38,7 @@ pytestmark = pytest.mark.dist
 
 FP32 = "strategy.mp_policy=null"
 CP = "parallelism.cp_size=2"
+ULYSSES = "context.method=ulysses"
 #: Eight chunks on four cp ranks, of two tokens each.
 LENGTH = 16
 
@@ -56,6 +57,17 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], int]] = {
     "hsdp 2x2 x cp 2": (8, (CP, "parallelism.dp_replicate_size=2"), 1),
     "cp 2 x tp 2": (4, (CP, "parallelism.tp_size=2"), 1),
     "cp 2 x tp 2, sequence parallel": (4, (CP, "parallelism.tp_size=2", "strategy.sequence_parallel=true"), 2),
+    "ulysses, full checkpointing, 4 microbatches": (2, (CP, ULYSSES, "activation_checkpointing=true"), 4),
+    "ulysses, cp 4, selective checkpointing": (
+        4,
+        ("parallelism.cp_size=4", ULYSSES, "activation_checkpointing=selective"),
+        1,
+    ),
+    "ulysses, cp 2 x tp 2, sequence parallel": (
+        4,
+        (CP, ULYSSES, "parallelism.tp_size=2", "strategy.sequence_parallel=true"),
+        2,
+    ),
 }
 
 
@@ -105,8 +117,14 @@ def test_a_length_that_does_not_split_is_refused() -> None:
         run_ranks(2, _pieces, 10)
 
 
-def _windows_in_a_pipeline() -> Trajectory:
-    words = (CP, "parallelism.pp_size=2", "pipeline.pp_batch_size=16", "pipeline.pp_microbatch_size=4")
+def _windows_in_a_pipeline(method: str) -> Trajectory:
+    words = (
+        CP,
+        f"context.method={method}",
+        "parallelism.pp_size=2",
+        "pipeline.pp_batch_size=16",
+        "pipeline.pp_microbatch_size=4",
+    )
     return train(composed(FP32, *words, model={"config": WINDOWS}, optimizer=SGD), 1, FEWER_STEPS, True, LENGTH)
 
 
@@ -114,8 +132,9 @@ def _windows_in_a_pipeline() -> Trajectory:
 WINDOWS = {**LLAMA, "model_type": "mistral", "sliding_window": 5, "head_dim": 8, "num_hidden_layers": 4}
 
 
-def test_a_stage_of_a_pipeline_makes_the_masks_of_its_layers() -> None:
-    found = run_ranks(4, _windows_in_a_pipeline)
+@pytest.mark.parametrize("method", ["gather", "ulysses"])
+def test_a_stage_of_a_pipeline_makes_the_masks_of_its_layers(method: str) -> None:
+    found = run_ranks(4, _windows_in_a_pipeline, method)
     want = run_ranks(1, single_process, WINDOWS, SGD, found[0].weights, LENGTH)[0]
     for rank in found:
         assert rank.losses == pytest.approx(want.losses[:FEWER_STEPS], rel=1e-5)
@@ -175,6 +194,26 @@ class Normed(nn.Module):
         return self.norm(x_BSH.transpose(1, 2)).transpose(1, 2)
 
 
+class FlatMean(nn.Module):
+    """Means over all tokens so far of rows that come and go as one, with the number of a row's tokens."""
+
+    def forward(self, x_TH: Tensor, length: int) -> tuple[Tensor, int]:
+        x_BSH = x_TH.unflatten(0, (-1, length))
+        return (x_BSH.cumsum(1) / torch.arange(1, length + 1).unsqueeze(-1)).flatten(0, 1), length
+
+
+class Flat(nn.Module):
+    """Whose mixer is given rows in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.out = FlatMean(), nn.Linear(32, 32)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        mixed_TH, length = self.mean(x_BSH.flatten(0, 1), x_BSH.size(1))
+        return self.out(mixed_TH.unflatten(0, (-1, length)))
+
+
 class Direct(nn.Module):
     """Attention that asks no registry."""
 
@@ -225,7 +264,7 @@ class Own(nn.Module):
         super().__init__()
         config = LlamaConfig(attn_implementation="sdpa", sliding_window=5)
         kinds: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "dilated": Dilated, "batch norm": Normed}
-        kinds |= {"direct": Direct, "weighed": Weighed, "counted": Counted}
+        kinds |= {"direct": Direct, "weighed": Weighed, "counted": Counted, "flat": Flat}
         self.embed, self.positions = nn.Embedding(97, 32), nn.Embedding(40, 32)
         self.blocks = nn.ModuleList(kinds.get(mixer, lambda: OwnAttention(config, mixer))() for _ in range(2))
         self.head = nn.Linear(32, 97)
@@ -237,7 +276,7 @@ class Own(nn.Module):
         return self.head(x_BSH)
 
 
-def _own(mixer: str) -> nn.Module:
+def own_model(mixer: str) -> nn.Module:
     torch.manual_seed(0)
     return Own(mixer)
 
@@ -245,22 +284,22 @@ def _own(mixer: str) -> nn.Module:
 @pytest.mark.parametrize("mixer", ["registry", "both ways", "bias of keys", "counted"])
 def test_an_own_model_whose_attention_asks_the_registry_equals_one_process(mixer: str) -> None:
     """Also one that counts positions, for its embedding and for a bias, by itself."""
-    assert max(run_ranks(2, compared, functools.partial(_own, mixer), (FP32,))) < 1e-5
+    assert max(run_ranks(2, compared, functools.partial(own_model, mixer), (FP32,))) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("mixer", "words"),
-    [("pooled", ("activation_checkpointing=true",)), ("direct", ("parallelism.cp_size=4",))],
+    [("pooled", ("activation_checkpointing=true",)), ("flat", ()), ("direct", ("parallelism.cp_size=4",))],
 )
 def test_what_mixes_tokens_by_itself_is_run_on_whole_rows(mixer: str, words: tuple[str, ...]) -> None:
     ranks = 4 if "parallelism.cp_size=4" in words else 2
-    assert max(run_ranks(ranks, compared, functools.partial(_own, mixer), (FP32, *words))) < 1e-5
+    assert max(run_ranks(ranks, compared, functools.partial(own_model, mixer), (FP32, *words))) < 1e-5
 
 
 def test_a_block_that_makes_its_mask_or_counts_positions_does_so_again_in_backward() -> None:
     recomputed = (FP32, "activation_checkpointing=true")
     for mixer in ("window", "bias of keys"):
-        make = functools.partial(_own, mixer)
+        make = functools.partial(own_model, mixer)
         assert max(run_ranks(2, compared, make, recomputed)) < 1e-5
         assert max(run_ranks(2, on_megatron, make, "activation_checkpointing=true")) < 1e-5
 
@@ -277,7 +316,7 @@ def test_a_block_that_makes_its_mask_or_counts_positions_does_so_again_in_backwa
 )
 def test_an_own_model_that_would_see_a_part_of_the_row_is_refused(mixer: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
-        run_ranks(2, compared, functools.partial(_own, mixer), (FP32,))
+        run_ranks(2, compared, functools.partial(own_model, mixer), (FP32,))
     assert caught.value.type == "parallelism.cp_size=1"
 
 

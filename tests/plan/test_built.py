@@ -75,6 +75,7 @@ WORDS = {
     "tp": ["parallelism.tp_size=2"],
     "sp": ["parallelism.tp_size=2", "strategy.sequence_parallel=true"],
     "cp": ["parallelism.cp_size=2"],
+    "ulysses": ["parallelism.cp_size=2", "context.method=ulysses"],
 }
 
 

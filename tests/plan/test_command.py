@@ -82,6 +82,24 @@ def test_json_holds_what_the_table_shows() -> None:
     assert sum(found["seconds_by_part"].values()) == pytest.approx(found["step_seconds"])
 
 
+def test_the_method_that_auto_chooses_is_shown_and_is_what_is_sent() -> None:
+    """32 heads of queries and 8 of keys: eight ranks send less of heads, four less of keys."""
+    long = ["model=llama3_8b", "world_size=8", "data.seq_len=8192"]
+    for size, method, kinds in ((8, "ulysses", {"all_to_all"}), (4, "gather", {"all_gather", "reduce_scatter"})):
+        words = [*long, f"parallelism.cp_size={size}"]
+        text, found = run(composed(*words)), planned(*words)
+        assert f"context   {method} (context.method=auto): " in text and found["context_method"] == method
+        assert {row["kind"] for row in found["traffic"] if "keys and values" in row["why"]} == kinds
+    assert "context" not in run(composed(*long)) and "context_method" not in planned(*long)
+
+
+def test_a_search_keeps_to_the_method_that_is_asked_for() -> None:
+    found = search(composed("context.method=ulysses"), 4, "h100", top=50)
+    assert found.best and all("cp_size" in one.words and one.plan.job.context_method == "ulysses" for one in found.best)
+    with pytest.raises(ConfigError, match="kernels for CUDA alone"):
+        search(composed("context.method=ring"), 4, "h100")
+
+
 def test_json_and_picture_are_written_where_asked(tmp_path: Path) -> None:
     text = run(composed(f"plan.json={tmp_path}/a.json", f"plan.picture={tmp_path}/a.html"))
     assert f"picture  {tmp_path}/a.html" in text and f"json  {tmp_path}/a.json" in text
@@ -95,6 +113,8 @@ def test_formulas_name_their_sources() -> None:
 
 #: Layers so large that a step's peak is in a backward.
 _DEEP = ["model=llama3_405b", "world_size=64", "train.global_batch_size=64", "data.seq_len=128"]
+#: One row over all ranks.
+LONG = ["model=llama3_8b", "world_size=8", "parallelism.cp_size=8", "data.seq_len=8192", "context.method=gather"]
 EFFECTS: dict[str, tuple[list[str], list[str], str]] = {
     "checkpointing saves memory": ([], ["activation_checkpointing=true"], "memory"),
     "selective saves memory": ([], ["activation_checkpointing=selective"], "memory"),
@@ -111,6 +131,8 @@ EFFECTS: dict[str, tuple[list[str], list[str], str]] = {
         "memory",
     ),
     "offloading saves memory": ([], ["strategy.offload_policy.enabled=true"], "memory"),
+    "heads instead of keys save memory": (LONG, [*LONG, "context.method=ulysses"], "memory"),
+    "heads instead of keys take less time": (LONG, [*LONG, "context.method=ulysses"], "time"),
     "half the states save memory": (["optimizer=adamw"], ["optimizer=sgd"], "memory"),
     "views of buckets save memory": (
         ["strategy=ddp", "model=llama3_8b", "hardware.memory_gib=9000"],

@@ -34,6 +34,8 @@ pytestmark = pytest.mark.dist
 PLAIN = "strategy.mp_policy=null"
 NARROW = "strategy.mp_policy.output_dtype=float32"
 TP = "parallelism.tp_size=2"
+CP = "parallelism.cp_size=2"
+ULYSSES = "context.method=ulysses"
 SEQUENCE = "strategy.sequence_parallel=true"
 #: Llama's own plan as a user types it, without a word on the sequence.
 _PLAN = {
@@ -125,10 +127,12 @@ CASES: dict[str, tuple[list[str], Any]] = {
         for title, words in {
             "tp": [TP],
             "sp": [TP, SEQUENCE],
-            "cp": ["parallelism.cp_size=2"],
+            "cp": [CP],
+            "ulysses": [CP, ULYSSES],
         }.items()
         for mode in MODES[1:]
     },
+    "ulysses": ([PLAIN, CP, ULYSSES], ADAMW),
 }
 
 
@@ -138,6 +142,13 @@ def test_options_change_what_is_planned_as_they_change_the_run(name: str) -> Non
     config = {**LLAMA, "num_key_value_heads": 8}
     job = job_for(words, 2, config, optimizer, 8, 16)
     for seen in run_ranks(2, seen_of_rank, words, {"config": config}, optimizer, 16, 8):
+        assert list(differences(job, seen)) == []
+
+
+def test_heads_of_keys_that_are_sent_in_copies_are_planned_as_they_are_sent() -> None:
+    words, config = [PLAIN, CP, ULYSSES], {**LLAMA, "num_key_value_heads": 1}
+    job = job_for(words, 2, config, ADAMW, 8, 16)
+    for seen in run_ranks(2, seen_of_rank, words, {"config": config}, ADAMW, 16, 8):
         assert list(differences(job, seen)) == []
 
 
@@ -319,7 +330,7 @@ ACTIVATIONS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     },
     **{
         f"{name}, {mode}": (MODEL, 2, [PLAIN, *words, f"activation_checkpointing={mode}"])
-        for name, words in {"tp": [TP], "sp": [TP, SEQUENCE], "cp": ["parallelism.cp_size=2"]}.items()
+        for name, words in {"tp": [TP], "sp": [TP, SEQUENCE], "cp": [CP], "ulysses": [CP, ULYSSES]}.items()
         for mode in MODES
     },
     **{

@@ -63,6 +63,7 @@ AXES: dict[str, Axis] = {
         Axis("tp", 2, (*_FP32, *_of("tp"))),
         Axis("tp+sp", 2, (*_FP32, *_of("tp"), "strategy.sequence_parallel=true")),
         Axis("cp", 2, (*_FP32, *_of("cp"))),
+        Axis("cp ulysses", 2, (*_FP32, *_of("cp"), "context.method=ulysses")),
         Axis("pp", 2, (*_FP32, *_stages())),
         Axis("ep", 2, (*_FP32, *_of("ep"))),
         Axis("ac full", 2, (*_FP32, "activation_checkpointing=true")),

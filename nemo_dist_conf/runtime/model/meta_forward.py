@@ -181,9 +181,10 @@ class _Counted(QuickDispatchMode):
         for tensor in made:
             self._results.setdefault(storage_id(tensor), (tensor, self._part))
 
-    def exchange(self, size: int) -> None:
-        """Keys and values of an attention, in bytes."""
-        self._sums[self._part]["keys_and_values"] += size
+    def exchange(self, keys_and_values: int, queries_and_outputs: int) -> None:
+        """Of an attention, in bytes."""
+        self._sums[self._part]["keys_and_values"] += keys_and_values
+        self._sums[self._part]["queries_and_outputs"] += queries_and_outputs
 
     # ------------------------------------------------------------------------------------------------ sums
 
@@ -209,8 +210,9 @@ class _Counted(QuickDispatchMode):
 
     def _work(self, part: int) -> Work:
         sums = self._sums[part]
-        whole = ("saved_stream", "saved_inner", "kept_stream", "kept_inner", "entered", "keys_and_values")
-        counts = {name: int(sums[name]) for name in (*whole, "moved", "kernels")}
+        kept = ("saved_stream", "saved_inner", "kept_stream", "kept_inner", "entered")
+        exchanged = ("keys_and_values", "queries_and_outputs")
+        counts = {name: int(sums[name]) for name in (*kept, *exchanged, "moved", "kernels")}
         return Work(**counts, matmul=sums["matmul"], attention=sums["attention"])
 
 
@@ -234,7 +236,7 @@ class _Attention(TorchFunctionMode):
         out: Tensor = _Fused.apply(query, key, value, attn_mask)
         self.counted.product("attention", flops)
         self.counted.keep([out])
-        self.counted.exchange(_bytes(key) + _bytes(value))
+        self.counted.exchange(_bytes(key) + _bytes(value), _bytes(query) + _bytes(out))
         return out
 
 

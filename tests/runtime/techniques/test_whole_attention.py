@@ -40,18 +40,20 @@ RULES: dict[str, Rule] = {
 
 
 def plainly(query: Tensor, key: Tensor, value: Tensor, start: int, rule: Rule, scores: Scores) -> Tensor:
-    key, value = (part.repeat_interleave(H // K, 1) for part in (key, value))
-    score = query @ key.mT * (D**-0.5 if scores.scale is None else scores.scale)
+    rows, heads, count, width = query.shape
+    length = key.size(2)
+    key, value = (part.repeat_interleave(heads // key.size(1), 1) for part in (key, value))
+    score = query @ key.mT * (width**-0.5 if scores.scale is None else scores.scale)
     if scores.cap is not None:
         score = scores.cap * torch.tanh(score / scores.cap)
     if scores.bias is not None:
         score = score + scores.bias
-    places = torch.arange(start, start + N).view(1, 1, -1, 1)
-    seen = rule.seen(torch.arange(B).view(-1, 1, 1, 1), places, torch.arange(S).view(1, 1, 1, -1))
+    places = torch.arange(start, start + count).view(1, 1, -1, 1)
+    seen = rule.seen(torch.arange(rows).view(-1, 1, 1, 1), places, torch.arange(length).view(1, 1, 1, -1))
     score = score.masked_fill(~seen, -torch.inf)
     if scores.sinks is not None:
-        score = torch.cat([score, scores.sinks.view(1, -1, 1, 1).expand(B, -1, N, 1)], -1)
-    return score.softmax(-1)[..., :S] @ value
+        score = torch.cat([score, scores.sinks.view(1, -1, 1, 1).expand(rows, -1, count, 1)], -1)
+    return score.softmax(-1)[..., :length] @ value
 
 
 @pytest.mark.parametrize("blocks", ["kernels", "large blocks", "small blocks"])

@@ -1,7 +1,7 @@
 """The attention and the mask that transformers runs in a model whose rows are split over the ranks of an axis.
 
 Both are registered with transformers under one name. The mask is a rule over positions of the whole row instead of a
-tensor over a rank's own tokens; attention gathers keys and values and runs it.
+tensor over a rank's own tokens; attention gathers keys and values, or exchanges tokens for heads, and runs it.
 
 Shapes: B rows, S tokens of a whole sequence, L = S / cp tokens of a rank, H heads, K key/value heads, D head width.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.runtime.techniques.context.heads import heads_to_tokens, own_heads, tokens_to_heads
 from nemo_dist_conf.runtime.techniques.context.mask_rules import (
     Both,
     Causal,
@@ -33,6 +34,7 @@ from nemo_dist_conf.runtime.techniques.context.mask_rules import (
 )
 from nemo_dist_conf.runtime.techniques.context.whole_attention import Scores, attend
 from nemo_dist_conf.runtime.torch_inside import collectives
+from nemo_dist_conf.topology.head_exchange import chosen_method, sent_kv_heads
 
 __all__ = ["Exchange", "Row", "RowMask", "chunks_of", "exchanged_attention", "exchanged_mask"]
 
@@ -109,10 +111,14 @@ class RowMask:
 class Exchange:
     """One model's exchange over a cp axis, and the rows that its forward is at. mesh: the axis cp.
 
+    method: how attention sees the tokens of other ranks: auto, gather, ulysses (topology/head_exchange.py).
+    tp: ranks over which heads will be split that are still whole, as in a trial.
     runs_whole_rows: some of its modules are run on whole rows. on_whole_rows: one of them is being run.
     """
 
     mesh: DeviceMesh
+    method: str = "auto"
+    tp: int = 1
     depth: int = 0
     row: Row | None = None
     lengths: set[int] = field(default_factory=set)
@@ -169,6 +175,29 @@ class Exchange:
         """All of a tensor, in the order of the sequence -> this rank's part of it."""
         chunks = whole.chunk(2 * self.size, dim=dim)
         return torch.cat([chunks[index] for index in chunks_of(self.mesh.get_local_rank(), self.size)], dim=dim)
+
+    def by_heads(self, kind: type, heads: int, kv_heads: int, has_bias: bool) -> bool:
+        """Whether an attention of so many heads exchanges tokens for heads; else it gathers keys and values.
+
+        has_bias: of a rank's queries for all keys, which auto does not send. Raises ConfigError where ulysses is asked
+        for and impossible.
+        """
+        if heads % self.tp == kv_heads % self.tp == 0:
+            heads, kv_heads = heads // self.tp, kv_heads // self.tp
+        if self.method == "ulysses":
+            self._refuse_heads(kind.__name__, heads, kv_heads)
+        method = "gather" if has_bias and self.method == "auto" else self.method
+        return chosen_method(method, heads, kv_heads, self.size) == "ulysses"
+
+    def _refuse_heads(self, name: str, heads: int, kv_heads: int) -> None:
+        """Raise ConfigError where ulysses cannot be had by an attention of so many heads on one rank along tp."""
+        if heads % self.size == 0 and heads % kv_heads == 0:
+            return
+        held = f"{heads} head{'' if heads == 1 else 's'} on a rank"
+        what = f"context.method=ulysses: {name} has {held}, which cp_size={self.size} does not divide"
+        asked = f"context.method=ulysses parallelism.cp_size={self.size}"
+        allowed = "a cp_size that divides the heads of a rank along tp, or context.method=gather"
+        raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="context.method=gather"))
 
     def refuse(self, what: str, allowed: str) -> ConfigError:
         asked = f"parallelism.cp_size={self.size}"
@@ -295,15 +324,37 @@ def exchanged_attention(
     if torch.is_autocast_enabled(query_BHLD.device.type):  # as scaled_dot_product_attention does
         dtype = torch.get_autocast_dtype(query_BHLD.device.type)
     query_BHLD, key_BKLD, value_BKLD = (part.to(dtype) for part in (query_BHLD, key_BKLD, value_BKLD))
+    sinks = sinks if s_aux is None else s_aux
+    scores = Scores(scaling, softcap, bias, sinks, dropout if module.training else 0.0)
+    has_bias = bias is not None and bias.size(-2) > 1
+    if exchange.by_heads(type(module), query_BHLD.size(1), key_BKLD.size(1), has_bias):
+        return _of_own_heads(exchange, query_BHLD, key_BKLD, value_BKLD, rule, scores), None
     key_BKSD, value_BKSD = exchange.whole(key_BKLD, 2), exchange.whole(value_BKLD, 2)
-    dropout = dropout if module.training else 0.0
     chunk, outputs = length // 2, []
     for half, index in enumerate(chunks_of(exchange.mesh.get_local_rank(), exchange.size)):
         own = slice(half * chunk, (half + 1) * chunk)
-        rows = bias[..., own, :] if bias is not None and bias.size(-2) > 1 else bias
-        scores = Scores(scaling, softcap, rows, sinks if s_aux is None else s_aux, dropout)
-        outputs.append(attend(query_BHLD[:, :, own], key_BKSD, value_BKSD, index * chunk, rule, scores))
+        part = dataclasses.replace(scores, bias=bias[..., own, :]) if bias is not None and has_bias else scores
+        outputs.append(attend(query_BHLD[:, :, own], key_BKSD, value_BKSD, index * chunk, rule, part))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _of_own_heads(
+    exchange: Exchange, query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, rule: Rule, scores: Scores
+) -> Tensor:
+    """[B, L, H, D]: what this rank's tokens come to, each rank attending over whole rows with H / cp of the heads."""
+    mesh, heads, kv_heads = exchange.mesh, query_BHLD.size(1), key_BKLD.size(1)
+    copies = sent_kv_heads(kv_heads, exchange.size) // kv_heads
+    if copies > 1:
+        key_BKLD, value_BKLD = (part.repeat_interleave(copies, 1) for part in (key_BKLD, value_BKLD))
+    bias, sinks = scores.bias, scores.sinks
+    if bias is not None and bias.size(-2) > 1:
+        by_head = bias.size(1) == heads
+        bias = tokens_to_heads([bias], mesh)[0] if by_head else exchange.whole(bias, 2)
+    elif bias is not None and bias.size(1) == heads:
+        bias = own_heads(bias, 1, mesh)
+    scores = dataclasses.replace(scores, bias=bias, sinks=None if sinks is None else own_heads(sinks, 0, mesh))
+    query, key, value = tokens_to_heads([query_BHLD, key_BKLD, value_BKLD], mesh)
+    return heads_to_tokens(attend(query, key, value, 0, rule, scores), mesh)
 
 
 def _refuse_unknown(exchange: Exchange, module: nn.Module, others: dict[str, Any]) -> None:

@@ -106,26 +106,29 @@ def local_positions(length: int, mesh: DeviceMesh, device: torch.device) -> Tens
     return torch.cat([first * chunk + steps, last * chunk + steps])
 
 
-def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, ways: Ways | None = None) -> Exchange:
+def apply_context_parallel(
+    model: nn.Module, mesh: DeviceMesh, ways: Ways | None = None, method: str = "auto"
+) -> Exchange:
     """Let a model attend over the sequence parts of all ranks of ``mesh``, the axis cp; in place.
 
     Its forward then takes this rank's tokens [B, L]; position ids that are not given are filled in.
     ways: what ``try_context_parallel`` found before anything was wrapped; None: the model is tried here.
+    method: how attention sees the tokens of other ranks, as ``context.method`` says.
     Raises ConfigError for a model that mixes tokens by anything that is not exchanged.
     """
     if ways is None:
         from nemo_dist_conf.runtime.techniques.context.trial import try_context_parallel
 
-        ways = try_context_parallel(model, mesh)
-    exchange = exchange_tokens(model, mesh, ways)
+        ways = try_context_parallel(model, mesh, method=method)
+    exchange = exchange_tokens(model, mesh, ways, method)
     _split_over.pop(mesh.get_group().group_name, None)
-    log.info("context parallel over %d ranks", mesh.size())
+    log.info("context parallel over %d ranks (context.method=%s)", mesh.size(), method)
     return exchange
 
 
-def exchange_tokens(model: nn.Module, mesh: DeviceMesh, ways: Ways) -> Exchange:
-    """``apply_context_parallel`` without asking whether it is right for the model."""
-    exchange = Exchange(mesh, runs_whole_rows=bool(ways.whole_rows))
+def exchange_tokens(model: nn.Module, mesh: DeviceMesh, ways: Ways, method: str = "auto", tp: int = 1) -> Exchange:
+    """``apply_context_parallel`` without asking whether it is right for the model. tp: as in ``Exchange``."""
+    exchange = Exchange(mesh, method, tp, runs_whole_rows=bool(ways.whole_rows))
     _register(model, exchange, ways.whole_rows)
     positions = functools.partial(local_positions, mesh=mesh, device=exchange.device)
     for name, module in model.named_modules():

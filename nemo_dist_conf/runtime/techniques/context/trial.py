@@ -43,6 +43,7 @@ from nemo_dist_conf.runtime.model.trial import (
     tensors_of,
     twin,
 )
+from nemo_dist_conf.runtime.techniques.context.exchange import Exchange
 from nemo_dist_conf.runtime.techniques.context.parallel import (
     Ways,
     exchange_tokens,
@@ -64,7 +65,8 @@ from nemo_dist_conf.runtime.techniques.context.trial_runs import (
     watched,
 )
 from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, token_dims
-from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention
+from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention, names_attention
+from nemo_dist_conf.schema.context import MASKLESS
 
 __all__ = ["try_context_parallel"]
 
@@ -81,18 +83,22 @@ _NO_MIXING = "nemo_dist_conf_no_mixing"
 _HOLDS_NO_TOKENS = ("torch.nn.modules.linear", "torch.nn.modules.sparse", "torch.nn.modules.normalization")
 
 
-def try_context_parallel(model: nn.Module, mesh: DeviceMesh, blocks: Blocks | None = None) -> Ways:
+def try_context_parallel(
+    model: nn.Module, mesh: DeviceMesh, blocks: Blocks | None = None, method: str = "auto", tp: int = 1
+) -> Ways:
     """What is to be done to which modules of the model, for ``apply_context_parallel``.
 
     model: plain, on meta or not; nothing of it changes. mesh: the axis cp; every rank of it calls this.
-    Raises ConfigError, on every rank, for a model that would compute something else.
+    method: as ``context.method`` says. tp: ranks over which heads will be split.
+    Raises ConfigError, on every rank, for a model that would compute something else, or cannot have this method.
     """
     if _is_known(model):
+        _refuse_heads_of_family(model, Exchange(mesh, method, tp))
         return Ways()
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    trial = _Trial(model, mesh, find_blocks(model) if blocks is None else blocks, device)
+    trial = _Trial(model, mesh, find_blocks(model) if blocks is None else blocks, device, method, tp)
     with keep_generators():
         return trial.run()
 
@@ -114,9 +120,16 @@ def _is_known(model: nn.Module) -> bool:
     return True
 
 
+def _refuse_heads_of_family(model: nn.Module, exchange: Exchange) -> None:
+    config: Any = model.config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    exchange.by_heads(type(model), heads, kv_heads, has_bias=False)
+
+
 def _is_kernel(attention: str | None) -> bool:
     """Whether this is one of transformers' attentions that compute what ``eager`` does, on a GPU in half precision."""
-    return attention is not None and (attention.startswith(("flash_attention", "flex_attention")) or "/" in attention)
+    return attention is not None and (attention.startswith(MASKLESS) or "/" in attention)
 
 
 class _Fault(Exception):
@@ -130,8 +143,11 @@ class _Fault(Exception):
 class _Trial:
     """The trial of one model, on rows of ``length`` tokens."""
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, blocks: Blocks, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, mesh: DeviceMesh, blocks: Blocks, device: torch.device, method: str, tp: int
+    ) -> None:
         self.model, self.mesh, self.blocks, self.device = model, mesh, blocks, device
+        self.method, self.tp = method, tp
         self.length = 2 * mesh.size() * max(1, 8 // mesh.size())
         self.name = type(model).__name__
         self.local: tuple[nn.Module, dict[str, Any]] | None = None
@@ -148,6 +164,7 @@ class _Trial:
                 reason = self._run_on_whole_rows(self._agreed(fault.place), whole)
                 if reason is not None:
                     raise self._of_all(faults, reason) from fault.__cause__
+        self._refuse_maskless(ways)
         counts, rows = (
             ", ".join(sorted(kind.__name__ for kind in kinds)) or "none" for kinds in (ways.counts, ways.whole_rows)
         )
@@ -160,10 +177,12 @@ class _Trial:
         local, inputs = self.local = self.local or self._twin(torch.device("cpu"))
         fills = self._fills(local, inputs)
         longer, far_length = self._longer(local, inputs)
-        with self._without_mixing(local, whole) as unmixed:
+        attended: set[tuple[type, int, int]] = set()
+        with self._without_mixing(local, whole, attended) as unmixed:
             self._find_mixing(local, inputs, self.length, unmixed)
             self._find_mixing(local, longer, far_length, unmixed)
             counts, far = self._counts(local, (inputs, longer), whole, fills)
+        self._refuse_method(attended)
         if self.device.type != "cpu":
             local, inputs = self._twin(self.device)
         else:
@@ -270,9 +289,12 @@ class _Trial:
         raise self._refusal(f"{what}, so what it does to the tokens of a row cannot be tried", "cp_size=1")
 
     @contextlib.contextmanager
-    def _without_mixing(self, tried: nn.Module, whole: Mapping[type, TokenDims]) -> Iterator[list[Unmixed]]:
+    def _without_mixing(
+        self, tried: nn.Module, whole: Mapping[type, TokenDims], attended: set[tuple[type, int, int]]
+    ) -> Iterator[list[Unmixed]]:
         """The twin, in training mode, with an attention that lets no token see another.
 
+        attended: gets the class and the heads, of queries and of keys, of what asks for an attention.
         Yields what stands for the forwards of the modules that are to be run on whole rows.
         """
         configs = own_configs(tried, whole)
@@ -280,7 +302,7 @@ class _Trial:
         if configs:
             from transformers import AttentionInterface, AttentionMaskInterface
 
-            AttentionInterface.register(_NO_MIXING, sees_itself)
+            AttentionInterface.register(_NO_MIXING, functools.partial(sees_itself, attended))
             # Attention of a model's own may run with it.
             AttentionMaskInterface.register(_NO_MIXING, AttentionMaskInterface()["eager"])
             set_attention(configs, {}, _NO_MIXING)
@@ -299,6 +321,33 @@ class _Trial:
                     del module.forward
                 else:
                     module.forward = own
+
+    def _refuse_method(self, attended: Collection[tuple[type, int, int]]) -> None:
+        """Where ulysses is asked for and an attention has too few heads, or nothing attends that it could serve."""
+        if self.method != "ulysses":
+            return
+        if not attended:
+            what = f"context.method=ulysses: nothing of {self.name} asks the attention registry of transformers"
+            asked = f"context.method=ulysses parallelism.cp_size={self.mesh.size()}"
+            allowed = "context.method=gather: what mixes tokens in it is run on whole rows"
+            raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="context.method=gather"))
+        exchange = Exchange(self.mesh, self.method, self.tp)
+        for kind, heads, kv_heads in sorted(attended, key=str):
+            exchange.by_heads(kind, heads, kv_heads, has_bias=False)
+
+    def _refuse_maskless(self, ways: Ways) -> None:
+        """Where what is run on whole rows is given masks of queries and keys, and asks for an attention without."""
+        masked = [kind for kind, dims in ways.whole_rows.items() if any(len(d) == 2 for d in dims.given.values())]
+        for name, module in self.model.named_modules():
+            if type(module) not in masked:
+                continue
+            values = [value for inner in module.modules() for value in vars(inner).values()]
+            kernels = {attention_of(value) for value in values if names_attention(value)}
+            for kernel in sorted(filter(_is_kernel, kernels), key=str):
+                what = f"{name} ({type(module).__name__}) is run on whole rows, with a mask that {kernel} does not take"
+                asked = f"attn_implementation={kernel} with parallelism.cp_size={self.mesh.size()}"
+                allowed, instead = "attn_implementation=eager, or cp_size=1", "parallelism.cp_size=1"
+                raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
 
     def _outputs(self, tried: nn.Module, inputs: Mapping[str, Any], fills: bool) -> list[Tensor]:
         """What the twin returns; fills: given the positions of its tokens, as a rank's part of a row is."""
@@ -456,7 +505,7 @@ class _Trial:
         if ways.whole_rows:
             with self._running(tried):
                 wanted_gradients = gradients_of(tried, inputs, rows, self.length)
-        exchange = exchange_tokens(tried, self.mesh, ways)
+        exchange = exchange_tokens(tried, self.mesh, ways, self.method, self.tp)
         given = {**inputs, name: split_sequence(whole, self.mesh)}
         for offset, seen in zip(offsets, plain):
             with counting_from(length, offset, sites), torch.no_grad(), self._running(tried):

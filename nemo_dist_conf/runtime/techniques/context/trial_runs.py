@@ -129,6 +129,7 @@ def tokens_of(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:
 
 
 def sees_itself(
+    attended: set[tuple[type, int, int]],
     module: nn.Module,
     query_BHSD: Tensor,
     key_BKSD: Tensor,
@@ -138,7 +139,11 @@ def sees_itself(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention in which a token sees itself alone; it shows every change of what is told of a token."""
+    """An attention in which a token sees itself alone; it shows every change of what is told of a token.
+
+    attended: gets the module's class and its heads of queries and of keys.
+    """
+    attended.add((type(module), query_BHSD.size(1), key_BKSD.size(1)))
     if query_BHSD.size(2) != key_BKSD.size(2):
         raise NotImplementedError(f"attention from {query_BHSD.size(2)} to {key_BKSD.size(2)} tokens")
     groups = query_BHSD.size(1) // key_BKSD.size(1)
