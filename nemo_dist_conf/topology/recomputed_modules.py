@@ -99,7 +99,8 @@ def _every(blocks: Sequence[str], every: int) -> list[str]:
 
 def _no_tower(scope: str, blocks: Sequence[str], words: Mapping[str, str], spelling: Spelling) -> Problem:
     has = ["all", *dict.fromkeys(filter(None, words.values())), *filter(None, towers(blocks))]
-    likely = nearest(scope, has) or ["all"]
+    ends = {name.rpartition(".")[2]: name for name in has}
+    likely = nearest(scope, has) or [ends[end] for end in nearest(scope.rpartition(".")[2], ends)] or ["all"]
     return Problem(
         what=f"recompute.scope={typed(scope)}: the model has no such tower",
         asked=spelling.set("recompute.scope", scope),
