@@ -2,11 +2,13 @@
 
 Bytes are those of the whole tensor: what an all_gather returns, what a reduce_scatter and an all_reduce take, what a
 rank's own tokens weigh in an all_to_all, what a send sends. Not counted: the scalars of metrics and of the gradient
-norm, and DDP's agreement on its buckets in the second step.
+norm, DDP's agreement on its buckets in the second step, and what modules inside of blocks call that run again alone
+(``recompute.modules``).
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Iterator
 
 from nemo_dist_conf.families.shapes import ModelShape
@@ -70,7 +72,8 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
     if head:
         logits = job.tokens * padded(model.vocab, job.tp) * DTYPE_BYTES[job.compute_dtype]
         yield Collective("tp", "all_gather", times, logits, "forward", why="logits")
-    if job.checkpointing:
+    if again := sum(job.recomputed[stage.first : stage.last]):
+        rows, columns = (count * again // stage.layers for count in (rows, columns))
         yield from _tensor_again(job, rows, columns, size, times)
 
 
@@ -106,20 +109,24 @@ def _context(job: Job, stage: Stage) -> Iterator[Collective]:
     if job.cp == 1:
         return
     times, item = job.microbatches * job.calls, DTYPE_BYTES[job.compute_dtype]
-    sizes: list[tuple[str, int, int]] = []
+    sizes: list[tuple[str, int, int, int]] = []
+    recomputed = job.recomputed[stage.first : stage.last]
     if isinstance(job.model, ModelShape):
-        whole = sum(job.model.whole_rows[stage.first : stage.last])
+        whole_rows = job.model.whole_rows[stage.first : stage.last] or (False,) * stage.layers
+        whole, again = sum(whole_rows), sum(map(operator.and_, whole_rows, recomputed))
         kv = job.tokens * job.cp * job.model.kv_width * item // job.tp
         row = job.tokens * job.cp * job.model.hidden * item
-        sizes += [("keys and values", 2 * (stage.layers - whole), kv), ("whole rows", whole, row)]
+        sizes.append(("keys and values", 2 * (stage.layers - whole), 2 * (sum(recomputed) - again), kv))
+        sizes.append(("whole rows", whole, again, row))
     else:
         found = [both // 2 for both in exchanged_bytes(job, stage)]
-        sizes += [("keys and values", 2 * found.count(size), size) for size in dict.fromkeys(found)]
-    for why, calls, size in sizes:
+        for size in dict.fromkeys(found):
+            calls = 2 * found.count(size)
+            sizes.append(("keys and values", calls, calls * sum(recomputed) // stage.layers, size))
+    for why, calls, again, size in sizes:
         yield Collective("cp", "all_gather", calls * times, size, "forward", why=why)
         yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
-        if job.checkpointing:
-            yield Collective("cp", "all_gather", calls * times, size, "recompute", why=why)
+        yield Collective("cp", "all_gather", again * times, size, "recompute", why=why)
 
 
 def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
@@ -127,18 +134,18 @@ def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
     layers = sum(job.model.sparse[stage.first : stage.last])
     if job.ep == 1 or not layers:
         return
-    times = layers * job.microbatches * job.calls
+    runs = job.microbatches * job.calls
+    again = sum(map(operator.and_, job.model.sparse[stage.first : stage.last], job.recomputed[stage.first : stage.last]))
     # Ranks along tp hold the same tokens, and each sends its part of them.
     rows = -(-job.tokens // job.tp) * job.model.experts_per_token
     size = rows * job.model.hidden * DTYPE_BYTES[job.compute_dtype]
     counts = 8 * job.model.experts
-    passes = {"forward": 2, "backward": 2}
-    if job.checkpointing:  # selective keeps what all_to_all returned
-        passes["recompute"] = 2 if job.checkpointing is True else 0
-    for when, calls in passes.items():
-        yield Collective("ep", "all_to_all", calls * times, size, when, why="tokens")
+    passes = {"forward": (2, layers), "backward": (2, layers)}
+    passes["recompute"] = (2 if job.checkpointing is True else 0, again)  # selective keeps what all_to_all returned
+    for when, (calls, of_layers) in passes.items():
+        yield Collective("ep", "all_to_all", calls * of_layers * runs, size, when, why="tokens")
         if when != "backward":
-            yield Collective("ep", "all_to_all", times, counts, when, why="token counts")
+            yield Collective("ep", "all_to_all", of_layers * runs, counts, when, why="token counts")
 
 
 def _pipeline(job: Job, pp_rank: int) -> Iterator[Collective]:

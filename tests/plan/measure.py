@@ -94,6 +94,7 @@ def job_for(words: list[str], ranks: int, config: dict[str, Any], optimizer: Any
         microbatches=count,
         pipeline=checked.pipeline,
         moe=checked.moe,
+        groups=checked.groups,
         checkpointing=checked.activation_checkpointing,
         autocast=getattr(autocast, "name", autocast),
         update=update_of(optimizer),
