@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Iterator
 
 from nemo_dist_conf.families.shapes import ModelShape, Weight
-from nemo_dist_conf.plan.built_costs import built_of, entered_bytes, outer_saved, saved_bytes, saved_outside, selected_bytes
+from nemo_dist_conf.plan.built_costs import (
+    built_of,
+    entered_bytes,
+    outer_saved,
+    saved_bytes,
+    saved_outside,
+    selected_bytes,
+)
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
 __all__ = ["Kept", "kept_by_stage", "loss_bytes", "stage_bytes"]

@@ -135,7 +135,9 @@ def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
     if job.ep == 1 or not layers:
         return
     runs = job.microbatches * job.calls
-    again = sum(map(operator.and_, job.model.sparse[stage.first : stage.last], job.recomputed[stage.first : stage.last]))
+    again = sum(
+        map(operator.and_, job.model.sparse[stage.first : stage.last], job.recomputed[stage.first : stage.last])
+    )
     # Ranks along tp hold the same tokens, and each sends its part of them.
     rows = -(-job.tokens // job.tp) * job.model.experts_per_token
     size = rows * job.model.hidden * DTYPE_BYTES[job.compute_dtype]

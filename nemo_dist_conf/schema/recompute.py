@@ -19,14 +19,14 @@ class RecomputeConf:
 
     scope: str = option(
         "all",
-        "towers whose blocks run again: all; language, vision, audio, by what a tower takes in; or the name of a module "
+        "whose blocks run again: all; language, vision, audio: of towers that take that in; or the name of a module "
         "that holds blocks (encoder, model.visual)",
     )
     every: int = option(1, "of the blocks in scope, the first of each so many in a list; 1: all")
     modules: List[str] = option(
         list,
-        "names of what runs again of those blocks: blocks (layers.0, layers.[02]) or modules in them (mlp), by the ends "
-        "of their names, * within one part; []: whole blocks",
+        "what of those blocks runs again: blocks (layers.0, layers.[02]) or modules in them (mlp), by the ends of "
+        "their names, * within one part; []: whole blocks",
     )
 
 

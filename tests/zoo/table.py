@@ -126,8 +126,8 @@ def page(families: list[str], kinds: list[str], towers: list[str], cells: Mappin
         "",
         "## Several towers",
         "",
-        "`ac language`, `vision`, `encoder`: activation checkpointing with that `recompute.scope`, fsdp2. `frozen`: the "
-        "vision tower, or the encoder, is not trained.",
+        "`ac language`, `vision`, `encoder`: activation checkpointing with that `recompute.scope`, fsdp2. `frozen`: "
+        "the vision tower, or the encoder, is not trained.",
         "",
         f"| kind | {' | '.join(OF_TOWERS)} |",
         "|---|" + "---|" * len(OF_TOWERS),

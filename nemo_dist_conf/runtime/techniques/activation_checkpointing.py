@@ -68,8 +68,8 @@ def apply_activation_checkpointing(
 ) -> None:
     """Let the forward of blocks, or of modules in them, drop its activations and run again in backward.
 
-    modules: those that do, by name. mode True: everything inside is recomputed. "selective": results of matmuls, attention and
-    collectives are kept, the cheap rest is recomputed. False: nothing happens.
+    modules: those that do, by name. mode True: everything inside is recomputed. "selective": results of matmuls,
+    attention and collectives are kept, the cheap rest is recomputed. False: nothing happens.
     keeps_routing: also keep which experts a router chose, so that tokens take the same way when forward runs again.
     again: what is to be as it was where forward runs again, besides the block.
     The forward of each module is replaced in place, so names of modules and parameters stay as they are.
