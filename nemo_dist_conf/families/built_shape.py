@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Callable, Iterator, Mapping
+from typing import Callable, Iterator, Mapping, Sequence
 
 from nemo_dist_conf.families.config_facts import ModelFacts
 from nemo_dist_conf.families.shapes import Weight
@@ -66,6 +66,8 @@ class BuiltShape:
     facts: as its config says them, what is left to defaults too. active_parameters: that one token uses.
     plan_of: (with sequence parallelism) -> style by pattern; raises ConfigError where none is known.
     run_of: (rows, tokens of a row, dtype) -> what a microbatch takes. why_estimated: why that is no count; "": it is.
+    run_without: the same where modules inside of blocks run again in backward, by their names; with True their results
+    of products and attention are kept. words, inside: of each block, what its tower takes in, and modules in it.
     """
 
     model_type: str
@@ -84,7 +86,10 @@ class BuiltShape:
     back: tuple[str, ...]
     plan_of: Callable[[bool], Mapping[str, str]]
     run_of: Callable[[int, int, str], Run]
+    run_without: Callable[[int, int, str, tuple[str, ...], bool], Run]
     why_estimated: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
+    inside: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:

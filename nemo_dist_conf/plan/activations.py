@@ -8,11 +8,19 @@ row has shapes; of other models plan/built_costs.py says what was counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Iterator
 
-from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.plan.built_costs import built_of, entered_bytes, outer_saved, saved_bytes, selected_bytes
+from nemo_dist_conf.families.shapes import ModelShape, Weight
+from nemo_dist_conf.plan.built_costs import (
+    built_of,
+    entered_bytes,
+    outer_saved,
+    saved_bytes,
+    saved_outside,
+    selected_bytes,
+)
 from nemo_dist_conf.plan.context_methods import kv_copies, method_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
@@ -133,8 +141,8 @@ def _selective_bytes(job: Job, sparse: bool) -> int:
     return kept
 
 
-def _block(job: Job, sparse: bool) -> Kept:
-    if job.checkpointing is False:
+def _block(job: Job, sparse: bool, recomputed: bool) -> Kept:
+    if not recomputed:
         return Kept(_block_bytes(job, sparse), 0)
     saved = job.tokens * job.model.hidden * _stream(job) // _split(job)
     if job.checkpointing == "selective":
@@ -146,8 +154,9 @@ def _block(job: Job, sparse: bool) -> Kept:
 def _built_block(job: Job, layer: int) -> Kept:
     """The same of a block of a built model."""
     whole = saved_bytes(job, layer)
-    if job.checkpointing is False:
-        return Kept(whole, 0)
+    if not job.recomputed[layer]:
+        saved = saved_outside(job, layer) if job.recomputed_inside else whole
+        return Kept(saved, max(0, whole - saved))
     if job.checkpointing == "selective":
         saved = selected_bytes(job, layer)
         return Kept(saved, max(0, whole - saved))
@@ -159,8 +168,13 @@ def _blocks(job: Job, stage: Stage) -> Iterator[tuple[int, Kept]]:
     if built_of(job) is not None:
         yield from ((1, _built_block(job, layer)) for layer in range(stage.first, stage.last))
         return
-    for sparse, count in _shape(job).kinds(stage.first, stage.last).items():
-        yield count, _block(job, sparse)
+    recomputed = job.recomputed[stage.first : stage.last]
+    if len(set(recomputed)) < 2:
+        for sparse, count in _shape(job).kinds(stage.first, stage.last).items():
+            yield count, _block(job, sparse, recomputed[0])
+        return
+    for (sparse, again), count in Counter(zip(_shape(job).sparse[stage.first : stage.last], recomputed)).items():
+        yield count, _block(job, sparse, again)
 
 
 def loss_bytes(job: Job) -> tuple[int, int]:
@@ -196,9 +210,21 @@ def _narrow_weights(job: Job, stage: Stage) -> int:
     if job.checkpointing is False:
         for kind, count in job.model.kinds(stage.first, stage.last).items():
             total += count * sum(w.count for w in job.model.block_weights(kind) if len(w.shape) > 1)
+    elif not all(job.recomputed[stage.first : stage.last]):
+        for layer in range(stage.first, stage.last):
+            if not job.recomputed[layer]:
+                total += sum(weight.count for weight in _weights_outside(job, layer) if len(weight.shape) > 1)
     if "head" in stage.outer or (job.model.tied and "final_norm" in stage.outer):
         total += job.model.vocab * job.model.hidden
     return total * item // job.tp
+
+
+def _weights_outside(job: Job, layer: int) -> Iterator[Weight]:
+    """Weights of a block that are not of what runs again alone in it."""
+    block = job.model.block_name(layer)
+    for weight in job.model.block_weights(job.model.kind(layer)):
+        if not job.is_recomputed(f"{block}.{weight.name}"):
+            yield weight
 
 
 def kept_by_stage(job: Job) -> dict[int, Kept]:

@@ -18,6 +18,7 @@ __all__ = [
     "model_flops",
     "outer_saved",
     "saved_bytes",
+    "saved_outside",
     "selected_bytes",
     "split_ends",
     "stage_work",
@@ -55,6 +56,18 @@ def saved_bytes(job: Job, layer: int) -> int:
     """Bytes that a block keeps where nothing is recomputed."""
     work = _run(job).blocks[layer]
     if job.compiled:  # what is elementwise is recomputed from results of products
+        return min(_whole(job, work), selected_bytes(job, layer)) + _exchange(job, layer, work)
+    return _whole(job, work) + _exchange(job, layer, work)
+
+
+def saved_outside(job: Job, layer: int) -> int:
+    """The same where modules inside of blocks run again."""
+    model = built_of(job)
+    assert model is not None, "asked of built models alone"
+    selective = job.checkpointing == "selective"
+    run = model.run_without(job.rows, job.seq_len, job.compute_dtype, job.recomputed_inside, selective)
+    work = run.blocks[layer]
+    if job.compiled:
         return min(_whole(job, work), selected_bytes(job, layer)) + _exchange(job, layer, work)
     return _whole(job, work) + _exchange(job, layer, work)
 

@@ -68,6 +68,8 @@ def _is_built(cfg: DictConfig) -> bool:
     """Whether ``cfg.model`` has to be built to know its shape. Raises ConfigError for a model that says too little."""
     if isinstance(cfg.get("model"), DictConfig) and "_target_" in cfg.model:
         return True
+    if OmegaConf.select(cfg, "recompute.modules"):
+        return True  # rows of shapes know blocks, not what is in them
     kind = model_config(cfg).get("model_type")
     family = find_family(kind)
     return isinstance(kind, str) and bool(kind) and (family is None or family.shapes is None)

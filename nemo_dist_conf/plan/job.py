@@ -15,6 +15,7 @@ from nemo_dist_conf.plan.strategy_costs import costs_of
 from nemo_dist_conf.schema.hardware import HardwareConf
 from nemo_dist_conf.schema.own_groups import default_groups
 from nemo_dist_conf.strategies import Strategy
+from nemo_dist_conf.topology.recomputed_modules import recomputed_names
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.schedule_rules import find_schedule, stage_count
 from nemo_dist_conf.topology.solve import MeshSpec
@@ -221,6 +222,47 @@ class Job:
     def compiled(self) -> bool:
         """Whether blocks are compiled."""
         return bool(self.options.get("enable_compile"))
+
+    @cached_property
+    def _recomputed(self) -> frozenset[str]:
+        """Names of the modules that run again in backward, where that are not all blocks. Raises ConfigError for names
+        that the model has not; of a family whose row has shapes, blocks alone are known."""
+        model, values = self.model, self.groups["recompute"]
+        names = [model.block_name(layer) for layer in range(model.layers)]
+        if isinstance(model, BuiltShape):
+            return frozenset(recomputed_names(names, model.words, values, model.inside))
+        return frozenset(recomputed_names(names, dict.fromkeys(names, "language"), values))
+
+    @cached_property
+    def recomputed(self) -> tuple[bool, ...]:
+        """Of each layer, whether all of it runs again in backward."""
+        if self.checkpointing is False or self.groups["recompute"] == default_groups()["recompute"]:
+            return (self.checkpointing is not False,) * self.model.layers
+        return tuple(self.model.block_name(layer) in self._recomputed for layer in range(self.model.layers))
+
+    @cached_property
+    def recomputed_inside(self) -> tuple[str, ...]:
+        """Names of the modules inside of blocks that run again alone."""
+        if self.checkpointing is False or not self.groups["recompute"]["modules"]:
+            return ()
+        return tuple(sorted(self._recomputed - {self.model.block_name(layer) for layer in range(self.model.layers)}))
+
+    def recomputed_share(self, stage: Stage) -> float:
+        """The part of a stage's blocks that runs again in backward, by the weights in it."""
+        layers = range(stage.first, stage.last)
+        if not self.recomputed_inside:
+            return sum(self.recomputed[stage.first : stage.last]) / max(1, len(layers))
+        again = total = 0
+        for layer in layers:
+            for weight in self.model.block_weights(self.model.kind(layer)):
+                name = f"{self.model.block_name(layer)}.{weight.name}"
+                total += weight.count
+                again += weight.count * (self.recomputed[layer] or self.is_recomputed(name))
+        return again / max(1, total)
+
+    def is_recomputed(self, parameter: str) -> bool:
+        """Whether a parameter is of a module inside of a block that runs again alone."""
+        return any(parameter.startswith(f"{module}.") for module in self.recomputed_inside)
 
     # ------------------------------------------------------------------------------------------------ stages
 

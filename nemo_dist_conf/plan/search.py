@@ -47,7 +47,15 @@ from nemo_dist_conf.wording import Spelling, assigned
 __all__ = ["Found", "Result", "search"]
 
 #: What the search chooses; words for it would be overruled.
-_CHOSEN = ("strategy", "parallelism.", "pipeline", "moe.", "activation_checkpointing", "train.micro_batch_size")
+_CHOSEN = (
+    "strategy",
+    "parallelism.",
+    "pipeline",
+    "moe.",
+    "activation_checkpointing",
+    "recompute",
+    "train.micro_batch_size",
+)
 #: So many of the quick estimates' best are planned in full.
 _REFINED = 2
 

@@ -115,6 +115,7 @@ def _stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
     again = (matmul, attention, bytes_moved / 3) if job.checkpointing is True else (0.0, 0.0, 0.0)
     if job.checkpointing == "selective":
         again = (0.0, 0.0, bytes_moved / 3)
+    share = job.recomputed_share(stage)
     if "final_norm" in stage.outer:
         model, style = job.model, 1 if job.compiled else 0
         is_built = built_of(job) is not None  # then head and norm are counted
@@ -125,9 +126,9 @@ def _stage_seconds(job: Job, stage: Stage) -> dict[str, float]:
         "matmul": 3 * matmul / product,
         "attention": 3.5 * attention / attend,
         "elementwise": bytes_moved / memory,
-        "recompute": again[0] / product + again[1] / attend + again[2] / memory,
+        "recompute": share * (again[0] / product + again[1] / attend + again[2] / memory),
     }
-    kernels *= 4 / 3 if job.checkpointing else 1
+    kernels *= 1 + share / 3
     launches = 1e-6 * hardware.kernel_launch_us * kernels * times
     return {**parts, "launches": max(0.0, launches - sum(parts.values()))}
 

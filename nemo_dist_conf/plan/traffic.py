@@ -2,11 +2,13 @@
 
 Bytes are those of the whole tensor: what an all_gather returns, what a reduce_scatter and an all_reduce take, what a
 rank's own tokens weigh in an all_to_all, what a send sends. Not counted: the scalars of metrics and of the gradient
-norm, and DDP's agreement on its buckets in the second step.
+norm, DDP's agreement on its buckets in the second step, and what modules inside of blocks call that run again alone
+(``recompute.modules``).
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from typing import Iterator
 
@@ -72,7 +74,8 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
     if head:
         logits = job.tokens * padded(model.vocab, job.tp) * DTYPE_BYTES[job.compute_dtype]
         yield Collective("tp", "all_gather", times, logits, "forward", why="logits")
-    if job.checkpointing:
+    if again := sum(job.recomputed[stage.first : stage.last]):
+        rows, columns = (count * again // stage.layers for count in (rows, columns))
         yield from _tensor_again(job, rows, columns, size, times)
 
 
@@ -108,34 +111,43 @@ def _context(job: Job, stage: Stage) -> Iterator[Collective]:
     if job.cp == 1:
         return
     times, item = job.microbatches * job.calls, DTYPE_BYTES[job.compute_dtype]
-    gathered: list[tuple[str, int, int]] = []
-    #: Of whole sequences: (attentions, bytes of keys and values, of queries and outputs).
-    attended: list[tuple[int, int, int]] = []
+    recomputed = job.recomputed[stage.first : stage.last]
+    #: (why, calls, of them again where blocks are recomputed, bytes)
+    gathered: list[tuple[str, int, int, int]] = []
+    #: Of whole sequences: (attentions, of them recomputed, bytes of keys and values, of queries and outputs).
+    attended: list[tuple[int, int, int, int]] = []
     if isinstance(job.model, ModelShape):
-        whole = sum(job.model.whole_rows[stage.first : stage.last])
+        whole_rows = job.model.whole_rows[stage.first : stage.last] or (False,) * stage.layers
+        whole, again = sum(whole_rows), sum(map(operator.and_, whole_rows, recomputed))
         sequence = job.tokens * job.cp * item
         kv, q = (2 * sequence * width // job.tp for width in (job.model.kv_width, job.model.q_width))
-        attended.append((stage.layers - whole, kv, q))
-        gathered.append(("whole rows", whole, sequence * job.model.hidden))
+        attended.append((stage.layers - whole, sum(recomputed) - again, kv, q))
+        gathered.append(("whole rows", whole, again, sequence * job.model.hidden))
     else:
-        attended += [(count, *sizes) for sizes, count in Counter(attended_bytes(job, stage)).items()]
-    for count, kv, q in attended:
+        for sizes, count in Counter(attended_bytes(job, stage)).items():
+            attended.append((count, count * sum(recomputed) // stage.layers, *sizes))
+    for count, again, kv, q in attended:
         if method_of(job) == "ulysses":
-            yield from _exchanged_for_heads(job, count * times, kv * kv_copies(job) // job.cp, q // job.cp)
+            sent = kv * kv_copies(job) // job.cp, q // job.cp
+            yield from _exchanged_for_heads(job, count * times, again * times, *sent)
         else:
-            gathered.append(("keys and values", 2 * count, kv // 2))
-    for why, calls, size in gathered:
+            gathered.append(("keys and values", 2 * count, 2 * again, kv // 2))
+    for why, calls, again, size in gathered:
         yield Collective("cp", "all_gather", calls * times, size, "forward", why=why)
         yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
-        if job.checkpointing:
-            yield Collective("cp", "all_gather", calls * times, size, "recompute", why=why)
+        yield Collective("cp", "all_gather", again * times, size, "recompute", why=why)
 
 
-def _exchanged_for_heads(job: Job, times: int, kv: int, q: int) -> Iterator[Collective]:
-    """Queries, keys and values there in one all-to-all, outputs back in another; kv, q: of a rank's tokens."""
-    for when in ("forward", "backward", *(["recompute"] if job.checkpointing is True else [])):
-        yield Collective("cp", "all_to_all", times, q // 2 + kv, when, why="queries, keys and values")
-        yield Collective("cp", "all_to_all", times, q // 2, when, why="outputs of heads")
+def _exchanged_for_heads(job: Job, times: int, again: int, kv: int, q: int) -> Iterator[Collective]:
+    """Queries, keys and values there in one all-to-all, outputs back in another; kv, q: of a rank's tokens.
+
+    again: of attentions that are recomputed; selective keeps what all_to_all returned.
+    """
+    for when, calls in {"forward": times, "backward": times, "recompute": again}.items():
+        if when == "recompute" and job.checkpointing is not True:
+            continue
+        yield Collective("cp", "all_to_all", calls, q // 2 + kv, when, why="queries, keys and values")
+        yield Collective("cp", "all_to_all", calls, q // 2, when, why="outputs of heads")
 
 
 def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
@@ -143,18 +155,20 @@ def _expert(job: Job, stage: Stage) -> Iterator[Collective]:
     layers = sum(job.model.sparse[stage.first : stage.last])
     if job.ep == 1 or not layers:
         return
-    times = layers * job.microbatches * job.calls
+    runs = job.microbatches * job.calls
+    again = sum(
+        map(operator.and_, job.model.sparse[stage.first : stage.last], job.recomputed[stage.first : stage.last])
+    )
     # Ranks along tp hold the same tokens, and each sends its part of them.
     rows = -(-job.tokens // job.tp) * job.model.experts_per_token
     size = rows * job.model.hidden * DTYPE_BYTES[job.compute_dtype]
     counts = 8 * job.model.experts
-    passes = {"forward": 2, "backward": 2}
-    if job.checkpointing:  # selective keeps what all_to_all returned
-        passes["recompute"] = 2 if job.checkpointing is True else 0
-    for when, calls in passes.items():
-        yield Collective("ep", "all_to_all", calls * times, size, when, why="tokens")
+    passes = {"forward": (2, layers), "backward": (2, layers)}
+    passes["recompute"] = (2 if job.checkpointing is True else 0, again)  # selective keeps what all_to_all returned
+    for when, (calls, of_layers) in passes.items():
+        yield Collective("ep", "all_to_all", calls * of_layers * runs, size, when, why="tokens")
         if when != "backward":
-            yield Collective("ep", "all_to_all", times, counts, when, why="token counts")
+            yield Collective("ep", "all_to_all", of_layers * runs, counts, when, why="token counts")
 
 
 def _pipeline(job: Job, pp_rank: int) -> Iterator[Collective]:

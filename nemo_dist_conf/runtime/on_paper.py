@@ -22,7 +22,9 @@ from nemo_dist_conf.runtime.engines.fsdp2_units import large_outer
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.build import build_without_values
 from nemo_dist_conf.runtime.model.meta_forward import run_on_meta
-from nemo_dist_conf.runtime.techniques.activation_checkpointing import kept_operators
+from nemo_dist_conf.runtime.model.towers import tower_words
+from nemo_dist_conf.runtime.model.without_saving import without_saving
+from nemo_dist_conf.runtime.techniques.activation_checkpointing import called_inside, kept_operators
 from nemo_dist_conf.runtime.techniques.expert.parallel import find_experts
 from nemo_dist_conf.runtime.techniques.tensor.parallel import known_plan
 from nemo_dist_conf.wording import assigned
@@ -73,15 +75,19 @@ def read_model(node: Any) -> BuiltShape:
         back=tuple(names[id(module)] for module in back),
         plan_of=functools.lru_cache(functools.partial(known_plan, model)),
         run_of=lambda rows, length, dtype: run(rows, length, dtype),
+        run_without=lambda rows, length, dtype, names, selective: run(rows, length, dtype, names, selective),
         why_estimated=why,
+        words=tower_words(model, blocks),
+        inside=called_inside(blocks),
     )
 
     @functools.lru_cache(maxsize=256)
-    def run(rows: int, length: int, dtype: str) -> Run:
+    def run(rows: int, length: int, dtype: str, again: tuple[str, ...] = (), selective: bool = False) -> Run:
         if why:
             return estimated_run(shape, rows, length, getattr(torch, dtype).itemsize)
         try:
-            return run_on_meta(model, blocks, kept_operators(), rows, length, dtype)
+            with without_saving(map(model.get_submodule, again), kept_operators() if selective else frozenset()):
+                return run_on_meta(model, blocks, kept_operators(), rows, length, dtype)
         except Exception as error:  # whatever a model's own forward raises
             what = f"{type(model).__name__} does not take {rows} x {length} tokens in {dtype}: {_reason(error)}"
             allowed, asked = f"what its forward takes, as {_SMALL[1]} tokens in float32", f"data.seq_len={length}"

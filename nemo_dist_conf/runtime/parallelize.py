@@ -28,7 +28,10 @@ from nemo_dist_conf.runtime.model.build import Fill
 from nemo_dist_conf.runtime.model.rank0_values import send_from_rank0
 from nemo_dist_conf.runtime.model.replaced_forwards import Autocast, public_methods
 from nemo_dist_conf.runtime.process_group import initialize_distributed
-from nemo_dist_conf.runtime.techniques.activation_checkpointing import apply_activation_checkpointing
+from nemo_dist_conf.runtime.techniques.activation_checkpointing import (
+    apply_activation_checkpointing,
+    names_to_recompute,
+)
 from nemo_dist_conf.runtime.techniques.batch_statistics import warn_of_own_rows
 from nemo_dist_conf.runtime.techniques.compile import compile_blocks
 from nemo_dist_conf.runtime.techniques.layerdrop import refuse_layerdrop, share_draws
@@ -68,6 +71,8 @@ def parallelize(
     if engine.makes_equal:  # shards of different models would train nonsense
         send_from_rank0([*model.parameters(), *model.buffers()])
     units = find_blocks(model, blocks)
+    mode = engine.config.activation_checkpointing
+    recomputed = names_to_recompute(model, units, engine.groups["recompute"]) if mode else []
     mesh: Any = engine.device_mesh
     ways, method = None, engine.groups["context"]["method"]
     if engine.sizes.get(A.CP, 1) > 1:
@@ -100,7 +105,8 @@ def parallelize(
         again = apply_context_parallel(model, mesh[A.CP.value], ways, method).again
     engine.set_precision(model)
     keeps_routing = experts is not None and experts.config.ignore_router_for_ac
-    apply_activation_checkpointing(model, units, engine.config.activation_checkpointing, keeps_routing, again)
+    run_again = {name: model.get_submodule(name) for name in recomputed}  # other techniques may have put others there
+    apply_activation_checkpointing(model, run_again, mode, keeps_routing, again)
     if engine.compiles_blocks:
         compile_blocks(units)
     if stages is not None:

@@ -111,6 +111,32 @@ def test_settings_that_would_do_nothing_are_refused_unless_the_size_itself_is():
     assert own_group("context").idle(Asked(None, {}, {"cp_size": 1}, False, None)) == Idle("cp_size", 1, "2 or more")
 
 
+def test_nothing_can_be_said_of_recomputing_while_nothing_is_recomputed():
+    with pytest.raises(ConfigError) as caught:
+        check(composed("recompute.every=2"), 1)
+    assert (
+        caught.value.what
+        == "recompute settings were changed, but activation_checkpointing is false, so they would do nothing"
+    )
+    assert caught.value.allowed.endswith("or activation_checkpointing of true or selective")
+    assert (
+        check(composed("recompute.every=2", "strategy.activation_checkpointing=true"), 1).groups["recompute"]["every"]
+        == 2
+    )
+
+
+def test_values_that_mean_no_part_of_a_model_are_refused():
+    on = "activation_checkpointing=true"
+    for word, best in (
+        ("recompute.every=0", "recompute.every=1"),
+        ("recompute.scope=''", "recompute.scope=all"),
+        ("recompute.modules=[mlp,'']", "'recompute.modules=[mlp]'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check(composed(on, word), 1)
+        assert [problem.instead for problem in caught.value.problems] == [best]
+
+
 def test_a_method_that_there_is_not_is_refused():
     with pytest.raises(ConfigError) as caught:
         check(composed("context.method=gathr", "parallelism.cp_size=2"), 2)

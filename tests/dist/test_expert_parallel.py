@@ -27,11 +27,14 @@ from tests.dist.layouts import (
     composed,
     full_gradients,
     full_state,
+    loss_sum,
     plain_model,
     single_process,
     train,
 )
 from tests.dist.pool import run_ranks
+from tests.zoo.axes import AXES
+from tests.zoo.cell import model_of
 
 pytestmark = pytest.mark.dist
 
@@ -359,3 +362,19 @@ def test_a_tied_head_is_not_sharded_apart(model: dict[str, Any], word: str) -> N
 def test_what_has_no_experts_to_split_is_refused(model: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         run_ranks(2, _refused, model)
+
+
+def grouped_products(family: str, axis: str) -> int:
+    """On a rank: products of grouped matrices in a forward and backward."""
+    model = instantiate(composed(*AXES[axis].words, optimizer=SGD), model=model_of(family))[1]
+    ids = torch.randint(90, (4, 16))
+    with Operators() as seen:
+        loss_sum(model, ids, ids).backward()
+    return seen.count("grouped_mm")
+
+
+@pytest.mark.parametrize("axis", ["tp", "ep"])
+def test_experts_are_grouped_products_however_they_are_split(axis: str) -> None:
+    """As many as where nothing is split: torch has them on a CPU too, and transformers' models use them by default."""
+    (whole,) = run_ranks(1, grouped_products, "qwen3_moe", "fsdp2")
+    assert whole > 0 and run_ranks(2, grouped_products, "qwen3_moe", axis) == [whole] * 2

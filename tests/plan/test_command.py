@@ -118,6 +118,22 @@ LONG = ["model=llama3_8b", "world_size=8", "parallelism.cp_size=8", "data.seq_le
 EFFECTS: dict[str, tuple[list[str], list[str], str]] = {
     "checkpointing saves memory": ([], ["activation_checkpointing=true"], "memory"),
     "selective saves memory": ([], ["activation_checkpointing=selective"], "memory"),
+    "every second block recomputed saves memory": (
+        [],
+        ["activation_checkpointing=true", "recompute.every=2"],
+        "memory",
+    ),
+    "mlps recomputed save memory": ([], ["activation_checkpointing=true", "recompute.modules=[mlp]"], "memory"),
+    "fewer blocks recomputed take less time": (
+        ["model=llama3_8b", "activation_checkpointing=true"],
+        ["model=llama3_8b", "activation_checkpointing=true", "recompute.every=4"],
+        "time",
+    ),
+    "mlps recomputed take less time than blocks": (
+        ["model=llama3_8b", "activation_checkpointing=true"],
+        ["model=llama3_8b", "activation_checkpointing=true", "recompute.modules=[mlp]"],
+        "time",
+    ),
     "smaller microbatches save memory": (["train.global_batch_size=64"], ["train.micro_batch_size=1"], "memory"),
     "sequence parallelism saves memory": (
         ["parallelism.tp_size=2"],
@@ -237,6 +253,10 @@ REFUSED = {
     "plan.search=true strategy=ddp": "plan.search=false",
     "plan.search=true strategy.enable_compile=true": "plan.search=false",
     "plan.search=true train.micro_batch_size=1": "plan.search=false",
+    "plan.search=true recompute.every=2": "plan.search=false",
+    "activation_checkpointing=true recompute.scope=vision": "recompute.scope=all",
+    "activation_checkpointing=true recompute.modules=[mpl]": "'recompute.modules=[mlp]'",
+    "recompute.every=2": "recompute.every=1",
 }
 
 

@@ -22,16 +22,24 @@ from pathlib import Path
 import torch
 
 from tests.conformance.case import Outcome
-from tests.dist.kinds import KINDS
+from tests.dist.kinds import KINDS, TOWERS
 from tests.dist.pool import close_pools
 from tests.tiny_configs import causal_families
-from tests.zoo.axes import AXES, OF_KINDS
+from tests.zoo.axes import AXES, OF_KINDS, OF_TOWERS
 from tests.zoo.cell import TOLERANCE, measure, measure_kind, reference, tolerance
 from tests.zoo.table import Cell, write
 
 __all__: list[str] = []
 
 ROOT = Path(__file__).parents[2]
+EVERY = {**AXES, **OF_TOWERS}
+
+
+def axes_of(family: str) -> list[str]:
+    """Of a family all that are not of towers; of a kind those of kinds, with those of towers where it has several."""
+    if family not in KINDS:
+        return list(AXES)
+    return [*OF_KINDS, *(OF_TOWERS if family in TOWERS else ())]
 
 
 def kept(file: Path) -> dict[tuple[str, str], Cell]:
@@ -44,7 +52,7 @@ def kept(file: Path) -> dict[tuple[str, str], Cell]:
 def tried(family: str, axis: str) -> Cell:
     began = time.monotonic()
     if family in KINDS:
-        return _cell(family, axis, measure_kind(family, AXES[axis]), TOLERANCE, began)
+        return _cell(family, axis, measure_kind(family, EVERY[axis]), TOLERANCE, began)
     try:
         reference(family)
     except Exception as error:
@@ -63,7 +71,7 @@ def _cell(family: str, axis: str, outcome: Outcome, tolerance: float, began: flo
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("families", nargs="*", help="by their model_type, or kinds of models; all without")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS")
+    parser.add_argument("--axes", nargs="+", choices=EVERY, default=list(EVERY), metavar="AXIS")
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "zoo.jsonl", help="results, a JSON object a line")
     parser.add_argument("--again", action="store_true", help="measure what is there already too")
     parser.add_argument("--write", action="store_true", help="write docs/zoo.md and docs/zoo.json")
@@ -78,7 +86,7 @@ def main(arguments: list[str]) -> int:
     cells = kept(options.keep)
     for number, family in enumerate(options.families or known):
         for axis in options.axes:
-            if family in KINDS and axis not in OF_KINDS:
+            if axis not in axes_of(family):
                 continue
             if (family, axis) in cells and not options.again:
                 continue
@@ -94,7 +102,7 @@ def main(arguments: list[str]) -> int:
     chosen = [cell for cell in cells.values() if cell.axis in options.axes]
     print(f"{len(cells)} cells, {sum(not cell.is_right for cell in chosen)} of these axes wrong")
     if options.write:
-        write(ROOT / "docs", causal_families(), list(KINDS), cells)
+        write(ROOT / "docs", causal_families(), list(KINDS), list(TOWERS), cells)
     return 0
 
 

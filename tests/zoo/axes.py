@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 from unittest import mock
@@ -13,20 +14,22 @@ from nemo_dist_conf.runtime.techniques import compile as block_compile
 from tests.dist.cuda_shim import cuda_shim
 from tests.dist.layouts import ROWS
 
-__all__ = ["AXES", "OF_KINDS", "Axis"]
+__all__ = ["AXES", "OF_KINDS", "OF_TOWERS", "Axis"]
 
 
 @dataclass(frozen=True)
 class Axis:
     """A column of the table.
 
-    words: overrides of a user who wants this. around: what has to hold on a rank while it runs.
+    words: overrides of a user who wants this. around: what has to hold on a rank while it runs. freezes: one of the
+    model's towers is not trained.
     """
 
     name: str
     ranks: int
     words: tuple[str, ...]
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    freezes: bool = False
 
 
 @contextlib.contextmanager
@@ -80,3 +83,14 @@ AXES: dict[str, Axis] = {
 }
 #: Of models that are none of causal language, which bring a batch of their own.
 OF_KINDS = ("dp", "fsdp2", "hsdp", "tp", "ac full", "ac selective", "compile", "megatron")
+#: Of kinds with several towers, beside those: one tower recomputed, and one frozen.
+OF_TOWERS: dict[str, Axis] = {
+    **{
+        f"ac {scope}": Axis(f"ac {scope}", 2, (*_FP32, "activation_checkpointing=true", f"recompute.scope={scope}"))
+        for scope in ("language", "vision", "encoder")
+    },
+    **{
+        f"frozen {name}": dataclasses.replace(AXES[name], name=f"frozen {name}", freezes=True)
+        for name in ("dp", "fsdp2", "tp", "megatron")
+    },
+}

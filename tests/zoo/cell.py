@@ -19,7 +19,7 @@ from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.instantiate import instantiate
 from tests.conformance.case import Case, Outcome, outcome_of
 from tests.conformance.of_context import enlarge
-from tests.dist.kinds import difference
+from tests.dist.kinds import TOWERS, difference
 from tests.dist.layouts import SGD, Trajectory, composed, full_state, take_plain_steps, take_steps
 from tests.dist.pool import run_ranks
 from tests.tiny_configs import tiny_config
@@ -182,5 +182,6 @@ def _weights(model: Any, axis: Axis) -> dict[str, Tensor]:
 def measure_kind(name: str, axis: Axis) -> Outcome:
     """``measure`` for one of tests/dist/kinds, which brings its own batch and loss."""
     state = functools.partial(_weights, axis=axis)
-    run = functools.partial(difference, axis.ranks, name, *axis.words, around=axis.around, state=state)
+    frozen = TOWERS[name] if axis.freezes else None
+    run = functools.partial(difference, axis.ranks, name, *axis.words, around=axis.around, state=state, frozen=frozen)
     return outcome_of(Case("", name, axis.name, run))

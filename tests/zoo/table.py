@@ -13,7 +13,7 @@ from typing import Mapping
 
 import torch
 
-from tests.zoo.axes import AXES, OF_KINDS
+from tests.zoo.axes import AXES, OF_KINDS, OF_TOWERS
 from tests.zoo.cell import LAYERS, LENGTH, STEPS, TOLERANCE
 
 __all__ = ["Cell", "page", "write"]
@@ -64,11 +64,13 @@ def why(cell: Cell) -> str:
     return text[:300].replace("|", "\\|").replace("<", "&lt;")
 
 
-def page(families: list[str], kinds: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
+def page(families: list[str], kinds: list[str], towers: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
+    """towers: kinds that have several."""
     import transformers
 
     rows = [(family, axis) for family in families for axis in AXES]
     of_kinds = [(kind, axis) for kind in kinds for axis in OF_KINDS]
+    of_kinds += [(kind, axis) for kind in towers for axis in OF_TOWERS]
     shown = {key: cells[key] for key in (*rows, *of_kinds) if key in cells}
     reasons = Counter(why(cell) for cell in shown.values() if cell.reason)
     number = {reason: index for index, (reason, _) in enumerate(reasons.most_common(), 1)}
@@ -102,7 +104,7 @@ def page(families: list[str], kinds: list[str], cells: Mapping[tuple[str, str], 
         lines.append(f"| {axis} | {' | '.join(map(str, numbers))} |")
     wrong = [cell for cell in shown.values() if not cell.is_right]
     lines += ["", "## Wrong", "", *([] if wrong else ["None."])]
-    for cell in sorted(wrong, key=lambda cell: (list(AXES).index(cell.axis), cell.family)):
+    for cell in sorted(wrong, key=lambda cell: ([*AXES, *OF_TOWERS].index(cell.axis), cell.family)):
         told = cell.reason[:200].replace("<", "&lt;") or f"difference {cell.difference}"
         lines.append(f"- {cell.family}, {cell.axis}: {cell.kind}, {told}")
     lines += ["", "## Families", "", f"| family | {' | '.join(AXES)} |", "|---|" + "---|" * len(AXES)]
@@ -119,6 +121,19 @@ def page(families: list[str], kinds: list[str], cells: Mapping[tuple[str, str], 
     lines += [f"| kind | {' | '.join(OF_KINDS)} |", "|---|" + "---|" * len(OF_KINDS)]
     for kind in kinds:
         row = [_shown(shown.get((kind, axis)), number) for axis in OF_KINDS]
+        lines.append(f"| {kind.replace('_', ' ')} | {' | '.join(row)} |")
+    lines += [
+        "",
+        "## Several towers",
+        "",
+        "`ac language`, `vision`, `encoder`: activation checkpointing with that `recompute.scope`, fsdp2. `frozen`: "
+        "the vision tower, or the encoder, is not trained.",
+        "",
+        f"| kind | {' | '.join(OF_TOWERS)} |",
+        "|---|" + "---|" * len(OF_TOWERS),
+    ]
+    for kind in towers:
+        row = [_shown(shown.get((kind, axis)), number) for axis in OF_TOWERS]
         lines.append(f"| {kind.replace('_', ' ')} | {' | '.join(row)} |")
     lines += ["", "## Reasons", "", "| | cells | reason |", "|---|---|---|"]
     lines += [f"| {number[reason]} | {count} | {reason} |" for reason, count in reasons.most_common()]
@@ -137,8 +152,12 @@ def _shown(cell: Cell | None, number: Mapping[str, int]) -> str:
     return f"**{cell.kind}** {number.get(why(cell), '')}"
 
 
-def write(folder: Path, families: list[str], kinds: list[str], cells: Mapping[tuple[str, str], Cell]) -> None:
-    (folder / "zoo.md").write_text(page(families, kinds, cells), encoding="utf-8")
-    ordered = [cells[key] for family in (*families, *kinds) for axis in AXES if (key := (family, axis)) in cells]
+def write(
+    folder: Path, families: list[str], kinds: list[str], towers: list[str], cells: Mapping[tuple[str, str], Cell]
+) -> None:
+    """docs/zoo.md and docs/zoo.json. towers: kinds that have several."""
+    (folder / "zoo.md").write_text(page(families, kinds, towers, cells), encoding="utf-8")
+    axes = (*AXES, *OF_TOWERS)
+    ordered = [cells[key] for family in (*families, *kinds) for axis in axes if (key := (family, axis)) in cells]
     text = ",\n".join(cell.line() for cell in ordered)
     (folder / "zoo.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")

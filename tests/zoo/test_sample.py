@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.kinds import KINDS
-from tests.zoo.__main__ import tried
-from tests.zoo.axes import AXES, OF_KINDS
+from tests.zoo.__main__ import axes_of, tried
 from tests.zoo.table import Cell
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -64,7 +62,7 @@ def table() -> dict[tuple[str, str], Cell]:
 
 @pytest.mark.parametrize(("family", "axis"), [(family, axis) for family, axes in SAMPLE.items() for axis in axes])
 def test_a_cell_is_as_the_table_has_it(family: str, axis: str) -> None:
-    assert axis in (OF_KINDS if family in KINDS else AXES)
+    assert axis in axes_of(family)
     found, told = tried(family, axis), table()[family, axis]
     assert found.is_right and found.kind == told.kind, (found, told)
 

@@ -69,7 +69,7 @@ def test_the_page_counts_each_cell_and_names_each_reason_once() -> None:
         Cell("b", "pp", "wrong", None, "", 0.5),
         Cell("b", "cp", "error", None, "KeyError: 'x'", 0.5),
     ]
-    text = page(["a", "b"], [], {(cell.family, cell.axis): cell for cell in cells})
+    text = page(["a", "b"], [], [], {(cell.family, cell.axis): cell for cell in cells})
     assert f"6 of {2 * len(AXES)} cells measured, {2 * len(AXES) - 6} not yet" in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
     assert rows["tp"] == "| tp | 0 | 2 | 0 | 0 | 0 | 0 |" and rows["dp"] == "| dp | 1 | 0 | 1 | 0 | 0 | 0 |"

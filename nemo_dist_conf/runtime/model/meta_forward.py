@@ -246,6 +246,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        if out.dim() > 3:  # laid out token by token, so that what reads it by tokens needs no copy
+            out = out.new_empty(out.transpose(-3, -2).shape).transpose(-3, -2)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
         return out

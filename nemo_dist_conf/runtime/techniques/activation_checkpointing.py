@@ -1,11 +1,13 @@
-"""Activation checkpointing per block: full, or selective, which keeps the results that are dear to recompute."""
+"""Activation checkpointing of blocks, or of modules in them: full, or selective, which keeps the results that are dear
+to recompute.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
-from typing import Any, Callable, ContextManager
+from typing import Any, Callable, ContextManager, Mapping
 
 import torch
 from torch import nn
@@ -15,9 +17,12 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.model.forward_state import ForwardState, Taken
 from nemo_dist_conf.runtime.model.replaced_forwards import Around
+from nemo_dist_conf.runtime.model.towers import tower_words
 from nemo_dist_conf.runtime.torch_inside import saved_by_selection, selective_contexts
+from nemo_dist_conf.schema.own_groups import default_groups
+from nemo_dist_conf.topology.recomputed_modules import recomputed_names
 
-__all__ = ["apply_activation_checkpointing", "kept_operators"]
+__all__ = ["apply_activation_checkpointing", "called_inside", "kept_operators", "names_to_recompute"]
 
 #: Called in forward; what it returns makes what is entered where that forward runs again.
 _Again = Callable[[], Callable[[], ContextManager[None]]]
@@ -25,17 +30,46 @@ _Again = Callable[[], Callable[[], ContextManager[None]]]
 log = logging.getLogger(__name__)
 
 
+def names_to_recompute(model: nn.Module, blocks: Blocks, values: Mapping[str, Any]) -> list[str]:
+    """Names of the modules that run again in backward: the model's blocks, or what ``values`` says of them.
+
+    values: of the group ``recompute``. Raises ConfigError for a tower or a module that the model has not.
+    """
+    if values == default_groups()["recompute"]:
+        return list(blocks)
+    return recomputed_names(list(blocks), tower_words(model, blocks), values, called_inside(blocks))
+
+
+def called_inside(blocks: Blocks) -> dict[str, list[str]]:
+    """Of each block, the names of the modules in it that are called for themselves.
+
+    Lists and dictionaries of modules are not, and the parts of torch's attention never.
+    """
+    found: dict[str, list[str]] = {}
+    for block, module in blocks.items():
+        inner = {f"{block}.{name}": each for name, each in module.named_modules() if name}
+        parts = {
+            id(part) for each in inner.values() if isinstance(each, nn.MultiheadAttention) for part in each.children()
+        }
+        found[block] = [
+            name
+            for name, each in inner.items()
+            if type(each).forward is not nn.Module.forward and id(each) not in parts
+        ]
+    return found
+
+
 def apply_activation_checkpointing(
     model: nn.Module,
-    blocks: Blocks,
+    modules: Mapping[str, nn.Module],
     mode: bool | str,
     keeps_routing: bool = False,
     again: _Again | None = None,
 ) -> None:
-    """Let every block's forward drop its activations and run again in backward.
+    """Let the forward of blocks, or of modules in them, drop its activations and run again in backward.
 
-    mode True: everything inside a block is recomputed. "selective": results of matmuls, attention and
-    collectives are kept, the cheap rest is recomputed. False: nothing happens.
+    modules: those that do, by name. mode True: everything inside is recomputed. "selective": results of matmuls,
+    attention and collectives are kept, the cheap rest is recomputed. False: nothing happens.
     keeps_routing: also keep which experts a router chose, so that tokens take the same way when forward runs again.
     again: what is to be as it was where forward runs again, besides the block.
     The forward of each module is replaced in place, so names of modules and parameters stay as they are.
@@ -51,9 +85,10 @@ def apply_activation_checkpointing(
     if mode == "selective" or keeps_routing:
         kept = (kept_operators() if mode == "selective" else frozenset()) | (_ROUTING if keeps_routing else frozenset())
         contexts = functools.partial(_contexts, functools.partial(_policy, kept))
-    for block in blocks.values():
-        block.forward = _Checkpointed(block, contexts, again)
-    log.info("activation checkpointing (%s): %d blocks", "full" if mode is True else mode, len(blocks))
+    distinct = {id(module): module for module in modules.values()}  # one that several blocks share runs again once
+    for module in distinct.values():
+        module.forward = _Checkpointed(module, contexts, again)
+    log.info("activation checkpointing (%s): %d modules", "full" if mode is True else mode, len(distinct))
 
 
 def _contexts(policy: Callable[..., CheckpointPolicy]) -> tuple[Any, Any]:

@@ -19,19 +19,31 @@ from nemo_dist_conf.instantiate import instantiate
 from tests.dist.layouts import composed, full_state
 from tests.dist.pool import run_ranks
 
-__all__ = ["KINDS", "ROWS", "Made", "difference", "ids", "kind"]
+__all__ = ["KINDS", "ROWS", "TOWERS", "Made", "difference", "ids", "kind", "of_towers"]
 
 ROWS, STEPS = 4, 3
 
 #: (model, arguments of its forward); every tensor among them has B rows.
 Made = tuple[nn.Module, dict[str, Any]]
 KINDS: dict[str, Callable[[], Made]] = {}
+#: Of kinds with several towers, the name of one that is frozen in practice.
+TOWERS: dict[str, str] = {}
 Make = TypeVar("Make", bound=Callable[..., Made])
 
 
 def kind(make: Make) -> Make:
     KINDS[make.__name__] = make
     return make
+
+
+def of_towers(frozen: str) -> Callable[[Make], Make]:
+    """``kind`` of a model with several towers. frozen: the name of one of them."""
+
+    def add(make: Make) -> Make:
+        TOWERS[make.__name__] = frozen
+        return kind(make)
+
+    return add
 
 
 def ids(highest: int = 80, tokens: int = 16) -> Tensor:
@@ -45,12 +57,14 @@ def difference(
     microbatches: int = 1,
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     state: Callable[[nn.Module], dict[str, Tensor]] = full_state,
+    frozen: str | None = None,
 ) -> float:
     """The worst relative difference of losses, gradient norms and final weights from plain torch, on so many ranks.
 
     name: of KINDS. around: what has to hold on a rank while it runs. state: the whole weights of what was wrapped.
+    frozen: name of a module that is not trained.
     """
-    return max(run_ranks(world_size, _difference, name, words, microbatches, around, state))
+    return max(run_ranks(world_size, _difference, name, words, microbatches, around, state, frozen))
 
 
 def _difference(
@@ -59,17 +73,24 @@ def _difference(
     microbatches: int,
     around: Callable[[], contextlib.AbstractContextManager[Any]],
     state: Callable[[nn.Module], dict[str, Tensor]],
+    frozen: str | None,
 ) -> float:
     with around():
-        return _on_rank(name, words, microbatches, state)
+        return _on_rank(name, words, microbatches, state, frozen)
 
 
 def _on_rank(
-    name: str, words: tuple[str, ...], microbatches: int, state: Callable[[nn.Module], dict[str, Tensor]]
+    name: str,
+    words: tuple[str, ...],
+    microbatches: int,
+    state: Callable[[nn.Module], dict[str, Tensor]],
+    frozen: str | None,
 ) -> float:
     torch.manual_seed(0)
     given, batch = KINDS[name]()
     given.train()
+    if frozen is not None:
+        given.get_submodule(frozen).requires_grad_(False)
     plain = copy.deepcopy(given)
     words = (*words, *(["strategy.mp_policy=null"] if not any(w.startswith("strategy=") for w in words) else []))
     setup, model, update = instantiate(composed(*words), given, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9))

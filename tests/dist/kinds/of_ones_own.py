@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.dist.kinds.difference import ROWS, Made, ids, kind
+from tests.dist.kinds.difference import ROWS, Made, ids, kind, of_towers
 
 __all__ = ["Block", "Scale", "Stack", "rows"]
 
@@ -332,7 +332,7 @@ def dit() -> Made:
     return DiT(), batch
 
 
-@kind
+@of_towers(frozen="encoder")
 def several_lists() -> Made:
     """Two lists of blocks of two classes, of which each makes units."""
 

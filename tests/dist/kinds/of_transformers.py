@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.dist.kinds.difference import ROWS, Made, ids, kind
+from tests.dist.kinds.difference import ROWS, Made, ids, kind, of_towers
 
 __all__: list[str] = []
 
@@ -30,7 +30,7 @@ def transformers_model(name: str, config: Any) -> nn.Module:
     return getattr(transformers, name)(config)
 
 
-@kind
+@of_towers(frozen="vision_model")
 def clip() -> Made:
     from transformers import CLIPConfig
 
@@ -92,7 +92,7 @@ def roberta_decoder() -> Made:
     return model, {"input_ids": ids(), "labels": ids()}
 
 
-@kind
+@of_towers(frozen="model.vision_tower")
 def gemma3_with_images() -> Made:
     from transformers import Gemma3Config
 
@@ -130,7 +130,7 @@ def wav2vec2_with_layerdrop() -> Made:
     return model, batch
 
 
-@kind
+@of_towers(frozen="model.vision_tower")
 def gemma3_text_alone() -> Made:
     """A vision-language model that is given no image: its vision tower has no gradients."""
     model, batch = gemma3_with_images()
@@ -145,7 +145,7 @@ def bert_classifier() -> Made:
     return model, {"input_ids": ids(), "labels": torch.randint(3, (ROWS,))}
 
 
-@kind
+@of_towers(frozen="encoder")
 def t5() -> Made:
     """Position biases of the first layer are handed to the others, of an encoder and a decoder."""
     from transformers import T5Config
@@ -155,7 +155,7 @@ def t5() -> Made:
     return transformers_model("T5ForConditionalGeneration", config), {"input_ids": ids(), "labels": ids(tokens=8)}
 
 
-@kind
+@of_towers(frozen="model.encoder")
 def whisper() -> Made:
     from transformers import WhisperConfig
 
@@ -177,7 +177,7 @@ def vit() -> Made:
     return transformers_model("ViTForImageClassification", config), batch
 
 
-@kind
+@of_towers(frozen="model.visual")
 def qwen2_5_vl() -> Made:
     """An image of 4 x 4 patches, merged to 2 x 2 tokens, in each row."""
     from transformers import Qwen2_5_VLConfig
