@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Callable, Iterator, Mapping
@@ -65,6 +65,7 @@ class BuiltShape:
     facts: as its config says them, what is left to defaults too. active_parameters: that one token uses.
     plan_of: (with sequence parallelism) -> style by pattern; raises ConfigError where none is known.
     run_of: (rows, tokens of a row, dtype) -> what a microbatch takes. why_estimated: why that is no count; "": it is.
+    aliases: further names of tied parameters -> their first ones.
     """
 
     model_type: str
@@ -84,6 +85,7 @@ class BuiltShape:
     plan_of: Callable[[bool], Mapping[str, str]]
     run_of: Callable[[int, int, str], Run]
     why_estimated: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.composition.check import check_values
 from nemo_dist_conf.composition.command_line import raw_words
-from nemo_dist_conf.composition.sections import SECTIONS
+from nemo_dist_conf.composition.sections import SECTIONS, read_section
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.families.config_facts import facts_from_config
@@ -23,6 +23,7 @@ from nemo_dist_conf.plan.from_config import (
     model_config,
     model_shape,
     planned_start,
+    untrained_of,
     update_of,
 )
 from nemo_dist_conf.plan.job import Job
@@ -35,6 +36,7 @@ from nemo_dist_conf.plan.strategy_costs import costs_of, planned_strategies, unp
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.schema import PipelineConf
 from nemo_dist_conf.schema.hardware import HardwareConf
+from nemo_dist_conf.schema.trainable import TrainableConf
 from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import about_to_start
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
@@ -120,6 +122,10 @@ class _Search:
         ConfigError.raise_if(problems)
         self.dtype = OmegaConf.select(cfg, "train.dtype") or "auto"
         self.update = update_of(cfg.get("optimizer"))
+        problems = []
+        choice = read_section(cfg, "trainable", TrainableConf, Spelling(), problems)
+        ConfigError.raise_if(problems)
+        self.untrained = untrained_of(choice, self.model)
         self.schedules = [name for name in planned_schedules() if played_schedule(name).searched]
         self.sections = {name: _defaults(schema) for name, schema in SECTIONS.items()}
         # What the config leaves to transformers' defaults is known from the shape.
@@ -253,6 +259,7 @@ class _Search:
             moe=self.sections["moe"],
             autocast=autocast_of(layout.strategy, values, self.dtype, self.machine.device),
             update=self.update,
+            untrained=self.untrained,
         )
 
     def batches(self, job: Job, mode: bool | str) -> Iterator[Job]:

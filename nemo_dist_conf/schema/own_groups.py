@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterable, Mapping
 from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.context import ContextConf, context_problems, idle_context
+from nemo_dist_conf.schema.trainable import TrainableConf, trainable_problems
 
 __all__ = ["OWN_SCHEMAS", "OwnGroup", "default_groups", "own_group"]
 
@@ -32,6 +33,7 @@ class OwnGroup:
 
 _GROUPS: dict[str, OwnGroup] = {
     "context": OwnGroup(ContextConf, idle_context, context_problems),
+    "trainable": OwnGroup(TrainableConf, lambda asked: None, trainable_problems),
 }
 
 #: Group -> its schema.
