@@ -35,6 +35,7 @@ HARDWARE: tuple[str, ...] = ("h100", "h200", "b200", "a100", "mi300x", "cpu")
 OWN_GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "context": {"default": {}},
     "recompute": {"default": {}},
+    "trainable": {"default": {}},
 }
 
 

@@ -27,7 +27,6 @@ from nemo_dist_conf.checkpoint.rank_state import (
     group_settings,
     optimizer_pieces,
     parameter_names,
-    raw_names,
     state_of,
     weight_pieces,
     whole_piece,
@@ -37,6 +36,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.names import MeshAxisName
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.model.shard_boxes import Placed, boxes_of, local_values
+from nemo_dist_conf.runtime.own_names import raw_names
 from nemo_dist_conf.runtime.torch_inside import chunks_told, local_tensor, root_mesh
 
 __all__ = [

@@ -16,6 +16,7 @@ from nemo_dist_conf.checkpoint.json_values import refuse_tensor
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
 from nemo_dist_conf.runtime.model.shard_boxes import Box, Placed, boxes_of, local_values
+from nemo_dist_conf.runtime.own_names import without_wrappers, wrappers_in
 
 __all__ = [
     "EXTRA",
@@ -27,7 +28,6 @@ __all__ = [
     "group_settings",
     "optimizer_pieces",
     "parameter_names",
-    "raw_names",
     "set_group_settings",
     "set_weights",
     "state_of",
@@ -38,9 +38,6 @@ __all__ = [
 MODEL, OPTIMIZER = "model.", "optimizer."
 #: Ends the name of what a module's ``get_extra_state`` gives, in torch's state dictionaries.
 EXTRA = "_extra_state"
-
-#: What torch's checkpoint wrapper adds to names; its state dictionary is without.
-_CHECKPOINTED = "_checkpoint_wrapped_module."
 
 #: Settings of a group that say how its update is computed, not what it is; what one layout can run another may not.
 _EXECUTION = ("foreach", "fused")
@@ -103,7 +100,7 @@ def state_of(model: nn.Module) -> ModelState:
     """What a checkpoint keeps of a model. Every rank calls it."""
     engine_of(model).show_shards(model)
     inner = unwrapped(model)
-    wrappers = _wrappers(inner)
+    wrappers = wrappers_in(inner)
     state = inner.state_dict(keep_vars=True)  # first: after a forward without backward it shards the parameters again
     own = {id(tensor) for held in (inner.parameters(), inner.buffers()) for tensor in held}
     seen: set[int] = set()
@@ -114,36 +111,10 @@ def state_of(model: nn.Module) -> ModelState:
             continue
         seen.add(id(value))
         if id(value) in own:
-            tensors[_without_wrappers(name, wrappers)] = value
+            tensors[without_wrappers(name, wrappers)] = value
         else:
             foreign.append(name)
     return ModelState(tensors, tuple(foreign))
-
-
-def _wrappers(model: nn.Module) -> list[str]:
-    """Beginnings of names of what wrappers in a model hold; inner ones first, which have the outer ones' in them."""
-    found = [path for path, one in model.named_modules() if hasattr(one, "module") and unwrapped(one) is not one]
-    return [f"{path}.module." if path else "module." for path in reversed(found)]
-
-
-def _without_wrappers(name: str, wrappers: Iterable[str]) -> str:
-    for begin in wrappers:
-        if name.startswith(begin):
-            name = begin.removesuffix("module.") + name.removeprefix(begin)
-    return name
-
-
-def raw_names(model: nn.Module) -> dict[str, str]:
-    """Names of ``named_parameters``, ``named_buffers``, ``state_dict`` that are others in the user's model -> those."""
-    engine, wrappers = engine_of(model), _wrappers(model)
-    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    found = {}
-    for raw in dict.fromkeys([*(name for one in named for name, _ in one), *model.state_dict(keep_vars=True)]):
-        name = _without_wrappers(raw, wrappers).replace(_CHECKPOINTED, "")
-        name = engine.own_name(name)
-        if name != raw:
-            found[raw] = name
-    return found
 
 
 def weight_pieces(state: Mapping[str, Tensor], prefix: str = MODEL) -> dict[str, Piece]:

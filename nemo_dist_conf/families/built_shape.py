@@ -68,6 +68,7 @@ class BuiltShape:
     run_of: (rows, tokens of a row, dtype) -> what a microbatch takes. why_estimated: why that is no count; "": it is.
     run_without: the same where modules inside of blocks run again in backward, by their names; with True their results
     of products and attention are kept. words, inside: of each block, what its tower takes in, and modules in it.
+    aliases: further names of tied parameters -> their first ones.
     """
 
     model_type: str
@@ -90,6 +91,7 @@ class BuiltShape:
     why_estimated: str = ""
     words: Mapping[str, str] = field(default_factory=dict)
     inside: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXPERT_COUNTS",
     "ModelFacts",
+    "config_of_folder",
     "facts_from_config",
     "facts_from_folder",
     "fields_of",
@@ -93,13 +94,17 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 def facts_from_folder(folder: str | Path) -> ModelFacts | None:
     """Facts from a checkpoint folder's config.json; None when there is no readable one (reported when it is loaded)."""
+    config = config_of_folder(folder)
+    return None if config is None else replace(facts_from_config(config), folder=str(folder))
+
+
+def config_of_folder(folder: str | Path) -> dict[str, Any] | None:
+    """The fields of a checkpoint folder's config.json; None when there is no readable one."""
     try:
         config = json.loads((typed_path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(config, dict):
-        return None
-    return replace(facts_from_config(plain_floats(config)), folder=str(folder))
+    return plain_floats(config) if isinstance(config, dict) else None
 
 
 def plain_floats(value: Any) -> Any:

@@ -74,6 +74,13 @@ class ModelShape:
         return _row(self.model_type).places
 
     @property
+    def aliases(self) -> dict[str, str]:
+        """Further names of tied parameters -> those by which they are counted once."""
+        places = self.places
+        tie = {f"{places.head}.weight": f"{places.in_base(places.embedding)}.weight"}
+        return tie if self.tied else {}
+
+    @property
     def q_width(self) -> int:
         return self.heads * self.head_dim
 

@@ -20,6 +20,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.built_shape import BuiltShape
 from nemo_dist_conf.families.config_facts import plain_floats
 from nemo_dist_conf.families.model_rules import model_problems as size_problems
+from nemo_dist_conf.families.parameter_names import names_of
 from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.shapes import ModelShape, shape_of
 from nemo_dist_conf.names import HARDWARE
@@ -28,9 +29,10 @@ from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
 from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.context import head_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
+from nemo_dist_conf.schema.trainable import choice_of, choice_problems, trained
 from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
-from nemo_dist_conf.wording import assigned, typed_path, unknown_name
+from nemo_dist_conf.wording import Spelling, assigned, typed_path, unknown_name
 
 __all__ = [
     "autocast_of",
@@ -39,6 +41,7 @@ __all__ = [
     "model_config",
     "model_shape",
     "planned_start",
+    "untrained_of",
     "update_of",
 ]
 
@@ -133,7 +136,21 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
         checkpointing=checked.activation_checkpointing,
         autocast=autocast_of(checked.strategy, checked.strategy_values, dtype, machine.device),
         update=update_of(cfg.get("optimizer")),
+        untrained=untrained_of(checked.groups["trainable"], model, checked.spelling),
     )
+
+
+def untrained_of(
+    values: Mapping[str, Any], model: ModelShape | BuiltShape, spelling: Spelling = Spelling()
+) -> frozenset[str]:
+    """Names of the parameters that the group ``trainable`` freezes. Raises ConfigError for what the hook refuses."""
+    choice = choice_of(values)
+    if choice is None:
+        return frozenset()
+    keys = names_of(model)
+    every = set(keys.values())
+    ConfigError.raise_if(choice_problems(values, keys, every, spelling))
+    return frozenset(every - trained(*choice, keys, every))
 
 
 def _expert_problems(model: BuiltShape, ep: int) -> Iterator[Problem]:

@@ -97,6 +97,7 @@ class Job:
 
     rows, seq_len: of a microbatch on a data rank, [rows, tokens]. microbatches: of a step on a data rank.
     calls: times a step hands rows to a pipeline; 1 without one. options: values of the strategy node by field.
+    untrained: names of parameters that have no gradient and no state of the optimizer.
     """
 
     strategy: Strategy
@@ -114,6 +115,7 @@ class Job:
     checkpointing: bool | str = False
     autocast: str | None = None
     update: Update = Update()
+    untrained: frozenset[str] = frozenset()
 
     @cached_property
     def costs(self) -> StrategyCosts:

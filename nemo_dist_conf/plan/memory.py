@@ -7,7 +7,7 @@ from typing import Callable
 
 from nemo_dist_conf.plan.activations import Kept, loss_bytes, stage_bytes
 from nemo_dist_conf.plan.job import Job
-from nemo_dist_conf.plan.rank_shards import Place, held_elements, units_of
+from nemo_dist_conf.plan.rank_shards import Place, held_elements, trained_units, units_of
 
 __all__ = ["Memory", "memory_of", "resting_bytes"]
 
@@ -44,14 +44,18 @@ def resting_bytes(job: Job, pp_rank: int, place: Place) -> tuple[int, int, int]:
 
     Parameters are stored in float32, their gradients too; the update keeps its states in the same dtype and shape.
     """
-    elements = tensors = 0
-    for stage in job.stages_of(pp_rank):
-        for unit in units_of(job, stage):
-            elements += unit.count * held_elements(job, unit, place)
-            tensors += unit.count * len(unit.weights)
-    parameters = 4 * elements
-    gradients, states = job.costs.resting(job, parameters)
+    stages = job.stages_of(pp_rank)
+    units = [unit for stage in stages for unit in units_of(job, stage)]
+    parameters = 4 * sum(unit.count * held_elements(job, unit, place) for unit in units)
+    tensors = sum(unit.count * len(unit.weights) for stage in stages for unit in trained_units(job, stage))
+    gradients, states = job.costs.resting(job, _trained_bytes(job, pp_rank, place))
     return parameters, gradients, job.update.states * states + 4 * job.update.scalars * tensors
+
+
+def _trained_bytes(job: Job, pp_rank: int, place: Place) -> int:
+    """Bytes of the parameters that a rank trains, exact."""
+    units = (unit for stage in job.stages_of(pp_rank) for unit in trained_units(job, stage))
+    return 4 * sum(unit.count * held_elements(job, unit, place) for unit in units)
 
 
 def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] | None = None) -> Memory:
@@ -76,7 +80,7 @@ def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] |
     one = max((saved[stage.index].saved // max(1, stage.layers) for stage in stages), default=0)
     earlier = _gradients_before(job, gathered.accumulated, resting_gradients)
     # Without a fused kernel the denominators of all updates are tensors of their own (torch's foreach AdamW).
-    update = 0 if job.update.fused else parameters
+    update = 0 if job.update.fused else _trained_bytes(job, pp_rank, place)
     moments = {
         "loss": (states + in_flight + gathered.at_loss + earlier, loss),
         # The first block to go backward: all activations but those of the loss; the last one: all gradients.

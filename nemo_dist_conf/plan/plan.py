@@ -70,6 +70,8 @@ class Plan:
             found.append(f"activations and FLOPs, which are estimates from the sizes of weights: {why}")
         if isinstance(job.model, BuiltShape) and job.tp > 1:
             found.append(f"tp: what layers of {job.model.model_type} gather whose parts are no plain rows and columns")
+        if job.untrained:
+            found.append("trainable: what forward and backward save where nothing before or in a layer is trained")
         policy = job.moe.get("mp_policy")
         changed = {
             "lm_head_precision": job.moe.get("lm_head_precision") is not None,

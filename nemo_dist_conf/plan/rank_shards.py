@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Iterator
@@ -22,6 +22,8 @@ __all__ = [
     "padded",
     "stage_units",
     "tp_shape",
+    "trained_part",
+    "trained_units",
     "units_of",
 ]
 
@@ -111,6 +113,34 @@ def stage_units(
         outer = tuple((w.name, w) for w in weights if w.part in parts)
         found += [Unit(title, number, 1, outer)] if outer else []
     return tuple(found)
+
+
+def trained_units(job: Job, stage: Stage) -> tuple[Unit, ...]:
+    """The units of a stage without what is not trained; blocks of which other parts are trained count apart."""
+    return tuple(part for unit in units_of(job, stage) for part in trained_part(job, stage, unit))
+
+
+def trained_part(job: Job, stage: Stage, unit: Unit) -> tuple[Unit, ...]:
+    """What is trained of all units of a kind."""
+    return _trained(job.model, stage, unit, job.untrained) if job.untrained else (unit,)
+
+
+@lru_cache(maxsize=4096)
+def _trained(model: ModelShape | BuiltShape, stage: Stage, unit: Unit, untrained: frozenset[str]) -> tuple[Unit, ...]:
+    if unit.layer < 0:
+        held = tuple(entry for entry in unit.weights if entry[0] not in untrained)
+        return (replace(unit, weights=held),) if held else ()
+    first, kind = model.block_name(unit.layer), model.kind(unit.layer)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for layer in (layer for layer in range(stage.first, stage.last) if model.kind(layer) == kind):
+        names = [model.block_name(layer) + name.removeprefix(first) for name, _ in unit.weights]
+        kept = tuple(place for place, name in enumerate(names) if name not in untrained)
+        found.setdefault(kept, []).append(layer)
+    return tuple(
+        replace(unit, count=len(layers), weights=tuple(unit.weights[place] for place in kept))
+        for kept, layers in found.items()
+        if kept
+    )
 
 
 def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from nemo_dist_conf.plan.from_config import (
     model_config,
     model_shape,
     planned_start,
+    untrained_of,
     update_of,
 )
 from nemo_dist_conf.plan.job import Job
@@ -136,6 +137,7 @@ class _Search:
         self.groups = {name: read_section(cfg, name, kind, Spelling(), wrong) for name, kind in OWN_SCHEMAS.items()}
         self.sections |= self.groups
         ConfigError.raise_if(wrong)
+        self.untrained = untrained_of(self.groups["trainable"], self.model)
         # What the config leaves to transformers' defaults is known from the shape.
         known = self.model.facts if isinstance(self.model, BuiltShape) else facts_from_config(model_config(cfg))
         self.facts = dataclasses.replace(
@@ -274,6 +276,7 @@ class _Search:
             groups=self.groups,
             autocast=autocast_of(layout.strategy, values, self.dtype, self.machine.device),
             update=self.update,
+            untrained=self.untrained,
         )
 
     def batches(self, job: Job, mode: bool | str) -> Iterator[Job]:

@@ -189,7 +189,9 @@ def _pipeline(job: Job, pp_rank: int) -> Iterator[Collective]:
     yield Collective("pp", "send", ahead * times, size, "forward", True, "hidden states")
     yield Collective("pp", "send", back * times, size, "backward", True, "their gradients")
     ends = {job.stages[0].rank, job.stages[-1].rank}
-    if job.model.tied and len(ends) > 1 and pp_rank in ends:
+    tables = (weight.name for weight in job.model.outer_weights() if weight.part == "embedding")
+    is_trained = not job.untrained.issuperset(tables)
+    if job.model.tied and is_trained and len(ends) > 1 and pp_rank in ends:
         rows = padded(-(-job.model.vocab // job.tp), job.shards) // job.shards
         size = rows * job.model.hidden * 4  # kept in float32
         yield Collective("pp", "send", job.calls, size, "backward", why="gradients of tied embeddings")

@@ -17,9 +17,10 @@ from nemo_dist_conf.composition.hydra_inside import node_at
 from nemo_dist_conf.composition.sections import SECTIONS, section_of, values_below
 from nemo_dist_conf.composition.text_values import told_as_texts
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.families.config_facts import facts_from_config, facts_from_folder
+from nemo_dist_conf.families.config_facts import config_of_folder, facts_from_config, facts_from_folder
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.recipe.earlier import keep_snapshot
+from nemo_dist_conf.recipe.name_checks import name_problems
 from nemo_dist_conf.recipe.node_checks import node_problems
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
@@ -76,13 +77,14 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
     problems = list(_stray_keys(config))
     problems += saving_problems(config, OmegaConf.load(config_folder() / "train.yaml").checkpoint)
     problems += value_problems(config)
-    facts = None
+    facts = fields = None
     model = config.model
     if "_target_" not in model:
         overrides = raw_words(OmegaConf.select(config, "hydra.overrides.task"))
         if model.get("name_or_path"):
             facts = facts_from_folder(model.name_or_path)
             fields = typed_model_config(model.get("config"), overrides)
+            fields = {**(config_of_folder(model.name_or_path) or {}), **fields}
         else:
             fields = typed_model_config(
                 model.get("config"), [f"model.config.{key}=" for key in model.get("config") or {}]
@@ -92,6 +94,8 @@ def _check_recipe(config: DictConfig, world_size: int | None) -> Checked:
         seq_len = OmegaConf.select(config, "data.seq_len")
         checked = check(config, world_size, facts=facts, seq_len=seq_len if isinstance(seq_len, int) else None)
         problems += _dtype_problems(config.train.get("dtype"), checked)
+        if not problems:
+            problems += name_problems(config, checked, fields)
         data_size = checked.mesh.size("dp")
         train = config.train
         problems += batch_problems(train.get("global_batch_size"), train.get("micro_batch_size"), data_size)

@@ -15,7 +15,9 @@ from nemo_dist_conf.runtime.engines.base import Engine, engine_of
 from nemo_dist_conf.runtime.model.build import Built, build_model, refuse_given_model
 from nemo_dist_conf.runtime.model.load_weights import load_weights
 from nemo_dist_conf.runtime.model.materialise import materialise
-from nemo_dist_conf.runtime.optimizer import an_optimizer, build_optimizer, refuse_given
+from nemo_dist_conf.runtime.model.trained import choose_trained, refuse_choice
+from nemo_dist_conf.runtime.optimizer import build_optimizer, named_groups, refuse_given
+from nemo_dist_conf.runtime.own_names import own_named_parameters
 from nemo_dist_conf.runtime.parallelize import parallelize
 from nemo_dist_conf.runtime.process_group import initialize_distributed
 from nemo_dist_conf.runtime.rank_agreement import agree_on_config, agree_on_model, config_mark, together
@@ -46,7 +48,9 @@ def instantiate(
     model and optimizer may be objects: so a node ``_target_: nemo_dist_conf.instantiate`` needs nothing else.
     model: a module (its weights are kept; FSDP2 and DDP take rank 0's), a factory of one, or None for ``cfg.model``.
     Without either, the model and the optimizer returned are None.
-    optimizer: called with the wrapped parameters; None: built from ``cfg.optimizer``, or None where that is absent.
+    optimizer: called with the list of the wrapped parameters that are trained; where it has an argument
+    ``named_parameters``, with pairs of their names in the model and them. None: built from ``cfg.optimizer``, or None
+    where that is absent.
     blocks: path of the model's blocks, where they are not found by themselves (``runtime.blocks.find_blocks``).
     example: what the model's forward takes, by keyword, where that cannot be guessed: on it is tried, before anything
     is wrapped, whether tensor parallelism by a plan that nobody has proven computes what the plain model does.
@@ -80,16 +84,18 @@ def instantiate(
         if info.is_main:
             log.warning(note)
     if built is None:
+        refuse_choice(checked.groups["trainable"], checked.spelling)
         return setup, None, None
+    choose_trained(built.model, checked.groups["trainable"], checked.spelling)
     if checked.batch_statistics == "global":
         groups = [group for group in setup.mesh_context.data_groups() if group is not None]  # there is a mesh
         use_global_statistics(built.model, groups)
+    settings = optimizer if optimizer is not None else _value(cfg, "optimizer", None)
+    group_of = named_groups(settings, built.model)
+    trains = any(parameter.requires_grad for parameter in built.model.parameters())
     wrapped = _wrap(checked, setup, built, blocks if blocks is not None else built.blocks, example)
-    settings = _value(cfg, "optimizer", None)
-    if optimizer is not None:
-        made: torch.optim.Optimizer | None = an_optimizer(optimizer(wrapped.parameters()))
-    else:
-        made = build_optimizer(settings, wrapped.named_parameters())
+    named = own_named_parameters(wrapped)
+    made = build_optimizer(settings, named, group_of=group_of, is_part=trains)
     if made is not None:
         made = engine_of(wrapped).adopt_optimizer(wrapped, made)
     return setup, wrapped, made

@@ -79,6 +79,7 @@ def read_model(node: Any) -> BuiltShape:
         why_estimated=why,
         words=tower_words(model, blocks),
         inside=called_inside(blocks),
+        aliases=_aliases(model),
     )
 
     @functools.lru_cache(maxsize=256)
@@ -95,6 +96,13 @@ def read_model(node: Any) -> BuiltShape:
             raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead)) from error
 
     return shape
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters -> their first ones."""
+    first: dict[int, str] = {}
+    named = ((name, id(one)) for name, one in model.named_parameters(remove_duplicate=False))
+    return {name: first[key] for name, key in named if first.setdefault(key, name) != name}
 
 
 def _tried(model: nn.Module, blocks: Blocks) -> tuple[Run | None, str]:

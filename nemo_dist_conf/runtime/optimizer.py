@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping
 
@@ -11,10 +12,12 @@ from torch.distributed.tensor import DTensor
 from nemo_dist_conf.composition.text_values import told_as_texts
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.config_targets import build_target
+from nemo_dist_conf.runtime.parameter_groups import group_by_name, parameter_groups
+from nemo_dist_conf.schema.optimizer_groups import group_of_each
 from nemo_dist_conf.schema.optimizers import optimizer_problems
 from nemo_dist_conf.wording import Spelling
 
-__all__ = ["an_optimizer", "build_optimizer", "refuse_given"]
+__all__ = ["build_optimizer", "named_groups", "refuse_given"]
 
 _NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -36,20 +39,29 @@ _OPTIMIZERS: Mapping[str, _Kind] = {
 
 
 def build_optimizer(
-    node: Any, named_parameters: _NamedParameters, *, spelling: Spelling = Spelling()
+    node: Any,
+    named_parameters: _NamedParameters,
+    *,
+    spelling: Spelling = Spelling(),
+    group_of: Mapping[str, int] | None = None,
+    is_part: bool = False,
 ) -> torch.optim.Optimizer | None:
     """The optimizer that a config node describes, over the trainable parameters of a wrapped model.
 
     node: ``{name: adamw|adam|sgd, lr, ...}`` with torch's argument names, and ``decay_1d``: whether parameters of
-    one dimension (norms, biases) take part in weight decay; default false. Or a node with ``_target_``, which gets
-    the list of parameters as its first argument. Or a callable, which gets the same list. None: no optimizer.
-    named_parameters: pairs of the model after wrapping; DTensors and plain tensors may be mixed.
+    one dimension (norms, biases) take part in weight decay; default false; ``groups``: schema/optimizer_groups.py.
+    Or a node with ``_target_``, which gets the list of parameters as its first argument, or pairs of their names and
+    them where it has an argument ``named_parameters``. Or a callable, which gets the same. None: no optimizer.
+    named_parameters: pairs of the model after wrapping, by their names before; DTensors and plain tensors may be mixed.
+    group_of: number of the group of ``groups`` that a parameter is in, by name; as ``named_groups`` gives it for a
+    model of which this is a part; None: told from these parameters.
+    is_part: the rank has a part of the model, of which nothing may be trained.
     Raises ConfigError with every wrong setting at once.
     """
     if node is None:
         return None
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    if not trainable:
+    if not trainable and not is_part:
         raise _nothing_to_train(spelling)
     if callable(node) or isinstance(node, torch.optim.Optimizer):
         return _from_factory(node, trainable)
@@ -58,18 +70,34 @@ def build_optimizer(
         values, instead = {**values, "_convert_": "all"}, spelling.choose("optimizer", "adamw")
         if values.get("_partial_"):
             return _from_factory(build_target(values, "optimizer", instead=instead), trainable)
-        parameters = [parameter for _, parameter in trainable]
-        return an_optimizer(build_target(values, "optimizer", parameters, instead=instead))
+        if _takes_names(_found(values["_target_"])):
+            return _an_optimizer(build_target(values, "optimizer", instead=instead, named_parameters=trainable))
+        return _over(lambda parameters: build_target(values, "optimizer", parameters, instead=instead), trainable)
     _check(node, spelling)
     kind = _OPTIMIZERS[values["name"]]
-    options = {key: value for key, value in values.items() if key not in ("name", "decay_1d")}
+    options = {key: value for key, value in values.items() if key not in ("name", "decay_1d", "groups")}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
     _refuse_impossible(kind, options, trainable, spelling)
     if kind.fuses and options.get("foreach") is None and options.get("fused") is None and _can_fuse(trainable):
         options["fused"] = True
-    groups = _groups(trainable, options.get("weight_decay"), values.get("decay_1d", False))
-    return kind.build([part for group in groups for part in _of_one_kind(group)], **options)
+    if group_of is None:
+        group_of = group_of_each(values.get("groups") or (), {name: name for name, _ in trainable})
+    return kind.build(parameter_groups(values, trainable, group_of), **options)
+
+
+def named_groups(node: Any, model: torch.nn.Module, spelling: Spelling = Spelling()) -> Mapping[str, int]:
+    """Number of the group of a node's ``groups`` that each parameter of a plain model is in, by name.
+
+    Raises ConfigError, before the model is wrapped, for settings that do not fit and groups without parameters.
+    """
+    if node is None or callable(node) or isinstance(node, torch.optim.Optimizer):
+        return {}
+    values = _plain(node, spelling)
+    if "_target_" in values:
+        return {}
+    _check(node, spelling)
+    return group_by_name(values.get("groups") or (), model, values.get("decay_1d", False), spelling)
 
 
 def _check(node: Any, spelling: Spelling) -> None:
@@ -101,7 +129,39 @@ def _plain(node: Any, spelling: Spelling) -> dict[str, Any]:
 def _from_factory(factory: Any, trainable: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
     """What a function makes of the parameters. Raises ConfigError for what is none, or makes no optimizer."""
     refuse_given(factory)
-    return an_optimizer(factory([parameter for _, parameter in trainable]))
+    if _takes_names(factory):
+        return _an_optimizer(factory(named_parameters=trainable))
+    return _over(factory, trainable)
+
+
+def _found(target: str) -> Any:
+    from hydra.utils import get_object
+
+    try:
+        return get_object(target)
+    except Exception:  # told when it is called
+        return None
+
+
+def _takes_names(factory: Any) -> bool:
+    """Whether a function has an argument ``named_parameters``, for pairs in place of parameters."""
+    try:
+        return "named_parameters" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # nothing that can be called, or in C
+        return False
+
+
+def _over(make: Callable[[Any], Any], trainable: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    """What a function makes of the parameters; of none one that has nothing to do, which torch's refuse to be."""
+    parameters = [parameter for _, parameter in trainable]
+    if parameters:
+        return _an_optimizer(make(parameters))
+    stand_in = torch.nn.Parameter(torch.empty(0))
+    optimizer = _an_optimizer(make([stand_in]))
+    for group in optimizer.param_groups:
+        group["params"] = []
+    optimizer.state.pop(stand_in, None)
+    return optimizer
 
 
 def refuse_given(optimizer: Any) -> None:
@@ -123,7 +183,7 @@ def refuse_given(optimizer: Any) -> None:
     )
 
 
-def an_optimizer(built: Any) -> torch.optim.Optimizer:
+def _an_optimizer(built: Any) -> torch.optim.Optimizer:
     """What a factory returned. Raises ConfigError where it is no optimizer."""
     if isinstance(built, torch.optim.Optimizer):
         return built
@@ -175,31 +235,3 @@ def _refuse_impossible(
         raise ConfigError(
             Problem(what=what, asked=spelling.set(key, True), allowed="null, false", instead=spelling.set(key, None))
         )
-
-
-def _groups(
-    trainable: list[tuple[str, torch.nn.Parameter]], weight_decay: float | None, decay_1d: bool
-) -> list[dict[str, Any]]:
-    """One group, or two where weight decay spares the one-dimensional parameters.
-
-    weight_decay None: torch's own default, which may be above 0, so the groups are made then too.
-    A DTensor's dimensions are those of the full tensor, so groups do not depend on the layout.
-    """
-    if decay_1d or weight_decay == 0:
-        return [{"params": [parameter for _, parameter in trainable]}]
-    decayed = [parameter for _, parameter in trainable if parameter.dim() > 1]
-    spared = [parameter for _, parameter in trainable if parameter.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def _of_one_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """A group for its DTensors and one for its plain parameters, where it has both.
-
-    torch updates several parameters of a group at once, but not plain tensors together with DTensors ("got mixed
-    torch.Tensor and DTensor", 2.13).
-    """
-    kinds: dict[bool, list[torch.nn.Parameter]] = {}
-    for parameter in group["params"]:
-        kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
-    return [{**group, "params": parameters} for parameters in kinds.values()]

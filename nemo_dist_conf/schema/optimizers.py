@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping
 
 from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.schema.optimizer_groups import settings_of_groups_problems
+from nemo_dist_conf.schema.optimizer_setting import Setting
 from nemo_dist_conf.wording import Spelling, typed, unknown_name
 
-__all__ = ["SETTINGS", "Setting", "optimizer_problems"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting of an optimizer: what fits, in words and as a predicate, and a value to suggest."""
-
-    allowed: str
-    fits: Callable[[Any], bool]
-    example: Any
+__all__ = ["SETTINGS", "optimizer_problems"]
 
 
 def _number(value: Any) -> bool:
@@ -75,9 +67,9 @@ def optimizer_problems(values: Mapping[str, Any], spelling: Spelling = Spelling(
                 offer=lambda known: spelling.set("optimizer.name", known),
             )
         ]
-    problems: list[Problem] = []
+    problems: list[Problem] = list(settings_of_groups_problems(values, settings, spelling))
     for key, value in values.items():
-        if key == "name":
+        if key in ("name", "groups"):
             continue
         setting = settings.get(key)
         asked = spelling.set(f"optimizer.{key}", value)
@@ -132,15 +124,17 @@ def _unknown(
     without = f"~{spelling.key(f'optimizer.{key}')}"
 
     def offer(meant: str) -> str:
+        if meant == "groups":
+            return spelling.set("optimizer.groups", value)
         setting = settings[meant]
         return spelling.set(f"optimizer.{meant}", value if setting.fits(value) else setting.example)
 
     return unknown_name(
         key,
-        settings,
+        (*settings, "groups"),
         what=f"optimizer.{key}: {name} has no such setting" + (f" ({', '.join(others)} has it)" if others else ""),
         asked=asked,
-        allowed=", ".join(settings),
+        allowed=", ".join((*settings, "groups")),
         offer=offer,
         otherwise=spelling.choose("optimizer", others[0]) if others else without,
     )

@@ -14,6 +14,7 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.context import ContextConf, context_problems, idle_context
 from nemo_dist_conf.schema.recompute import RecomputeConf, idle_recompute, recompute_problems
+from nemo_dist_conf.schema.trainable import TrainableConf, trainable_problems
 
 __all__ = ["OWN_SCHEMAS", "OwnGroup", "default_groups", "own_group"]
 
@@ -34,6 +35,7 @@ class OwnGroup:
 _GROUPS: dict[str, OwnGroup] = {
     "context": OwnGroup(ContextConf, idle_context, context_problems),
     "recompute": OwnGroup(RecomputeConf, idle_recompute, recompute_problems),
+    "trainable": OwnGroup(TrainableConf, lambda asked: None, trainable_problems),
 }
 
 #: Group -> its schema.

@@ -280,12 +280,19 @@ def single_process(
 
 
 def take_plain_steps(
-    model: nn.Module, optimizer: dict[str, Any], steps: int, length: int, microbatches: int = 1
+    model: nn.Module,
+    optimizer: dict[str, Any] | Callable[[nn.Module], torch.optim.Optimizer],
+    steps: int,
+    length: int,
+    microbatches: int = 1,
 ) -> Trajectory:
-    """``single_process`` with its model, which is trained in place."""
-    options = {key: value for key, value in optimizer.items() if key not in ("name", "decay_1d")}
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    update = kinds[optimizer["name"]](model.parameters(), **options)
+    """``single_process`` with its model, which is trained in place. optimizer: its node, or what makes it."""
+    if callable(optimizer):
+        update = optimizer(model)
+    else:
+        options = {key: value for key, value in optimizer.items() if key not in ("name", "decay_1d")}
+        kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        update = kinds[optimizer["name"]](model.parameters(), **options)
     seen = Trajectory()
     for step in range(steps):
         whole = batch(length)

@@ -21,7 +21,7 @@ from nemo_dist_conf.families.shapes import ModelShape, shape_of
 from nemo_dist_conf.gradients import accumulate
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.plan import Job
-from nemo_dist_conf.plan.from_config import update_of
+from nemo_dist_conf.plan.from_config import untrained_of, update_of
 from nemo_dist_conf.plan.memory import resting_bytes
 from nemo_dist_conf.plan.rank_shards import Place
 from nemo_dist_conf.plan.traffic import traffic_of
@@ -75,9 +75,19 @@ def shape_for(config: dict[str, Any]) -> ModelShape | BuiltShape:
     return shape_of(config) if family is not None and family.shapes is not None else read_model({"config": config})
 
 
-def job_for(words: list[str], ranks: int, config: dict[str, Any], optimizer: Any, rows: int, length: int) -> Job:
+def job_for(
+    words: list[str],
+    ranks: int,
+    config: dict[str, Any],
+    optimizer: Any,
+    rows: int,
+    length: int,
+    trainable: dict[str, Any] | None = None,
+) -> Job:
     """The job that these overrides ask for, with the rows of a global batch."""
-    checked = check(composed(*words, model={"config": config}, optimizer=optimizer), ranks)
+    nodes = {"model": {"config": config}, "optimizer": optimizer, **({"trainable": trainable} if trainable else {})}
+    checked = check(composed(*words, **nodes), ranks)
+    model = shape_for(config)
     micro, count = rows // checked.mesh.size("dp"), 1
     if checked.mesh.size("pp") > 1:
         micro = checked.pipeline["pp_microbatch_size"]
@@ -87,7 +97,7 @@ def job_for(words: list[str], ranks: int, config: dict[str, Any], optimizer: Any
         strategy=checked.strategy,
         options=checked.strategy_values,
         mesh=checked.mesh,
-        model=shape_for(config),
+        model=model,
         hardware=HardwareConf(**PROFILES["cpu"]),
         rows=micro,
         seq_len=length,
@@ -98,6 +108,7 @@ def job_for(words: list[str], ranks: int, config: dict[str, Any], optimizer: Any
         checkpointing=checked.activation_checkpointing,
         autocast=getattr(autocast, "name", autocast),
         update=update_of(optimizer),
+        untrained=untrained_of(checked.groups["trainable"], model),
     )
 
 
@@ -110,10 +121,16 @@ def place_of(job: Job, rank: int) -> tuple[int, Place]:
 
 
 def seen_of_rank(
-    words: list[str], model: dict[str, Any], optimizer: Any, length: int, rows: int = ROWS
+    words: list[str],
+    model: dict[str, Any],
+    optimizer: Any,
+    length: int,
+    rows: int = ROWS,
+    trainable: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """On a rank: bytes that rest there after a step, and the collectives of the step's forward and backward."""
-    setup, module, update = instantiate(composed(*words, model=model, optimizer=optimizer))
+    nodes = {"model": model, "optimizer": optimizer, **({"trainable": trainable} if trainable else {})}
+    setup, module, update = instantiate(composed(*words, **nodes))
     context = setup.mesh_context
     ids = torch.randint(90, (rows // context.data_size, length))
     ids, labels = context.split_sequence(ids, ids)

@@ -12,7 +12,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import Dtypes, Job, Stage
-from nemo_dist_conf.plan.rank_shards import Place, Unit, held_elements, stage_units
+from nemo_dist_conf.plan.rank_shards import Place, Unit, held_elements, stage_units, trained_units
 
 __all__ = ["Gathered", "Remedy", "StrategyCosts", "WHOLE_MODEL", "data_group"]
 
@@ -83,7 +83,10 @@ class StrategyCosts:
         return stage_units(job.model, stage, splits_experts=job.ep > 1)
 
     def resting(self, job: Job, parameters: int) -> tuple[int, int]:
-        """(bytes of gradients, bytes of one state of the optimizer) between steps. parameters: bytes of a rank's."""
+        """(bytes of gradients, bytes of one state of the optimizer) between steps.
+
+        parameters: bytes of those that a rank has and that are trained.
+        """
         return parameters, parameters
 
     def offloads(self, job: Job) -> bool:
@@ -98,7 +101,7 @@ class StrategyCosts:
 
     def collectives(self, job: Job, stage: Stage, tp: int) -> Iterator[Collective]:
         """Gathers of parameters and reductions of gradients in a step, of a rank by its index on the axis tp."""
-        for unit in self.units(job, stage):
+        for unit in trained_units(job, stage):
             axis, ranks = ("ep_shard", job.ep_shard) if unit.expert else data_group(job)
             if ranks > 1:
                 size = 4 * held_elements(job, unit, Place(tp=tp))

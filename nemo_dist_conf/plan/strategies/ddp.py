@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Iterator, Mapping, Sequence
 
 from nemo_dist_conf.composition.resolvers import autocast_dtype
+from nemo_dist_conf.families.shapes import weights
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import Job, Stage
 from nemo_dist_conf.plan.strategies.base import Gathered, StrategyCosts
@@ -22,7 +23,7 @@ class _DDPCosts(StrategyCosts):
         """Buckets, which are copies of all gradients, unless gradients live in them; one rank has none."""
         if job.data_size == 1 or job.options.get("gradient_as_bucket_view"):
             return Gathered()
-        buckets = 4 * job.model.parameters
+        buckets = 4 * sum(weight.count for name, weight in weights(job.model) if name not in job.untrained)
         return Gathered(at_loss=buckets, in_backward=buckets)
 
     def collectives(self, job: Job, stage: Stage, tp: int) -> Iterator[Collective]:
@@ -37,12 +38,16 @@ class _DDPCosts(StrategyCosts):
         limit = int((25 if cap is None else cap) * _MIB)
         model = job.model
         outer, layers = model.outer_weights(), reversed(range(model.layers))
-        order = [weight for part in ("head", "final_norm") for weight in outer if weight.part == part]
-        order += [weight for layer in layers for weight in model.block_weights(model.kind(layer))]
-        order += [weight for weight in outer if weight.part == "embedding"]
+        order = [(weight.name, weight) for part in ("head", "final_norm") for weight in outer if weight.part == part]
+        order += [
+            (f"{model.block_name(layer)}.{weight.name}", weight)
+            for layer in layers
+            for weight in model.block_weights(model.kind(layer))
+        ]
+        order += [(weight.name, weight) for weight in outer if weight.part == "embedding"]
         sizes: list[int] = []
         filled, first = 0, min(limit, _MIB)
-        for weight in order:
+        for weight in (weight for name, weight in order if name not in job.untrained):
             filled += 4 * weight.count
             if filled >= (limit if sizes else first):
                 sizes.append(filled)

@@ -7,7 +7,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 from nemo_dist_conf.composition.resolvers import compute_dtype
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Dtypes, Job, Stage
-from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Unit, gathered_bytes, stage_units
+from nemo_dist_conf.plan.rank_shards import EMBEDDING, HEAD, Unit, gathered_bytes, stage_units, trained_part
 from nemo_dist_conf.plan.schedule_timeline import orders
 from nemo_dist_conf.plan.strategies.base import Gathered, Remedy, StrategyCosts
 from nemo_dist_conf.strategies.fsdp2 import OUTER_UNIT_ELEMENTS
@@ -81,8 +81,10 @@ class _FSDP2Costs(StrategyCosts):
         keeps_whole = job.pp > 1 or (job.microbatches > 1 and _reduces_at_the_end(job))
         at_loss = in_backward = accumulated = 0
         in_block: dict[int, int] = {}
-        for unit in (unit for stage in stages for unit in self.units(job, stage)):
-            size, whole = gathered_bytes(job, unit, narrow), gathered_bytes(job, unit, 1)
+        for stage, unit in ((stage, unit) for stage in stages for unit in self.units(job, stage)):
+            size = gathered_bytes(job, unit, narrow)
+            trained = [(part.count, gathered_bytes(job, part, 1)) for part in trained_part(job, stage, unit)]
+            whole = max((elements for _, elements in trained), default=0)
             if unit.layer == EMBEDDING:
                 at_loss += size if asked is False else 0
                 in_backward += size if asked is False else 0
@@ -98,7 +100,7 @@ class _FSDP2Costs(StrategyCosts):
                 # parameters of this block and of those ahead.
                 once = whole * (narrow + wide) + ((1 + _gathered_ahead(job)) * size if frees else 0)
                 in_block[unit.layer] = in_block.get(unit.layer, 0) + once
-            accumulated += unit.count * whole * wide if keeps_whole else 0
+            accumulated += sum(count * elements for count, elements in trained) * wide if keeps_whole else 0
         return Gathered(at_loss, in_backward + max(in_block.values(), default=0), accumulated)
 
     def collectives(self, job: Job, stage: Stage, tp: int) -> Iterator[Collective]:
@@ -116,12 +118,13 @@ class _FSDP2Costs(StrategyCosts):
                 again = _gathered_again(job, unit)
                 yield Collective(axis, "all_gather", unit.count * ahead, size, "forward", True, unit.title)
                 yield Collective(axis, "all_gather", again * back, size, "backward", True, unit.title)
-                size = gathered_bytes(job, unit, wide, tp)
-                yield Collective(axis, "reduce_scatter", unit.count * reductions, size, "backward", True, unit.title)
-            if job.replicas > 1 and not unit.expert:
-                size = gathered_bytes(job, unit, wide, tp) // job.shards
-                calls = unit.count * reductions
-                yield Collective("dp_replicate", "all_reduce", calls, size, "backward", True, unit.title)
+            for part in trained_part(job, stage, unit):
+                size, calls = gathered_bytes(job, part, wide, tp), part.count * reductions
+                if ranks > 1:
+                    yield Collective(axis, "reduce_scatter", calls, size, "backward", True, unit.title)
+                if job.replicas > 1 and not unit.expert:
+                    size //= job.shards
+                    yield Collective("dp_replicate", "all_reduce", calls, size, "backward", True, unit.title)
 
     def remedies(self, job: Job) -> Iterable[Remedy]:
         if job.tp > 1 and not job.sequence_parallel and job.model.experts == 0:

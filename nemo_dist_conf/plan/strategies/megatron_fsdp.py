@@ -7,7 +7,7 @@ from typing import Iterator, Sequence
 
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import Job, Stage
-from nemo_dist_conf.plan.rank_shards import gathered_bytes, tp_shape
+from nemo_dist_conf.plan.rank_shards import Unit, gathered_bytes, tp_shape, trained_part
 from nemo_dist_conf.plan.strategies.base import Gathered, StrategyCosts, data_group
 
 __all__ = ["COSTS"]
@@ -52,15 +52,19 @@ class _MegatronFSDPCosts(StrategyCosts):
         zero, steps = _zero(job), job.microbatches
         axis = data_group(job)[0]
         for unit in self.units(job, stage):
-            size = _FP32 * sum(prod(tp_shape(job.styles, job.tp, name, weight, 0)) for name, weight in unit.weights)
-            if zero == 0:
-                yield Collective(axis, "all_reduce", unit.count, size, "backward", True, unit.title)
-                continue
             # What is outside of units stays until the update.
-            gathers = 2 * steps if zero == 3 and unit.layer >= 0 else 1
+            gathers = 2 * steps if zero == 3 and unit.layer >= 0 else min(zero, 1)
+            size = _whole_bytes(job, unit)
             yield Collective(axis, "all_gather", unit.count * gathers, size, "forward", True, unit.title)
-            reductions = steps if zero >= 2 else 1
-            yield Collective(axis, "reduce_scatter", unit.count * reductions, size, "backward", True, unit.title)
+            kind, reductions = ("all_reduce", 1) if zero == 0 else ("reduce_scatter", steps if zero >= 2 else 1)
+            for part in trained_part(job, stage, unit):
+                yield Collective(
+                    axis, kind, part.count * reductions, _whole_bytes(job, part), "backward", True, unit.title
+                )
+
+
+def _whole_bytes(job: Job, unit: Unit) -> int:
+    return _FP32 * sum(prod(tp_shape(job.styles, job.tp, name, weight, 0)) for name, weight in unit.weights)
 
 
 COSTS = _MegatronFSDPCosts()
