@@ -34,6 +34,7 @@ HARDWARE: tuple[str, ...] = ("h100", "h200", "b200", "a100", "mi300x", "cpu")
 #: option comes first. Schemas and rules are in schema/own_groups.py.
 OWN_GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "context": {"default": {}},
+    "adapter": {"none": {}, "lora": {"kind": "lora"}, "dora": {"kind": "dora"}},
 }
 
 

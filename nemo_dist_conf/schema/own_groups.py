@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping
 
 from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.schema.adapter import AdapterConf, adapter_problems, idle_adapter
 from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.context import ContextConf, context_problems, idle_context
 
@@ -32,6 +33,7 @@ class OwnGroup:
 
 _GROUPS: dict[str, OwnGroup] = {
     "context": OwnGroup(ContextConf, idle_context, context_problems),
+    "adapter": OwnGroup(AdapterConf, idle_adapter, adapter_problems),
 }
 
 #: Group -> its schema.

@@ -24,12 +24,15 @@ from nemo_dist_conf.families.styles import match_pattern
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.shard_boxes import local_part, local_values
 from nemo_dist_conf.runtime.torch_inside import generator_of, why_not_adapted
+from nemo_dist_conf.runtime.typed_values import lower_dtype
+from nemo_dist_conf.schema.adapter import patterns_of
 from nemo_dist_conf.wording import assigned
 
 __all__ = [
     "ALL_LINEAR",
     "Adapter",
     "adapted",
+    "adapter_of",
     "base_name",
     "base_state",
     "is_adapted",
@@ -64,6 +67,15 @@ class Adapter:
     dropout: float = 0.0
     full: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+
+
+def adapter_of(values: Mapping[str, Any]) -> Adapter | None:
+    """What the group ``adapter`` asks for, its checked values by field; None for none."""
+    if values["kind"] == "none":
+        return None
+    dtype: Any = lower_dtype(values["dtype"])
+    targets, full = patterns_of(values["targets"]), patterns_of(values["modules_to_save"])
+    return Adapter(values["kind"], values["rank"], values["alpha"], targets, values["dropout"], full, dtype)
 
 
 def adapted(model: nn.Module, adapter: Adapter, seed: int | None = None) -> nn.Module:
