@@ -142,7 +142,7 @@ def set_magnitudes(model: nn.Module) -> None:
                 base = layer.get_base_layer()
                 target = magnitude.weight
                 weight = _whole(base.weight).to(target.dtype)
-                rows = weight.shape if not getattr(layer, "fan_in_fan_out", False) else weight.shape[::-1]
+                rows = weight.shape if not magnitude.fan_in_fan_out else weight.shape[::-1]
                 nothing = torch.zeros(rows[1], rows[0], dtype=weight.dtype, device=weight.device).T
                 length = magnitude.get_weight_norm(weight, nothing, layer.scaling[name])
                 if isinstance(target, DTensor):
