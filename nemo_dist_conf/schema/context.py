@@ -10,10 +10,10 @@ from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.wording import unknown_name
 
-__all__ = ["METHODS", "ContextConf", "context_problems", "idle_context"]
+__all__ = ["ContextConf", "context_problems", "idle_context"]
 
 #: What ``context.method`` accepts.
-METHODS: tuple[str, ...] = ("auto", "gather")
+_METHODS: tuple[str, ...] = ("auto", "gather")
 
 
 @dataclass
@@ -30,12 +30,12 @@ def idle_context(asked: Asked) -> Idle | None:
 
 def context_problems(values: Mapping[str, Any], asked: Asked) -> Iterator[Problem]:
     """What cannot work in the settings."""
-    if values["method"] not in METHODS:
+    if values["method"] not in _METHODS:
         yield unknown_name(
             values["method"],
-            METHODS,
+            _METHODS,
             what=f"context.method={values['method']} is not a way to see the whole sequence",
             asked=asked.spelling.set("context.method", values["method"]),
-            allowed=", ".join(METHODS),
+            allowed=", ".join(_METHODS),
             offer=lambda known: asked.spelling.set("context.method", known),
         )
