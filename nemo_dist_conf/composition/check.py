@@ -22,6 +22,7 @@ from nemo_dist_conf.composition.sections import (
 from nemo_dist_conf.composition.store import is_ours
 from nemo_dist_conf.composition.text_values import text_problems, told_as_texts, unread_problems
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.families.adapter_rules import target_problems
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.families.model_rules import layerdrop_problems, model_problems
 from nemo_dist_conf.families.plan_rules import plan_problems
@@ -158,6 +159,7 @@ def check_values(
     problems += _section_problems(pipeline, moe, sizes, usable, facts, spelling, answered)
     problems += model_problems(facts, usable, world_size, seq_len, spelling, moe)
     problems += plan_problems(values.get("tp_plan"), facts, spelling)
+    problems += target_problems(sections["adapter"], facts, spelling)
     own = {name: sections[name] for name in OWN_SCHEMAS}
     refused = any(sizes[name] != size for name, size in usable.items())
     problems += _own_problems(own, Asked(strategy, values, usable, mode, facts, own, spelling), refused)

@@ -58,9 +58,25 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
     model = None if has_to_be_built else model_shape(cfg, builds=False)
     with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
+        _refuse_adapter(checked)
         if model is None:  # after the rules, because it takes seconds
             model = model_shape(cfg)
         return _job(cfg, checked, machine, model)
+
+
+def _refuse_adapter(checked: Checked) -> None:
+    kind = checked.groups["adapter"]["kind"]
+    if kind != "none":
+        what = f"a plan does not count adapters, nor what a frozen base saves (adapter={kind})"
+        allowed = "adapter=none, with gradients and states of all parameters, for a bound from above of their memory"
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=checked.spelling.choose("adapter", kind),
+                allowed=allowed,
+                instead=checked.spelling.choose("adapter", "none"),
+            )
+        )
 
 
 def _is_built(cfg: DictConfig) -> bool:

@@ -13,11 +13,13 @@ from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.wording import Spelling, unknown_name
 
-__all__ = ["ADAPTER_KINDS", "AdapterConf", "adapter_problems", "idle_adapter", "patterns_of"]
+__all__ = ["ADAPTER_KINDS", "ALL_LINEAR", "AdapterConf", "adapter_problems", "idle_adapter", "patterns_of"]
 
 #: What ``adapter.kind`` accepts, as the group's options are called.
 ADAPTER_KINDS: tuple[str, ...] = ("none", "lora", "dora")
-#: Too narrow to add small steps to.
+#: The target that means every linear layer but the output head.
+ALL_LINEAR = "all-linear"
+#: Not float16, which is too narrow to add small steps to.
 _DTYPES = (DType.float32, DType.bfloat16)
 
 
@@ -29,7 +31,7 @@ class AdapterConf:
     rank: int = option(8, "rows of the one matrix and columns of the other")
     alpha: float = option(16.0, "what an adapter adds is scaled by alpha / rank")
     dropout: float = option(0.0, "of an adapter's input, in training; a rank of tp, pp or data draws its own")
-    targets: Any = option("all-linear", "layers by the end of their names, * within a part; all-linear: all but the head")
+    targets: Any = option(ALL_LINEAR, "layers by the end of their names, * within a part; all-linear: all but the head")
     modules_to_save: Any = option(list, "modules that are trained in full and saved with the adapter, by such patterns")
     dtype: DType = option(DType.float32, "of the adapter; the base keeps the dtype of its folder")
 
@@ -76,7 +78,7 @@ def adapter_problems(values: Mapping[str, Any], asked: Asked) -> Iterator[Proble
             yield _wrong(name, values[name], allowed, instead, spelling)
     if values["dtype"] not in _DTYPES:
         yield _wrong("dtype", values["dtype"], ", ".join(dtype.name for dtype in _DTYPES), DType.float32, spelling)
-    for name, default in (("targets", "all-linear"), ("modules_to_save", [])):
+    for name, default in (("targets", ALL_LINEAR), ("modules_to_save", [])):
         if not _are_patterns(values[name], may_be_empty=name != "targets"):
             yield _wrong(name, values[name], "a name or a list of names, * within a part", default, spelling)
     if values["kind"] == "dora" and values["dropout"] and asked.sizes["tp_size"] > 1:
@@ -92,7 +94,9 @@ def adapter_problems(values: Mapping[str, Any], asked: Asked) -> Iterator[Proble
 def _wrong(name: str, value: Any, allowed: str, instead: Any, spelling: Spelling) -> Problem:
     key = f"adapter.{name}"
     return Problem(
-        what=f"{spelling.key(key)} is out of range" if isinstance(value, (int, float)) else f"{spelling.key(key)} is wrong",
+        what=f"{spelling.key(key)} is out of range"
+        if isinstance(value, (int, float))
+        else f"{spelling.key(key)} is wrong",
         asked=spelling.set(key, value),
         allowed=allowed,
         instead=spelling.set(key, instead),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_dist_conf.instantiate import instantiate
-from tests.dist.layouts import SGD, composed, full_state, plain_model, take_plain_steps, take_steps, VOCABULARY
+from tests.dist.layouts import SGD, VOCABULARY, composed, full_state, plain_model, take_plain_steps, take_steps
 
 __all__ = ["FAMILIES", "Seen", "Settings", "beside_plain_peft", "trained"]
 

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.families.styles import match_pattern
+from nemo_dist_conf.families.styles import match_end
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.shard_boxes import local_part, local_values
 from nemo_dist_conf.runtime.torch_inside import generator_of, why_not_adapted
 from nemo_dist_conf.runtime.typed_values import lower_dtype
-from nemo_dist_conf.schema.adapter import patterns_of
+from nemo_dist_conf.schema.adapter import ALL_LINEAR, patterns_of
 from nemo_dist_conf.wording import assigned
 
 __all__ = [
-    "ALL_LINEAR",
     "Adapter",
     "adapted",
     "adapter_of",
@@ -39,8 +38,6 @@ __all__ = [
     "set_magnitudes",
 ]
 
-#: The target that means every linear layer but the output head.
-ALL_LINEAR = "all-linear"
 #: What peft calls an adapter that has no name.
 _NAME = "default"
 #: Parts of names under which a layer of peft keeps what is its own.
@@ -87,6 +84,8 @@ def adapted(model: nn.Module, adapter: Adapter, seed: int | None = None) -> nn.M
     """
     import peft
 
+    if is_adapted(model):
+        raise _adapted_already(model)
     names, modules = _chosen(model, adapter), _in_full(model, adapter)
     config = peft.LoraConfig(
         r=adapter.rank,
@@ -177,7 +176,7 @@ def _chosen(model: nn.Module, adapter: Adapter) -> list[str]:
     found: dict[str, None] = {}
     problems = []
     for pattern in adapter.targets:
-        names = linear if pattern == ALL_LINEAR else [name for name in modules if _ends_in(name, pattern)]
+        names = linear if pattern == ALL_LINEAR else [name for name in modules if match_end(pattern, name)]
         if not names:
             near = nearest(pattern, sorted({name.rpartition(".")[2] for name in linear})) or [ALL_LINEAR]
             what = f"adapter.targets: no module of {type(model).__name__} has a name that ends in {pattern}"
@@ -242,7 +241,7 @@ def _in_full(model: nn.Module, adapter: Adapter) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, None] = {}
     for pattern in adapter.full:
-        matched = [name for name in names if _ends_in(name, pattern)]
+        matched = [name for name in names if match_end(pattern, name)]
         if not matched:
             near = nearest(pattern, sorted({name.rpartition(".")[2] for name in names}))
             what = f"adapter.modules_to_save: no module of {type(model).__name__} has a name that ends in {pattern}"
@@ -251,11 +250,6 @@ def _in_full(model: nn.Module, adapter: Adapter) -> list[str]:
             raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
         found |= dict.fromkeys(matched)
     return list(found)
-
-
-def _ends_in(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return match_pattern(pattern, ".".join(parts[-len(pattern.split(".")) :]))
 
 
 def _expression(model: nn.Module, names: list[str]) -> str | list[str]:
@@ -273,6 +267,17 @@ def _expression(model: nn.Module, names: list[str]) -> str | list[str]:
 
 def _in_all_layers(name: str) -> str:
     return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+
+
+def _adapted_already(model: nn.Module) -> ConfigError:
+    return ConfigError(
+        Problem(
+            what=f"the given {type(model).__name__} has adapters of peft in its layers already",
+            asked="adapter=lora or dora",
+            allowed="adapter=none, which trains those that it has; or a model without",
+            instead="adapter=none",
+        )
+    )
 
 
 def _not_adapted(adapter: Adapter, error: Exception) -> ConfigError:

@@ -167,9 +167,7 @@ class Tape:
                     break
         return sorted(needed)
 
-    def name_draws(
-        self, named: Mapping[str, Ref], called: Callable[[str], str] = lambda name: name
-    ) -> list[list[str]]:
+    def name_draws(self, named: Mapping[str, Ref], called: Callable[[str], str] = lambda name: name) -> list[list[str]]:
         """Give every operator that draws a key: the first name that it flows into, and its number there.
 
         So what is drawn depends neither on how the model is laid out nor on its other layers, and values derived from
