@@ -165,7 +165,7 @@ def check_values(
     problems += _own_problems(own, Asked(strategy, values, usable, mode, facts, own, spelling), refused)
     if problems or mesh is None:
         return None, problems
-    notes = _notes(values, sizes)
+    notes = _notes(values, sizes, own, world_size)
     return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, spelling, facts, notes, groups=own), []
 
 
@@ -346,10 +346,15 @@ def _changed_while_off(
     ]
 
 
-def _notes(values: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(
+    values: Mapping[str, Any], sizes: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]], world_size: int
+) -> tuple[str, ...]:
     notes = []
     if (sizes["tp_size"] or 1) == 1:
         for name in ("sequence_parallel", "tp_plan"):
             if values.get(name):
                 notes.append(f"strategy.{name} has nothing to split while parallelism.tp_size=1")
+    if own["adapter"]["dropout"] and world_size > 1:
+        said = f"adapter.dropout={own['adapter']['dropout']} is drawn by each rank for what it computes"
+        notes.append(f"{said}, so numbers are not those of one process; with adapter.dropout=0.0 they are")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""Targets of an adapter that mean nothing in a model that is known by its config, told without building it; no torch."""
+"""Targets of an adapter that mean nothing in a model known by its config, told without building it; no torch."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def target_problems(values: Mapping[str, Any], facts: ModelFacts, spelling: Spel
                 continue
             near = [*nearest(pattern, leaves), *every][:3]
             better = [near[0] if other == pattern else other for other in given] if near else []
+            key = spelling.key(f"adapter.{field}")
             yield Problem(
-                what=f"{spelling.key(f'adapter.{field}')}: no module of {facts.model_type} has a name that ends in {pattern}",
+                what=f"{key}: no module of {facts.model_type} has a name that ends in {pattern}",
                 asked=spelling.set(f"adapter.{field}", list(given)),
                 allowed=", ".join(near) or "names of the model's modules",
                 instead=spelling.set(f"adapter.{field}", better),

@@ -11,7 +11,7 @@ from nemo_dist_conf.errors import Problem
 from nemo_dist_conf.names import DType
 from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.option import option
-from nemo_dist_conf.wording import Spelling, unknown_name
+from nemo_dist_conf.wording import Spelling, typed, unknown_name
 
 __all__ = ["ADAPTER_KINDS", "ALL_LINEAR", "AdapterConf", "adapter_problems", "idle_adapter", "patterns_of"]
 
@@ -94,9 +94,7 @@ def adapter_problems(values: Mapping[str, Any], asked: Asked) -> Iterator[Proble
 def _wrong(name: str, value: Any, allowed: str, instead: Any, spelling: Spelling) -> Problem:
     key = f"adapter.{name}"
     return Problem(
-        what=f"{spelling.key(key)} is out of range"
-        if isinstance(value, (int, float))
-        else f"{spelling.key(key)} is wrong",
+        what=f"{spelling.key(key)} cannot be {typed(value)}",
         asked=spelling.set(key, value),
         allowed=allowed,
         instead=spelling.set(key, instead),

@@ -1,7 +1,7 @@
 """Adapters of peft in a model's layers: where they go, how they start, and what the base's tensors are called then.
 
-Layers are replaced inside of the model, which stays of its own class, with its own names, plans and blocks; no PeftModel
-is put around it. Everything but the adapters, and modules that are trained in full, is frozen in the dtype that it has.
+Layers are replaced inside of the model, which stays of its own class, with its own names, plans and blocks; no
+PeftModel is put around it. Everything but the adapters, and modules that are trained in full, is frozen in its dtype.
 
     adapted(model, Adapter("lora", rank=8, alpha=16, targets=("q_proj", "v_proj")), seed)
 """
@@ -79,7 +79,7 @@ def adapted(model: nn.Module, adapter: Adapter, seed: int | None = None) -> nn.M
     """The model with the adapter in its layers; changed in place.
 
     What an adapter begins with depends on the seed and its name alone: A is drawn as peft draws it, B is zero, so that
-    the model computes what it did. seed None: torch's generators are taken as they are, while a constructor is recorded.
+    the model computes what it did. seed None: torch's generators are taken as they are, as while a model is recorded.
     Raises ConfigError for patterns that match nothing, and for what peft does not adapt.
     """
     import peft

@@ -1,5 +1,5 @@
-"""The only modules that touch what torch, transformers, peft and megatron-fsdp do not publish: what, in which versions, why,
-and which test breaks when it changes.
+"""The only modules that touch what torch, transformers, peft and megatron-fsdp do not publish: what, in which versions,
+why, and which test breaks when it changes.
 
 Those of pipelines and of parallel styles are imported from their own modules, where they are used: they load more.
 """

@@ -1,8 +1,8 @@
 """Layers with an adapter of peft's under tensor parallelism: what a style of a layer means for all that is in it.
 
 A layer's adapter is split with it. Beside a layer whose outputs are split, B is split alike and A is whole; beside one
-whose inputs are split, A is and B is whole. What lies between A and B is as narrow as the adapter, and every rank has all
-of it, so no gradient of a whole matrix has to be summed but under sequence parallelism, where B meets a part of the
+whose inputs are split, A is and B is whole. What lies between A and B is as narrow as the adapter, and every rank has
+all of it, so no gradient of a whole matrix has to be summed but under sequence parallelism, where B meets a part of the
 sequence. Tensors are [batch, seq, hidden].
 """
 
@@ -82,7 +82,7 @@ def _of_embedding(name: str, sequence: bool) -> ConfigError:
 class SplitMagnitude(Style):
     """DoRA's magnitude beside a layer that is split, and its forward on parts of the layer's weights.
 
-    The length of a row is that of all of it: where a rank has a part of each row, the squares are summed over the ranks.
+    The length of a row is that of all of it: where a rank has a part of each row, squares are summed over the ranks.
     """
 
     def __init__(self, style: str) -> None:

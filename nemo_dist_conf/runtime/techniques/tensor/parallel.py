@@ -270,7 +270,7 @@ def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _is_adapted(model: nn.Module) -> bool:
-    """Whether layers are wrapped with adapters of another kind than LoRA: no family's plan says what to do with these."""
+    """Whether layers have adapters of another kind than LoRA: no family's plan says what to do with these."""
     wrapped = [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
     return not all(hasattr(module, "lora_A") for module in wrapped)
 
