@@ -29,7 +29,7 @@ from nemo_dist_conf.recipe.node_checks import model_problems
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start, launch_command
-from nemo_dist_conf.wording import assigned, typed_path, unknown_name
+from nemo_dist_conf.wording import Spelling, assigned, typed_path, unknown_name
 
 __all__ = [
     "autocast_of",
@@ -38,6 +38,7 @@ __all__ = [
     "model_config",
     "model_shape",
     "planned_start",
+    "refuse_adapter",
     "update_of",
 ]
 
@@ -58,23 +59,23 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
     model = None if has_to_be_built else model_shape(cfg, builds=False)
     with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
-        _refuse_adapter(checked)
+        refuse_adapter(checked.groups["adapter"]["kind"], checked.spelling)
         if model is None:  # after the rules, because it takes seconds
             model = model_shape(cfg)
         return _job(cfg, checked, machine, model)
 
 
-def _refuse_adapter(checked: Checked) -> None:
-    kind = checked.groups["adapter"]["kind"]
+def refuse_adapter(kind: str, spelling: Spelling = Spelling()) -> None:
+    """Raise ConfigError for an adapter, which no plan counts. kind: of the group ``adapter``."""
     if kind != "none":
         what = f"a plan does not count adapters, nor what a frozen base saves (adapter={kind})"
         allowed = "adapter=none, with gradients and states of all parameters, for a bound from above of their memory"
         raise ConfigError(
             Problem(
                 what=what,
-                asked=checked.spelling.choose("adapter", kind),
+                asked=spelling.choose("adapter", kind),
                 allowed=allowed,
-                instead=checked.spelling.choose("adapter", "none"),
+                instead=spelling.choose("adapter", "none"),
             )
         )
 
