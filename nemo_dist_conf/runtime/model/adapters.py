@@ -151,7 +151,9 @@ def set_magnitudes(model: nn.Module) -> None:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.detach().to(weight.device_mesh.device_type).full_tensor()  # offloaded, it rests on the CPU
 
 
 # Which layers.
