@@ -32,6 +32,12 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LLAMA = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 GPT2 = ["c_attn", "c_proj", "c_fc"]
 FP32 = ("strategy.mp_policy=null",)
+#: A plan of styles that no family here has in its row.
+PACKED = (
+    "strategy.tp_plan={transformer.h.*.attn.c_attn:packed_qkv_colwise,transformer.h.*.attn.c_proj:rowwise,"
+    "transformer.h.*.attn:split_heads,transformer.h.*.mlp.c_fc:colwise,transformer.h.*.mlp.c_proj:rowwise,"
+    "lm_head:colwise_gather_output,transformer.wte:embedding_rowwise}"
+)
 
 #: name -> (family, kind, ranks, words, fields)
 CASES: dict[str, tuple[str, str, int, tuple[str, ...], dict[str, Any]]] = {
@@ -46,7 +52,8 @@ CASES: dict[str, tuple[str, str, int, tuple[str, ...], dict[str, Any]]] = {
         {"targets": LLAMA, "modules_to_save": ["lm_head"]},
     ),
     "sp, dora": ("llama", "dora", 2, (*FP32, *SP), {"targets": LLAMA}),
-    "tp of one weight for three, turned, dora": ("gpt2", "dora", 2, (*FP32, *TP), {"targets": GPT2}),
+    "tp of one weight for three, turned, dora": ("gpt2", "dora", 2, (*FP32, *TP, PACKED), {"targets": GPT2}),
+    "tp of rows that are found": ("gpt2", "lora", 2, (*FP32, *TP), {"targets": GPT2}),
     "tp of a mixer": ("mamba", "lora", 2, (*FP32, *TP), {"targets": ["in_proj", "x_proj"]}),
     "cp": ("qwen3", "dora", 2, (*FP32, *CP), {"targets": LLAMA}),
     "pp, embedding": ("llama", "lora", 2, (*FP32, *PP), {"targets": [*ATTENTION, "embed_tokens"]}),
@@ -185,7 +192,11 @@ def test_an_exported_adapter_and_a_merged_folder_give_the_logits_of_the_run(
     plain = AutoModelForCausalLM.from_pretrained(folders[base])
     with torch.no_grad():
         assert float((plain(_ids()).logits - wanted).abs().max()) > 1e-2
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(_ids()).logits
+        of_folder = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        assert of_folder.config.tie_word_embeddings == (
+            base == "gpt2"
+        )  # a head that was trained by itself is no longer
+        merged = of_folder(_ids()).logits
         adapted = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(_ids()).logits
     assert torch.allclose(merged, wanted, atol=1e-5) and torch.equal(adapted, wanted)
 

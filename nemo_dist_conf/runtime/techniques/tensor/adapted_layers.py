@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.styles import STYLES
-from nemo_dist_conf.runtime.model.shard_boxes import cut_boxes, joined
+from nemo_dist_conf.runtime.model.shard_boxes import cut_boxes
 from nemo_dist_conf.runtime.techniques.tensor.local_parameters import split_parameter
 from nemo_dist_conf.runtime.torch_inside import own_parameters
 from nemo_dist_conf.runtime.torch_inside.styles import Style, packed_shard
@@ -90,11 +90,9 @@ class SplitMagnitude(Style):
 
     def parallelized(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         known = self.style
-        if known.splits == "output" and known.keeps_part:
-            placement = packed_shard(0, known.packed) if known.packed > 1 else Shard(0)
-            split_parameter(module, "weight", device_mesh, placement)
-        else:
-            split_parameter(module, "weight", device_mesh, Replicate())
+        # Of several in one a rank would have parts of a vector, which fully_shard cannot cut once more: it is whole.
+        is_split = known.splits == "output" and known.keeps_part and known.packed == 1
+        split_parameter(module, "weight", device_mesh, Shard(0) if is_split else Replicate())
         module.forward = _SplitForward(module, device_mesh, known)
         return module
 
@@ -158,6 +156,8 @@ class _SplitForward:
             return weight
         if isinstance(like, DTensor):
             return weight.redistribute(placements=[Replicate()])  # in backward parts of its gradient are summed
+        if self._keeps_part and self.style.packed > 1:
+            return self._part(weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()]))
         return weight.to_local()
 
     def _of_output(self, bias: Any, like: Tensor) -> Tensor:
@@ -167,8 +167,13 @@ class _SplitForward:
         if not isinstance(bias, DTensor):
             return bias
         if self._keeps_part and self.style.packed > 1:  # whole on every rank
-            return joined(_local(bias), cut_boxes(bias.shape, self.mesh, [packed_shard(0, self.style.packed)]))
+            return self._part(_local(bias))
         return bias.to_local() if self._keeps_part else bias.full_tensor()
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """The rank's part of a vector of several in one."""
+        boxes = cut_boxes(whole.shape, self.mesh, [packed_shard(0, self.style.packed)])
+        return torch.cat([one.box.of(whole) for one in boxes])
 
     def _meeting(self, plain: Tensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor):
