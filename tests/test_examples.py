@@ -58,8 +58,8 @@ def test_own_loop_goes_on_under_another_strategy_and_on_other_ranks_where_a_sign
     assert len(losses(whole)) == 63 and losses(whole)[-1] < losses(whole)[0] / 2
     command = [sys.executable, str(app), *words]
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=environ, **pipes) as stopped:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=pipe, stderr=pipe, text=True) as stopped:
         assert stopped.stdout is not None and stopped.stderr is not None
         read = next(line for line in iter(stopped.stdout.readline, "") if "loss" in line)
         stopped.send_signal(signal.SIGTERM)

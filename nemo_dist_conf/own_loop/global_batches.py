@@ -5,6 +5,7 @@ Shapes: R rows of the dataset, B rows of a global batch, D data ranks; a rank re
 
 from __future__ import annotations
 
+import math
 from typing import Any, Iterator, Mapping
 
 import torch
@@ -90,10 +91,21 @@ class GlobalBatches:
         """Batches that are left. Raises TypeError where there is no end."""
         if self._end is None:
             raise TypeError("GlobalBatches(epochs=None) has no end, so no length")
-        return self._batches(self._end - self._taken)
+        return int(self.left(self._taken))
 
-    def _batches(self, left: int) -> int:
-        return max(0, left // self.size if self.last == "drop" else -(-left // self.size))
+    def left(self, taken: int) -> float:
+        """Batches after ``taken`` rows; inf without an end."""
+        if self._end is None:
+            return math.inf
+        rows = self._end - taken
+        return max(0, rows // self.size if self.last == "drop" else -(-rows // self.size))
+
+    def hand_out(self) -> None:
+        """Take note that the loop has the next batch; the loader does."""
+        _, self.counted = self.ids(self._taken)
+        self._taken += self.size
+        if self._end is not None:
+            self._taken = min(self._taken, self._end)
 
     def rewind(self) -> None:
         """Begin anew with the first row: for a validation set, which is read whole each time."""
@@ -159,9 +171,7 @@ class _Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         batches = self._batches
         for batch in super().__iter__():
-            _, batches.counted = batches.ids(batches.taken)
-            end = batches.taken + batches.size
-            batches._taken = end if batches._end is None else min(end, batches._end)
+            batches.hand_out()
             yield batch
 
 
@@ -176,6 +186,6 @@ class _Ahead:
 
     def __iter__(self) -> Iterator[list[int]]:
         batches, taken = self.batches, self.batches.taken
-        while batches._end is None or batches._batches(batches._end - taken):
+        while batches.left(taken) > 0:
             yield batches.ids(taken)[0].tolist()
             taken += batches.size
