@@ -18,6 +18,8 @@ __all__ = ["Merge", "adapter_fields", "adapter_names", "base_sources", "merges"]
 
 #: Of peft's settings of an adapter, those that say what it computes.
 _FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "target_modules", "modules_to_save")
+#: Those that would have it compute something else.
+_OTHERS = ("use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "target_parameters", "layer_replication")
 #: What peft puts before the names of a model that it wraps.
 _PEFT = "base_model.model."
 
@@ -26,8 +28,10 @@ def adapter_fields(model: nn.Module) -> dict[str, Any] | None:
     """What a checkpoint keeps of the settings of an adapter that a model was given; None where it has none of ours."""
     for part in engine_of(model).parts(model):
         configs: Any = getattr(part, "peft_config", None)
-        config = configs.get("default") if isinstance(configs, dict) else None
-        if type(config).__name__ == "LoraConfig" and type(part).__module__.partition(".")[0] != "peft":
+        config = configs.get("default") if isinstance(configs, dict) and len(configs) == 1 else None
+        is_inside = type(part).__module__.partition(".")[0] != "peft"
+        # Of one that a user has put there himself other settings may say what it computes.
+        if type(config).__name__ == "LoraConfig" and is_inside and not any(getattr(config, name) for name in _OTHERS):
             values = {name: getattr(config, name) for name in _FIELDS}
             return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
     return None

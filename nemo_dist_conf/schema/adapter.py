@@ -13,10 +13,10 @@ from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.option import option
 from nemo_dist_conf.wording import Spelling, typed, unknown_name
 
-__all__ = ["ADAPTER_KINDS", "ALL_LINEAR", "AdapterConf", "adapter_problems", "idle_adapter", "patterns_of"]
+__all__ = ["ALL_LINEAR", "AdapterConf", "adapter_problems", "idle_adapter", "patterns_of"]
 
 #: What ``adapter.kind`` accepts, as the group's options are called.
-ADAPTER_KINDS: tuple[str, ...] = ("none", "lora", "dora")
+_KINDS: tuple[str, ...] = ("none", "lora", "dora")
 #: The target that means every linear layer but the output head.
 ALL_LINEAR = "all-linear"
 #: Not float16, which is too narrow to add small steps to.
@@ -49,13 +49,13 @@ def idle_adapter(asked: Asked) -> Idle | None:
 def adapter_problems(values: Mapping[str, Any], asked: Asked) -> Iterator[Problem]:
     """What cannot work in the settings."""
     spelling, kind = asked.spelling, values["kind"]
-    if kind not in ADAPTER_KINDS:
+    if kind not in _KINDS:
         yield unknown_name(
             kind,
-            ADAPTER_KINDS,
+            _KINDS,
             what=f"adapter.kind={kind} is no adapter",
             asked=spelling.set("adapter.kind", kind),
-            allowed=", ".join(ADAPTER_KINDS),
+            allowed=", ".join(_KINDS),
             offer=lambda known: spelling.choose("adapter", known),
         )
         return

@@ -153,7 +153,8 @@ def set_magnitudes(model: nn.Module) -> None:
 def _whole(weight: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         return weight
-    return weight.detach().to(weight.device_mesh.device_type).full_tensor()  # offloaded, it rests on the CPU
+    moved: Any = weight.detach().to(weight.device_mesh.device_type)  # offloaded, it rests on the CPU
+    return moved.full_tensor()
 
 
 # Which layers.

@@ -63,7 +63,7 @@ def _of_layer(name: str, layer: Any, style: str, sequence: bool) -> dict[str, An
     for key in layer.lora_A:
         found |= {f"{name}.lora_A.{key}": a, f"{name}.lora_B.{key}": b}
         if key in layer.lora_magnitude_vector:
-            found[f"{name}.lora_magnitude_vector.{key}"] = SplitMagnitude(style)
+            found[f"{name}.lora_magnitude_vector.{key}"] = _SplitMagnitude(style)
     return found
 
 
@@ -79,7 +79,7 @@ def _of_embedding(name: str, sequence: bool) -> ConfigError:
     )
 
 
-class SplitMagnitude(Style):
+class _SplitMagnitude(Style):
     """DoRA's magnitude beside a layer that is split, and its forward on parts of the layer's weights.
 
     The length of a row is that of all of it: where a rank has a part of each row, squares are summed over the ranks.
