@@ -36,6 +36,7 @@ OWN_GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "context": {"default": {}},
     "recompute": {"default": {}},
     "trainable": {"default": {}},
+    "adapter": {"none": {}, "lora": {"kind": "lora"}, "dora": {"kind": "dora"}},
 }
 
 

@@ -214,7 +214,7 @@ ENTRIES = [
 
 @pytest.mark.parametrize("name, text", ENTRIES)
 def test_every_entry_names_versions_and_a_test_that_exists(name: str, text: str) -> None:
-    assert re.search(r"(Hydra|OmegaConf|torch|transformers|megatron-fsdp) \d", text), f"{name}: no version"
+    assert re.search(r"(Hydra|OmegaConf|torch|transformers|peft|megatron-fsdp) \d", text), f"{name}: no version"
     named = re.findall(r"(tests/[\w/]+\.py)(?:,\s+(test_\w+))?", text)
     assert named, f"{name}: no test"
     for file, test in named:

@@ -10,16 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_dist_conf.checkpoint.export import export_hf
+    from nemo_dist_conf.checkpoint.export import export_adapter, export_hf
     from nemo_dist_conf.checkpoint.manifest import find_checkpoint
     from nemo_dist_conf.checkpoint.save_and_load import Restored, load, save
     from nemo_dist_conf.checkpoint.series import Checkpoints
 
-__all__ = ["Checkpoints", "Restored", "export_hf", "find_checkpoint", "load", "save"]
+__all__ = ["Checkpoints", "Restored", "export_adapter", "export_hf", "find_checkpoint", "load", "save"]
 
 _HOMES = {
     "Checkpoints": "series",
     "Restored": "save_and_load",
+    "export_adapter": "export",
     "export_hf": "export",
     "find_checkpoint": "manifest",
     "load": "save_and_load",

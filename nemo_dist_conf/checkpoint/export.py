@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_dist_conf.checkpoint.adapter_export import Merge, adapter_names, base_sources, merges
 from nemo_dist_conf.checkpoint.manifest import (
     STATE,
     Manifest,
@@ -37,7 +38,7 @@ from nemo_dist_conf.runtime.model.shard_boxes import Box
 from nemo_dist_conf.runtime.model.stored_names import Part, stored_parts
 from nemo_dist_conf.runtime.rank_agreement import together
 
-__all__ = ["export_hf"]
+__all__ = ["export_adapter", "export_hf"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def export_hf(
 ) -> Path:
     """Write the weights of a checkpoint as ``AutoModelForCausalLM.from_pretrained`` loads them; returns the folder.
 
+    An adapter is merged into them; ``export_adapter`` writes it by itself.
     checkpoint: of a model of transformers. folder: replaced where it exists, once the new one is complete.
     tokenizer: a folder or tokenizer.json to be put beside the weights. shard_bytes: of a file, at most.
     Every rank calls it where there are several; a single process does as well.
@@ -63,10 +65,10 @@ def export_hf(
     source, target = Path(checkpoint), Path(folder).absolute()
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    (manifest, index, model), _ = together(lambda: _opened(source), lambda opened: opened[0].files)
+    (manifest, index, model, adapter), _ = together(lambda: _opened(source), lambda opened: opened[0].files)
     together(lambda: _refuse(source, wrong_bytes(manifest, sorted(manifest.files)[rank::world_size])))
     parts = stored_parts(model)
-    names, _ = together(lambda: _names(source, index, model, parts))
+    names, _ = together(lambda: _names(source, index, model, parts, adapter))
     files = _files(names, shard_bytes)
     partial = [target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:8]}")]
     if world_size > 1:
@@ -100,22 +102,78 @@ def export_hf(
     return target
 
 
-class _Source:
-    """What a tensor of the exported folder is made of: a part of a tensor of the checkpoint."""
+def export_adapter(checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
+    """Write the adapter of a checkpoint as ``peft.PeftModel.from_pretrained`` loads it; returns the folder.
 
-    def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], box: Box) -> None:
-        self.name, self.dtype, self.shape, self.box = name, dtype, shape, box
+    checkpoint: of a model of transformers that was trained with ``adapter=lora`` or ``dora``. folder: replaced where it
+    exists. Every rank calls it where there are several, and rank 0 writes.
+    Raises DataError for a damaged checkpoint or one without an adapter, TrainingError where it cannot be written.
+    """
+    source, target = Path(checkpoint), Path(folder).absolute()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def write() -> str:
+        manifest = read_manifest(source)
+        _refuse(source, wrong_sizes(manifest) or (wrong_bytes(manifest, sorted(manifest.files)) if not rank else ""))
+        fields = read_json(source, STATE).get("adapter")
+        if fields is None:
+            what, asked = f"{source} holds no adapter", f"export_adapter({str(source)!r}, ...)"
+            allowed = "a checkpoint of a run with adapter=lora or adapter=dora"
+            instead = f"export_hf({str(source)!r}, ...)"
+            raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
+        return _written_adapter(manifest, fields, target) if rank == 0 else ""
+
+    failed = next((reason for reason in together(write, lambda reason: reason)[1] if reason), "")
+    if failed:
+        raise TrainingError(f"{target} could not be written: {failed}\n  kept    {source}")
+    log.info("exported the adapter of %s to %s", source, target)
+    return target
+
+
+def _written_adapter(manifest: Manifest, fields: Mapping[str, Any], target: Path) -> str:
+    """What went wrong, if anything."""
+    import peft
+
+    index = Index.read(manifest)
+    held = {name.removeprefix("model."): entry for name, entry in index.stored.items() if name.startswith("model.")}
+    sources = {
+        name: _Source(f"model.{place}", held[place].dtype, held[place].shape, _box(Part(place, ()), held[place].shape))
+        for name, place in adapter_names(held).items()
+    }
+    layout = {name: (source.dtype, source.shape) for name, source in sources.items()}
+    partial = target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        values = _values(FolderReader(manifest, index), sources, list(sources))
+        write_tensors(partial / "adapter_model.safetensors", layout, values, {"format": "pt"})
+        peft.LoraConfig(**fields, inference_mode=True).save_pretrained(str(partial))
+        _put_in_place(partial, target)
+    except OSError as error:
+        return str(error.strerror)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ""
+
+
+class _Source:
+    """What a tensor of the exported folder is made of: a part of a tensor of the checkpoint, and an adapter to it."""
+
+    def __init__(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...], box: Box, merge: Merge | None = None
+    ) -> None:
+        self.name, self.dtype, self.shape, self.box, self.merge = name, dtype, shape, box, merge
 
     @property
     def bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def _opened(source: Path) -> tuple[Manifest, Index, Any]:
-    """Manifest, index, and the model on meta."""
+def _opened(source: Path) -> tuple[Manifest, Index, Any, Mapping[str, Any] | None]:
+    """Manifest, index, the model on meta without an adapter, and the settings of an adapter."""
     manifest = read_manifest(source)
     _refuse(source, wrong_sizes(manifest))
-    fields = read_json(source, STATE).get("model")
+    state = read_json(source, STATE)
+    fields = state.get("model")
     asked = f"export_hf({str(source)!r}, ...)"
     if not fields:
         what = f"{source} holds no model of transformers"
@@ -141,7 +199,7 @@ def _opened(source: Path) -> tuple[Manifest, Index, Any]:
         allowed = "a causal language model of the installed transformers; the files are safetensors too"
         instead = f"safetensors.torch.load_file({str(source / _FIRST)!r})"
         raise DataError(Problem(what=what, asked=asked, allowed=allowed, instead=instead)) from error
-    return manifest, Index.read(manifest), model
+    return manifest, Index.read(manifest), model, state.get("adapter")
 
 
 def _refuse(source: Path, finding: str) -> None:
@@ -149,9 +207,17 @@ def _refuse(source: Path, finding: str) -> None:
         raise damaged(source, finding)
 
 
-def _names(source: Path, index: Index, model: Any, parts: Mapping[str, Part]) -> dict[str, _Source]:
+def _names(
+    source: Path, index: Index, model: Any, parts: Mapping[str, Part], adapter: Mapping[str, Any] | None
+) -> dict[str, _Source]:
     """Every tensor of the folder by its stored name; tied ones once, under the name that the checkpoint has."""
-    stored = {name.removeprefix("model."): entry for name, entry in index.stored.items() if name.startswith("model.")}
+    held = {name.removeprefix("model."): entry for name, entry in index.stored.items() if name.startswith("model.")}
+    places, added = dict(zip(held, held)), dict[str, Merge]()
+    if adapter is not None:
+        places, added = base_sources(held), merges(held, adapter, model)
+        if any(".modules_to_save." in places.get(name, "") for group in tied_names(model) for name in group):
+            model.config.tie_word_embeddings = False  # one of the two was trained by itself
+    stored = {base: held[name] for base, name in places.items()}
     followers = {name for group in tied_names(model) for name in group if name not in stored}
     wanted = parts or {name: Part(name, tuple(value.shape)) for name, value in model.state_dict().items()}
     _refuse_others(source, stored, {part.parameter for part in wanted.values()} - followers, model)
@@ -160,7 +226,8 @@ def _names(source: Path, index: Index, model: Any, parts: Mapping[str, Part]) ->
         if part.parameter in followers:
             continue
         entry = stored[part.parameter]
-        names[name] = _Source(f"model.{part.parameter}", entry.dtype, part.shape, _box(part, entry.shape))
+        place, box = places[part.parameter], _box(part, entry.shape)
+        names[name] = _Source(f"model.{place}", entry.dtype, part.shape, box, added.get(place))
     return names
 
 
@@ -203,13 +270,21 @@ def _files(names: Mapping[str, _Source], shard_bytes: int) -> dict[str, list[str
 
 
 def _values(reader: FolderReader, names: Mapping[str, _Source], wanted: list[str]) -> Iterator[Tensor]:
-    for name in wanted:
-        source = names[name]
-        value = torch.empty(source.box.sizes, dtype=source.dtype)
-        for place, box in reader.index.parts(source.name):
-            both = source.box.shared(box)
+    def read(name: str, wanted: Box | None = None) -> Tensor:
+        entry = reader.index.stored[name]
+        whole = wanted or Box((0,) * len(entry.shape), entry.shape)
+        value = torch.empty(whole.sizes, dtype=entry.dtype)
+        for place, box in reader.index.parts(name):
+            both = whole.shared(box)
             if both is not None:
                 both[0].of(value).copy_(both[1].of(reader.read(*place)))
+        return value
+
+    for name in wanted:
+        source = names[name]
+        value = read(source.name, source.box)
+        if source.merge is not None:
+            value = source.merge(value, lambda other: read(f"model.{other}"))
         yield value.view(source.shape)
 
 

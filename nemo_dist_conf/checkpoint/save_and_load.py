@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from nemo_dist_conf.checkpoint.adapter_export import adapter_fields
 from nemo_dist_conf.checkpoint.buffers import make_buffers_equal
 from nemo_dist_conf.checkpoint.json_values import from_json, random_state, set_random_state, to_json
 from nemo_dist_conf.checkpoint.loading import Loading, Saved, SavedObjects, compare
@@ -90,6 +91,7 @@ class Snapshot:
 
     of_rank: texts that belong to this rank alone. summary: what the coordinator is told of this rank. optimizer: its
     class. objects: what state.json has of the others. model: the config of a model of transformers.
+    adapter: the settings of an adapter in it.
     """
 
     step: int
@@ -101,6 +103,7 @@ class Snapshot:
     groups: list[dict[str, Any]]
     config: str | None
     model: Mapping[str, Any] | None
+    adapter: Mapping[str, Any] | None
 
 
 def save(
@@ -163,6 +166,7 @@ def take_snapshot(
         groups,
         OmegaConf.to_yaml(_without_hydra(config)) if config is not None else None,
         _transformers_config(model),
+        adapter_fields(model),
     )
 
 
@@ -241,6 +245,7 @@ def write_snapshot(
             "groups": [group for one in summaries for group in one["groups"]] or snapshot.groups,
             **snapshot.objects,
             "model": snapshot.model,
+            "adapter": snapshot.adapter,
         }
         files[STATE] = write_file(partial / STATE, json.dumps(state).encode())
         if snapshot.config is not None:

@@ -22,6 +22,7 @@ from nemo_dist_conf.composition.sections import (
 from nemo_dist_conf.composition.store import is_ours
 from nemo_dist_conf.composition.text_values import text_problems, told_as_texts, unread_problems
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.families.adapter_rules import target_problems
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, facts_from_folder
 from nemo_dist_conf.families.model_rules import layerdrop_problems, model_problems
 from nemo_dist_conf.families.plan_rules import plan_problems
@@ -158,12 +159,13 @@ def check_values(
     problems += _section_problems(pipeline, moe, sizes, usable, facts, spelling, answered)
     problems += model_problems(facts, usable, world_size, seq_len, spelling, moe)
     problems += plan_problems(values.get("tp_plan"), facts, spelling)
+    problems += target_problems(sections["adapter"], facts, spelling)
     own = {name: sections[name] for name in OWN_SCHEMAS}
     refused = any(sizes[name] != size for name, size in usable.items())
     problems += _own_problems(own, Asked(strategy, values, usable, mode, facts, own, spelling), refused)
     if problems or mesh is None:
         return None, problems
-    notes = _notes(values, sizes)
+    notes = _notes(values, sizes, own, world_size)
     return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, spelling, facts, notes, groups=own), []
 
 
@@ -344,10 +346,15 @@ def _changed_while_off(
     ]
 
 
-def _notes(values: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(
+    values: Mapping[str, Any], sizes: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]], world_size: int
+) -> tuple[str, ...]:
     notes = []
     if (sizes["tp_size"] or 1) == 1:
         for name in ("sequence_parallel", "tp_plan"):
             if values.get(name):
                 notes.append(f"strategy.{name} has nothing to split while parallelism.tp_size=1")
+    if own["adapter"]["dropout"] and world_size > 1:
+        said = f"adapter.dropout={own['adapter']['dropout']} is drawn by each rank for what it computes"
+        notes.append(f"{said}, so numbers are not those of one process; with adapter.dropout=0.0 they are")
     return tuple(notes)

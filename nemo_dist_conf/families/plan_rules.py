@@ -16,7 +16,7 @@ from nemo_dist_conf.families.styles import STYLES, find_style, match_pattern, un
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.wording import Spelling
 
-__all__ = ["plan_problems", "style_names"]
+__all__ = ["known_modules", "plan_problems", "style_names"]
 
 _KEY = "strategy.tp_plan"
 
@@ -99,6 +99,11 @@ def _modules(facts: ModelFacts) -> list[str]:
     others = [places.embedding, places.final_norm, f"{places.blocks}.*", *places.unstyled]
     base = [places.base] if places.base else []
     return [*map(places.in_base, (*inside, *others)), places.head, *base]
+
+
+def known_modules(facts: ModelFacts) -> list[str]:
+    """Names of all modules of a causal language model; empty where its family's row does not say them all."""
+    return list(dict.fromkeys(_matching(_modules(facts), facts)))
 
 
 def _matching(patterns: list[str], facts: ModelFacts) -> list[str]:

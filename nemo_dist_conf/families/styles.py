@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-__all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_pattern", "sequence_twin", "unalias"]
+__all__ = ["SEQUENCE_STYLES", "STYLES", "Style", "find_style", "match_end", "match_pattern", "sequence_twin", "unalias"]
 
 
 @dataclass(frozen=True)
@@ -183,3 +183,9 @@ def match_pattern(pattern: str, name: str) -> bool:
     return len(parts) == len(wanted) and all(
         part == want or (not want.isidentifier() and fnmatchcase(part, want)) for part, want in zip(parts, wanted)
     )
+
+
+def match_end(pattern: str, name: str) -> bool:
+    """Whether a module's name ends in what a pattern means: ``q_proj``, ``self_attn.*_proj``, ``layers.0.mlp.*``."""
+    parts = name.split(".")
+    return match_pattern(pattern, ".".join(parts[-len(pattern.split(".")) :]))

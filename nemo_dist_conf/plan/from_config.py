@@ -42,6 +42,7 @@ __all__ = [
     "model_shape",
     "planned_start",
     "untrained_of",
+    "refuse_adapter",
     "update_of",
 ]
 
@@ -62,9 +63,25 @@ def job_of(cfg: DictConfig, world_size: int, hardware: HardwareConf | str | None
     model = None if has_to_be_built else model_shape(cfg, builds=False)
     with about_to_start(planned_start(world_size, machine)):
         checked = check_recipe(cfg, world_size)
+        refuse_adapter(checked.groups["adapter"]["kind"], checked.spelling)
         if model is None:  # after the rules, because it takes seconds
             model = model_shape(cfg)
         return _job(cfg, checked, machine, model)
+
+
+def refuse_adapter(kind: str, spelling: Spelling = Spelling()) -> None:
+    """Raise ConfigError for an adapter, which no plan counts. kind: of the group ``adapter``."""
+    if kind != "none":
+        what = f"a plan does not count adapters, nor what a frozen base saves (adapter={kind})"
+        allowed = "adapter=none, with gradients and states of all parameters, for a bound from above of their memory"
+        raise ConfigError(
+            Problem(
+                what=what,
+                asked=spelling.choose("adapter", kind),
+                allowed=allowed,
+                instead=spelling.choose("adapter", "none"),
+            )
+        )
 
 
 def _is_built(cfg: DictConfig) -> bool:

@@ -23,6 +23,7 @@ from nemo_dist_conf.plan.from_config import (
     model_config,
     model_shape,
     planned_start,
+    refuse_adapter,
     untrained_of,
     update_of,
 )
@@ -112,6 +113,7 @@ def search(
     if taken:
         what, allowed = "a search chooses layouts itself", "words for the model, the data, the batch and the optimizer"
         raise ConfigError(Problem(what=what, asked=" ".join(taken), allowed=allowed, instead=instead))
+    refuse_adapter(str(OmegaConf.select(cfg, "adapter.kind") or "none"))
     machine = hardware_of(cfg.get("hardware") if hardware is None else hardware)
     seek = _Search(cfg, machine)
     with about_to_start(planned_start(world_size, machine)):

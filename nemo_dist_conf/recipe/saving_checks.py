@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, Iterable, Mapping
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_dist_conf.checkpoint.manifest import damaged, find_checkpoint, read_manifest, wrong_sizes
 from nemo_dist_conf.errors import DataError, Problem
@@ -26,8 +26,8 @@ def saving_problems(config: DictConfig, defaults: Mapping[str, Any]) -> Iterable
             yield _problem(name, value, f"a number of {unit}, 1 or more; null", defaults[name] or 100)
     if not isinstance(node.get("async"), bool):
         yield _problem("async", node.get("async"), "true, false", False)
-    if node.get("export") not in (None, "hf"):
-        yield _problem("export", node.get("export"), "hf, null", "hf")
+    if node.get("export") not in (None, "hf", "adapter"):
+        yield _problem("export", node.get("export"), "adapter, hf, null", "hf")
     saves = node.get("every") is not None or node.get("export") is not None
     for name in ("keep", "async"):
         is_told = name == "async" and not isinstance(node.get(name), bool)  # above: it does not fit
@@ -38,6 +38,10 @@ def saving_problems(config: DictConfig, defaults: Mapping[str, Any]) -> Iterable
             yield Problem(what=what, asked=asked, allowed=allowed, instead=f"checkpoint.every=100 {asked}")
     if node.get("export") == "hf":
         yield from _export_problems(config)
+    if node.get("export") == "adapter" and OmegaConf.select(config, "adapter.kind") in (None, "none"):
+        what = "checkpoint.export=adapter writes a folder that peft loads, and nothing has an adapter"
+        allowed = "null; hf, which writes the model; adapter=lora or adapter=dora beside it"
+        yield Problem(what=what, asked="checkpoint.export=adapter", allowed=allowed, instead="checkpoint.export=hf")
     yield from _resume_problems(node.get("resume"))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from nemo_dist_conf.composition.check import Checked, check
 from nemo_dist_conf.runtime.distributed_setup import DistributedSetup, setup_from_checked
 from nemo_dist_conf.runtime.engines.base import Engine, engine_of
+from nemo_dist_conf.runtime.model.adapters import adapter_of
 from nemo_dist_conf.runtime.model.build import Built, build_model, refuse_given_model
 from nemo_dist_conf.runtime.model.load_weights import load_weights
 from nemo_dist_conf.runtime.model.materialise import materialise
@@ -72,9 +73,11 @@ def instantiate(
     engine: type[Engine] = checked.strategy.load_engine()
     whole = engine.whole_up_to(checked.strategy_values)
 
+    adapter = adapter_of(checked.groups["adapter"])
+
     def build() -> Built | None:
         nothing = model is None and node is None
-        return None if nothing else build_model(node, model, seed, info.device, whole)
+        return None if nothing else build_model(node, model, seed, info.device, whole, adapter)
 
     built, marks = together(build, lambda built: (config_mark(cfg), built.mark if built is not None else ""))
     agree_on_config(cfg, [config for config, _ in marks])  # before the meshes: others would be made, and hang

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping
 
 from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.schema.adapter import AdapterConf, adapter_problems, idle_adapter
 from nemo_dist_conf.schema.asked import Asked, Idle
 from nemo_dist_conf.schema.context import ContextConf, context_problems, idle_context
 from nemo_dist_conf.schema.recompute import RecomputeConf, idle_recompute, recompute_problems
@@ -36,6 +37,7 @@ _GROUPS: dict[str, OwnGroup] = {
     "context": OwnGroup(ContextConf, idle_context, context_problems),
     "recompute": OwnGroup(RecomputeConf, idle_recompute, recompute_problems),
     "trainable": OwnGroup(TrainableConf, lambda asked: None, trainable_problems),
+    "adapter": OwnGroup(AdapterConf, idle_adapter, adapter_problems),
 }
 
 #: Group -> its schema.

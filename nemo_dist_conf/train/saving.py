@@ -31,8 +31,6 @@ __all__ = ["Saving", "SavingSettings"]
 
 log = logging.getLogger(__name__)
 
-#: Where the folder of an exported model lies in the output folder.
-_EXPORT = "hf"
 #: Sections that say how a run is executed; that they are others than before changes no number.
 _EXECUTION = (
     *("parallelism.", "strategy.", "pipeline.", "checkpoint.", "device", "activation_checkpointing", "recompute."),
@@ -187,14 +185,17 @@ class Saving:
             return {}
         facts = {"checkpoint": str(self._newest)}
         if self._settings.export is not None:
-            from nemo_dist_conf.checkpoint.export import export_hf
+            from nemo_dist_conf.checkpoint.export import export_adapter, export_hf
 
-            tokenizer, target = self._cfg.data.get("tokenizer"), self._folder / _EXPORT
+            tokenizer, target = self._cfg.data.get("tokenizer"), self._folder / self._settings.export
             if tokenizer is not None and typed_path(tokenizer).exists():
                 tokenizer = typed_path(tokenizer)
             if not self._began_here and target.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
                 log.warning("%s of an earlier run in this folder is now %s", target.name, set_aside(target).name)
-            facts["export"] = str(export_hf(self._newest, target, tokenizer=tokenizer))
+            if self._settings.export == "adapter":
+                facts["export"] = str(export_adapter(self._newest, target))
+            else:
+                facts["export"] = str(export_hf(self._newest, target, tokenizer=tokenizer))
         return facts
 
     def close(self) -> None:

@@ -317,14 +317,18 @@ def wrapped(adapter: str) -> nn.Module:
     model = of_transformers("AutoModelForCausalLM", "llama", **{**BERT, "num_key_value_heads": 2})
     if adapter == "prompt":
         return peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    if adapter == "lora":
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], init_ia3_weights=False)
+    return peft.get_peft_model(model, config)
 
 
 def test_a_model_in_a_wrapper_keeps_its_familys_plan_and_adapted_layers_are_told() -> None:
-    prompt, lora = (functools.partial(seeded, functools.partial(wrapped, adapter)) for adapter in ("prompt", "lora"))
-    assert all(difference < 1e-5 for difference, _ in run_ranks(2, given, prompt, ""))
-    word = run_ranks(2, refusal, lora)[0]
-    assert all(difference < 1e-5 and "lora_B" in str(plan) for difference, plan in run_ranks(2, given, lora, word))
+    prompt, lora, ia3 = (functools.partial(seeded, functools.partial(wrapped, a)) for a in ("prompt", "lora", "ia3"))
+    for known in (prompt, lora):
+        assert all(difference < 1e-5 for difference, _ in run_ranks(2, given, known, ""))
+    word = run_ranks(2, refusal, ia3)[0]
+    assert all(difference < 1e-5 and "base_layer" in str(plan) for difference, plan in run_ranks(2, given, ia3, word))
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:

@@ -22,6 +22,7 @@ from nemo_dist_conf.errors import ConfigError, DataError, NemoDistConfError, Pro
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_folder, plain_floats
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.config_targets import build_target
+from nemo_dist_conf.runtime.model.adapters import Adapter, adapted, base_name
 from nemo_dist_conf.runtime.model.construct import Record, construct, record, record_resets
 from nemo_dist_conf.runtime.model.family_code import import_modeling
 from nemo_dist_conf.runtime.model.load_weights import check_weights
@@ -69,6 +70,7 @@ def build_model(
     seed: int,
     device: torch.device,
     whole: float = 0,
+    adapter: Adapter | None = None,
 ) -> Built:
     """From a module or a factory the caller gave, else from the config node ``model``.
 
@@ -78,9 +80,10 @@ def build_model(
     rank ever holds all of them; where it does what cannot be recorded, it is built with values on every rank, alike.
     whole: elements of parameters up to which a model gets its values here, on ``device``, before it is parallelised:
     all of them where every rank will hold the whole model anyway.
+    adapter: put into its layers; the rest is frozen, in the dtype of the folder that it comes from.
     Raises ConfigError or DataError for what cannot be built.
     """
-    built = _built(node, given, seed, device)
+    built = _built(node, given, seed, device, adapter)
     if dist.is_initialized() and dist.get_world_size() > 1:
         built = _marked(built)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
@@ -144,20 +147,26 @@ def _marked(built: Built) -> Built:
     return dataclasses.replace(built, mark=repr(shapes), sums=lambda: (repr(shapes), []))
 
 
-def _built(node: Any, given: nn.Module | Callable[[], nn.Module] | None, seed: int, device: torch.device) -> Built:
+def _built(
+    node: Any,
+    given: nn.Module | Callable[[], nn.Module] | None,
+    seed: int,
+    device: torch.device,
+    adapter: Adapter | None,
+) -> Built:
     blocks = node.get("blocks") if isinstance(node, (Mapping, DictConfig)) else None
     blocks = OmegaConf.to_container(blocks) if OmegaConf.is_config(blocks) else blocks
     if isinstance(given, nn.Module):
-        return _from_module(given, seed, device, blocks)
+        return _from_module(given, seed, device, blocks, adapter)
     if given is not None:
-        return _from_factory(given, seed, device, blocks)
+        return _from_factory(given, seed, device, blocks, adapter)
     if not isinstance(node, (Mapping, DictConfig)):
         raise _not_a_model(node)
     if "_target_" in node:
         build = functools.partial(build_target, node, "model", instead="model=llama_tiny")
-        return _from_factory(build() if node.get("_partial_") else build, seed, device, None)
+        return _from_factory(build() if node.get("_partial_") else build, seed, device, None, adapter)
     if node.get("name_or_path") or node.get("config"):
-        return _from_transformers(node, seed, device, blocks)
+        return _from_transformers(node, seed, device, blocks, adapter)
     raise _not_a_model(node)
 
 
@@ -192,7 +201,9 @@ def _not_a_model(node: Any) -> ConfigError:
     )
 
 
-def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any) -> Built:
+def _from_module(
+    model: nn.Module, seed: int, device: torch.device, blocks: Any, adapter: Adapter | None = None
+) -> Built:
     tensors = [*model.parameters(), *model.buffers()]
     named = (*model.named_parameters(), *model.named_buffers())
     lazy = [name for name, tensor in named if is_lazy(tensor)]
@@ -205,7 +216,10 @@ def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any)
             )
         )
     if not any(tensor.is_meta for tensor in tensors):
-        return Built(model.to(device), ties=tied_names(model), blocks=blocks)
+        model = model.to(device) if adapter is None else adapted(model.to(device), adapter, seed)
+        return Built(model, ties=tied_names(model), blocks=blocks)
+    if adapter is not None:
+        raise _adapter_on_meta(model)
     if not all(tensor.is_meta for tensor in tensors):
         why = "other tensors of it have values"
     else:
@@ -224,11 +238,32 @@ def _from_module(model: nn.Module, seed: int, device: torch.device, blocks: Any)
     )
 
 
-def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, blocks: Any) -> Built:
+def _adapter_on_meta(model: nn.Module) -> ConfigError:
+    kind = type(model).__name__
+    what = f"the given {kind} is on the meta device, and an adapter begins from the values of its layers"
+    return ConfigError(
+        Problem(
+            what=what,
+            asked="instantiate(cfg, model=module_on_meta), with adapter in cfg",
+            allowed="a module with values, its class or a function that builds it",
+            instead=f"instantiate(cfg, model={kind})",
+        )
+    )
+
+
+def _from_factory(
+    factory: Callable[[], Any], seed: int, device: torch.device, blocks: Any, adapter: Adapter | None = None
+) -> Built:
+    def with_adapter() -> Any:
+        made = factory()
+        return adapted(made, adapter) if adapter is not None and isinstance(made, nn.Module) else made
+
     why = ""
     made: Record | None = None
     try:
-        model, made = record(factory, seed, device)
+        model, made = record(with_adapter, seed, device, lambda name: base_name(name) or name if adapter else name)
+    except ConfigError:
+        raise
     except Exception as error:  # one of the factory's own comes again where it runs once more
         why = textwrap.shorten(_first(error), 200, placeholder=" ...")
         if isinstance(error, NotRecorded):  # said before, because memory may not suffice
@@ -238,7 +273,7 @@ def _from_factory(factory: Callable[[], Any], seed: int, device: torch.device, b
         raise _no_module(model)
     if made is not None:
         return Built(model, made, ties=tied_names(model), blocks=blocks)
-    built = _from_module(model, seed, device, blocks)
+    built = _from_module(model, seed, device, blocks, adapter)
     return built if built.record is not None else dataclasses.replace(built, why_whole=why)
 
 
@@ -248,8 +283,11 @@ def _no_module(made: Any) -> ConfigError:
     return ConfigError(Problem(what=what, asked="model", allowed=allowed, instead="model._target_=..."))
 
 
-def _of_transformers(node: Any) -> tuple[Any, Path | None, Callable[[], nn.Module]]:
-    """(the config that a node describes, the checkpoint folder that it names, what builds the model)."""
+def _of_transformers(node: Any, keeps_dtype: bool = False) -> tuple[Any, Path | None, Callable[[], nn.Module]]:
+    """(the config that a node describes, the checkpoint folder that it names, what builds the model).
+
+    keeps_dtype: the model has the dtype that the folder says it is in, not float32.
+    """
     try:
         import transformers
     except ImportError:
@@ -265,7 +303,9 @@ def _of_transformers(node: Any) -> tuple[Any, Path | None, Callable[[], nn.Modul
     config = _transformers_config(transformers, node, folder)
 
     def factory() -> nn.Module:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    dtype = (config.dtype if keeps_dtype and folder is not None else None) or torch.float32
 
     if getattr(config, "use_cache", False):
         config.use_cache = False  # for generation only: in training it would keep keys and values of every layer
@@ -284,10 +324,12 @@ def _not_built(config: Any, folder: Path | None, error: Exception) -> NemoDistCo
     )
 
 
-def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) -> Built:
-    config, folder, factory = _of_transformers(node)
+def _from_transformers(
+    node: Any, seed: int, device: torch.device, blocks: Any, adapter: Adapter | None = None
+) -> Built:
+    config, folder, factory = _of_transformers(node, keeps_dtype=adapter is not None)
     try:
-        built = _from_factory(factory, seed, device, blocks)
+        built = _from_factory(factory, seed, device, blocks, adapter)
     except ConfigError:
         raise
     except Exception as error:  # of many types, by what a model's constructor does with the fields
@@ -295,7 +337,9 @@ def _from_transformers(node: Any, seed: int, device: torch.device, blocks: Any) 
     if folder is None:
         return built
     parts = check_weights(built.model, folder, built.ties)
-    return dataclasses.replace(built, weights=folder, parts=parts, loaded=frozenset(built.model.state_dict()))
+    state = built.model.state_dict()
+    loaded = frozenset(name for name in state if adapter is None or base_name(name) is not None)
+    return dataclasses.replace(built, weights=folder, parts=parts, loaded=loaded)
 
 
 def _transformers_config(transformers: Any, node: Any, folder: Path | None) -> Any:

@@ -96,11 +96,13 @@ def construct(factory: Callable[[], Any], seed: int) -> Any:
         return factory()
 
 
-def record(factory: Callable[[], Any], seed: int, device: torch.device) -> tuple[Any, Record | None]:
+def record(
+    factory: Callable[[], Any], seed: int, device: torch.device, called: Callable[[str], str] = lambda name: name
+) -> tuple[Any, Record | None]:
     """(what the factory returns, its parameters and buffers on the meta device; how to give them their values).
 
     Tensors that the constructor keeps elsewhere (plain attributes, caches) have their values. None where the factory
-    returned no module.
+    returned no module. called: what a tensor's name is in the key of what is drawn for it.
     Raises NotRecorded, or whatever the factory raises, where it has to be built with values.
     """
     recorder = Recorder(seed, device)
@@ -113,7 +115,7 @@ def record(factory: Callable[[], Any], seed: int, device: torch.device) -> tuple
                 raise NotRecorded(recorder.why_not)
             if not isinstance(model, nn.Module):
                 return model, None
-            return model, _finished(model, recorder, seed, device, new_objects)
+            return model, _finished(model, recorder, seed, device, new_objects, called)
         except Exception as error:
             model = None
             _give_values_to_what_is_left(error, recorder, new_objects)
@@ -162,7 +164,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _finished(
-    model: nn.Module, recorder: Recorder, seed: int, device: torch.device, new_objects: Callable[[], list[Any]]
+    model: nn.Module,
+    recorder: Recorder,
+    seed: int,
+    device: torch.device,
+    new_objects: Callable[[], list[Any]],
+    called: Callable[[str], str] = lambda name: name,
 ) -> Record:
     """The record of a model whose constructor has run; tensors elsewhere have their values then."""
     named = named_tensors(model)
@@ -181,7 +188,7 @@ def _finished(
             if tensor not in others:
                 others[tensor] = recorder.adopt(tensor)
             refs[name] = recorder.ref(others[tensor])
-    made = Record(recorder.tape, refs, recorder.tape.name_draws(refs), seed, device)
+    made = Record(recorder.tape, refs, recorder.tape.name_draws(refs, called), seed, device)
     _give_values_elsewhere(model, recorder, made, new_objects, [*named.values(), *others.values()])
     _take_over(model, others)
     return made

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from nemo_dist_conf.errors import DataError, Problem
+from nemo_dist_conf.runtime.model.adapters import base_name, base_state, is_adapted, set_magnitudes
 from nemo_dist_conf.runtime.model.shard_boxes import boxes_of, local_values
 from nemo_dist_conf.runtime.model.stored_names import Part, stored_parts
 from nemo_dist_conf.wording import assigned
@@ -116,8 +117,8 @@ def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> dict
     Returns what each tensor of the folder is, where it is stored otherwise than the model holds it; else {}.
     """
     shapes = _read_shapes(folder)
-    optional = {name for group in ties for name in group[1:]}
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    optional = {name for group in _of_base(model, ties) for name in group[1:]}
+    wanted = {name: tuple(values[0].shape) for name, values in base_state(model, model.state_dict()).items()}
     parts = stored_parts(model)
     if shapes.keys() & (parts.keys() - wanted.keys()):
         wanted = {name: part.shape for name, part in parts.items()}
@@ -146,13 +147,16 @@ def check_weights(model: nn.Module, folder: Path, ties: list[list[str]]) -> dict
 def load_weights(model: nn.Module, folder: Path, ties: list[list[str]], parts: Mapping[str, Part]) -> None:
     """Fill a sharded or whole model, or a stage of it, from the folder; every rank reads what it holds and no more.
 
-    parts: as ``check_weights`` returned them for the whole model.
+    parts: as ``check_weights`` returned them for the whole model. What an adapter derives from weights is derived anew.
     Source: torch.distributed.checkpoint.HuggingFaceStorageReader.
     """
-    first = {name: group[0] for group in ties for name in group}
+    first = {name: group[0] for group in _of_base(model, ties) for name in group}
     held: dict[str, Any] = {}
-    for name, value in model.state_dict().items():  # a pipeline stage may hold another than the first of tied ones
+    copies: list[tuple[Tensor, Tensor]] = []
+    # A pipeline stage may hold another than the first of tied ones.
+    for name, (value, *others) in base_state(model, model.state_dict()).items():
         held.setdefault(first.get(name, name), value)
+        copies += [(value, other) for other in others]
     stored = {part.parameter: name for name, part in parts.items() if part.expert is None}
     apart = {part.parameter for part in parts.values() if part.expert is not None}
     with torch.no_grad():
@@ -163,7 +167,18 @@ def load_weights(model: nn.Module, folder: Path, ties: list[list[str]], parts: M
             _load_boxes(several, folder)
         if apart:
             _load_experts({name: held[name] for name in held if name in apart}, folder, parts)
+        for value, other in copies:  # laid out alike
+            local_values(other).copy_(local_values(value))
+    set_magnitudes(model)
     log.info("weights read from %s", folder)
+
+
+def _of_base(model: nn.Module, ties: list[list[str]]) -> list[list[str]]:
+    """Groups of tied names as the base has them."""
+    if not is_adapted(model):
+        return ties
+    groups = [list(dict.fromkeys(filter(None, map(base_name, group)))) for group in ties]
+    return [group for group in groups if len(group) > 1]
 
 
 def _load_boxes(held: Mapping[str, Tensor], folder: Path) -> None:

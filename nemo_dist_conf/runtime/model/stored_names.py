@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nemo_dist_conf.runtime.model.adapters import base_state
 from nemo_dist_conf.runtime.torch_inside import as_stored
 
 __all__ = ["Part", "stored_parts"]
@@ -42,7 +43,7 @@ def stored_parts(model: nn.Module) -> dict[str, Part]:
 
     Also {} where a tensor is stored as something else than rows of a parameter. ``model`` may be on meta.
     """
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name: tuple(values[0].shape) for name, values in base_state(model, model.state_dict()).items()}
     numbers: dict[str, Tensor] = {}
     begins: list[int] = []
     count = 0

@@ -1,5 +1,5 @@
-"""The only modules that touch what torch, transformers and megatron-fsdp do not publish: what, in which versions, why,
-and which test breaks when it changes.
+"""The only modules that touch what torch, transformers, peft and megatron-fsdp do not publish: what, in which versions,
+why, and which test breaks when it changes.
 
 Those of pipelines and of parallel styles are imported from their own modules, where they are used: they load more.
 """
@@ -46,6 +46,7 @@ from nemo_dist_conf.runtime.torch_inside.libraries import (
     plan_of_head,
     show_sharded,
     split_experts,
+    why_not_adapted,
 )
 from nemo_dist_conf.runtime.torch_inside.modules import (
     hide_sharding,
@@ -170,6 +171,7 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "what_is_not_reduced",
+    "why_not_adapted",
     "with_local_tensor",
     "with_own_places",
     "writes_into",

@@ -1,4 +1,4 @@
-"""What transformers and megatron-fsdp do not publish."""
+"""What transformers, peft and megatron-fsdp do not publish."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ __all__ = [
     "plan_of_head",
     "show_sharded",
     "split_experts",
+    "why_not_adapted",
 ]
 
 
@@ -207,3 +208,21 @@ def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
     marked: Any = parameter
     marked.tensor_model_parallel, marked.partition_dim, marked.partition_stride = True, dim, 1
     marked._tensor_parallel_mode = "column" if dim == 0 else "row"
+
+
+def why_not_adapted(model: nn.Module, name: str) -> str:
+    """Why peft puts no adapter into a layer of this name, as it says; "" where it does.
+
+    peft 0.19 to 0.21: fused kernels of state-space models read some weights past their layers, which it finds out while
+    it replaces the layers one by one. Test: tests/contract/test_adapters.py, test_what_peft_refuses_is_left_out.
+    """
+    import peft
+    from peft.tuners import tuners_utils
+
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    try:
+        if check is not None:
+            check(peft.LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError as error:
+        return str(error).partition("] ")[2].partition(". ")[0] or str(error)
+    return ""

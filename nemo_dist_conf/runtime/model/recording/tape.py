@@ -167,11 +167,12 @@ class Tape:
                     break
         return sorted(needed)
 
-    def name_draws(self, named: Mapping[str, Ref]) -> list[list[str]]:
+    def name_draws(self, named: Mapping[str, Ref], called: Callable[[str], str] = lambda name: name) -> list[list[str]]:
         """Give every operator that draws a key: the first name that it flows into, and its number there.
 
         So what is drawn depends neither on how the model is laid out nor on its other layers, and values derived from
         it (a copy, a norm, parts of one draw) see the same numbers wherever they are played back.
+        called: what a name is in a key, for names that are not the model's own.
         Returns the names in groups: those together that come from one large draw, which is then drawn once. A group's
         values are at most twice as large as that draw, so that memory stays bounded.
         """
@@ -181,7 +182,7 @@ class Tape:
         for name, ref in named.items():
             draws = [index for index in self.slice_of([ref]) if self.ops[index].is_random]
             for number, index in enumerate(draws):
-                self.ops[index].key = self.ops[index].key or f"{name}/{number}"
+                self.ops[index].key = self.ops[index].key or f"{called(name)}/{number}"
             drawn = {index: sum(stored.nbytes for stored in self.ops[index].written) for index in draws}
             large = [index for index in draws if drawn[index] >= ref.nbytes]
             limit = 2 * max((drawn[index] for index in large), default=0)

@@ -27,6 +27,7 @@ from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, 
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.base_model import base_prefix
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.techniques.tensor.adapted_layers import styles_inside
 from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan, likely_plan
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
@@ -269,8 +270,9 @@ def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _is_adapted(model: nn.Module) -> bool:
-    """Whether layers are wrapped with adapters, as peft's are: no family's plan says what to do with these."""
-    return any(isinstance(getattr(module, "base_layer", None), nn.Module) for module in model.modules())
+    """Whether layers have adapters of another kind than LoRA: no family's plan says what to do with these."""
+    wrapped = [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
+    return not all(hasattr(module, "lora_A") for module in wrapped)
 
 
 def _plans_of_parts(model: nn.Module) -> dict[str, str]:
@@ -350,6 +352,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
                 fixed.pop(pattern, None)
             single |= dict.fromkeys(matched, pattern)
         named |= {name: style for name in matched if name not in twice}
+    named = styles_inside(model, named, any(map(_splits_sequence, named.values())))
     places = {**parameters, **modules}
     for name, style in named.items():
         if not _takes(style, places[name]):
