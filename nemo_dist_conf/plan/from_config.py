@@ -41,8 +41,8 @@ __all__ = [
     "model_config",
     "model_shape",
     "planned_start",
-    "untrained_of",
     "refuse_adapter",
+    "untrained_of",
     "update_of",
 ]
 

@@ -190,8 +190,8 @@ def test_a_group_that_an_app_owns_holds_its_options_only(tmp_path, store, group,
         assert composed(tmp_path, f"{group}={ours}")[group] == {"theirs": True}
     whole = composed(tmp_path, "+nemo_dist@dist=nemo_dist_conf")
     assert "_target_" in whole.dist[group] and whole[group] == {"mine": True}
+    store.repo.get(group, {}).pop(f"{ours}.yaml", None) if sign == "ConfigStore" else None
     with initialize(None, version_base="1.3"):  # another app in the same process has the short name again
-        store.repo.get(group, {}).pop(f"{ours}.yaml", None) if sign == "ConfigStore" else None
         assert "_target_" in compose("nemo_dist_conf")[group]
 
 
