@@ -25,6 +25,7 @@ __all__ = [
     "default_choice",
     "flat_defaults",
     "leaves",
+    "means_group",
     "misspelt_sections",
     "read_section",
     "section_of",
@@ -76,7 +77,7 @@ def read_section(
 ) -> dict[str, Any]:
     """The node's values by field, typed as its schema; problems are appended, defaults stand in for what is wrong."""
     node = _as_node(root.get(name)) if name in root else None
-    if name not in root or (name in OWN_SCHEMAS and not _means(name, node, schema)):
+    if name not in root or (name in OWN_SCHEMAS and not means_group(name, node)):
         return _defaults(schema)
     if isinstance(node, DictConfig):
         values = _already_typed(node, schema)
@@ -107,13 +108,14 @@ def read_section(
     return {**_plain(typed), **objects}
 
 
-def _means(name: str, node: Any, schema: type) -> bool:
+def means_group(name: str, node: Any) -> bool:
     """Whether what stands under the name of a group of ours is that group's, and not something of the app's.
 
     A node of our type is, one that has an option of ours or what looks like one, and the name of a choice.
     """
     if isinstance(node, str):
         return node in OWN_GROUPS[name]
+    schema = OWN_SCHEMAS[name]
     if not isinstance(node, DictConfig) or not has_values(node):
         return False
     kind = OmegaConf.get_type(node)

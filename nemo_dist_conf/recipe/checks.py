@@ -14,7 +14,7 @@ from nemo_dist_conf.composition.callback import DistributedCallback
 from nemo_dist_conf.composition.check import Checked, check
 from nemo_dist_conf.composition.command_line import as_typed_here, raw_words
 from nemo_dist_conf.composition.hydra_inside import node_at
-from nemo_dist_conf.composition.sections import SECTIONS, section_of, values_below
+from nemo_dist_conf.composition.sections import SECTIONS, default_choice, means_group, section_of, values_below
 from nemo_dist_conf.composition.text_values import told_as_texts
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import config_of_folder, facts_from_config, facts_from_folder
@@ -25,10 +25,11 @@ from nemo_dist_conf.recipe.node_checks import node_problems
 from nemo_dist_conf.recipe.saving_checks import saving_problems
 from nemo_dist_conf.recipe.value_checks import value_problems
 from nemo_dist_conf.recipe.yaml_folder import config_folder
+from nemo_dist_conf.schema.own_groups import OWN_SCHEMAS
 from nemo_dist_conf.strategies import default_strategy
 from nemo_dist_conf.topology.launched_ranks import launched, planned_world_size
 from nemo_dist_conf.topology.solve import model_ranks
-from nemo_dist_conf.wording import assigned, unknown_name
+from nemo_dist_conf.wording import Spelling, assigned, unknown_name
 
 __all__ = [
     "RecipeCallback",
@@ -186,6 +187,15 @@ def _stray_keys(config: DictConfig) -> Iterable[Problem]:
     own: Any = OmegaConf.load(config_folder() / "train.yaml")
     groups = ["strategy", *SECTIONS, "activation_checkpointing", "batch_statistics"]
     groups += ["model", "data", "optimizer"]
+    for group, schema in OWN_SCHEMAS.items():
+        if group in config and not means_group(group, config.get(group)):
+            value = values_below(config, group)
+            yield Problem(
+                what=f"{group} holds nothing of that group",
+                asked=" ".join(assigned(key, each) for key, each in value.items()),
+                allowed=", ".join(item.name for item in dataclasses.fields(schema)),
+                instead=default_choice(group, Spelling()),
+            )
     others = [str(key) for key in own if key not in (*groups, "defaults", "hydra")]
     known: dict[str, list[str]] = {"": [*groups, *others]}
     for section in ("train", "checkpoint"):

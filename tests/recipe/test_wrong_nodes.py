@@ -41,7 +41,8 @@ INSIDE += ("train.micro_batch_size", "train.dtype", "checkpoint.every", "checkpo
 
 #: What is right as it is: defaults, null where it is a choice, paths that are looked for when they are read.
 RIGHT = {
-    *("~parallelism", "~pipeline", "~moe", "~activation_checkpointing"),
+    *(f"~{section}" for section in SECTIONS),
+    "~activation_checkpointing",
     *("activation_checkpointing=true", "seed=3", "train.steps=3", "train.global_batch_size=3", "optimizer.lr=3"),
     *("data.path=null", "data.path=a_word", "data.path=''", "data.seq_len=3"),
     *("model.name_or_path=null", "model.name_or_path=a_word", "model.name_or_path=''"),
