@@ -26,6 +26,7 @@ class Weight:
 
     part: ``embedding``, ``attention``, ``mlp``, ``norm``, ``final_norm`` or ``head``; "": not told.
     layer: the class of torch.nn that it is of; "": as the part says, an Embedding or a Linear.
+    trained: it gets a gradient; not one that is frozen, or that what is trained on does not depend on.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Weight:
     part: str
     expert: bool = False
     layer: str = ""
+    trained: bool = True
 
     @property
     def count(self) -> int:

@@ -67,14 +67,22 @@ class Styles:
     def __init__(self, plan: Mapping[str, str]) -> None:
         self.plan = plan
         self._known: dict[str, str] = {}
+        self._of_modules: dict[str, str | None] = {}
 
     def of(self, parameter: str) -> str:
         """The style of a parameter, or of its module; ``replicated`` where no pattern means either."""
         if parameter not in self._known:
             places = (parameter, parameter.rpartition(".")[0])
-            found = (unalias(s) for place in places for p, s in self.plan.items() if match_pattern(p, place))
+            found = (style for place in places if (style := self.of_module(place)) is not None)
             self._known[parameter] = next(found, "replicated")
         return self._known[parameter]
+
+    def of_module(self, name: str) -> str | None:
+        """The style of exactly this module or parameter; None where no pattern means it."""
+        if name not in self._of_modules:
+            found = (unalias(style) for pattern, style in self.plan.items() if match_pattern(pattern, name))
+            self._of_modules[name] = next(found, None)
+        return self._of_modules[name]
 
     @cached_property
     def splits_sequence(self) -> bool:

@@ -42,16 +42,17 @@ class Memory:
 def resting_bytes(job: Job, pp_rank: int, place: Place) -> tuple[int, int, int]:
     """(parameters, gradients, optimizer state) of a rank, exact.
 
-    Parameters are stored in float32, their gradients too; the update keeps its states in the same dtype and shape.
+    Parameters are stored in float32, their gradients too; the update keeps its states in the same dtype and shape, of
+    what gets a gradient.
     """
-    elements = tensors = 0
+    elements = trained = tensors = 0
     for stage in job.stages_of(pp_rank):
         for unit in units_of(job, stage):
             elements += unit.count * held_elements(job, unit, place)
-            tensors += unit.count * len(unit.weights)
-    parameters = 4 * elements
-    gradients, states = job.costs.resting(job, parameters)
-    return parameters, gradients, job.update.states * states + 4 * job.update.scalars * tensors
+            trained += unit.count * held_elements(job, unit.trained, place)
+            tensors += unit.count * len(unit.trained.weights)
+    gradients, states = job.costs.resting(job, 4 * trained)
+    return 4 * elements, gradients, job.update.states * states + 4 * job.update.scalars * tensors
 
 
 def memory_of(job: Job, pp_rank: int, place: Place, kept: Callable[[int], int] | None = None) -> Memory:

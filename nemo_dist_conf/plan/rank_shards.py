@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Iterator
 
@@ -44,7 +44,7 @@ class Unit:
     """Parameters that are gathered and reduced together. layer: _ROOT, EMBEDDING or HEAD for what is outside of layers.
 
     count: how many such units a stage has. weights: (name in the whole model of one of them, weight).
-    expert: split over ep first, then over ep_shard along the second dimension.
+    expert: split over ep first, then over ep_shard along the second dimension. has_last: one is in the stage's last block.
     """
 
     title: str
@@ -52,6 +52,13 @@ class Unit:
     count: int
     weights: tuple[tuple[str, Weight], ...]
     expert: bool = False
+    has_last: bool = False
+
+    @cached_property
+    def trained(self) -> Unit:
+        """The same with the weights that get a gradient."""
+        weights = tuple(entry for entry in self.weights if entry[1].trained)
+        return self if len(weights) == len(self.weights) else replace(self, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -100,10 +107,11 @@ def stage_units(
         block = model.block_name(layer)
         held = tuple((f"{block}.{w.name}", w) for w in model.block_weights(kind))
         experts = tuple(entry for entry in held if entry[1].expert and splits_experts)
-        title = "sparse block" if model.sparse[layer] else "block"
-        found.append(Unit(title, layer, count, tuple(entry for entry in held if entry not in experts)))
+        title, is_last = "sparse block" if model.sparse[layer] else "block", kind == model.kind(stage.last - 1)
+        rest = tuple(entry for entry in held if entry not in experts)
+        found.append(Unit(title, layer, count, rest, has_last=is_last))
         if experts:
-            found.append(Unit("experts", layer, count, experts, expert=True))
+            found.append(Unit("experts", layer, count, experts, expert=True, has_last=is_last))
     tied = {"head": "embedding"} if model.tied else {}  # the last stage has a copy
     parts = {tied.get(part, part) for part in stage.outer}
     front, back, root = model.outer_units(outer_from) if outer_from is not None else ((), (), model.outer_weights())

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Iterator
 
 from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.plan.built_costs import built_of, exchanged_bytes, split_ends, tensor_sums
+from nemo_dist_conf.plan.built_costs import built_of
+from nemo_dist_conf.plan.built_traffic import context_gathers, tensor_collectives
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 from nemo_dist_conf.plan.rank_shards import padded
@@ -34,23 +35,25 @@ def traffic_of(job: Job, pp_rank: int, tp: int = 0) -> list[Collective]:
 def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
     """What tensor parallelism sends: sums of rows forward, of columns backward, or their halves along the sequence.
 
-    A block of a family with a row has two of each.
+    A block of a family with a row has two of each; of a built model each module is asked.
     """
     if job.tp == 1:
         return
     model, times = job.model, job.microbatches * job.calls
     size = job.tokens * model.hidden * DTYPE_BYTES[job.compute_dtype]
-    rows, columns = (2 * stage.layers,) * 2 if built_of(job) is None else tensor_sums(job, stage)
+    rows = columns = 2 * stage.layers
     embedding, head = "embedding" in stage.outer, "final_norm" in stage.outer
     sparse = sum(model.sparse[stage.first : stage.last])
     apart = sparse if job.ep > 1 else 0  # whole experts have whole rows of the block's input, and add up nothing
-    if built_of(job) is not None:
-        embedding, head = split_ends(job, stage)
     if job.sequence_parallel:
         # What stages hand on is whole: put together before, cut again after, and the other way round in backward.
         cuts = (not head, not embedding)
         yield Collective("tp", "all_gather", cuts[0] * times, size, "forward", why="between stages")
         yield Collective("tp", "all_gather", cuts[1] * times, size, "backward", why="between stages")
+    if built_of(job) is not None:
+        yield from tensor_collectives(job, stage)
+        return
+    if job.sequence_parallel:
         yield Collective("tp", "reduce_scatter", (rows - apart + embedding) * times, size, "forward", why="row sums")
         yield Collective("tp", "all_gather", (columns + head) * times, size, "forward", why="column inputs")
         yield Collective(
@@ -106,18 +109,18 @@ def _context(job: Job, stage: Stage) -> Iterator[Collective]:
     if job.cp == 1:
         return
     times, item = job.microbatches * job.calls, DTYPE_BYTES[job.compute_dtype]
-    sizes: list[tuple[str, int, int]] = []
+    sizes: list[tuple[str, int, int, bool]] = []
     if isinstance(job.model, ModelShape):
         whole = sum(job.model.whole_rows[stage.first : stage.last])
         kv = job.tokens * job.cp * job.model.kv_width * item // job.tp
         row = job.tokens * job.cp * job.model.hidden * item
-        sizes += [("keys and values", 2 * (stage.layers - whole), kv), ("whole rows", whole, row)]
+        sizes += [("keys and values", 2 * (stage.layers - whole), kv, True), ("whole rows", whole, row, True)]
     else:
-        found = [both // 2 for both in exchanged_bytes(job, stage)]
-        sizes += [("keys and values", 2 * found.count(size), size) for size in dict.fromkeys(found)]
-    for why, calls, size in sizes:
+        sizes += [(why, calls, size, grad) for (why, size, grad), calls in context_gathers(job, stage).items()]
+    for why, calls, size, has_gradient in sizes:
         yield Collective("cp", "all_gather", calls * times, size, "forward", why=why)
-        yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
+        if has_gradient:
+            yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
         if job.checkpointing:
             yield Collective("cp", "all_gather", calls * times, size, "recompute", why=why)
 

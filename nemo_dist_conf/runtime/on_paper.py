@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from typing import Any, Iterable
+from typing import Any, Iterable, Mapping
 
 import torch
 from torch import nn
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.families.built_shape import BuiltShape, Run, estimated_run
+from nemo_dist_conf.families.built_shape import BuiltShape, Gathered, Run, estimated_run
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, fields_of
 from nemo_dist_conf.families.shapes import Weight
 from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import input_embeddings, output_embeddings, unshared
@@ -23,6 +23,9 @@ from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.build import build_without_values
 from nemo_dist_conf.runtime.model.meta_forward import run_on_meta
 from nemo_dist_conf.runtime.techniques.activation_checkpointing import kept_operators
+from nemo_dist_conf.runtime.techniques.context.on_paper import gathered_on_paper
+from nemo_dist_conf.runtime.techniques.context.trial import whole_rows_on_paper
+from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims
 from nemo_dist_conf.runtime.techniques.expert.parallel import find_experts
 from nemo_dist_conf.runtime.techniques.tensor.parallel import known_plan
 from nemo_dist_conf.wording import assigned
@@ -31,6 +34,8 @@ __all__ = ["read_model"]
 
 #: Rows and tokens of the first run, which tells whether a model's forward can be counted at all.
 _SMALL = (1, 16)
+#: Elements, 8 GiB of float32, up to which a part of the model is given values to try something on it.
+_MOST_TRIED = 2**31
 #: How configs of transformers call the number of experts that a token is sent to.
 _TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
@@ -72,23 +77,39 @@ def read_model(node: Any) -> BuiltShape:
         front=(names[id(front)],) if front is not None else (),
         back=tuple(names[id(module)] for module in back),
         plan_of=functools.lru_cache(functools.partial(known_plan, model)),
-        run_of=lambda rows, length, dtype: run(rows, length, dtype),
+        run_of=lambda rows, length, dtype, fuses_dropout: run(rows, length, dtype, fuses_dropout),
+        gathered_of=lambda size, rows, length, dtype: gathered(size, rows, length, dtype),
         why_estimated=why,
+        rotary_width=_first_whole(config, ("qk_rope_head_dim",)) or 0,
     )
 
     @functools.lru_cache(maxsize=256)
-    def run(rows: int, length: int, dtype: str) -> Run:
+    def run(rows: int, length: int, dtype: str, fuses_dropout: bool) -> Run:
         if why:
             return estimated_run(shape, rows, length, getattr(torch, dtype).itemsize)
         try:
-            return run_on_meta(model, blocks, kept_operators(), rows, length, dtype)
+            return run_on_meta(model, blocks, kept_operators(), rows, length, dtype, fuses_dropout)
         except Exception as error:  # whatever a model's own forward raises
             what = f"{type(model).__name__} does not take {rows} x {length} tokens in {dtype}: {_reason(error)}"
             allowed, asked = f"what its forward takes, as {_SMALL[1]} tokens in float32", f"data.seq_len={length}"
             instead = assigned("data.seq_len", _SMALL[1])
             raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead)) from error
 
+    @functools.cache
+    def whole_rows(size: int) -> Mapping[type, TokenDims]:
+        return whole_rows_on_paper(model, size, blocks) if _twin_elements(shape) <= _MOST_TRIED else {}
+
+    @functools.lru_cache(maxsize=64)
+    def gathered(size: int, rows: int, length: int, dtype: str) -> tuple[Gathered, ...]:
+        return gathered_on_paper(model, blocks, whole_rows(size), rows, length, dtype)
+
     return shape
+
+
+def _twin_elements(shape: BuiltShape) -> int:
+    """Elements of one block of each kind, and of all that is outside of blocks."""
+    held = [shape.held[kind] for kind in shape.kinds()]
+    return sum(weight.count for weights in (*held, shape.outer) for weight in weights)
 
 
 def _tried(model: nn.Module, blocks: Blocks) -> tuple[Run | None, str]:
@@ -117,12 +138,13 @@ def _weights(
         block, module = _block_of(name, blocks), owners[name.rpartition(".")[0]]
         layer = type(module).__name__
         is_expert = id(parameter) in experts and parameter.dim() > 1
+        trained = parameter.requires_grad and (small is None or small.used is None or name in small.used)
         if block in units:
             own = name.removeprefix(f"{block}.")
-            held[block].append(Weight(own, tuple(parameter.shape), "", is_expert, layer))
+            held[block].append(Weight(own, tuple(parameter.shape), "", is_expert, layer, trained))
         else:
             part = _part_of(name, model, blocks, small)
-            outer.append(Weight(name, tuple(parameter.shape), part, False, layer))
+            outer.append(Weight(name, tuple(parameter.shape), part, False, layer, trained))
     # Backward has the gradients of what runs last first.
     return tuple(tuple(reversed(weights)) for weights in held.values()), tuple(outer)
 

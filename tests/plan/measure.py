@@ -55,6 +55,8 @@ class Collectives(TorchDispatchMode):
         self.calls: list[tuple[str, int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls what it needs on its parts, which is seen here again
         out = func(*args, **(kwargs or {}))
         kind = CALLS.get(str(func).rpartition(".")[0])
         if kind is not None:

@@ -83,7 +83,10 @@ class StrategyCosts:
         return stage_units(job.model, stage, splits_experts=job.ep > 1)
 
     def resting(self, job: Job, parameters: int) -> tuple[int, int]:
-        """(bytes of gradients, bytes of one state of the optimizer) between steps. parameters: bytes of a rank's."""
+        """(bytes of gradients, bytes of one state of the optimizer) between steps.
+
+        parameters: bytes of a rank's, of those that get a gradient.
+        """
         return parameters, parameters
 
     def offloads(self, job: Job) -> bool:
@@ -101,7 +104,7 @@ class StrategyCosts:
         for unit in self.units(job, stage):
             axis, ranks = ("ep_shard", job.ep_shard) if unit.expert else data_group(job)
             if ranks > 1:
-                size = 4 * held_elements(job, unit, Place(tp=tp))
+                size = 4 * held_elements(job, unit.trained, Place(tp=tp))
                 yield Collective(axis, "all_reduce", unit.count, size, "backward", True, unit.title)
 
     # ------------------------------------------------------------------------------------------------ advice

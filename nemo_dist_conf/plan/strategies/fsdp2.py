@@ -82,7 +82,7 @@ class _FSDP2Costs(StrategyCosts):
         at_loss = in_backward = accumulated = 0
         in_block: dict[int, int] = {}
         for unit in (unit for stage in stages for unit in self.units(job, stage)):
-            size, whole = gathered_bytes(job, unit, narrow), gathered_bytes(job, unit, 1)
+            size, whole = gathered_bytes(job, unit, narrow), gathered_bytes(job, unit.trained, 1)
             if unit.layer == EMBEDDING:
                 at_loss += size if asked is False else 0
                 in_backward += size if asked is False else 0
@@ -90,7 +90,7 @@ class _FSDP2Costs(StrategyCosts):
                 at_loss += 0 if asked is True and job.pp == 1 else size
                 in_backward += 0 if unit.layer == HEAD else size  # a head is done before the blocks
             else:
-                kept = [not _frees(job, index == unit.count - 1, unit.expert) for index in range(unit.count)]
+                kept = [not frees for frees in _freed(job, unit)]
                 frees = _frees(job, False, unit.expert)
                 at_loss += sum(kept) * size
                 in_backward += 0 if frees else unit.count * size
@@ -116,10 +116,10 @@ class _FSDP2Costs(StrategyCosts):
                 again = _gathered_again(job, unit)
                 yield Collective(axis, "all_gather", unit.count * ahead, size, "forward", True, unit.title)
                 yield Collective(axis, "all_gather", again * back, size, "backward", True, unit.title)
-                size = gathered_bytes(job, unit, wide, tp)
+                size = gathered_bytes(job, unit.trained, wide, tp)
                 yield Collective(axis, "reduce_scatter", unit.count * reductions, size, "backward", True, unit.title)
             if job.replicas > 1 and not unit.expert:
-                size = gathered_bytes(job, unit, wide, tp) // job.shards
+                size = gathered_bytes(job, unit.trained, wide, tp) // job.shards
                 calls = unit.count * reductions
                 yield Collective("dp_replicate", "all_reduce", calls, size, "backward", True, unit.title)
 
@@ -163,7 +163,12 @@ def _gathered_again(job: Job, unit: Unit) -> int:
         return 0
     if unit.layer < 0:
         return 1 if job.options.get("reshard_after_forward") else 0
-    return sum(_frees(job, index == unit.count - 1, unit.expert) for index in range(unit.count))
+    return sum(_freed(job, unit))
+
+
+def _freed(job: Job, unit: Unit) -> list[bool]:
+    """Of each of a unit's kind, whether its parameters are freed after forward."""
+    return [_frees(job, unit.has_last and index == unit.count - 1, unit.expert) for index in range(unit.count)]
 
 
 COSTS = _FSDP2Costs()

@@ -21,6 +21,7 @@ from nemo_dist_conf.runtime.torch_inside.groups import (
 )
 from nemo_dist_conf.runtime.torch_inside.kernels import (
     ASKED_VALUE,
+    ATTENTION_IN_STEPS,
     GROUPED_PRODUCT,
     flash_backward_on_cpu,
     flash_on_cpu,
@@ -101,6 +102,7 @@ __all__ = [
     "AsyncCollectiveTensor",
     "COLLECTIVE_NAMESPACES",
     "DECLARED_PLANS",
+    "ATTENTION_IN_STEPS",
     "GROUPED_PRODUCT",
     "QuickDispatchMode",
     "RESETS",
