@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable
 
 import torch
 from torch import nn
@@ -24,8 +24,8 @@ from nemo_dist_conf.runtime.model.build import build_without_values
 from nemo_dist_conf.runtime.model.meta_forward import run_on_meta
 from nemo_dist_conf.runtime.techniques.activation_checkpointing import kept_operators
 from nemo_dist_conf.runtime.techniques.context.on_paper import gathered_on_paper
-from nemo_dist_conf.runtime.techniques.context.trial import whole_rows_on_paper
-from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims
+from nemo_dist_conf.runtime.techniques.context.parallel import Ways
+from nemo_dist_conf.runtime.techniques.context.trial import ways_on_paper
 from nemo_dist_conf.runtime.techniques.expert.parallel import find_experts
 from nemo_dist_conf.runtime.techniques.tensor.parallel import known_plan
 from nemo_dist_conf.wording import assigned
@@ -96,12 +96,12 @@ def read_model(node: Any) -> BuiltShape:
             raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead)) from error
 
     @functools.cache
-    def whole_rows(size: int) -> Mapping[type, TokenDims]:
-        return whole_rows_on_paper(model, size, blocks) if _twin_elements(shape) <= _MOST_TRIED else {}
+    def ways(size: int) -> Ways:
+        return ways_on_paper(model, size, blocks) if _twin_elements(shape) <= _MOST_TRIED else Ways()
 
     @functools.lru_cache(maxsize=64)
     def gathered(size: int, rows: int, length: int, dtype: str) -> tuple[Gathered, ...]:
-        return gathered_on_paper(model, blocks, whole_rows(size), rows, length, dtype)
+        return gathered_on_paper(model, blocks, ways(size), rows, length, dtype)
 
     return shape
 

@@ -7,16 +7,23 @@ attention of transformers' registry.
 from __future__ import annotations
 
 import functools
-from typing import Any, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.families.built_shape import Gathered
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.model.meta_forward import run_on_meta
-from nemo_dist_conf.runtime.techniques.context.parallel import own_configs, set_attention
+from nemo_dist_conf.runtime.techniques.context.parallel import (
+    Ways,
+    own_configs,
+    set_attention,
+    takes_tokens,
+    with_positions,
+)
 from nemo_dist_conf.runtime.techniques.context.trial_runs import sees_itself
-from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, tokens_given
+from nemo_dist_conf.runtime.techniques.context.whole_rows import tokens_given
 from nemo_dist_conf.runtime.torch_inside import attention_of, name_attention
 
 __all__ = ["gathered_on_paper"]
@@ -25,20 +32,25 @@ _NOTED = "nemo_dist_conf_noted"
 
 
 def gathered_on_paper(
-    model: nn.Module, blocks: Blocks, whole: Mapping[type, TokenDims], rows: int, length: int, dtype: str
+    model: nn.Module, blocks: Blocks, ways: Ways, rows: int, length: int, dtype: str
 ) -> tuple[Gathered, ...]:
     """What the ranks gather in the forward of one microbatch, call by call, in bytes of whole rows.
 
-    model: on the meta device; it is afterwards as it was. whole: classes of modules that are run on whole rows. rows,
-    length: [rows, tokens] of whole rows. Raises whatever the model's forward raises there.
+    model: on the meta device; it is afterwards as it was. rows, length: [rows, tokens] of whole rows.
+    Raises whatever the model's forward raises there.
     """
-    notes, configs = _Notes(), own_configs(model, whole)
+    notes, whole = _Notes(), ways.whole_rows
+    configs = own_configs(model, whole)
     before = [(config, attention_of(config)) for config in configs]
     handles = [module.register_forward_hook(notes.leave_whole) for module in model.modules() if type(module) in whole]
     for module in model.modules():
         if type(module) in whole:
             enter = functools.partial(notes.enter_whole, whole[type(module)])
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        if ways.fills_positions and takes_tokens(module):
+            positions = torch.empty(length, dtype=torch.long, device="meta").expand(rows, -1)
+            fill = functools.partial(_filled, positions)
+            handles.append(module.register_forward_pre_hook(fill, with_kwargs=True))
     for number, block in enumerate(blocks.values()):
         handles.append(block.register_forward_pre_hook(functools.partial(notes.enter_part, number)))
         handles.append(block.register_forward_hook(functools.partial(notes.enter_part, len(blocks))))
@@ -79,6 +91,10 @@ class _Notes:
 
     def leave_whole(self, *_: Any) -> None:
         self._on_whole -= 1
+
+
+def _filled(positions: Tensor, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return (args, kwargs) if kwargs.get("position_ids") is not None else with_positions(module, args, kwargs, positions)
 
 
 def _noted(

@@ -66,7 +66,7 @@ from nemo_dist_conf.runtime.techniques.context.trial_runs import (
 from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, token_dims
 from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention
 
-__all__ = ["try_context_parallel", "whole_rows_on_paper"]
+__all__ = ["try_context_parallel", "ways_on_paper"]
 
 log = logging.getLogger(__name__)
 
@@ -97,16 +97,16 @@ def try_context_parallel(model: nn.Module, mesh: DeviceMesh, blocks: Blocks | No
         return trial.run()
 
 
-def whole_rows_on_paper(model: nn.Module, size: int, blocks: Blocks) -> Mapping[type, TokenDims]:
-    """Classes of modules that ``try_context_parallel`` would run on whole rows, as far as one process can tell.
+def ways_on_paper(model: nn.Module, size: int, blocks: Blocks) -> Ways:
+    """What ``try_context_parallel`` would find, as far as one process can tell.
 
     It does not run the model on parts of rows, in which more may show. model: plain, on meta or not; nothing of it
     changes. size: ranks along cp. Raises ConfigError for a model that would be refused.
     """
     if _is_known(model):
-        return {}
+        return Ways()
     with keep_generators():
-        return _Trial(model, None, blocks, torch.device("cpu"), size).run().whole_rows
+        return _Trial(model, None, blocks, torch.device("cpu"), size).run()
 
 
 def _is_known(model: nn.Module) -> bool:

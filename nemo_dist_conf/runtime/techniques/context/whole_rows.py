@@ -194,11 +194,15 @@ class OnWholeRows:
 
 
 def tokens_given(module: nn.Module, args: Any, kwargs: Mapping[str, Any], dims: TokenDims) -> list[Tensor]:
-    """Of what a module that is run on whole rows is given, the tensors that are gathered for it."""
+    """Of what a module that is run on whole rows is given, the tensors that are gathered for it.
+
+    Without masks, of which every rank makes those for whole rows.
+    """
     found: list[Tensor] = []
 
     def look(leaf: Any, place: str) -> None:
-        if isinstance(leaf, Tensor) and dims.given.get(place, ()) not in ((), COUNT):
+        token_dims = dims.given.get(place, ())
+        if isinstance(leaf, Tensor) and len(token_dims) == 1 and token_dims != COUNT:
             found.append(leaf)
 
     _mapped(_by_name(module, args, kwargs), look)
