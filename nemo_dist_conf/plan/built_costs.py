@@ -6,6 +6,7 @@ is as wide as the residual stream. These shares are estimates, as is what torch.
 
 from __future__ import annotations
 
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.families.built_shape import BuiltShape, Run, Work
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
@@ -30,7 +31,14 @@ def run_of(job: Job, length: int | None = None) -> Run:
     """A microbatch through the whole model on one rank. length: tokens of a row; None: those of a whole one."""
     model = built_of(job)
     assert model is not None, "asked of built models alone"
-    return model.run_of(job.rows, length or job.seq_len, job.compute_dtype, job.hardware.device != "cpu")
+    batch, fuses_dropout = (job.rows, length or job.seq_len), job.hardware.device != "cpu"
+    try:
+        return model.run_of(*batch, job.compute_dtype, fuses_dropout)
+    except ConfigError:
+        if job.autocast is None:
+            raise
+        # As it is written it takes parameters in float32 alone, which autocast leaves so.
+        return model.run_of(*batch, "float32", fuses_dropout)
 
 
 def _stream(job: Job, size: int) -> int:

@@ -90,10 +90,7 @@ def read_model(node: Any) -> BuiltShape:
         try:
             return run_on_meta(model, blocks, kept_operators(), rows, length, dtype, fuses_dropout)
         except Exception as error:  # whatever a model's own forward raises
-            what = f"{type(model).__name__} does not take {rows} x {length} tokens in {dtype}: {_reason(error)}"
-            allowed, asked = f"what its forward takes, as {_SMALL[1]} tokens in float32", f"data.seq_len={length}"
-            instead = assigned("data.seq_len", _SMALL[1])
-            raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead)) from error
+            raise ConfigError(_not_counted(model, blocks, rows, length, dtype, error)) from error
 
     @functools.cache
     def ways(size: int) -> Ways:
@@ -104,6 +101,22 @@ def read_model(node: Any) -> BuiltShape:
         return gathered_on_paper(model, blocks, ways(size), rows, length, dtype)
 
     return shape
+
+
+def _not_counted(
+    model: nn.Module, blocks: Blocks, rows: int, length: int, dtype: str, error: Exception
+) -> Problem:
+    """Whether it is the number of tokens, or the dtype, that a model's forward does not take."""
+    name = type(model).__name__
+    try:
+        run_on_meta(model, blocks, kept_operators(), rows, length, "float32")
+    except Exception:  # the same
+        what = f"{name} does not take {rows} x {length} tokens: {_reason(error)}"
+        allowed, asked = f"what its forward takes, as {_SMALL[1]} tokens", f"data.seq_len={length}"
+        return Problem(what=what, asked=asked, allowed=allowed, instead=assigned("data.seq_len", _SMALL[1]))
+    what = f"{name} cannot compute with parameters in {dtype} as it is written: {_reason(error)}"
+    asked, allowed = f"train.dtype={dtype}", "float32; a model that casts (buffer.to(x.dtype))"
+    return Problem(what=what, asked=asked, allowed=allowed, instead="train.dtype=float32")
 
 
 def _twin_elements(shape: BuiltShape) -> int:
