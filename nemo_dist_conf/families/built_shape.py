@@ -128,7 +128,7 @@ class BuiltShape:
     active_parameters: int
     front: tuple[str, ...]
     back: tuple[str, ...]
-    plan_of: Callable[[bool], Mapping[str, str]]
+    plan_of: Callable[[bool], Mapping[str, str | tuple[str, ...]]]
     run_of: Callable[[int, int, str, bool], Run]
     gathered_of: Callable[[int, int, int, str], tuple[Gathered, ...]]
     why_estimated: str = ""
@@ -207,7 +207,7 @@ class BuiltShape:
         held = [weight.part for weight in self.outer if leaves & set(weight.name.split("."))]
         return tuple(dict.fromkeys(held))
 
-    def plan(self, sequence_parallel: bool) -> Mapping[str, str]:
+    def plan(self, sequence_parallel: bool) -> Mapping[str, str | tuple[str, ...]]:
         """Tensor-parallel styles by pattern. Raises ConfigError where none are known."""
         return self.plan_of(sequence_parallel)
 

@@ -20,7 +20,10 @@ from nemo_dist_conf.plan.rank_shards import padded
 
 __all__ = ["context_gathers", "tensor_collectives"]
 
+_CUT = "between stages"
 _SUMS, _COLUMNS, _ROUTING = "row sums", "column inputs", "routing weights"
+#: Inside of which a sequence that is split is whole.
+_WHOLE = ("whole_inputs", "whole_sequence")
 _EXPERTS, _SUMMED, _NORM = "moe_tp_experts", "replicated_with_grad_allreduce", "sequence_parallel"
 
 
@@ -42,6 +45,8 @@ def tensor_collectives(job: Job, stage: Stage) -> Iterator[Collective]:
         for passage in passages:
             if passage.part in parts:
                 found.update(_by_moment(job, passage, splits.calls(name, passage)))
+    if job.sequence_parallel and not splits.embeds_parts():  # the first block cuts what comes in
+        found["all_gather", job.tokens * job.model.hidden * DTYPE_BYTES[job.compute_dtype], "backward", _CUT] += 1
     times = job.microbatches * job.calls
     for (kind, size, when, why), calls in found.items():
         yield Collective("tp", kind, calls * times, size, when, why=why)
@@ -89,16 +94,22 @@ class _Splits:
         split = {name.rpartition(".")[0] for name, weight in self.weights.items() if weight.expert}
         self.apart = split if job.ep > 1 else set[str]()
 
+    def embeds_parts(self) -> bool:
+        """Whether what comes to the first block is split over the sequence."""
+        tables = [name for name, weight in self.weights.items() if weight.part == "embedding"]
+        return any(STYLES[style].splits_sequence for name in tables for style in (self.styles.of(name),))
+
     def calls(self, name: str, passage: Passage) -> _Calls:
         if name in self.apart:
             return self._whole_experts(passage)
-        style, found = self.styles.of_module(name), _Calls()
-        if style is None or any(name.startswith(f"{other}.") for other in self.apart):
+        found = _Calls()
+        if any(name.startswith(f"{other}.") for other in self.apart):
             return found
-        self._of_weights(name, style, passage, found)
-        self._of_parts(name, style, passage, found)
-        why = "norms" if style == _NORM else "norms of heads" if "norm" in name else "whole parameters"
-        found.backward += [("all_reduce", size, why) for size in self._summed_parameters(name, style)]
+        for style in self.styles.of_module(name):
+            self._of_weights(name, style, passage, found)
+            self._of_parts(name, style, passage, found)
+            why = "norms" if style == _NORM else "norms of heads" if "norm" in name else "whole parameters"
+            found.backward += [("all_reduce", size, why) for size in self._summed_parameters(name, style)]
         return found
 
     def _of_weights(self, name: str, style: str, passage: Passage, found: _Calls) -> None:
@@ -106,11 +117,13 @@ class _Splits:
         known, given = STYLES[style], [one for one in passage.given if one.has_gradient]
         weight, tp = self.weights.get(f"{name}.weight"), self.job.tp
         is_table = weight is not None and weight.layer == "Embedding"
-        if style == "gather_input" or (known.splits == "output" and not is_table and not self._has_full_input(name)):
-            if self.job.sequence_parallel and passage.given:
+        if style == "gather_input" or (
+            known.splits == "output" and not is_table and not self._is_in(name, ("gather_input",))
+        ):
+            is_split = self.job.sequence_parallel and not self._is_in(name, _WHOLE)
+            if is_split and passage.given:
                 found.before.append(("all_gather", passage.given[0].size, _COLUMNS))
-            kind = "reduce_scatter" if self.job.sequence_parallel else "all_reduce"
-            found.backward += [(kind, one.size, _COLUMNS) for one in given[:1]]
+            found.backward += [("reduce_scatter" if is_split else "all_reduce", one.size, _COLUMNS) for one in given[:1]]
         if style == "colwise_gather_output":
             is_last = passage.part == self.model.layers and passage.width == self.model.vocab
             why = "logits" if is_last else "column outputs"
@@ -153,14 +166,15 @@ class _Splits:
                 continue
             is_split = bool(STYLES[self.styles.of(own)].splits)
             is_packed_bias = style.startswith("packed") and own == f"{name}.bias"
-            if style in (_SUMMED, _NORM) or is_packed_bias or (style == _EXPERTS and not is_split):
+            is_own = style == "sequence_parameters" and own.rpartition(".")[0] == name
+            if style in (_SUMMED, _NORM) or is_packed_bias or is_own or (style == _EXPERTS and not is_split):
                 yield weight.count * item
 
-    def _has_full_input(self, name: str) -> bool:
-        """Whether what a module is in has the input made full once for all layers inside."""
+    def _is_in(self, name: str, styles: tuple[str, ...]) -> bool:
+        """Whether something that a module is in has one of these styles."""
         parts = name.split(".")
         around = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-        return any(self.styles.of_module(one) == "gather_input" for one in around)
+        return any(style in styles for one in around for style in self.styles.of_module(one))
 
     def _splits_own(self, name: str) -> bool:
         """Whether a module has parameters of its own that are split."""

@@ -54,15 +54,19 @@ def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
         yield from tensor_collectives(job, stage)
         return
     if job.sequence_parallel:
-        yield Collective("tp", "reduce_scatter", (rows - apart + embedding) * times, size, "forward", why="row sums")
+        # Experts are given whole rows, and add up whole rows where each rank has a part of them.
+        inside = sparse - apart
+        yield Collective("tp", "reduce_scatter", (rows - sparse + embedding) * times, size, "forward", why="row sums")
+        yield Collective("tp", "all_reduce", inside * times, size, "forward", why="row sums")
         yield Collective("tp", "all_gather", (columns + head) * times, size, "forward", why="column inputs")
         yield Collective(
-            "tp", "reduce_scatter", (columns - apart + head) * times, size, "backward", why="column inputs"
+            "tp", "reduce_scatter", (columns - sparse + head) * times, size, "backward", why="column inputs"
         )
+        yield Collective("tp", "all_reduce", inside * times, size, "backward", why="column inputs")
         yield Collective("tp", "all_gather", (rows + embedding) * times, size, "backward", why="row sums")
         norm = model.hidden * DTYPE_BYTES[job.param_dtype]
         yield Collective("tp", "all_reduce", (columns + head) * times, norm, "backward", why="norms")
-        yield from _experts_beside(job, apart * times, size)
+        yield from _experts_beside(job, sparse * times, size)
     else:
         yield Collective("tp", "all_reduce", (rows - apart + embedding) * times, size, "forward", why="row sums")
         yield Collective("tp", "all_reduce", (columns - apart + head) * times, size, "backward", why="column inputs")

@@ -76,7 +76,7 @@ def read_model(node: Any) -> BuiltShape:
         active_parameters=total - (_routed(held) * (experts - top) // experts if experts and top else 0),
         front=(names[id(front)],) if front is not None else (),
         back=tuple(names[id(module)] for module in back),
-        plan_of=functools.lru_cache(functools.partial(known_plan, model)),
+        plan_of=functools.lru_cache(lambda split: known_plan(model, split, _twin_elements(shape) <= _MOST_TRIED)),
         run_of=lambda rows, length, dtype, fuses_dropout: run(rows, length, dtype, fuses_dropout),
         gathered_of=lambda size, rows, length, dtype: gathered(size, rows, length, dtype),
         why_estimated=why,
