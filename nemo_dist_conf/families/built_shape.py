@@ -245,7 +245,9 @@ def _estimated_passages(shape: BuiltShape, tokens: int, item: int) -> dict[str, 
             name = f"{block}.{weight.name}".strip(".").rpartition(".")[0]
             is_table = weight.layer == "Embedding"
             takes, gives = (shape.hidden, shape.hidden) if weight.expert else (weight.shape[-1], weight.shape[0])
-            takes, gives = (0, weight.shape[-1]) if is_table else (gives, takes) if weight.layer == "Conv1D" else (takes, gives)
+            takes, gives = (
+                (0, weight.shape[-1]) if is_table else (gives, takes) if weight.layer == "Conv1D" else (takes, gives)
+            )
             given = [Given("input", tokens * takes * item, takes, True)] if takes else []
             given += [Given("weights", tokens * shape.experts_per_token * _FP32, 1, True)] if weight.expert else []
             where = -1 if weight.part == "embedding" else part

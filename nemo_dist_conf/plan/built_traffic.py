@@ -123,7 +123,9 @@ class _Splits:
             is_split = self.job.sequence_parallel and not self._is_in(name, _WHOLE)
             if is_split and passage.given:
                 found.before.append(("all_gather", passage.given[0].size, _COLUMNS))
-            found.backward += [("reduce_scatter" if is_split else "all_reduce", one.size, _COLUMNS) for one in given[:1]]
+            found.backward += [
+                ("reduce_scatter" if is_split else "all_reduce", one.size, _COLUMNS) for one in given[:1]
+            ]
         if style == "colwise_gather_output":
             is_last = passage.part == self.model.layers and passage.width == self.model.vocab
             why = "logits" if is_last else "column outputs"

@@ -128,6 +128,8 @@ def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> 
         return weight.shape
     layer = weight.layer or ("Embedding" if weight.part == "embedding" else "Linear")
     dim, packed = style.split_dim(layer, len(weight.shape)), style.packed
+    if packed > 1 and name.endswith(".bias") and not styles.of_module(name):
+        return weight.shape  # of a layer that is several in one, every rank's in full
     return tuple(
         packed * _chunk(size // packed, tp, index) if d == dim else size for d, size in enumerate(weight.shape)
     )

@@ -103,9 +103,7 @@ def read_model(node: Any) -> BuiltShape:
     return shape
 
 
-def _not_counted(
-    model: nn.Module, blocks: Blocks, rows: int, length: int, dtype: str, error: Exception
-) -> Problem:
+def _not_counted(model: nn.Module, blocks: Blocks, rows: int, length: int, dtype: str, error: Exception) -> Problem:
     """Whether it is the number of tokens, or the dtype, that a model's forward does not take."""
     name = type(model).__name__
     try:

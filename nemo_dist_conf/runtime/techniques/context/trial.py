@@ -455,9 +455,7 @@ class _Trial:
         kinds = {kind: sites & matters for kind, sites in found.items()}
         return {kind: sites for kind, sites in kinds.items() if sites}, far
 
-    def _compare(
-        self, tried: nn.Module, inputs: Mapping[str, Any], ways: Ways, far: bool, mesh: DeviceMesh
-    ) -> None:
+    def _compare(self, tried: nn.Module, inputs: Mapping[str, Any], ways: Ways, far: bool, mesh: DeviceMesh) -> None:
         """The twin on the ranks of the axis, against the plain one on whole rows; last, because it changes the twin.
 
         Raises _Fault where they differ.

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
+from nemo_dist_conf.families.found_styles import found_styles
 from nemo_dist_conf.families.model_rules import model_problems
 from nemo_dist_conf.families.plan_rules import style_names
 from nemo_dist_conf.families.plans import complete_plan, planned_families
@@ -28,7 +29,7 @@ from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.base_model import base_prefix
 from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.runtime.model.materialise import tied_names
-from nemo_dist_conf.runtime.model.trial import small_input, twin
+from nemo_dist_conf.runtime.model.trial import first_line, small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan, likely_plan
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
@@ -255,13 +256,26 @@ def known_plan(model: nn.Module, sequence_parallel: bool = False, follows: bool 
             return {pattern: (style and style.sequence_twin) or plain[pattern] for pattern, style in known.items()}
         return _followed(model, plain)
     if found is not None:
-        return _with_tied(model, found)
-    found = likely_plan(model) if _is_transformers(model) else {}
+        return _as_found(model, _with_tied(model, found))
+    why = ""
+    try:
+        found = likely_plan(model) if _is_transformers(model) else {}
+    except Exception as error:  # the model's own code
+        found, why = {}, f": it does not run on a small input ({first_line(error)})"
     if not found:
-        what = f"nothing is known of how {type(model).__name__} would be split over ranks"
+        what = f"nothing is known of how {type(model).__name__} would be split over ranks{why}"
         allowed = "tp_size=1, a tp_plan here or as an attribute of the model"
         raise ConfigError(Problem(what=what, asked="parallelism.tp_size", allowed=allowed, instead=_WITHOUT))
-    return found
+    return _as_found(model, found)
+
+
+def _as_found(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """A plan on paper as trying one has changed it for a small model of the family."""
+    wrapper, inner = _unwrapped(model)
+    found = found_styles(_model_type(inner))
+    if wrapper:
+        found = {f"{wrapper}.{pattern}": style for pattern, style in found.items()}
+    return {**found, **{pattern: style for pattern, style in plan.items() if pattern not in found}}
 
 
 def _followed(model: nn.Module, plan: Mapping[str, str]) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow, sequen
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 from nemo_dist_conf.runtime.torch_inside import tree_leaves
 
-__all__ = ["CannotTry", "Finding", "Trial"]
+__all__ = ["WHOLE_ELEMENTS", "CannotTry", "Finding", "Trial"]
 
 _TOKENS = 8
 #: Up to so many, 1 GiB in float32, a model whose blocks cannot be left out is tried whole.
-_WHOLE_ELEMENTS = 2**28
+WHOLE_ELEMENTS = 2**28
 #: Of a gradient's largest value, and of a thousandth of the model's largest, below which all is rounding.
 _TOLERANCE, _NOISE = 1e-3, 1e-3
 
@@ -78,7 +78,7 @@ class Trial:
         self._ran: set[str] = set()
         self._trained: list[Seen] | None = None
         why = self._run_plain(example)
-        if why is not None and self._blocks and sum(p.numel() for p in model.parameters()) <= _WHOLE_ELEMENTS:
+        if why is not None and self._blocks and sum(p.numel() for p in model.parameters()) <= WHOLE_ELEMENTS:
             self._blocks = {}  # its forward may reach into its blocks, so that none can be left out
             why = self._run_plain(example)
         if why is not None:
