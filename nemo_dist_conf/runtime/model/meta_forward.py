@@ -308,7 +308,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        *batch, heads, queries, _ = query.shape  # laid out so that heads come together without a copy
+        out = query.new_empty((*batch, queries, heads, value.shape[-1])).transpose(-3, -2)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
         return out
