@@ -55,7 +55,8 @@ class Given:
 class Passage:
     """One call of a module: what it was given, and the first tensor that it returned, its bytes and last dimension.
 
-    part: the number of the block that it was in; -1: before the first one, their count: after the last. again: its block saves something for backward after it, so what follows the module runs again where the block is
+    part: the number of the block that it was in; -1: before the first one, their count: after the last.
+    again: its block saves something for backward after it, so what follows the module runs again where the block is
     recomputed.
     """
 

@@ -53,7 +53,7 @@ def tensor_collectives(job: Job, stage: Stage) -> Iterator[Collective]:
 
 
 def context_gathers(job: Job, stage: Stage) -> Counter[tuple[str, int, bool]]:
-    """How often context parallelism gathers a tensor in the forward of a microbatch: by (why, bytes, has a gradient)."""
+    """How often cp gathers a tensor in the forward of a microbatch: by (why, bytes, whether it has a gradient)."""
     assert isinstance(job.model, BuiltShape)
     parts = _parts_of(job, stage)
     found = job.model.gathered_of(job.cp, job.rows, job.seq_len, job.compute_dtype)

@@ -44,7 +44,8 @@ class Unit:
     """Parameters that are gathered and reduced together. layer: _ROOT, EMBEDDING or HEAD for what is outside of layers.
 
     count: how many such units a stage has. weights: (name in the whole model of one of them, weight).
-    expert: split over ep first, then over ep_shard along the second dimension. has_last: one is in the stage's last block.
+    expert: split over ep first, then over ep_shard along the second dimension.
+    has_last: one is in the stage's last block.
     """
 
     title: str

@@ -76,7 +76,7 @@ def read_model(node: Any) -> BuiltShape:
         active_parameters=total - (_routed(held) * (experts - top) // experts if experts and top else 0),
         front=(names[id(front)],) if front is not None else (),
         back=tuple(names[id(module)] for module in back),
-        plan_of=functools.lru_cache(lambda split: known_plan(model, split, _twin_elements(shape) <= _MOST_TRIED)),
+        plan_of=functools.lru_cache(lambda split: plan(split)),
         run_of=lambda rows, length, dtype, fuses_dropout: run(rows, length, dtype, fuses_dropout),
         gathered_of=lambda size, rows, length, dtype: gathered(size, rows, length, dtype),
         why_estimated=why,
@@ -91,6 +91,9 @@ def read_model(node: Any) -> BuiltShape:
             return run_on_meta(model, blocks, kept_operators(), rows, length, dtype, fuses_dropout)
         except Exception as error:  # whatever a model's own forward raises
             raise ConfigError(_not_counted(model, blocks, rows, length, dtype, error)) from error
+
+    def plan(sequence_parallel: bool) -> dict[str, Any]:
+        return known_plan(model, sequence_parallel, _twin_elements(shape) <= _MOST_TRIED)
 
     @functools.cache
     def ways(size: int) -> Ways:

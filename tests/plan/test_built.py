@@ -47,8 +47,11 @@ def own(*words: str, **changes: Any) -> Any:
     return config
 
 
-# Tied, shared by blocks, a block with the head in it, experts, latent attention, mixers that are no attention.
-@pytest.mark.parametrize("family", ["gpt2", "zamba", "bert", "deepseek_v3", "gpt_oss", "falcon_mamba", "llama"])
+# Its decoder's fields in its own config, a causal model that takes those of a tower too,
+# tied, shared by blocks, a block with the head in it, experts, latent attention, mixers that are no attention.
+@pytest.mark.parametrize(
+    "family", ["musicgen", "dots3_note", "gpt2", "zamba", "bert", "deepseek_v3", "gpt_oss", "falcon_mamba", "llama"]
+)
 def test_every_parameter_has_the_name_and_shape_of_transformers(family: str) -> None:
     """All families: python -m tests.plan.families."""
     assert what_differs(family) == []
@@ -190,6 +193,27 @@ def test_the_command_plans_a_family_without_a_row_and_says_how(tmp_path: Path) -
     found = json.loads(run(composed(word, "data.seq_len=64", "plan.json=-")))
     assert found["model"]["type"] == "gpt2" and found["model"]["read_off"].startswith("GPT2LMHeadModel")
     assert found["step_seconds"] > 0 and found["notes"] == []
+
+
+def test_a_plan_says_what_a_run_tries_before_it_starts(tmp_path: Path) -> None:
+    word = folder_of(tmp_path, model_type="gpt2", **GPT2)
+    words = ("data.seq_len=64", "world_size=4", "parallelism.tp_size=2", "parallelism.cp_size=2")
+    found = json.loads(run(composed(word, *words, "plan.json=-")))
+    assert [one.partition(";")[0] for one in found["tried"]] == [
+        "how layers are split over tp",
+        "parts of rows over cp, and which modules are run on whole ones",
+    ]
+    assert "  a run tries  how layers are split over tp; here as it was found for a small gpt2" in run(
+        composed(word, *words)
+    )
+    assert json.loads(run(composed("model=llama3_8b", *words[1:], "plan.json=-")))["tried"] == []
+
+
+def test_a_residual_stream_that_cannot_be_followed_is_refused_as_a_run_refuses_it(tmp_path: Path) -> None:
+    words = ("data.seq_len=16", "world_size=2", TP, SEQUENCE)
+    with pytest.raises(ConfigError, match="residual stream of ZambaForCausalLM cannot be followed") as refused:
+        run(composed(folder_of(tmp_path, **config_of("zamba")), *words))
+    assert refused.value.type == "strategy.sequence_parallel=false"
 
 
 def test_a_model_of_ones_own_is_planned() -> None:

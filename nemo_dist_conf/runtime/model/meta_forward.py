@@ -256,7 +256,7 @@ class _Counted(QuickDispatchMode):
 
 
 class _Random(TorchFunctionMode):
-    """scaled_dot_product_attention as a fused kernel has it, by which no scores are kept, and dropout as a device has it.
+    """scaled_dot_product_attention as a fused kernel has it, which keeps no scores, and dropout as a device has it.
 
     fuses_dropout: of ``run_on_meta``.
     """

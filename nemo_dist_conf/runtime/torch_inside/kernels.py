@@ -31,8 +31,8 @@ _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_f
 #: Test: tests/plan/test_built.py, test_what_is_kept_is_what_torch_tracks.
 ASKED_VALUE: Any = torch.ops.aten._local_scalar_dense.default
 GROUPED_PRODUCT: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
-#: torch 2.11 to 2.13: what scaled_dot_product_attention runs where no fused kernel takes its arguments, as on a CPU with
-#: dropout. Test: tests/plan/test_built.py, test_what_drops_out_is_kept_as_torch_tracks.
+#: torch 2.11 to 2.13: what scaled_dot_product_attention runs where no fused kernel takes its arguments, as on a CPU
+#: with dropout. Test: tests/plan/test_built.py, test_what_drops_out_is_kept_as_torch_tracks.
 ATTENTION_IN_STEPS: Any = torch.ops.aten._scaled_dot_product_attention_math
 
 

@@ -23,7 +23,7 @@ from nemo_dist_conf.runtime.techniques.context.parallel import (
     with_positions,
 )
 from nemo_dist_conf.runtime.techniques.context.trial_runs import sees_itself
-from nemo_dist_conf.runtime.techniques.context.whole_rows import tokens_given
+from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, tokens_given
 from nemo_dist_conf.runtime.torch_inside import attention_of, name_attention
 
 __all__ = ["gathered_on_paper"]

@@ -33,7 +33,7 @@ from nemo_dist_conf.runtime.model.trial import first_line, small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan, likely_plan
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
-from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow, sequence_ways
+from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow, refuse_shared_parameters, sequence_ways
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
@@ -283,15 +283,16 @@ def _followed(model: nn.Module, plan: Mapping[str, str]) -> dict[str, Any]:
     blocks = find_blocks(model)
     places = [*(name for name, _ in model.named_modules() if name), *(name for name, _ in model.named_parameters())]
     patterns = [pattern for pattern in plan if _is_pattern(pattern)]
-    named = {}
+    named: dict[str, str] = {}
     for name in places:
         meant = name if name in plan else next((p for p in patterns if match_pattern(p, name)), None)
         named |= {name: unalias(plan[meant])} if meant is not None else {}
-    tried = twin(model, blocks)
-    inputs = small_input(tried, _TOKENS)
-    if inputs is None:
-        raise ConfigError(_not_followed(model, "nobody says what its forward takes", ""))
     try:
+        refuse_shared_parameters(model, list(blocks))
+        tried = twin(model, blocks)
+        inputs = small_input(tried, _TOKENS)
+        if inputs is None:
+            raise CannotFollow("nobody says what its forward takes")
         return dict(sequence_ways(tried, list(blocks), named, inputs)[0])
     except CannotFollow as error:
         raise ConfigError(_not_followed(model, str(error), "")) from None
