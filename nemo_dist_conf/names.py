@@ -12,6 +12,7 @@ __all__ = [
     "DType",
     "HARDWARE",
     "MeshAxisName",
+    "OWN_GROUPS",
     "SCHEDULES",
     "STRATEGY_NAMES",
     "Schedule",
@@ -28,6 +29,12 @@ STRATEGY_NAMES: dict[str, tuple[str, ...]] = {
 
 #: Options of the group ``hardware``; their figures are in schema/hardware.py.
 HARDWARE: tuple[str, ...] = ("h100", "h200", "b200", "a100", "mi300x", "cpu")
+
+#: Config groups beside those of the API page -> option -> values that differ from the schema's defaults; the default
+#: option comes first. Schemas and rules are in schema/own_groups.py.
+OWN_GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "context": {"default": {}},
+}
 
 
 class MeshAxisName(str, Enum):

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
+from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.recipe.checks import check_recipe
 from nemo_dist_conf.recipe.yaml_folder import config_folder
@@ -244,7 +245,7 @@ COMMAND_LINES: tuple[tuple[int, str], ...] = (
 
 
 #: What a word without a dot chooses an option of.
-_GROUPS = ("strategy", "parallelism", "pipeline", "moe", "model", "data", "optimizer")
+_GROUPS = ("strategy", *SECTIONS, "model", "data", "optimizer")
 
 
 def outcome(world_size: int, line: str) -> tuple[str, ConfigError | None]:

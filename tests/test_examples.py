@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -48,6 +49,29 @@ def test_minimal_gives_the_same_losses_under_every_strategy(tmp_path):
     sharded = losses(train(app, "strategy.mp_policy=null", ranks=2, cwd=tmp_path))
     assert sharded == pytest.approx(reference, rel=1e-3)
     assert "tp_size=2 is not possible" in run(app, "strategy=ddp", "parallelism.tp_size=2", cwd=tmp_path, code=1)
+
+
+@pytest.mark.slow
+def test_own_loop_goes_on_under_another_strategy_and_on_other_ranks_where_a_signal_stopped_it(tmp_path):
+    app, words = EXAMPLES / "own_loop" / "train.py", ("rows=2500", "epochs=1", "strategy.mp_policy=null")
+    whole = train(app, "strategy=ddp", *words[:2], "folder=whole", cwd=tmp_path)
+    assert len(losses(whole)) == 63 and losses(whole)[-1] < losses(whole)[0] / 2
+    command = [sys.executable, str(app), *words]
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=pipe, stderr=pipe, text=True) as stopped:
+        assert stopped.stdout is not None and stopped.stderr is not None
+        read = next(line for line in iter(stopped.stdout.readline, "") if "loss" in line)
+        stopped.send_signal(signal.SIGTERM)
+        before = read + stopped.stdout.read()
+        assert stopped.wait(60) == 128 + signal.SIGTERM, before
+        assert "; the same command goes on" in stopped.stderr.read()
+    after = train(app, "strategy=ddp", *words[:2], ranks=2, cwd=tmp_path)
+    assert 0 < len(losses(before)) < 63
+    assert losses(before) + losses(after) == pytest.approx(losses(whole), abs=2e-4)
+    share = [float(re.findall(r"told right ([\d.]+)", text)[0]) for text in (whole, after)]
+    assert share[0] == share[1] > 0.9
+    assert "loss" not in (again := train(app, "strategy=ddp", *words[:2], cwd=tmp_path)) and "told right" in again
 
 
 @pytest.mark.slow

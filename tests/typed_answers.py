@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.check import check
+from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.topology.launched_ranks import Start, about_to_start
 from nemo_dist_conf.topology.solve import LAUNCH
@@ -148,9 +149,12 @@ _FAULTS: tuple[tuple[int, str], ...] = (
     (1, "pipeline.layers_per_stage=2 pipeline.scale_grads_in_schedule=true"),
     (1, "pipeline.dtype=bfloat16"),
     (1, "moe.reshard_after_forward=true"),
+    (1, "context.method=gather"),
+    (2, "parallelism.cp_size=2 context.method=gathered"),
+    (2, "parallelism.cp_size=-2 context.method=gather"),
     (1, "moe.mp_policy.enabled=true moe.lm_head_precision=float32"),
     (2, "model=mixtral_tiny parallelism.ep_size=2 moe.mp_policy.param_dtype=float32"),
-    *((1, f"{section}=null") for section in ("strategy", "parallelism", "pipeline", "moe")),
+    *((1, f"{section}=null") for section in ("strategy", *SECTIONS)),
     *((1, f"~{section}") for section in ("strategy",)),
     # Pipelines.
     (2, "parallelism.pp_size=2 pipeline.pp_schedule=zero_bubble"),
@@ -364,7 +368,7 @@ def bad_lines(seed: int = 0, pairs: int = 120) -> list[Line]:
 
 def _is_ours(word: str) -> bool:
     key = word.lstrip("+~").partition("=")[0].partition(".")[0]
-    return key in ("strategy", "parallelism", "pipeline", "moe", "activation_checkpointing")
+    return key in ("strategy", *SECTIONS, "activation_checkpointing")
 
 
 def _below_dist(word: str) -> str:

@@ -27,6 +27,8 @@ from nemo_dist_conf.families.model_rules import layerdrop_problems, model_proble
 from nemo_dist_conf.families.plan_rules import plan_problems
 from nemo_dist_conf.names import BATCH_STATISTICS
 from nemo_dist_conf.schema import MixedPrecisionConf, MoEConf, PipelineConf
+from nemo_dist_conf.schema.asked import Asked, Idle
+from nemo_dist_conf.schema.own_groups import OWN_SCHEMAS, own_group
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, default_strategy, find_strategy
 from nemo_dist_conf.strategies.common import off_but_changed
 from nemo_dist_conf.topology.axes import AXES, Axis
@@ -34,7 +36,7 @@ from nemo_dist_conf.topology.checkpointing_modes import one_mode
 from nemo_dist_conf.topology.launched_ranks import launch_command, planned_world_size
 from nemo_dist_conf.topology.schedule_rules import pipeline_problems
 from nemo_dist_conf.topology.solve import MeshSpec, number_problem, solve
-from nemo_dist_conf.wording import Spelling, assigned
+from nemo_dist_conf.wording import Spelling, assigned, typed
 
 __all__ = ["Checked", "check", "check_values", "find_roots"]
 
@@ -44,6 +46,7 @@ class Checked:
     """A config that passed every rule; plain values, torch-free.
 
     strategy_values, sizes, pipeline, moe: field -> value (enums for dtypes, mappings for policies).
+    groups: of each group of ours beyond the page's, field -> value.
     notes: requests that are satisfied trivially at these sizes, one sentence each.
     """
 
@@ -58,6 +61,7 @@ class Checked:
     facts: ModelFacts = ModelFacts()
     notes: tuple[str, ...] = field(default=())
     batch_statistics: str = "local"
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def _is_root(node: Any) -> bool:
@@ -154,10 +158,13 @@ def check_values(
     problems += _section_problems(pipeline, moe, sizes, usable, facts, spelling, answered)
     problems += model_problems(facts, usable, world_size, seq_len, spelling, moe)
     problems += plan_problems(values.get("tp_plan"), facts, spelling)
+    own = {name: sections[name] for name in OWN_SCHEMAS}
+    refused = any(sizes[name] != size for name, size in usable.items())
+    problems += _own_problems(own, Asked(strategy, values, usable, mode, facts, own, spelling), refused)
     if problems or mesh is None:
         return None, problems
     notes = _notes(values, sizes)
-    return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, spelling, facts, notes), []
+    return Checked(strategy, values, sizes, pipeline, moe, mode, mesh, spelling, facts, notes, groups=own), []
 
 
 def _usable(size: Any, axis: Axis, strategy: Strategy) -> Any:
@@ -289,16 +296,32 @@ def _section_problems(
     if usable["pp_size"] > 1:
         problems += pipeline_problems(pipeline, usable["pp_size"], facts.num_layers, spelling, strategy)
     elif sizes["pp_size"] == 1:
-        problems += _changed_while_off("pipeline", pipeline, PipelineConf, "pp_size", spelling)
+        problems += _changed_while_off("pipeline", pipeline, PipelineConf, _alone("pp_size"), spelling)
     if usable["ep_size"] > 1:
         problems += off_but_changed(moe["mp_policy"], MixedPrecisionConf(enabled=False), "moe.mp_policy", spelling)
     elif sizes["ep_size"] == 1:
-        problems += _changed_while_off("moe", moe, MoEConf, "ep_size", spelling)
+        problems += _changed_while_off("moe", moe, MoEConf, _alone("ep_size"), spelling)
+    return problems
+
+
+def _alone(size: str) -> Idle:
+    return Idle(size, 1, "2 or more")
+
+
+def _own_problems(groups: Mapping[str, Mapping[str, Any]], asked: Asked, sizes_are_refused: bool) -> list[Problem]:
+    problems: list[Problem] = []
+    for name, values in groups.items():
+        group = own_group(name)
+        wrong = list(group.problems(values, asked))
+        idle = None if sizes_are_refused else group.idle(asked)
+        if idle is not None and not wrong:
+            wrong = _changed_while_off(name, values, group.schema, idle, asked.spelling)
+        problems += wrong
     return problems
 
 
 def _changed_while_off(
-    section: str, values: Mapping[str, Any], schema: type, size: str, spelling: Spelling
+    section: str, values: Mapping[str, Any], schema: type, idle: Idle, spelling: Spelling
 ) -> list[Problem]:
     defaults = flat_defaults(schema)
     changed = {key: value for key, value in leaves(dict(values)).items() if value != defaults.get(key)}
@@ -313,9 +336,9 @@ def _changed_while_off(
     ]
     return [
         Problem(
-            what=f"{section} settings were changed, but {size} is 1, so they would do nothing",
+            what=f"{section} settings were changed, but {idle.key} is {typed(idle.value)}, so they would do nothing",
             asked=" ".join(shown),
-            allowed=f"the defaults while {size}=1, or {size} of 2 or more",
+            allowed=f"the defaults while {idle.key}={typed(idle.value)}, or {idle.key} of {idle.needed}",
             instead=" ".join(instead),
         )
     ]

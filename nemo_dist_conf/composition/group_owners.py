@@ -58,11 +58,13 @@ def claim_of_app(
     stored: Mapping[str, Any],
     places: Places,
     foreign: Collection[str],
+    is_optional: bool = False,
 ) -> Claim:
     """The app's claim: the group is its own where it has an option of the same name, a root config or a plain key.
 
     An option of the same name that takes in ours from the namespace (``/nemo_dist/strategy@_here_: ddp``) is a preset.
     stored: root configs of other providers in the ConfigStore, by name. foreign: options that they store in the group.
+    is_optional: our base config does without the group, so a plain key is the app's beside it as well.
     """
     if group in stored or not set(foreign).isdisjoint(options):
         return Claim(True)
@@ -75,15 +77,17 @@ def claim_of_app(
         if any(f"/{namespace}/{group}" not in _text(folder / group / f"{name}.yaml") for name in same):
             return Claim(True)
         extended |= same
-    return Claim(_is_plain_key(group, stored, places), frozenset(extended))
+    taking = {group} if is_optional else {group, "nemo_dist_conf"}
+    return Claim(_is_plain_key(group, stored, places, taking), frozenset(extended))
 
 
-def _is_plain_key(group: str, stored: Mapping[str, Any], places: Places) -> bool:
+def _is_plain_key(group: str, stored: Mapping[str, Any], places: Places, taking: Collection[str]) -> bool:
     """Whether a root config has ``strategy: word`` for itself, so that ``strategy=`` has to set that key.
 
-    Where the group exists, Hydra takes ``strategy=other`` for a choice from it, and refuses it.
+    Where the group exists, Hydra takes ``strategy=other`` for a choice from it, and refuses it. taking: names in a
+    defaults list by which an app takes the group from us.
     """
-    if places.listed & {group, "nemo_dist_conf"}:
+    if not places.listed.isdisjoint(taking):
         return False  # the app's defaults lists say what they take from us
     return group in places.plain_keys or any(_has_plain_value(entry, group) for entry in stored.values())
 

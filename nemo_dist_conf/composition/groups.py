@@ -18,7 +18,7 @@ from nemo_dist_conf.composition.store import (
     register_sweeper,
     typed_node,
 )
-from nemo_dist_conf.names import HARDWARE, SCHEDULES, STRATEGY_NAMES
+from nemo_dist_conf.names import HARDWARE, OWN_GROUPS, SCHEDULES, STRATEGY_NAMES
 
 __all__ = ["config_groups", "register_groups", "register_resolvers"]
 
@@ -31,13 +31,14 @@ def config_groups() -> dict[str, dict[str, Callable[[], Any]]]:
 
     Names only: the schemas are imported when a node is made.
     """
-    names = [name for strategy, aliases in STRATEGY_NAMES.items() for name in (strategy, *aliases)]
+    strategies = [name for strategy, aliases in STRATEGY_NAMES.items() for name in (strategy, *aliases)]
     schedules = sorted(SCHEDULES, key=lambda name: name != "1f1b")
     return {
-        "strategy": {name: functools.partial(_strategy, name) for name in names},
+        "strategy": {name: functools.partial(_strategy, name) for name in strategies},
         "parallelism": {"default": _parallelism},
         "pipeline": {name: functools.partial(_pipeline, name) for name in schedules},
         "moe": {"default": _moe},
+        **{group: {name: functools.partial(_own, group, name) for name in own} for group, own in OWN_GROUPS.items()},
     }
 
 
@@ -46,7 +47,7 @@ def register_groups(search_path: ConfigSearchPath) -> None:
     register_resolvers()
     hardware = {"hardware": {name: functools.partial(_hardware, name) for name in HARDWARE}}
     switches = {"activation_checkpointing": False, "batch_statistics": "local"}
-    register(config_groups(), search_path, switches, hardware, {"strategy": _added_strategies})
+    register(config_groups(), search_path, switches, hardware, {"strategy": _added_strategies}, OWN_GROUPS)
     register_launcher(_torchrun)
     register_sweeper(_layouts)
     if _RANK_COUNTS & os.environ.keys():
@@ -96,6 +97,13 @@ def _moe() -> Any:
     from nemo_dist_conf.schema import MoEConf
 
     return typed_node(MoEConf, "nemo_dist_conf.config.MoEParallelizerConfig", __name__)
+
+
+def _own(group: str, name: str) -> Any:
+    from nemo_dist_conf.schema.own_groups import OWN_SCHEMAS
+
+    schema = OWN_SCHEMAS[group]
+    return typed_node(schema, f"{schema.__module__}.{schema.__qualname__}", __name__, **OWN_GROUPS[group][name])
 
 
 def _hardware(name: str) -> Any:

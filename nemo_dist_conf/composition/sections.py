@@ -14,8 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dist_conf.composition.hydra_inside import flag_of, has_values, is_null, node_at, written
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.names import DType, nearest
+from nemo_dist_conf.names import OWN_GROUPS, DType, nearest
 from nemo_dist_conf.schema import MoEConf, ParallelismConf, PipelineConf
+from nemo_dist_conf.schema.own_groups import OWN_SCHEMAS
 from nemo_dist_conf.strategies import STRATEGIES, Strategy, default_strategy, strategy_of_target
 from nemo_dist_conf.wording import Spelling, unknown_name
 
@@ -32,7 +33,12 @@ __all__ = [
 ]
 
 #: The sibling nodes of ``strategy``, with their schema classes.
-SECTIONS: dict[str, type] = {"parallelism": ParallelismConf, "pipeline": PipelineConf, "moe": MoEConf}
+SECTIONS: dict[str, type] = {
+    "parallelism": ParallelismConf,
+    "pipeline": PipelineConf,
+    "moe": MoEConf,
+    **OWN_SCHEMAS,
+}
 
 #: Keys that Hydra or we add to a typed node; they are not options.
 _BOOKKEEPING = ("_target_", "defaults")
@@ -70,7 +76,7 @@ def read_section(
 ) -> dict[str, Any]:
     """The node's values by field, typed as its schema; problems are appended, defaults stand in for what is wrong."""
     node = _as_node(root.get(name)) if name in root else None
-    if node is None and name not in root:
+    if name not in root or (name in OWN_SCHEMAS and not _means(name, node, schema)):
         return _defaults(schema)
     if isinstance(node, DictConfig):
         values = _already_typed(node, schema)
@@ -99,6 +105,23 @@ def read_section(
     elif node is not None:
         objects = _merge(typed, node, schema, name, spelling, problems)
     return {**_plain(typed), **objects}
+
+
+def _means(name: str, node: Any, schema: type) -> bool:
+    """Whether what stands under the name of a group of ours is that group's, and not something of the app's.
+
+    A node of our type is, one that has an option of ours or what looks like one, and the name of a choice.
+    """
+    if isinstance(node, str):
+        return node in OWN_GROUPS[name]
+    if not isinstance(node, DictConfig) or not has_values(node):
+        return False
+    kind = OmegaConf.get_type(node)
+    if isinstance(kind, type) and issubclass(kind, schema):
+        return True
+    target = str(node_at(node, "_target_")).rpartition(".")[2] if "_target_" in node else ""
+    names = [item.name for item in dataclasses.fields(schema)]
+    return target == schema.__name__ or any(nearest(str(key), names, cutoff=0.8) for key in node)
 
 
 def _defaults(schema: type) -> dict[str, Any]:
@@ -228,7 +251,9 @@ def _default_text(item: dataclasses.Field[Any]) -> Any:
 
 def default_choice(section: str, spelling: Spelling) -> str:
     """The words that choose the section's default option."""
-    return spelling.choose(section, {"pipeline": "1f1b", "strategy": default_strategy()}.get(section, "default"))
+    first = {"pipeline": "1f1b", "strategy": default_strategy()}
+    first |= {group: next(iter(options)) for group, options in OWN_GROUPS.items()}
+    return spelling.choose(section, first.get(section, "default"))
 
 
 def _plain(typed: DictConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Collection, Mapping
 
 from hydra.core.config_search_path import ConfigSearchPath
 from omegaconf import DictConfig, OmegaConf
@@ -66,6 +66,7 @@ def register(
     plain_base: Mapping[str, Any],
     beside: Mapping[str, Mapping[str, Callable[[], Any]]],
     added: Mapping[str, Callable[[], Mapping[str, Callable[[], Any]]]],
+    optional: Collection[str],
 ) -> None:
     """Store every entry under ``nemo_dist/``, and under the short name where the app does not own that name.
 
@@ -75,7 +76,8 @@ def register(
     groups: group -> option -> maker of its node; the first option is the default of the base config, which brings
     all groups in with one line. plain_base: what the base config holds besides its defaults list.
     beside: further groups, which stand under ``nemo_dist/`` only. added: group -> further options that other packages
-    bring, asked for when Hydra wants a name that is not ours.
+    bring, asked for when Hydra wants a name that is not ours. optional: groups that the base config leaves out where
+    the app has something of that name.
     Called each time that Hydra builds a search path; an app that brings its own group later gets it back.
     """
     store = store_of_shared_entries()
@@ -94,8 +96,10 @@ def register(
     for group, options in groups.items():
         first = next(iter(options))
         spaced.append({f"/{_NAMESPACE}/{group}@{group}": first})
-        claim = claim_of_app(group, options, _NAMESPACE, stored, places, _foreign_entries(store, group))
-        short.append(spaced[-1] if claim.whole else {group: first})
+        is_optional = group in optional
+        claim = claim_of_app(group, options, _NAMESPACE, stored, places, _foreign_entries(store, group), is_optional)
+        if not (claim.whole and is_optional):
+            short.append(spaced[-1] if claim.whole else {group: first})
         _remove_ours(store, group)  # another app in this process may have claimed less
         for name, make in options.items():
             _put(store, f"{_NAMESPACE}/{group}", name, make)

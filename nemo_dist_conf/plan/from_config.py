@@ -125,6 +125,7 @@ def _job(cfg: DictConfig, checked: Checked, machine: HardwareConf, model: ModelS
         calls=calls,
         pipeline=checked.pipeline,
         moe=checked.moe,
+        groups=checked.groups,
         checkpointing=checked.activation_checkpointing,
         autocast=autocast_of(checked.strategy, checked.strategy_values, dtype, machine.device),
         update=update_of(cfg.get("optimizer")),

@@ -13,6 +13,7 @@ from nemo_dist_conf.names import SCHEDULES
 from nemo_dist_conf.plan.schedule_orders import PlayedSchedule, from_file, played_schedule, unknown_schedule
 from nemo_dist_conf.plan.strategy_costs import costs_of
 from nemo_dist_conf.schema.hardware import HardwareConf
+from nemo_dist_conf.schema.own_groups import default_groups
 from nemo_dist_conf.strategies import Strategy
 from nemo_dist_conf.topology.schedule_file import read_schedule
 from nemo_dist_conf.topology.schedule_rules import find_schedule, stage_count
@@ -121,6 +122,7 @@ class Job:
     calls: int = 1
     pipeline: Mapping[str, Any] = field(default_factory=dict)
     moe: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=default_groups)
     checkpointing: bool | str = False
     autocast: str | None = None
     update: Update = Update()

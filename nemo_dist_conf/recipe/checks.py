@@ -180,7 +180,7 @@ def _pipeline_batch_problems(train: DictConfig, pp_batch_size: int, data_size: i
 def _stray_keys(config: DictConfig) -> Iterable[Problem]:
     """Keys that ``+`` added where nothing reads them."""
     own: Any = OmegaConf.load(config_folder() / "train.yaml")
-    groups = ["strategy", "parallelism", "pipeline", "moe", "activation_checkpointing", "batch_statistics"]
+    groups = ["strategy", *SECTIONS, "activation_checkpointing", "batch_statistics"]
     groups += ["model", "data", "optimizer"]
     others = [str(key) for key in own if key not in (*groups, "defaults", "hydra")]
     known: dict[str, list[str]] = {"": [*groups, *others]}

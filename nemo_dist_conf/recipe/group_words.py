@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Iterable
 
 from nemo_dist_conf.errors import ConfigError, Problem
+from nemo_dist_conf.names import OWN_GROUPS
 from nemo_dist_conf.strategies import default_strategy
 
 __all__ = ["refuse_words"]
@@ -15,6 +16,7 @@ _OFFERED = {
     "parallelism": "default",
     "pipeline": "1f1b",
     "moe": "default",
+    **{group: next(iter(options)) for group, options in OWN_GROUPS.items()},
     "model": "llama_tiny",
     "data": "text",
     "optimizer": "adamw",

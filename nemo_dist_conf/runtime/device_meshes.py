@@ -231,6 +231,31 @@ class MeshContext:
             dist.all_reduce(value, group=group)
         return value
 
+    def gather_over_data(self, rows: torch.Tensor) -> torch.Tensor:
+        """What all data ranks have of a batch, in the order of its rows: [n, ...] -> [sum of n, ...]; no gradient.
+
+        n may differ by rank. Ranks of cp and tp have the same rows as their data rank, and get the same.
+        """
+        rows = rows.detach()
+        for group in self._row_groups():  # the inner axis first: that is how data ranks are counted
+            sizes = torch.tensor([rows.size(0)], device=rows.device).repeat(dist.get_world_size(group))
+            dist.all_gather_into_tensor(sizes, sizes[:1].clone(), group=group)
+            counts = sizes.tolist()
+            padded = rows.new_zeros(max(counts), *rows.shape[1:])
+            padded[: rows.size(0)] = rows
+            parts = [torch.empty_like(padded) for _ in counts]
+            dist.all_gather(parts, padded, group=group)
+            rows = torch.cat([part[:count] for part, count in zip(parts, counts)])
+        return rows
+
+    def _row_groups(self) -> list[dist.ProcessGroup | None]:
+        """This rank's group along each axis above 1 whose ranks hold different rows, the innermost first."""
+        if self.device_mesh is None:
+            return self.data_groups()
+        wide = [name for name, size in _axes(self.device_mesh) if size > 1]
+        axes = (A.DP, A.DP_SHARD, A.DP_REPLICATE)
+        return [self.device_mesh.get_group(axis.value) for axis in axes if axis in wide]
+
     def data_groups(self) -> list[dist.ProcessGroup | None]:
         """This rank's group along each axis above 1 whose ranks hold different tokens (data, cp); None: all ranks."""
         if self.device_mesh is None:

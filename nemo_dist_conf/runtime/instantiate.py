@@ -109,6 +109,7 @@ def _wrap(checked: Checked, setup: DistributedSetup, built: Built, blocks: Any, 
         meshes.moe_mesh,
         pipeline=setup.pipeline_config,
         moe=setup.moe_parallel_config,
+        groups=checked.groups,
     )
 
     def fill(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from dataclasses import replace
 from enum import Enum
 from pathlib import PurePath
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dist_conf.composition.agreement.config_tree import flat_config
 from nemo_dist_conf.errors import ConfigError, Problem
 
-__all__ = ["agree_on_config", "agree_on_model", "are_near", "config_mark", "together"]
+__all__ = ["agree_on_config", "agree_on_model", "are_near", "config_mark", "from_main", "together"]
 
 _T = TypeVar("_T")
 
@@ -113,6 +114,41 @@ def together(make: Callable[[], _T], mark: Callable[[_T], Any] = lambda made: No
         where = f"rank {failed[0]}" if len(failed) == 1 else f"{len(failed)} ranks, of them rank {failed[0]}"
         raise type(first)(*(replace(problem, what=f"on {where}: {problem.what}") for problem in first.problems))
     return made, [mark for _, mark in found]  # type: ignore[return-value]
+
+
+def from_main(make: Callable[[], _T]) -> _T:
+    """What ``make()`` gives on global rank 0, on every rank; what it raises there is raised on every rank.
+
+    Every rank calls this. The value goes through pickle; tensors in it should be on the CPU.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    box: list[Any] = [None]
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            box[0] = (True, pickle.dumps(make()))
+        except Exception as raised:
+            error, box[0] = raised, (False, _portable(raised))
+    dist.broadcast_object_list(box, src=0)
+    succeeded, sent = box[0]
+    if error is not None:
+        raise error
+    value = pickle.loads(sent)
+    if not succeeded:
+        raise value
+    return value
+
+
+def _portable(error: Exception) -> bytes:
+    """The error through pickle; where it does not come back as its own kind, its text."""
+    try:
+        sent = pickle.dumps(error)
+        if type(pickle.loads(sent)) is type(error):
+            return sent
+    except Exception:
+        pass
+    return pickle.dumps(RuntimeError(f"on rank 0: {type(error).__name__}: {error}"))
 
 
 def _all_alike(mine: tuple[ConfigError | None, Any]) -> bool:

@@ -25,9 +25,9 @@ def main(cfg: DictConfig) -> float:
     """Train as the config says; the last loss is the job's value for sweepers."""
     from nemo_dist_conf.composition.agreement.shared_failure import end
     from nemo_dist_conf.composition.command_line import raw_words
+    from nemo_dist_conf.own_loop.ctrl_c import BEFORE, hear_once, was_heard
     from nemo_dist_conf.recipe.checks import check_recipe, typed_model_config
     from nemo_dist_conf.topology.launched_ranks import launched
-    from nemo_dist_conf.train.ctrl_c import BEFORE, hear_once, was_heard
 
     hear_once()
     try:
@@ -56,8 +56,8 @@ def main(cfg: DictConfig) -> float:
 
 def checked_main() -> None:
     """``main``, once Hydra can read the words."""
+    from nemo_dist_conf.own_loop.ctrl_c import end_at_once
     from nemo_dist_conf.recipe.group_words import refuse_words
-    from nemo_dist_conf.train.ctrl_c import end_at_once
 
     end_at_once()
     try:

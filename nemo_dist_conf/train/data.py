@@ -5,18 +5,17 @@ Shapes: N windows, B rows (sequences) of a batch, S tokens of a sequence.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Mapping, Protocol
 
-import torch
 from torch import Tensor
 
 from nemo_dist_conf.errors import DataError
+from nemo_dist_conf.own_loop.row_order import RowOrder
 from nemo_dist_conf.recipe.value_checks import data_problems
 from nemo_dist_conf.runtime.config_targets import build_target
 from nemo_dist_conf.train.corpus import Corpus, data_error, load_corpus
 
-__all__ = ["DataSource", "TextData", "build_data", "mix_seed", "split_microbatches"]
+__all__ = ["DataSource", "TextData", "build_data", "split_microbatches"]
 
 
 class DataSource(Protocol):
@@ -28,12 +27,6 @@ class DataSource(Protocol):
         Returns input ids and labels, both [B / size, S], int64, on the CPU. Labels are the next tokens, already
         shifted; -100 marks a position that does not count.
         """
-
-
-def mix_seed(*parts: int) -> int:
-    """A 63-bit seed that depends on every part and on their order, the same in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class TextData:
@@ -60,7 +53,7 @@ class TextData:
         self.seed = seed
         self._shift = 0  # rows
         self._windows_NS = corpus.tokens.unfold(0, seq_len + 1, seq_len)  # a view: nothing is copied
-        self._orders: dict[int, Tensor] = {}  # epoch -> permutation; the last two used
+        self._order = RowOrder(self.num_windows, seed)
 
     @property
     def num_windows(self) -> int:
@@ -71,14 +64,6 @@ class TextData:
         """Tokens that the loss of a step counts, over all ranks."""
         return self.global_batch_size * self.seq_len
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-            while len(self._orders) >= 2:
-                self._orders.pop(next(iter(self._orders)))
-            self._orders[epoch] = torch.randperm(self.num_windows, generator=generator)
-        return self._orders[epoch]
-
     def go_on(self, step: int, rows: int) -> None:
         """Let the batch of ``step`` begin after so many rows, where the steps before it had batches of other sizes."""
         self._shift = rows - step * self.global_batch_size
@@ -88,14 +73,7 @@ class TextData:
         assert 0 <= rank < size and self.global_batch_size % size == 0, (rank, size, self.global_batch_size)
         rows = self.global_batch_size // size
         begin = self._shift + step * self.global_batch_size + rank * rows
-        ids: list[Tensor] = []
-        while rows:
-            epoch, offset = divmod(begin, self.num_windows)
-            piece = self._order(epoch)[offset : offset + rows]
-            ids.append(piece)
-            begin += len(piece)
-            rows -= len(piece)
-        return torch.cat(ids)
+        return self._order.ids(begin, rows)
 
     def batch(self, step: int, rank: int = 0, size: int = 1) -> tuple[Tensor, Tensor]:
         """Input ids and labels, both [B / size, S] int64: the contiguous rows of data rank ``rank`` of ``size``."""

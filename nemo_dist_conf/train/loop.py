@@ -19,6 +19,8 @@ from nemo_dist_conf.composition.resolvers import autocast_dtype
 from nemo_dist_conf.errors import ConfigError, DataError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
 from nemo_dist_conf.instantiate import instantiate
+from nemo_dist_conf.own_loop.preemption import Preemption
+from nemo_dist_conf.own_loop.row_order import mix_seed
 from nemo_dist_conf.plan import Plan
 from nemo_dist_conf.recipe.checks import batch_problems
 from nemo_dist_conf.recipe.value_checks import train_problems
@@ -35,12 +37,11 @@ from nemo_dist_conf.strategies import strategy_of_config, strategy_of_target
 from nemo_dist_conf.topology.launched_ranks import launched
 from nemo_dist_conf.train.console import Console, peak_memory_bytes
 from nemo_dist_conf.train.corpus import check_vocabulary
-from nemo_dist_conf.train.data import DataSource, TextData, build_data, mix_seed, split_microbatches
+from nemo_dist_conf.train.data import DataSource, TextData, build_data, split_microbatches
 from nemo_dist_conf.train.estimate import measured, plan_of_run, planned
 from nemo_dist_conf.train.learning_rate import LearningRate
 from nemo_dist_conf.train.loss_scale import LossScale
 from nemo_dist_conf.train.metrics import MetricsWriter, require_tensorboard
-from nemo_dist_conf.train.preemption import Preemption
 from nemo_dist_conf.train.run_report import header, not_finite, summary
 from nemo_dist_conf.train.saving import Saving
 from nemo_dist_conf.train.step import Microbatches, StepResult, settle, train_step

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from nemo_dist_conf.composition.groups import config_groups
 from nemo_dist_conf.composition.store import PROVIDER
+from nemo_dist_conf.names import OWN_GROUPS
 
 
 def _registered(folder=None):
@@ -62,6 +63,7 @@ def test_composed_nodes_are_typed_and_hold_no_bookkeeping_of_ours():
         "parallelism",
         "pipeline",
         "moe",
+        *OWN_GROUPS,
         "activation_checkpointing",
         "batch_statistics",
     }

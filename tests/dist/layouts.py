@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_dist_conf.composition.sections import SECTIONS
 from nemo_dist_conf.gradients import accumulate, clip_grad_norm_
 from nemo_dist_conf.instantiate import instantiate
 from nemo_dist_conf.runtime.distributed_setup import DistributedSetup
@@ -119,7 +120,7 @@ class Net(nn.Module):
 
 
 #: What a word chooses a file of; the keys of all other words are values.
-_GROUPS = ("strategy", "parallelism", "pipeline", "moe")
+_GROUPS = ("strategy", *SECTIONS)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from nemo_dist_conf.recipe.group_words import refuse_words
 from nemo_dist_conf.recipe.yaml_folder import config_folder
 from tests.typed_answers import Line, typed
 
-GROUPS = ("strategy", "parallelism", "pipeline", "moe", "model", "data", "optimizer")
+GROUPS = ("strategy", *SECTIONS, "model", "data", "optimizer")
 NODES = (*GROUPS, "activation_checkpointing", "seed", "device", "train", "checkpoint")
 #: Of wrong kinds. What ``+`` puts in the place of a node that was taken away ends with a brace.
 VALUES = ("null", "a_word", "[1,2]", "[]", "3", "true", "''", "{foo: 1}", "{_target_: 3}")

@@ -17,8 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from nemo_dist_conf.errors import ConfigError, DataError
+from nemo_dist_conf.own_loop.row_order import mix_seed
 from nemo_dist_conf.train.corpus import BYTE_VOCABULARY, Corpus, check_vocabulary, load_corpus
-from nemo_dist_conf.train.data import TextData, build_data, mix_seed, split_microbatches
+from nemo_dist_conf.train.data import TextData, build_data, split_microbatches
 
 TEXT = "".join(f"line {n} of a text that is long enough for a few windows\n" for n in range(200))
 

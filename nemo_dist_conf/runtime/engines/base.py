@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_dist_conf.names import MeshAxisName as A
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.techniques.precision import tell_precision
+from nemo_dist_conf.schema.own_groups import default_groups
 from nemo_dist_conf.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -55,14 +56,17 @@ class Engine:
         *,
         pipeline: PipelineConfig | None = None,
         moe: MoEParallelizerConfig | None = None,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """config: the strategy's typed config; None for a model that somebody else has wrapped.
 
         device_mesh, moe_mesh: as in ``MeshContext``. pipeline: split the model into stages over the axis pp; None: on
         a mesh with that axis the model is taken to be a stage already. moe: how split experts are wrapped.
+        groups: as in ``Checked``, of groups that are ours beyond the page's; None: all at their defaults.
         """
         self.config, self.device_mesh, self.moe_mesh = config, device_mesh, moe_mesh
         self.pipeline, self.moe = pipeline, moe
+        self.groups: Mapping[str, Mapping[str, Any]] = default_groups() if groups is None else groups
         names = (device_mesh.mesh_dim_names or ()) if device_mesh is not None else ()
         #: Ranks of each named axis of the root mesh.
         self.sizes: Mapping[str, int] = {name: device_mesh.size(i) for i, name in enumerate(names) if device_mesh}

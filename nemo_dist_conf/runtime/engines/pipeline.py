@@ -24,7 +24,7 @@ class PipelineEngine(Engine):
 
     def __init__(self, of_stage: Engine) -> None:
         """of_stage: the strategy's engine, which has sharded the stages."""
-        super().__init__(of_stage.config, of_stage.device_mesh, of_stage.moe_mesh)
+        super().__init__(of_stage.config, of_stage.device_mesh, of_stage.moe_mesh, groups=of_stage.groups)
         self._of_stage = of_stage
 
     def model_name(self, model: Any) -> str:

@@ -15,7 +15,7 @@ from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.model.forward_state import ForwardState, Taken
 from nemo_dist_conf.runtime.model.replaced_forwards import Around
-from nemo_dist_conf.runtime.torch_inside import saved_by_selection
+from nemo_dist_conf.runtime.torch_inside import saved_by_selection, selective_contexts
 
 __all__ = ["apply_activation_checkpointing", "kept_operators"]
 
@@ -50,10 +50,16 @@ def apply_activation_checkpointing(
     contexts: Callable[[], Any] | None = None
     if mode == "selective" or keeps_routing:
         kept = (kept_operators() if mode == "selective" else frozenset()) | (_ROUTING if keeps_routing else frozenset())
-        contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
+        contexts = functools.partial(_contexts, functools.partial(_policy, kept))
     for block in blocks.values():
         block.forward = _Checkpointed(block, contexts, again)
     log.info("activation checkpointing (%s): %d blocks", "full" if mode is True else mode, len(blocks))
+
+
+def _contexts(policy: Callable[..., CheckpointPolicy]) -> tuple[Any, Any]:
+    # A compiled block is written anew without what changes in place.
+    is_compiling = torch.compiler.is_compiling()
+    return create_selective_checkpoint_contexts(policy) if is_compiling else selective_contexts(policy)
 
 
 class _Checkpointed(Around):

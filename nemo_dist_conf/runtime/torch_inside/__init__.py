@@ -58,6 +58,7 @@ from nemo_dist_conf.runtime.torch_inside.modules import (
     replace_tensors,
     with_own_places,
 )
+from nemo_dist_conf.runtime.torch_inside.selection import selective_contexts
 from nemo_dist_conf.runtime.torch_inside.sharding import (
     before_backward,
     expect_views,
@@ -159,6 +160,7 @@ __all__ = [
     "saved_by_selection",
     "scale_all",
     "schema_of",
+    "selective_contexts",
     "send_in_buckets",
     "set_group_timeout",
     "show_sharded",

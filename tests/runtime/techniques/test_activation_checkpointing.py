@@ -109,6 +109,33 @@ def test_blocks_that_change_nothing_are_not_watched() -> None:
     assert [block.forward.state.changing for block in model] == [[], []]
 
 
+class Writing(nn.Module):
+    """Adds to what a product gave, in place: to itself, or to a view of it that matmul handed on."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.weight, self.view = nn.Parameter(torch.randn(8, 8) / 3), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.matmul(x.view(2, 2, 2, 8), self.weight.expand(2, 2, 8, 8)) if self.view else torch.mm(x, self.weight)
+        half = y * 0.5
+        y += x.view_as(y)
+        return (half * y.tanh()).view_as(x)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_kept_result_that_forward_writes_into_is_kept_as_it_was(view: bool) -> None:
+    torch.manual_seed(0)
+    plain: Any = nn.Sequential(Writing(view), Writing(view))
+    model = copy.deepcopy(plain)
+    apply_activation_checkpointing(model, {name: block for name, block in model.named_children()}, "selective")
+    x = torch.randn(8, 8)
+    for each in (plain, model):
+        each(x).square().sum().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
+
+
 def gemma3(**options: Any) -> tuple[nn.Module, Tensor]:
     from transformers import Gemma3TextConfig
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextModel

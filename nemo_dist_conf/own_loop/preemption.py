@@ -6,17 +6,18 @@ A run that saves hears both between two steps, on all ranks at the same one, and
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Callable
+from typing import Any, Callable, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from nemo_dist_conf.composition.agreement.rendezvous import is_started_by_agent
 from nemo_dist_conf.errors import Preempted
+from nemo_dist_conf.own_loop.ctrl_c import is_heard_here
 from nemo_dist_conf.runtime.process_group import host_group
-from nemo_dist_conf.train.ctrl_c import is_heard_here
 
 __all__ = ["Preemption"]
 
@@ -29,14 +30,14 @@ class Preemption:
     it leaves the context at once, with what ``stopped`` makes of it.
     """
 
-    def __init__(self, enabled: bool, stopped: Callable[[int], Preempted]) -> None:
+    def __init__(self, enabled: bool = True, stopped: Callable[[int], BaseException] | None = None) -> None:
         """enabled: false: SIGTERM ends the process as ever, and ``is_due`` is false.
 
-        stopped: what to raise for the number of a signal that ends the run at once.
+        stopped: what to raise for the number of a signal that ends the run at once; None: what ends the program.
         """
         self._hears_term = enabled and threading.current_thread() is threading.main_thread()
         self._hears_int = is_heard_here()
-        self._stopped = stopped
+        self._stopped = _ended if stopped is None else stopped
         self._told = False
         self._interrupts = 0
         #: torchrun passes Ctrl-C on to ranks that have heard it already; one more was typed again.
@@ -64,7 +65,7 @@ class Preemption:
         interrupted = self._interrupts > 0
         ends = interrupted and self._int_before is not signal.default_int_handler  # the recipe does; an own app may not
         signal.signal(signal.SIGINT, signal.SIG_IGN if ends else self._int_before)
-        if interrupted and error is not None and not isinstance(error, Preempted):
+        if interrupted and error is not None and not isinstance(error, (Preempted, SystemExit)):
             # KeyboardInterrupt, or what a collective says whose other ranks have heard it first
             raise self._stopped(signal.SIGINT) from None
 
@@ -72,6 +73,13 @@ class Preemption:
     def by(self) -> int:
         """The number of the signal that this rank has heard."""
         return signal.SIGINT if self._interrupts else signal.SIGTERM
+
+    def end(self, text: str) -> NoReturn:
+        """End the program as one that a signal has ended, with the status 128 + signal; rank 0 shows the text.
+
+        For a loop of one's own, once ``is_due`` and its state is saved. Every rank calls it.
+        """
+        raise _ended(self.by, text)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._told = True
@@ -96,3 +104,10 @@ class Preemption:
             return self._told
         self._asked.wait()
         return bool(self._word)
+
+
+def _ended(by: int, text: str = "") -> SystemExit:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        name = "Ctrl-C" if by == signal.SIGINT else signal.Signals(by).name
+        print(text or f"stopped by {name}", file=sys.stderr, flush=True)
+    return SystemExit(128 + by)

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import os, signal
-from nemo_dist_conf.train.ctrl_c import end_at_once
+from nemo_dist_conf.own_loop.ctrl_c import end_at_once
 end_at_once()
 try:
     os.kill(os.getpid(), signal.SIGINT)
