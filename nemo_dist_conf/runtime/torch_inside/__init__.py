@@ -100,10 +100,10 @@ from nemo_dist_conf.runtime.torch_inside.tensors import (
 
 __all__ = [
     "ASKED_VALUE",
+    "ATTENTION_IN_STEPS",
     "AsyncCollectiveTensor",
     "COLLECTIVE_NAMESPACES",
     "DECLARED_PLANS",
-    "ATTENTION_IN_STEPS",
     "GROUPED_PRODUCT",
     "QuickDispatchMode",
     "RESETS",

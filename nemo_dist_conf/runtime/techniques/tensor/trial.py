@@ -25,7 +25,7 @@ from nemo_dist_conf.runtime.techniques.tensor.stream import refuse_shared_parame
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 from nemo_dist_conf.runtime.torch_inside import tree_leaves
 
-__all__ = ["WHOLE_ELEMENTS", "CannotTry", "Finding", "Trial"]
+__all__ = ["CannotTry", "Finding", "Trial", "WHOLE_ELEMENTS"]
 
 _TOKENS = 8
 #: Up to so many, 1 GiB in float32, a model whose blocks cannot be left out is tried whole.
