@@ -48,19 +48,14 @@ CALLS = {
 
 
 class Collectives(TorchDispatchMode):
-    """Every collective that runs inside: (kind, bytes given, bytes returned).
+    """Every collective that runs inside: (kind, bytes given, bytes returned)."""
 
-    inside: those as well that operators on DTensors call; not beside torch's selective checkpointing, whose own mode
-    does not take what such operators are given.
-    """
-
-    def __init__(self, inside: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.inside = inside
         self.calls: list[tuple[str, int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if self.inside and any(issubclass(kind, DTensor) for kind in types):
+        if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it calls what it needs on its parts, which is seen here again
         out = func(*args, **(kwargs or {}))
         kind = CALLS.get(str(func).rpartition(".")[0])
@@ -128,7 +123,7 @@ def seen_of_rank(
     ids, labels = context.split_sequence(ids, ids)
     counts: dict[str, int] = {}
     for number in range(3):  # DDP agrees on its buckets in the first two
-        counted = Collectives(inside="activation_checkpointing=selective" not in words)
+        counted = Collectives()
         is_counted = debugs and number == 2 and not isinstance(module, Pipeline)
         debug: Any = CommDebugMode() if is_counted else contextlib.nullcontext()
         with debug, counted:

@@ -69,5 +69,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 def _memory(tensor: Tensor) -> list[int]:
     """Where a tensor lies; of one that is made of others, where they do."""
     if hasattr(tensor, "__tensor_flatten__"):
-        return [memory for name in tensor.__tensor_flatten__()[0] for memory in _memory(getattr(tensor, name))]
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return [memory for part in parts if isinstance(part, Tensor) for memory in _memory(part)]  # a mesh is none
     return [storage_id(tensor)]
