@@ -313,7 +313,8 @@ class Odd(Net):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()) if kind == "scalar" else torch.ones(8, dtype=torch.float64))
+        dtype = {"double": torch.float64, "complex": torch.complex64}.get(kind)
+        self.scale = nn.Parameter(torch.ones(() if kind == "scalar" else 8, dtype=dtype))
         self.embed = nn.Embedding(97, 32, sparse=kind == "sparse")
         if kind == "sparse":
             del self.scale
@@ -336,6 +337,7 @@ LINEAR = "strategy.megatron_fsdp_unit_modules=[torch.nn.Conv2d]"
         (MODELS["module"], (TP,), "type     strategy=fsdp2 'strategy.tp_plan="),
         (odd("scalar"), (), "scale has no dimension"),
         (odd("double"), (), "scale is float64"),
+        (odd("complex"), (), "scale is complex64"),
         (odd("sparse"), (), "embed is an embedding with sparse=True"),
     ],
 )

@@ -51,6 +51,10 @@ TOLERANCE_FLOAT64 = 1e-6
 MOST = 1e-3
 TIMEOUT_S = 60.0
 
+#: Gates that stay nearly closed: wide open, the layers divide by sums near 0, and a step of one process in float32 is
+#: 1e-2 apart from one in float64.
+_CLOSED = {"xlstm": "igate_preact.bias"}
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -74,6 +78,11 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     model = AutoModelForCausalLM.from_config(tiny_config(family, LAYERS), dtype=dtype, **options)
     enlarge(model)
+    if family in _CLOSED:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(_CLOSED[family]):
+                    parameter.sub_(4)
     return model.train()
 
 

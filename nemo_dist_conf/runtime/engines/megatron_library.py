@@ -95,7 +95,8 @@ def refuse_parameters(model: nn.Module) -> None:
     """megatron-fsdp 0.6 fails, or reduces wrongly, where a group of parameters has one of these in it."""
     for name, parameter in model.named_parameters():
         why = "has no dimension" if parameter.dim() == 0 else ""
-        why = "is float64" if parameter.dtype == torch.float64 else why
+        if parameter.dtype == torch.float64 or parameter.is_complex():
+            why = f"is {str(parameter.dtype).removeprefix('torch.')}"
         if why:
             what = f"{name} {why}, and megatron-fsdp cannot shard such a parameter"
             raise ConfigError(
