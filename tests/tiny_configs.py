@@ -11,6 +11,7 @@ _SIZES: list[tuple[int, str]] = [
     (64, "hidden_size n_embd d_model embedding_dim embed_dim emb_dim dim dim_model lru_width router_hidden_size"),
     (64, "cross_attention_hidden_size hidden_dim encoder_hidden_size output_dim max_position_embeddings n_positions"),
     (64, "n_ctx max_seq_len image_size ffn_hidden_size hidden_size_global adapter_in_dim adapter_out_dim"),
+    (64, "adapter_input_size"),
     (96, "intermediate_size n_inner ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim feed_forward_hidden_size dff"),
     (96, "intermediate_size_mlp vision_hidden_size mlp_dim projector_hidden_size dim_ff d_inner"),
     (32, "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size dim_head"),
@@ -84,6 +85,9 @@ _WITHOUT = (
     *("gemma4_unified_assistant", "musicgen", "musicgen_melody", "qwen4_exp", "qwen4_exp_text"),
 )
 
+#: Whose causal model reads fields of its decoder, which the config of the whole has in a part alone.
+_OF_DECODER = ("musicgen", "musicgen_melody")
+
 
 def causal_families() -> list[str]:
     """All of transformers, by their model_type."""
@@ -102,7 +106,12 @@ def tiny_config(family: str, layers: int = 2) -> Any:
     from transformers import AutoConfig
 
     plain = AutoConfig.for_model(family)
-    return AutoConfig.for_model(family, **{**_shrunk(plain.to_dict(), layers), **_besides(layers).get(family, {})})
+    fields, besides = plain.to_dict(), dict(_besides(layers).get(family, {}))
+    if family in _OF_DECODER:
+        unsaid = ("architectures", "dtype", "model_type", "transformers_version")
+        decoder = {key: value for key, value in plain.decoder.to_dict().items() if key not in unsaid}
+        besides = {**decoder, **_shrunk(decoder, layers)}
+    return AutoConfig.for_model(family, **{**_shrunk(fields, layers), **besides})
 
 
 def _shrunk(fields: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Callable, Iterator, Mapping, Sequence
 from nemo_dist_conf.families.config_facts import ModelFacts
 from nemo_dist_conf.families.shapes import Weight
 
-__all__ = ["BuiltShape", "Run", "Work", "estimated_run"]
+__all__ = ["BuiltShape", "Gathered", "Given", "Passage", "Run", "Work", "estimated_run"]
 
 _FP32 = 4
 
@@ -40,11 +40,55 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A tensor that a module is given: its bytes, its last dimension, and whether it has a gradient.
+
+    name: of the argument, with the place in it.
+    """
+
+    name: str
+    size: int
+    width: int
+    has_gradient: bool
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One call of a module: what it was given, and the first tensor that it returned, its bytes and last dimension.
+
+    part: the number of the block that it was in; -1: before the first one, their count: after the last.
+    again: its block saves something for backward after it, so what follows the module runs again where the block is
+    recomputed.
+    """
+
+    part: int
+    given: tuple[Given, ...]
+    returned: int
+    width: int = 0
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A tensor that context parallelism gathers. part: as in Passage. size: bytes of whole rows.
+
+    has_gradient: which is scattered back. of_heads: tensor parallelism splits it. why: in words.
+    """
+
+    part: int
+    size: int
+    has_gradient: bool
+    of_heads: bool
+    why: str
+
+
+@dataclass(frozen=True)
 class Run:
     """A microbatch through a model: blocks in their order, and what comes before and after them.
 
     width: of the residual stream, vocab: of the logits; 0: not seen. first: names of modules outside of blocks that
-    run before any of them.
+    run before any of them. passages: calls of each module, by its name. used: parameters that the outputs depend on,
+    by name; None: not seen.
     """
 
     blocks: tuple[Work, ...]
@@ -53,6 +97,8 @@ class Run:
     width: int = 0
     vocab: int = 0
     first: frozenset[str] = frozenset()
+    passages: Mapping[str, tuple[Passage, ...]] = field(default_factory=dict)
+    used: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +111,11 @@ class BuiltShape:
     front, back: names of outer modules that fully_shard makes units of: a large embedding; the head with its norm.
     facts: as its config says them, what is left to defaults too. active_parameters: that one token uses.
     plan_of: (with sequence parallelism) -> style by pattern; raises ConfigError where none is known.
-    run_of: (rows, tokens of a row, dtype) -> what a microbatch takes. why_estimated: why that is no count; "": it is.
+    run_of: (rows, tokens of a row, dtype, whether dropout is fused as on a GPU) -> what a microbatch takes.
     run_without: the same where modules inside of blocks run again in backward, by their names; with True their results
     of products and attention are kept. words, inside: of each block, what its tower takes in, and modules in it.
+    why_estimated: why that is no count; "": it is. rotary_width: of keys that heads of a latent attention share.
+    gathered_of: (ranks along cp, rows, tokens of a row, dtype) -> what context parallelism gathers in a microbatch.
     aliases: further names of tied parameters -> their first ones.
     """
 
@@ -85,10 +133,12 @@ class BuiltShape:
     active_parameters: int
     front: tuple[str, ...]
     back: tuple[str, ...]
-    plan_of: Callable[[bool], Mapping[str, str]]
-    run_of: Callable[[int, int, str], Run]
-    run_without: Callable[[int, int, str, tuple[str, ...], bool], Run]
+    plan_of: Callable[[bool], Mapping[str, str | tuple[str, ...]]]
+    run_of: Callable[[int, int, str, bool], Run]
+    run_without: Callable[[int, int, str, bool, tuple[str, ...], bool], Run]
+    gathered_of: Callable[[int, int, int, str], tuple[Gathered, ...]]
     why_estimated: str = ""
+    rotary_width: int = 0
     words: Mapping[str, str] = field(default_factory=dict)
     inside: Mapping[str, Sequence[str]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -166,7 +216,7 @@ class BuiltShape:
         held = [weight.part for weight in self.outer if leaves & set(weight.name.split("."))]
         return tuple(dict.fromkeys(held))
 
-    def plan(self, sequence_parallel: bool) -> Mapping[str, str]:
+    def plan(self, sequence_parallel: bool) -> Mapping[str, str | tuple[str, ...]]:
         """Tensor-parallel styles by pattern. Raises ConfigError where none are known."""
         return self.plan_of(sequence_parallel)
 
@@ -191,7 +241,28 @@ def estimated_run(shape: BuiltShape, rows: int, length: int, item: int) -> Run:
     after = Work(
         saved_stream=tokens * wide * (_FP32 + 2 * item), matmul=head, moved=6 * tokens * wide * item, kernels=8
     )
-    return Run(blocks, Work(moved=2 * tokens * wide * item, kernels=4), after, wide, shape.vocab)
+    before = Work(moved=2 * tokens * wide * item, kernels=4)
+    return Run(blocks, before, after, wide, shape.vocab, passages=_estimated_passages(shape, tokens, item))
+
+
+def _estimated_passages(shape: BuiltShape, tokens: int, item: int) -> dict[str, tuple[Passage, ...]]:
+    """One call of each layer with a matrix, and of each module of experts, on all tokens."""
+    found: dict[str, tuple[Passage, ...]] = {}
+    parts = [(shape.names[layer], layer, weights) for layer, weights in enumerate(shape.held)]
+    for block, part, weights in (*parts, ("", shape.layers, shape.outer)):
+        for weight in _matrices(weights):
+            name = f"{block}.{weight.name}".strip(".").rpartition(".")[0]
+            is_table = weight.layer == "Embedding"
+            takes, gives = (shape.hidden, shape.hidden) if weight.expert else (weight.shape[-1], weight.shape[0])
+            takes, gives = (
+                (0, weight.shape[-1]) if is_table else (gives, takes) if weight.layer == "Conv1D" else (takes, gives)
+            )
+            given = [Given("input", tokens * takes * item, takes, True)] if takes else []
+            given += [Given("weights", tokens * shape.experts_per_token * _FP32, 1, True)] if weight.expert else []
+            where = -1 if weight.part == "embedding" else part
+            # Of two layers that close a row, the second is the last of its block.
+            found.setdefault(name, (Passage(where, tuple(given), tokens * gives * item, gives, again=False),))
+    return found
 
 
 def _estimated(shape: BuiltShape, weights: tuple[Weight, ...], rows: int, length: int, item: int) -> Work:

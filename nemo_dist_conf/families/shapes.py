@@ -26,6 +26,7 @@ class Weight:
 
     part: ``embedding``, ``attention``, ``mlp``, ``norm``, ``final_norm`` or ``head``; "": not told.
     layer: the class of torch.nn that it is of; "": as the part says, an Embedding or a Linear.
+    trained: it gets a gradient; not one that is frozen, or that what is trained on does not depend on.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Weight:
     part: str
     expert: bool = False
     layer: str = ""
+    trained: bool = True
 
     @property
     def count(self) -> int:
@@ -45,7 +47,8 @@ class ModelShape:
 
     sparse: of each layer, whether experts take the place of its MLP. experts: 0 for a dense model.
     expert_width: of one expert's hidden layer. window: of sliding attention, None: all tokens before. whole_rows: of
-    each layer, whether its mixer is run on whole rows under context parallelism.
+    each layer, whether its mixer is run on whole rows under context parallelism. attention_dropout: probability that a
+    weight of attention is 0 in training.
     """
 
     model_type: str
@@ -67,6 +70,7 @@ class ModelShape:
     sparse: tuple[bool, ...]
     window: int | None = None
     whole_rows: tuple[bool, ...] = ()
+    attention_dropout: float = 0.0
 
     @property
     def places(self) -> Places:
@@ -180,6 +184,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         sparse=sparse,
         window=said.get(fields.window) if window else None,
         whole_rows=tuple(any(kinds) for kinds in zip(*(mixer.layers(said, layers) for mixer in family.mixers))),
+        attention_dropout=float(said.get("attention_dropout") or 0.0),
     )
 
 

@@ -92,11 +92,23 @@ def _attention(job: Job) -> int:
         row = tokens * kv_copies(job)
     kept = tokens * model.q_width * 2 * item // tp + row * model.kv_width * 2 * item // tp
     kept += tokens * model.heads * _FP32 // tp
+    if _in_steps(job):  # q, and k and v of all heads, in float32; weights, what drops out, and both together
+        kept = tokens * model.q_width * (3 * _FP32 + item) // tp + 3 * _scores(job)
     if job.cp > 1 and not whole:  # the output is put together from parts and laid out anew
         kept += tokens * model.q_width * item // tp
     if model.qk_norm and not job.compiled:
         kept += tokens * (model.q_width + model.kv_width) * (_FP32 + item) // tp
     return kept
+
+
+def _in_steps(job: Job) -> bool:
+    """Whether attention drops out where no fused kernel does: on a CPU."""
+    return _shape(job).attention_dropout > 0 and job.hardware.device == "cpu" and job.cp == 1
+
+
+def _scores(job: Job) -> int:
+    """Bytes of the products of all queries and keys, which are float32 where no kernel is fused."""
+    return job.rows * _shape(job).heads * job.seq_len**2 * _FP32 // job.tp
 
 
 def _mlp(job: Job, sparse: bool) -> int:
@@ -126,7 +138,10 @@ def _selective_bytes(job: Job, sparse: bool) -> int:
     model, item, tokens, tp = _shape(job), _item(job), job.tokens, job.tp
     kept = tokens * model.hidden * _stream(job) // _split(job)
     kept += tokens * (model.q_width + 2 * model.kv_width) * item // tp  # projections
-    kept += tokens * model.q_width * item // tp + tokens * model.heads * _FP32 // tp  # attention
+    if _in_steps(job):
+        kept += tokens * model.q_width * _FP32 // tp + _scores(job)
+    else:
+        kept += tokens * model.q_width * item // tp + tokens * model.heads * _FP32 // tp  # attention
     kept += tokens * model.hidden * item  # output projection, before ranks add up
     if job.sequence_parallel:
         kept += 2 * tokens * model.hidden * item // tp  # and after they have, as parts of the sequence

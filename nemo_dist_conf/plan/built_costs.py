@@ -6,8 +6,8 @@ is as wide as the residual stream. These shares are estimates, as is what torch.
 
 from __future__ import annotations
 
+from nemo_dist_conf.errors import ConfigError
 from nemo_dist_conf.families.built_shape import BuiltShape, Run, Work
-from nemo_dist_conf.families.styles import STYLES
 from nemo_dist_conf.plan.context_methods import kv_copies, method_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
 
@@ -17,12 +17,11 @@ __all__ = [
     "entered_bytes",
     "model_flops",
     "outer_saved",
+    "run_of",
     "saved_bytes",
     "saved_outside",
     "selected_bytes",
-    "split_ends",
     "stage_work",
-    "tensor_sums",
 ]
 
 
@@ -31,10 +30,24 @@ def built_of(job: Job) -> BuiltShape | None:
     return job.model if isinstance(job.model, BuiltShape) else None
 
 
-def _run(job: Job) -> Run:
+def run_of(job: Job, length: int | None = None, again: tuple[str, ...] = ()) -> Run:
+    """A microbatch through the whole model on one rank. length: tokens of a row; None: those of a whole one.
+
+    again: names of modules inside of blocks that run again in backward.
+    """
     model = built_of(job)
     assert model is not None, "asked of built models alone"
-    return model.run_of(job.rows, job.seq_len, job.compute_dtype)
+
+    def run(dtype: str) -> Run:
+        batch = (job.rows, length or job.seq_len, dtype, job.hardware.device != "cpu")
+        return model.run_without(*batch, again, job.checkpointing == "selective") if again else model.run_of(*batch)
+
+    try:
+        return run(job.compute_dtype)
+    except ConfigError:
+        if job.autocast is None:
+            raise
+        return run("float32")  # as it is written it takes parameters in that alone, which autocast leaves so
 
 
 def _stream(job: Job, size: int) -> int:
@@ -54,7 +67,7 @@ def _of_rank(job: Job, stream: int, inner: int) -> int:
 
 def saved_bytes(job: Job, layer: int) -> int:
     """Bytes that a block keeps where nothing is recomputed."""
-    work = _run(job).blocks[layer]
+    work = run_of(job).blocks[layer]
     if job.compiled:  # what is elementwise is recomputed from results of products
         return min(_whole(job, work), selected_bytes(job, layer)) + _exchange(job, layer, work)
     return _whole(job, work) + _exchange(job, layer, work)
@@ -62,11 +75,7 @@ def saved_bytes(job: Job, layer: int) -> int:
 
 def saved_outside(job: Job, layer: int) -> int:
     """The same where modules inside of blocks run again."""
-    model = built_of(job)
-    assert model is not None, "asked of built models alone"
-    selective = job.checkpointing == "selective"
-    run = model.run_without(job.rows, job.seq_len, job.compute_dtype, job.recomputed_inside, selective)
-    work = run.blocks[layer]
+    work = run_of(job, again=job.recomputed_inside).blocks[layer]
     if job.compiled:
         return min(_whole(job, work), selected_bytes(job, layer)) + _exchange(job, layer, work)
     return _whole(job, work) + _exchange(job, layer, work)
@@ -90,7 +99,7 @@ def _exchange(job: Job, layer: int, work: Work) -> int:
 
 def selected_bytes(job: Job, layer: int) -> int:
     """What selective checkpointing keeps: the block's input, results of products and of attention."""
-    work = _run(job).blocks[layer]
+    work = run_of(job).blocks[layer]
     kept = _of_rank(job, work.entered + work.kept_stream, work.kept_inner)
     if job.sequence_parallel:  # results of rows after ranks have added them up, too
         kept += 2 * job.tokens * job.model.hidden * DTYPE_BYTES[job.compute_dtype] // job.tp
@@ -102,12 +111,12 @@ def selected_bytes(job: Job, layer: int) -> int:
 
 def entered_bytes(job: Job, layer: int) -> int:
     """A block's input."""
-    return _stream(job, _run(job).blocks[layer].entered)
+    return _stream(job, run_of(job).blocks[layer].entered)
 
 
 def outer_saved(job: Job, stage: Stage) -> int:
     """What is kept outside of blocks, but for logits and loss."""
-    run, found = _run(job), 0
+    run, found = run_of(job), 0
     if "embedding" in stage.outer:
         found += _of_rank(job, run.before.saved_stream, run.before.saved_inner)
     if "final_norm" in stage.outer:
@@ -117,7 +126,7 @@ def outer_saved(job: Job, stage: Stage) -> int:
 
 def stage_work(job: Job, stage: Stage) -> tuple[float, float, float, float]:
     """(FLOPs of products, of attention with a causal mask, bytes moved, kernels) of a forward on a rank's stage."""
-    run = _run(job)
+    run = run_of(job)
     works = list(run.blocks[stage.first : stage.last])
     works += [run.before] if "embedding" in stage.outer else []
     works += [run.after] if "final_norm" in stage.outer else []
@@ -132,41 +141,14 @@ def stage_work(job: Job, stage: Stage) -> tuple[float, float, float, float]:
 
 def model_flops(job: Job) -> float:
     """Floating point operations of a step on all ranks, forward and backward, attention without discount."""
-    run = _run(job)
+    run = run_of(job)
     works = (*run.blocks, run.before, run.after)
     return 3.0 * sum(work.matmul + work.attention for work in works) * job.global_rows / job.rows
 
 
 def attended_bytes(job: Job, stage: Stage) -> list[tuple[int, int]]:
     """Bytes of whole sequences on a rank, (keys and values, queries and outputs), of each block that exchanges them."""
-    works = _run(job).blocks[stage.first : stage.last]
+    works = run_of(job).blocks[stage.first : stage.last]
     return [
         (work.keys_and_values // job.tp, work.queries_and_outputs // job.tp) for work in works if work.keys_and_values
     ]
-
-
-def split_ends(job: Job, stage: Stage) -> tuple[bool, bool]:
-    """Whether a stage has an embedding whose rows tp sums, and a head whose columns it splits."""
-    splits = {"embedding": "", "head": ""}
-    for weight in job.model.outer_weights():
-        style = STYLES.get(job.styles.of(weight.name))
-        if style is not None and style.splits:
-            splits[weight.part] = style.splits
-    # A head that is the embedding is split as that.
-    head = splits["embedding"] if job.model.tied else splits["head"]
-    return "embedding" in stage.outer and splits["embedding"] == "input", "final_norm" in stage.outer and bool(head)
-
-
-def tensor_sums(job: Job, stage: Stage) -> tuple[int, int]:
-    """(results of rows summed over tp in a forward, inputs of columns whose gradients are in a backward), of a stage's
-    blocks: by the styles of the modules that hold their weights."""
-    rows = columns = 0
-    gathers = any(style == "gather_input" for style in job.styles.plan.values())
-    for layer in range(stage.first, stage.last):
-        block = job.model.block_name(layer)
-        names = [w.name for w in job.model.block_weights(job.model.kind(layer)) if len(w.shape) > 1]
-        styles = {name.removesuffix(".weight"): STYLES.get(job.styles.of(f"{block}.{name}")) for name in names}
-        rows += sum(style is not None and style.splits == "input" for style in styles.values())
-        split = [name for name, style in styles.items() if style is not None and style.splits == "output"]
-        columns += len({name.rpartition(".")[0] for name in split}) if gathers else len(split)
-    return rows, columns

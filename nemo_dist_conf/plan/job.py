@@ -64,23 +64,36 @@ class Stage:
 
 
 class Styles:
-    """Tensor-parallel styles by a parameter's name, each looked up once; equal only to itself, so quick to hash."""
+    """Tensor-parallel styles by a parameter's name, each looked up once; equal only to itself, so quick to hash.
 
-    def __init__(self, plan: Mapping[str, str]) -> None:
-        self.plan = plan
+    plan: pattern -> style, or several of one module. An entry that names one module overrules a pattern.
+    """
+
+    def __init__(self, plan: Mapping[str, str | tuple[str, ...]]) -> None:
+        several = ((pattern, (style,) if isinstance(style, str) else style) for pattern, style in plan.items())
+        self.plan = {pattern: tuple(map(unalias, styles)) for pattern, styles in several}
+        self._patterns = {p: styles for p, styles in self.plan.items() if any(sign in p for sign in "*?[")}
         self._known: dict[str, str] = {}
+        self._of_modules: dict[str, tuple[str, ...]] = {}
 
     def of(self, parameter: str) -> str:
         """The style of a parameter, or of its module; ``replicated`` where no pattern means either."""
         if parameter not in self._known:
             places = (parameter, parameter.rpartition(".")[0])
-            found = (unalias(s) for place in places for p, s in self.plan.items() if match_pattern(p, place))
+            found = (styles[0] for place in places if (styles := self.of_module(place)))
             self._known[parameter] = next(found, "replicated")
         return self._known[parameter]
 
+    def of_module(self, name: str) -> tuple[str, ...]:
+        """The styles of exactly this module or parameter; empty where no pattern means it."""
+        if name not in self._of_modules:
+            found = (styles for pattern, styles in self._patterns.items() if match_pattern(pattern, name))
+            self._of_modules[name] = self.plan[name] if name in self.plan else next(found, ())
+        return self._of_modules[name]
+
     @cached_property
     def splits_sequence(self) -> bool:
-        return any(unalias(style) in SEQUENCE_STYLES for style in self.plan.values())
+        return any(style in SEQUENCE_STYLES for styles in self.plan.values() for style in styles)
 
 
 @lru_cache(maxsize=64)

@@ -42,7 +42,8 @@ class Memory:
 def resting_bytes(job: Job, pp_rank: int, place: Place) -> tuple[int, int, int]:
     """(parameters, gradients, optimizer state) of a rank, exact.
 
-    Parameters are stored in float32, their gradients too; the update keeps its states in the same dtype and shape.
+    Parameters are stored in float32, their gradients too; the update keeps its states in the same dtype and shape, of
+    what gets a gradient.
     """
     stages = job.stages_of(pp_rank)
     units = [unit for stage in stages for unit in units_of(job, stage)]

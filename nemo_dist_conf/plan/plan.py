@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from nemo_dist_conf.families.built_shape import BuiltShape
+from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.context_methods import method_of
 from nemo_dist_conf.plan.fit import FITS, memories_of, verdict_of
@@ -68,8 +69,6 @@ class Plan:
         if isinstance(job.model, BuiltShape) and job.model.why_estimated:
             why = f"{job.model.model_type} does not run on the meta device ({job.model.why_estimated})"
             found.append(f"activations and FLOPs, which are estimates from the sizes of weights: {why}")
-        if isinstance(job.model, BuiltShape) and job.tp > 1:
-            found.append(f"tp: what layers of {job.model.model_type} gather whose parts are no plain rows and columns")
         if job.untrained:
             found.append("trainable: what forward and backward save where nothing before or in a layer is trained")
         policy = job.moe.get("mp_policy")
@@ -82,6 +81,20 @@ class Plan:
             asked = [key for key, is_changed in changed.items() if is_changed]
             found += [f"moe.{key}: its units and dtypes are not in memory and traffic" for key in asked]
         return found
+
+    @property
+    def tried(self) -> list[str]:
+        """What a run tries on a small input of its own model before it starts, and refuses where it differs."""
+        job, family = self.job, find_family(self.job.model.model_type)
+        proven = family.proven if family is not None else frozenset()
+        is_built = isinstance(job.model, BuiltShape)
+        found = []
+        if job.tp > 1 and (is_built or "tp" not in proven or job.follows_stream):
+            source = "" if job.options.get("tp_plan") else f"; here as it was found for a small {job.model.model_type}"
+            found.append(f"how layers are split over tp{source}")
+        if job.cp > 1 and (is_built or "cp" not in proven):
+            found.append("parts of rows over cp, and which modules are run on whole ones; here on one process alone")
+        return found + (["the cut into pipeline stages"] if job.pp > 1 and is_built else [])
 
     @property
     def _source(self) -> dict[str, str]:
@@ -101,6 +114,7 @@ class Plan:
             "verdict": self.verdict,
             "change": self.ways_out(),
             "notes": self.notes,
+            "tried": self.tried,
             "memory_bytes": [dataclasses.asdict(memory) for memory in self.memory],
             "groups": [
                 {"axis": g.axis, "size": g.size, "count": g.count, "nodes": g.nodes, "first": g.members(0)[:64]}

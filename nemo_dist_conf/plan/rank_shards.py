@@ -47,6 +47,7 @@ class Unit:
 
     count: how many such units a stage has. weights: (name in the whole model of one of them, weight).
     expert: split over ep first, then over ep_shard along the second dimension.
+    has_last: one is in the stage's last block.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Unit:
     count: int
     weights: tuple[tuple[str, Weight], ...]
     expert: bool = False
+    has_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,11 @@ def stage_units(
         block = model.block_name(layer)
         held = tuple((f"{block}.{w.name}", w) for w in model.block_weights(kind))
         experts = tuple(entry for entry in held if entry[1].expert and splits_experts)
-        title = "sparse block" if model.sparse[layer] else "block"
-        found.append(Unit(title, layer, count, tuple(entry for entry in held if entry not in experts)))
+        title, is_last = "sparse block" if model.sparse[layer] else "block", kind == model.kind(stage.last - 1)
+        rest = tuple(entry for entry in held if entry not in experts)
+        found.append(Unit(title, layer, count, rest, has_last=is_last))
         if experts:
-            found.append(Unit("experts", layer, count, experts, expert=True))
+            found.append(Unit("experts", layer, count, experts, expert=True, has_last=is_last))
     tied = {"head": "embedding"} if model.tied else {}  # the last stage has a copy
     parts = {tied.get(part, part) for part in stage.outer}
     front, back, root = model.outer_units(outer_from) if outer_from is not None else ((), (), model.outer_weights())
@@ -116,25 +119,31 @@ def stage_units(
 
 
 def trained_units(job: Job, stage: Stage) -> tuple[Unit, ...]:
-    """The units of a stage without what is not trained; blocks of which other parts are trained count apart."""
+    """The units of a stage without what is not trained or gets no gradient.
+
+    Blocks of which other parts are trained count apart.
+    """
     return tuple(part for unit in units_of(job, stage) for part in trained_part(job, stage, unit))
 
 
 def trained_part(job: Job, stage: Stage, unit: Unit) -> tuple[Unit, ...]:
     """What is trained of all units of a kind."""
-    return _trained(job.model, stage, unit, job.untrained) if job.untrained else (unit,)
+    return _trained(job.model, stage, unit, job.untrained)
 
 
 @lru_cache(maxsize=4096)
 def _trained(model: ModelShape | BuiltShape, stage: Stage, unit: Unit, untrained: frozenset[str]) -> tuple[Unit, ...]:
+    if not untrained and all(weight.trained for _, weight in unit.weights):
+        return (unit,)
     if unit.layer < 0:
-        held = tuple(entry for entry in unit.weights if entry[0] not in untrained)
+        held = tuple((name, weight) for name, weight in unit.weights if weight.trained and name not in untrained)
         return (replace(unit, weights=held),) if held else ()
     first, kind = model.block_name(unit.layer), model.kind(unit.layer)
     found: dict[tuple[int, ...], list[int]] = {}
     for layer in (layer for layer in range(stage.first, stage.last) if model.kind(layer) == kind):
         names = [model.block_name(layer) + name.removeprefix(first) for name, _ in unit.weights]
-        kept = tuple(place for place, name in enumerate(names) if name not in untrained)
+        trained = (one.trained and name not in untrained for name, (_, one) in zip(names, unit.weights))
+        kept = tuple(place for place, is_trained in enumerate(trained) if is_trained)
         found.setdefault(kept, []).append(layer)
     return tuple(
         replace(unit, count=len(layers), weights=tuple(unit.weights[place] for place in kept))
@@ -150,6 +159,8 @@ def tp_shape(styles: Styles, tp: int, name: str, weight: Weight, index: int) -> 
         return weight.shape
     layer = weight.layer or ("Embedding" if weight.part == "embedding" else "Linear")
     dim, packed = style.split_dim(layer, len(weight.shape)), style.packed
+    if packed > 1 and name.endswith(".bias") and not styles.of_module(name):
+        return weight.shape  # of a layer that is several in one, every rank's in full
     return tuple(
         packed * _chunk(size // packed, tp, index) if d == dim else size for d, size in enumerate(weight.shape)
     )

@@ -144,6 +144,7 @@ def _verdict(plan: Plan) -> list[str]:
     room_gib = usable_bytes(plan.job.hardware) / 2**30
     lines = [f"{plan.verdict}: {amount(plan.most.peak)} of {room_gib:.1f} GiB that are free for torch"]
     lines += [f"  not counted  {note}" for note in plan.notes]
+    lines += [f"  a run tries  {one}" for one in plan.tried]
     ways = plan.ways_out()
     if ways:
         lines += [f"  type  {way}" for way in ways]

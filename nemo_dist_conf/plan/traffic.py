@@ -13,7 +13,8 @@ from collections import Counter
 from typing import Iterator
 
 from nemo_dist_conf.families.shapes import ModelShape
-from nemo_dist_conf.plan.built_costs import attended_bytes, built_of, split_ends, tensor_sums
+from nemo_dist_conf.plan.built_costs import attended_bytes, built_of
+from nemo_dist_conf.plan.built_traffic import context_gathers, tensor_collectives
 from nemo_dist_conf.plan.collectives import Collective
 from nemo_dist_conf.plan.context_methods import kv_copies, method_of
 from nemo_dist_conf.plan.job import DTYPE_BYTES, Job, Stage
@@ -21,6 +22,8 @@ from nemo_dist_conf.plan.rank_shards import padded
 
 __all__ = ["traffic_of"]
 
+#: What attention gathers under cp.
+_KEYS = "keys and values"
 #: Routers compute their weights in float32.
 _ROUTED_BYTES = 4
 
@@ -38,32 +41,38 @@ def traffic_of(job: Job, pp_rank: int, tp: int = 0) -> list[Collective]:
 def _tensor(job: Job, stage: Stage) -> Iterator[Collective]:
     """What tensor parallelism sends: sums of rows forward, of columns backward, or their halves along the sequence.
 
-    A block of a family with a row has two of each.
+    A block of a family with a row has two of each; of a built model each module is asked.
     """
     if job.tp == 1:
         return
     model, times = job.model, job.microbatches * job.calls
     size = job.tokens * model.hidden * DTYPE_BYTES[job.compute_dtype]
-    rows, columns = (2 * stage.layers,) * 2 if built_of(job) is None else tensor_sums(job, stage)
+    rows = columns = 2 * stage.layers
     embedding, head = "embedding" in stage.outer, "final_norm" in stage.outer
     sparse = sum(model.sparse[stage.first : stage.last])
     apart = sparse if job.ep > 1 else 0  # whole experts have whole rows of the block's input, and add up nothing
-    if built_of(job) is not None:
-        embedding, head = split_ends(job, stage)
     if job.sequence_parallel:
         # What stages hand on is whole: put together before, cut again after, and the other way round in backward.
         cuts = (not head, not embedding)
         yield Collective("tp", "all_gather", cuts[0] * times, size, "forward", why="between stages")
         yield Collective("tp", "all_gather", cuts[1] * times, size, "backward", why="between stages")
-        yield Collective("tp", "reduce_scatter", (rows - apart + embedding) * times, size, "forward", why="row sums")
+    if built_of(job) is not None:
+        yield from tensor_collectives(job, stage)
+        return
+    if job.sequence_parallel:
+        # Experts are given whole rows, and add up whole rows where each rank has a part of them.
+        inside = sparse - apart
+        yield Collective("tp", "reduce_scatter", (rows - sparse + embedding) * times, size, "forward", why="row sums")
+        yield Collective("tp", "all_reduce", inside * times, size, "forward", why="row sums")
         yield Collective("tp", "all_gather", (columns + head) * times, size, "forward", why="column inputs")
         yield Collective(
-            "tp", "reduce_scatter", (columns - apart + head) * times, size, "backward", why="column inputs"
+            "tp", "reduce_scatter", (columns - sparse + head) * times, size, "backward", why="column inputs"
         )
+        yield Collective("tp", "all_reduce", inside * times, size, "backward", why="column inputs")
         yield Collective("tp", "all_gather", (rows + embedding) * times, size, "backward", why="row sums")
         norm = model.hidden * DTYPE_BYTES[job.param_dtype]
         yield Collective("tp", "all_reduce", (columns + head) * times, norm, "backward", why="norms")
-        yield from _experts_beside(job, apart * times, size)
+        yield from _experts_beside(job, sparse * times, size)
     else:
         yield Collective("tp", "all_reduce", (rows - apart + embedding) * times, size, "forward", why="row sums")
         yield Collective("tp", "all_reduce", (columns - apart + head) * times, size, "backward", why="column inputs")
@@ -112,8 +121,8 @@ def _context(job: Job, stage: Stage) -> Iterator[Collective]:
         return
     times, item = job.microbatches * job.calls, DTYPE_BYTES[job.compute_dtype]
     recomputed = job.recomputed[stage.first : stage.last]
-    #: (why, calls, of them again where blocks are recomputed, bytes)
-    gathered: list[tuple[str, int, int, int]] = []
+    #: (why, calls, of them again where blocks are recomputed, bytes, whether it has a gradient)
+    gathered: list[tuple[str, int, int, int, bool]] = []
     #: Of whole sequences: (attentions, of them recomputed, bytes of keys and values, of queries and outputs).
     attended: list[tuple[int, int, int, int]] = []
     if isinstance(job.model, ModelShape):
@@ -122,19 +131,25 @@ def _context(job: Job, stage: Stage) -> Iterator[Collective]:
         sequence = job.tokens * job.cp * item
         kv, q = (2 * sequence * width // job.tp for width in (job.model.kv_width, job.model.q_width))
         attended.append((stage.layers - whole, sum(recomputed) - again, kv, q))
-        gathered.append(("whole rows", whole, again, sequence * job.model.hidden))
+        gathered.append(("whole rows", whole, again, sequence * job.model.hidden, True))
     else:
+        again_of = context_gathers(job, stage, recomputed=True)
+        for key, calls in context_gathers(job, stage).items():
+            why, size, has_gradient = key
+            gathered.append((why, calls, again_of[key], size, has_gradient))
         for sizes, count in Counter(attended_bytes(job, stage)).items():
             attended.append((count, count * sum(recomputed) // stage.layers, *sizes))
-    for count, again, kv, q in attended:
-        if method_of(job) == "ulysses":
+    if method_of(job) == "ulysses":
+        gathered = [entry for entry in gathered if entry[0] != _KEYS]
+        for count, again, kv, q in attended:
             sent = kv * kv_copies(job) // job.cp, q // job.cp
             yield from _exchanged_for_heads(job, count * times, again * times, *sent)
-        else:
-            gathered.append(("keys and values", 2 * count, 2 * again, kv // 2))
-    for why, calls, again, size in gathered:
+    elif isinstance(job.model, ModelShape):
+        gathered += [(_KEYS, 2 * count, 2 * again, kv // 2, True) for count, again, kv, _ in attended]
+    for why, calls, again, size, has_gradient in gathered:
         yield Collective("cp", "all_gather", calls * times, size, "forward", why=why)
-        yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
+        if has_gradient:
+            yield Collective("cp", "reduce_scatter", calls * times, size, "backward", why=why)
         yield Collective("cp", "all_gather", again * times, size, "recompute", why=why)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nemo_dist_conf.errors import ConfigError, Problem
-from nemo_dist_conf.families.built_shape import BuiltShape, Run, estimated_run
+from nemo_dist_conf.families.built_shape import BuiltShape, Gathered, Run, estimated_run
 from nemo_dist_conf.families.config_facts import ModelFacts, facts_from_config, fields_of
 from nemo_dist_conf.families.shapes import Weight
 from nemo_dist_conf.runtime.engines.fsdp2_unit_rules import input_embeddings, output_embeddings, unshared
@@ -25,6 +25,9 @@ from nemo_dist_conf.runtime.model.meta_forward import run_on_meta
 from nemo_dist_conf.runtime.model.towers import tower_words
 from nemo_dist_conf.runtime.model.without_saving import without_saving
 from nemo_dist_conf.runtime.techniques.activation_checkpointing import called_inside, kept_operators
+from nemo_dist_conf.runtime.techniques.context.on_paper import gathered_on_paper
+from nemo_dist_conf.runtime.techniques.context.parallel import Ways
+from nemo_dist_conf.runtime.techniques.context.trial import ways_on_paper
 from nemo_dist_conf.runtime.techniques.expert.parallel import find_experts
 from nemo_dist_conf.runtime.techniques.tensor.parallel import known_plan
 from nemo_dist_conf.wording import assigned
@@ -33,6 +36,8 @@ __all__ = ["read_model"]
 
 #: Rows and tokens of the first run, which tells whether a model's forward can be counted at all.
 _SMALL = (1, 16)
+#: Elements, 8 GiB of float32, up to which a part of the model is given values to try something on it.
+_MOST_TRIED = 2**31
 #: How configs of transformers call the number of experts that a token is sent to.
 _TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
@@ -73,27 +78,41 @@ def read_model(node: Any) -> BuiltShape:
         active_parameters=total - (_routed(held) * (experts - top) // experts if experts and top else 0),
         front=(names[id(front)],) if front is not None else (),
         back=tuple(names[id(module)] for module in back),
-        plan_of=functools.lru_cache(functools.partial(known_plan, model)),
-        run_of=lambda rows, length, dtype: run(rows, length, dtype),
-        run_without=lambda rows, length, dtype, names, selective: run(rows, length, dtype, names, selective),
+        plan_of=functools.lru_cache(lambda split: plan(split)),
+        run_of=lambda rows, length, dtype, fuses_dropout: run(rows, length, dtype, fuses_dropout),
+        run_without=lambda rows, length, dtype, fuses_dropout, names, selective: run(
+            rows, length, dtype, fuses_dropout, names, selective
+        ),
+        gathered_of=lambda size, rows, length, dtype: gathered(size, rows, length, dtype),
         why_estimated=why,
+        rotary_width=_first_whole(config, ("qk_rope_head_dim",)) or 0,
         words=tower_words(model, blocks),
         inside=called_inside(blocks),
         aliases=_aliases(model),
     )
 
     @functools.lru_cache(maxsize=256)
-    def run(rows: int, length: int, dtype: str, again: tuple[str, ...] = (), selective: bool = False) -> Run:
+    def run(
+        rows: int, length: int, dtype: str, fuses_dropout: bool, again: tuple[str, ...] = (), selective: bool = False
+    ) -> Run:
         if why:
             return estimated_run(shape, rows, length, getattr(torch, dtype).itemsize)
         try:
             with without_saving(map(model.get_submodule, again), kept_operators() if selective else frozenset()):
-                return run_on_meta(model, blocks, kept_operators(), rows, length, dtype)
+                return run_on_meta(model, blocks, kept_operators(), rows, length, dtype, fuses_dropout)
         except Exception as error:  # whatever a model's own forward raises
-            what = f"{type(model).__name__} does not take {rows} x {length} tokens in {dtype}: {_reason(error)}"
-            allowed, asked = f"what its forward takes, as {_SMALL[1]} tokens in float32", f"data.seq_len={length}"
-            instead = assigned("data.seq_len", _SMALL[1])
-            raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead)) from error
+            raise ConfigError(_not_counted(model, blocks, rows, length, dtype, error)) from error
+
+    def plan(sequence_parallel: bool) -> dict[str, Any]:
+        return known_plan(model, sequence_parallel, _twin_elements(shape) <= _MOST_TRIED)
+
+    @functools.cache
+    def ways(size: int) -> Ways:
+        return ways_on_paper(model, size, blocks) if _twin_elements(shape) <= _MOST_TRIED else Ways()
+
+    @functools.lru_cache(maxsize=64)
+    def gathered(size: int, rows: int, length: int, dtype: str) -> tuple[Gathered, ...]:
+        return gathered_on_paper(model, blocks, ways(size), rows, length, dtype)
 
     return shape
 
@@ -103,6 +122,26 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     named = ((name, id(one)) for name, one in model.named_parameters(remove_duplicate=False))
     return {name: first[key] for name, key in named if first.setdefault(key, name) != name}
+
+
+def _not_counted(model: nn.Module, blocks: Blocks, rows: int, length: int, dtype: str, error: Exception) -> Problem:
+    """Whether it is the number of tokens, or the dtype, that a model's forward does not take."""
+    name = type(model).__name__
+    try:
+        run_on_meta(model, blocks, kept_operators(), rows, length, "float32")
+    except Exception:  # the same
+        what = f"{name} does not take {rows} x {length} tokens: {_reason(error)}"
+        allowed, asked = f"what its forward takes, as {_SMALL[1]} tokens", f"data.seq_len={length}"
+        return Problem(what=what, asked=asked, allowed=allowed, instead=assigned("data.seq_len", _SMALL[1]))
+    what = f"{name} cannot compute with parameters in {dtype} as it is written: {_reason(error)}"
+    asked, allowed = f"train.dtype={dtype}", "float32; a model that casts (buffer.to(x.dtype))"
+    return Problem(what=what, asked=asked, allowed=allowed, instead="train.dtype=float32")
+
+
+def _twin_elements(shape: BuiltShape) -> int:
+    """Elements of one block of each kind, and of all that is outside of blocks."""
+    held = [shape.held[kind] for kind in shape.kinds()]
+    return sum(weight.count for weights in (*held, shape.outer) for weight in weights)
 
 
 def _tried(model: nn.Module, blocks: Blocks) -> tuple[Run | None, str]:
@@ -131,12 +170,13 @@ def _weights(
         block, module = _block_of(name, blocks), owners[name.rpartition(".")[0]]
         layer = type(module).__name__
         is_expert = id(parameter) in experts and parameter.dim() > 1
+        trained = parameter.requires_grad and (small is None or small.used is None or name in small.used)
         if block in units:
             own = name.removeprefix(f"{block}.")
-            held[block].append(Weight(own, tuple(parameter.shape), "", is_expert, layer))
+            held[block].append(Weight(own, tuple(parameter.shape), "", is_expert, layer, trained))
         else:
             part = _part_of(name, model, blocks, small)
-            outer.append(Weight(name, tuple(parameter.shape), part, False, layer))
+            outer.append(Weight(name, tuple(parameter.shape), part, False, layer, trained))
     # Backward has the gradients of what runs last first.
     return tuple(tuple(reversed(weights)) for weights in held.values()), tuple(outer)
 

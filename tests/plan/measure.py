@@ -55,6 +55,8 @@ class Collectives(TorchDispatchMode):
         self.calls: list[tuple[str, int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls what it needs on its parts, which is seen here again
         out = func(*args, **(kwargs or {}))
         kind = CALLS.get(str(func).rpartition(".")[0])
         if kind is not None:
@@ -127,8 +129,12 @@ def seen_of_rank(
     length: int,
     rows: int = ROWS,
     trainable: dict[str, Any] | None = None,
+    debugs: bool = True,
 ) -> dict[str, Any]:
-    """On a rank: bytes that rest there after a step, and the collectives of the step's forward and backward."""
+    """On a rank: bytes that rest there after a step, and the collectives of the step's forward and backward.
+
+    debugs: counted by CommDebugMode as well, whose hooks not every model's forward lives with.
+    """
     nodes = {"model": model, "optimizer": optimizer, **({"trainable": trainable} if trainable else {})}
     setup, module, update = instantiate(composed(*words, **nodes))
     context = setup.mesh_context
@@ -137,7 +143,8 @@ def seen_of_rank(
     counts: dict[str, int] = {}
     for number in range(3):  # DDP agrees on its buckets in the first two
         counted = Collectives()
-        debug: Any = CommDebugMode() if number == 2 and not isinstance(module, Pipeline) else contextlib.nullcontext()
+        is_counted = debugs and number == 2 and not isinstance(module, Pipeline)
+        debug: Any = CommDebugMode() if is_counted else contextlib.nullcontext()
         with debug, counted:
             if isinstance(module, Pipeline):
                 module.step(ids, labels, 1.0)

@@ -28,8 +28,9 @@ from tests.dist.pool import run_ranks
 from tests.plan.families import config_of, what_differs
 from tests.plan.measure import differences, job_for, seen_of_rank
 from tests.plan.test_command import composed
-from tests.plan.test_measured import PLAIN, tracked
+from tests.plan.test_measured import PLAIN, SEQUENCE, TP, tracked
 
+CP = "parallelism.cp_size=2"
 OWN = {"_target_": "tests.plan.own_models.Chain"}
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64, "attn_pdrop": 0.0}
 
@@ -46,8 +47,11 @@ def own(*words: str, **changes: Any) -> Any:
     return config
 
 
-# Tied, shared by blocks, a block with the head in it, experts, latent attention, mixers that are no attention.
-@pytest.mark.parametrize("family", ["gpt2", "zamba", "bert", "deepseek_v3", "gpt_oss", "falcon_mamba", "llama"])
+# Its decoder's fields in its own config, a causal model that takes those of a tower too,
+# tied, shared by blocks, a block with the head in it, experts, latent attention, mixers that are no attention.
+@pytest.mark.parametrize(
+    "family", ["musicgen", "dots3_note", "gpt2", "zamba", "bert", "deepseek_v3", "gpt_oss", "falcon_mamba", "llama"]
+)
 def test_every_parameter_has_the_name_and_shape_of_transformers(family: str) -> None:
     """All families: python -m tests.plan.families."""
     assert what_differs(family) == []
@@ -103,14 +107,72 @@ def test_a_family_with_a_row_is_planned_alike_when_it_is_read_off_a_model(name: 
         ("gpt2", ["strategy=ddp"]),
         ("bert", [PLAIN]),  # whose last block has the embedding's weight in it, and is no unit
         ("qwen2_moe", [PLAIN, "parallelism.ep_size=2"]),
-        ("cohere", [PLAIN, "parallelism.tp_size=2"]),
+        ("cohere", [PLAIN, TP]),
+        ("gpt2", [PLAIN, TP]),  # query, key and value in one Conv1D
+        ("falcon", [PLAIN, TP]),  # in one layer, head by head
+        ("phi3", [PLAIN, TP]),  # two in one, gathered
+        ("phi3", [PLAIN, TP, "activation_checkpointing=true"]),
+        ("phi3", [PLAIN, TP, SEQUENCE]),  # whose modules are run on whole rows
+        ("phi3", [PLAIN, TP, SEQUENCE, "activation_checkpointing=selective"]),
+        ("deepseek_v2", [PLAIN, TP]),  # a rotary key that heads share
+        ("mamba2", [PLAIN, TP]),  # a mixer whose parts are gathered
+        ("zamba2", [PLAIN, TP]),  # one block used at several places
+        ("mamba2", [PLAIN, CP]),
+        ("bamba", [PLAIN, CP, "activation_checkpointing=true"]),  # attention in some blocks, in others none
+        ("recurrent_gemma", [PLAIN, CP]),  # an attention of its own, which is given positions
+        ("gpt_oss", [PLAIN, CP]),  # an attention that is no fused one
+        ("bart", [PLAIN]),  # attention to what is not there, which gets no gradient
+        ("bart", [PLAIN, TP]),
     ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(word.split(".")[-1] for word in value),
 )
 def test_what_rests_and_what_is_sent_is_what_ranks_have(family: str, words: list[str]) -> None:
     config = config_of(family)
     job = job_for(words, 2, config, ADAMW, 4, 16)
-    for seen in run_ranks(2, seen_of_rank, words, {"config": config}, ADAMW, 16, 4):
+    for seen in run_ranks(2, seen_of_rank, words, {"config": config}, ADAMW, 16, 4, family != "falcon"):
         assert list(differences(job, seen)) == []
+
+
+DROPS = {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 512, "max_position_embeddings": 256}
+DROPPING: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 256, "n_head": 8, "vocab_size": 512, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    "bert": {**DROPS, "intermediate_size": 512, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mode", ["false", "selective"])
+@pytest.mark.parametrize("family", DROPPING)
+def test_what_drops_out_is_kept_as_torch_tracks(family: str, mode: str) -> None:
+    """On a CPU, where attention that drops out is no fused kernel; within a hundredth."""
+    config = {**config_of(family), **DROPPING[family]}
+    words = [PLAIN, f"activation_checkpointing={mode}"]
+    found = run_ranks(1, tracked, words, config, 1, 2, 64)[0]
+    job = job_for(words, 1, config, ADAMW, 2, 64)
+    assert stage_bytes(job, job.stages[0]).saved == pytest.approx(found["loss"]["ACT"], rel=0.01)
+
+
+def test_a_gpu_keeps_no_scores_of_an_attention_that_drops_out() -> None:
+    """Its kernels are fused with it, and a dropout keeps a byte for each element where a CPU keeps four."""
+    config = {**config_of("gpt2"), **DROPPING["gpt2"]}
+    shape, without = (read_model({"config": other}) for other in (config, {**config, "attn_pdrop": 0.0}))
+    kept, plain = (each.run_of(2, 64, "float32", True).blocks[0] for each in (shape, without))
+    assert kept == plain
+    on_a_cpu = shape.run_of(2, 64, "float32", False).blocks[0]
+    elements, scores = 2 * 64 * 256, 2 * 8 * 64 * 64
+    more = on_a_cpu.saved_inner + on_a_cpu.saved_stream - kept.saved_inner - kept.saved_stream
+    # Weights, what drops out and both, without the logarithm of sums; of two dropouts three bytes an element.
+    assert more == 4 * 3 * scores - 4 * 2 * 8 * 64 + 2 * 3 * elements
+
+
+def test_a_model_that_does_not_compute_in_bfloat16_is_refused_with_that(tmp_path: Path) -> None:
+    """A run would refuse it too; autocast leaves in float32 what has to be."""
+    words = (folder_of(tmp_path, **config_of("xlstm")), "data.seq_len=32")
+    with pytest.raises(ConfigError, match="xLSTMForCausalLM cannot compute with parameters in bfloat16") as refused:
+        run(composed(*words))
+    assert refused.value.type == "train.dtype=float32"
+    assert "parameters" in run(composed(*words, "train.dtype=float32"))
+    assert "parameters" in run(composed(*words, "strategy=ddp"))
 
 
 @pytest.mark.dist
@@ -132,6 +194,27 @@ def test_the_command_plans_a_family_without_a_row_and_says_how(tmp_path: Path) -
     found = json.loads(run(composed(word, "data.seq_len=64", "plan.json=-")))
     assert found["model"]["type"] == "gpt2" and found["model"]["read_off"].startswith("GPT2LMHeadModel")
     assert found["step_seconds"] > 0 and found["notes"] == []
+
+
+def test_a_plan_says_what_a_run_tries_before_it_starts(tmp_path: Path) -> None:
+    word = folder_of(tmp_path, model_type="gpt2", **GPT2)
+    words = ("data.seq_len=64", "world_size=4", "parallelism.tp_size=2", "parallelism.cp_size=2")
+    found = json.loads(run(composed(word, *words, "plan.json=-")))
+    assert [one.partition(";")[0] for one in found["tried"]] == [
+        "how layers are split over tp",
+        "parts of rows over cp, and which modules are run on whole ones",
+    ]
+    assert "  a run tries  how layers are split over tp; here as it was found for a small gpt2" in run(
+        composed(word, *words)
+    )
+    assert json.loads(run(composed("model=llama3_8b", *words[1:], "plan.json=-")))["tried"] == []
+
+
+def test_a_residual_stream_that_cannot_be_followed_is_refused_as_a_run_refuses_it(tmp_path: Path) -> None:
+    words = ("data.seq_len=16", "world_size=2", TP, SEQUENCE)
+    with pytest.raises(ConfigError, match="residual stream of ZambaForCausalLM cannot be followed") as refused:
+        run(composed(folder_of(tmp_path, **config_of("zamba")), *words))
+    assert refused.value.type == "strategy.sequence_parallel=false"
 
 
 def test_a_model_of_ones_own_is_planned() -> None:

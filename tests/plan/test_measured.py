@@ -189,9 +189,13 @@ def test_experts_that_are_recomputed_exchange_their_tokens_again(mode: str) -> N
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("config", [MIXTRAL, QWEN_MOE], ids=["mixtral", "qwen3_moe"])
-def test_experts_split_inside(config: dict[str, Any], mode: str) -> None:
-    words = [PLAIN, TP, f"activation_checkpointing={mode}"]
+@pytest.mark.parametrize(
+    "config, more",
+    [(MIXTRAL, []), (QWEN_MOE, []), (MIXTRAL, [SEQUENCE])],
+    ids=["mixtral", "qwen3_moe", "mixtral along the sequence"],
+)
+def test_experts_split_inside(config: dict[str, Any], more: list[str], mode: str) -> None:
+    words = [PLAIN, TP, *more, f"activation_checkpointing={mode}"]
     job = job_for(words, 2, config, ADAMW, 4, 16)
     for seen in run_ranks(2, seen_of_rank, words, {"config": config}, ADAMW, 16, 4):
         assert list(differences(job, seen)) == []
@@ -332,6 +336,14 @@ ACTIVATIONS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         f"{name}, {mode}": (MODEL, 2, [PLAIN, *words, f"activation_checkpointing={mode}"])
         for name, words in {"tp": [TP], "sp": [TP, SEQUENCE], "cp": [CP], "ulysses": [CP, ULYSSES]}.items()
         for mode in MODES
+    },
+    **{
+        f"attention drops out, {name}, {mode}": (
+            {**MODEL, "attention_dropout": 0.1},
+            1,
+            [word, f"activation_checkpointing={mode}"],
+        )
+        for name, word, mode in (("fp32", PLAIN, "false"), ("bf16", NARROW, "false"), ("bf16", NARROW, "selective"))
     },
     **{
         f"ddp autocast, {mode}": (

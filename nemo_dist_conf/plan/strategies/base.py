@@ -85,7 +85,7 @@ class StrategyCosts:
     def resting(self, job: Job, parameters: int) -> tuple[int, int]:
         """(bytes of gradients, bytes of one state of the optimizer) between steps.
 
-        parameters: bytes of those that a rank has and that are trained.
+        parameters: bytes of a rank's, of those that are trained and get a gradient.
         """
         return parameters, parameters
 

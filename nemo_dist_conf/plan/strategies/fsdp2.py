@@ -92,7 +92,7 @@ class _FSDP2Costs(StrategyCosts):
                 at_loss += 0 if asked is True and job.pp == 1 else size
                 in_backward += 0 if unit.layer == HEAD else size  # a head is done before the blocks
             else:
-                kept = [not _frees(job, index == unit.count - 1, unit.expert) for index in range(unit.count)]
+                kept = [not frees for frees in _freed(job, unit)]
                 frees = _frees(job, False, unit.expert)
                 at_loss += sum(kept) * size
                 in_backward += 0 if frees else unit.count * size
@@ -166,7 +166,12 @@ def _gathered_again(job: Job, unit: Unit) -> int:
         return 0
     if unit.layer < 0:
         return 1 if job.options.get("reshard_after_forward") else 0
-    return sum(_frees(job, index == unit.count - 1, unit.expert) for index in range(unit.count))
+    return sum(_freed(job, unit))
+
+
+def _freed(job: Job, unit: Unit) -> list[bool]:
+    """Of each of a unit's kind, whether its parameters are freed after forward."""
+    return [_frees(job, unit.has_last and index == unit.count - 1, unit.expert) for index in range(unit.count)]
 
 
 COSTS = _FSDP2Costs()

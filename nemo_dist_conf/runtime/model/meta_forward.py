@@ -7,8 +7,10 @@ every condition held: rows are not padded, every token is meant.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any, Callable, Iterator, Mapping
 
 import torch
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from nemo_dist_conf.families.built_shape import Run, Work
+from nemo_dist_conf.families.built_shape import Given, Passage, Run, Work
 from nemo_dist_conf.runtime.model.blocks import Blocks
 from nemo_dist_conf.runtime.torch_inside import (
     ASKED_VALUE,
+    ATTENTION_IN_STEPS,
     GROUPED_PRODUCT,
     QuickDispatchMode,
     schema_of,
@@ -43,11 +46,21 @@ _PRODUCTS: Mapping[Any, int] = {
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
 
 
-def run_on_meta(model: nn.Module, blocks: Blocks, kept: frozenset[Any], rows: int, length: int, dtype: str) -> Run:
+def run_on_meta(
+    model: nn.Module,
+    blocks: Blocks,
+    kept: frozenset[Any],
+    rows: int,
+    length: int,
+    dtype: str,
+    fuses_dropout: bool = False,
+) -> Run:
     """What a microbatch of so many rows and tokens takes, part by part.
 
     model: on the meta device; it is in ``dtype`` (float32, bfloat16) for the time of the run. kept: operators whose
-    results selective checkpointing keeps. Raises whatever the model's forward raises there.
+    results selective checkpointing keeps. fuses_dropout: as on a GPU, where dropout keeps one byte for each element and
+    an attention that drops out nothing but where its random numbers began; on a CPU attention then keeps its scores.
+    Raises whatever the model's forward raises there.
     """
     parameters = list(model.parameters())
     before = [(tensor, tensor.dtype) for tensor in (*parameters, *model.buffers()) if tensor.is_floating_point()]
@@ -56,7 +69,8 @@ def run_on_meta(model: nn.Module, blocks: Blocks, kept: frozenset[Any], rows: in
         for tensor, _ in before:
             tensor.data = tensor.data.to(getattr(torch, dtype))
         counted = _Counted(model, blocks, kept)
-        with counted.watched(), torch.device("meta"), _Attention(counted), counted, torch.enable_grad():
+        random = _Random(counted, fuses_dropout)
+        with counted.watched(), torch.device("meta"), random, counted, torch.enable_grad():
             output = _call(model, ids)
     finally:
         for tensor, own in before:
@@ -88,6 +102,10 @@ class _Counted(QuickDispatchMode):
         #: By storage: (what is saved of it, parts that save it). The tensors keep ids of storages theirs.
         self._saved: dict[int, tuple[Tensor, list[int]]] = {}
         self._results: dict[int, tuple[Tensor, int]] = {}
+        #: By module: its calls, and how often something had been saved by then.
+        self._passages: dict[str, list[tuple[Passage, int]]] = defaultdict(list)
+        #: How often something was saved, and how often by the time of each part's last.
+        self._saves, self._last_save = 0, dict[int, int]()
 
     @property
     def _part(self) -> int:
@@ -95,8 +113,10 @@ class _Counted(QuickDispatchMode):
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Know which block runs, and what autograd saves."""
+        """Know which block runs, what modules are given and return, and what autograd saves."""
         with contextlib.ExitStack() as stack, saved_tensors_hooks(self._pack, lambda packed: packed):
+            for name, module in self._model.named_modules():
+                stack.callback(module.register_forward_hook(self._passing(name), with_kwargs=True).remove)
             for number, block in enumerate(self._blocks):
                 enter, leave = self._entering(number), self._leaving
                 stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -128,8 +148,24 @@ class _Counted(QuickDispatchMode):
     def _leaving(self, *_: Any) -> None:
         self._inside.pop()
 
+    def _passing(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = tuple(
+                Given(place, _bytes(leaf), leaf.shape[-1] if leaf.dim() else 1, leaf.requires_grad)
+                for place, value in _by_name(module, args, kwargs).items()
+                for leaf in tree_leaves(value)
+                if isinstance(leaf, Tensor)
+            )
+            first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+            returned = (_bytes(first), first.shape[-1] if first.dim() else 1) if first is not None else (0, 1)
+            self._passages[name].append((Passage(self._part, given, *returned), self._saves))
+
+        return note
+
     def _pack(self, tensor: Tensor) -> Tensor:
         key = storage_id(tensor)
+        self._saves += 1
+        self._last_save[self._part] = self._saves
         if key not in self._own:
             _, parts = self._saved.setdefault(key, (tensor, []))
             if self._part not in parts:
@@ -200,7 +236,12 @@ class _Counted(QuickDispatchMode):
         logits = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         vocab = logits.shape[-1] if logits is not None and logits.dim() else 0
         width = next((self._widths[n] for n in sorted(self._widths) if self._widths[n]), 0)
-        return Run(tuple(works[1:-1]), works[0], works[-1], width, vocab, frozenset(self._first))
+        passages = {
+            name: tuple(replace(one, again=saves < self._last_save.get(one.part, 0)) for one, saves in calls)
+            for name, calls in self._passages.items()
+        }
+        first, used = frozenset(self._first), _used(self._model, output)
+        return Run(tuple(works[1:-1]), works[0], works[-1], width, vocab, first, passages, used)
 
     def _add(self, name: str, part: int, tensor: Tensor) -> None:
         # What has the width of the residual stream is whole on every rank of tensor parallelism.
@@ -216,21 +257,40 @@ class _Counted(QuickDispatchMode):
         return Work(**counts, matmul=sums["matmul"], attention=sums["attention"])
 
 
-class _Attention(TorchFunctionMode):
-    """scaled_dot_product_attention as a fused kernel has it: no scores are kept."""
+class _Random(TorchFunctionMode):
+    """scaled_dot_product_attention as a fused kernel has it, which keeps no scores, and dropout as a device has it.
 
-    def __init__(self, counted: _Counted) -> None:
-        self.counted = counted
+    fuses_dropout: of ``run_on_meta``.
+    """
+
+    def __init__(self, counted: _Counted, fuses_dropout: bool) -> None:
+        self.counted, self.fuses_dropout = counted, fuses_dropout
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attention(*args, **kwargs)
+        if func is nn.functional.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if func is nn.functional.dropout and self.fuses_dropout:
+            return self._dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else nn.functional.dropout(x, p, training)
 
     def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
     ) -> Tensor:
+        if dropout_p > 0 and not self.fuses_dropout:
+            stepwise = _in_steps(query, key, value, attn_mask, dropout_p, is_causal, **options)
+            self.counted.exchange(_bytes(key) + _bytes(value), _bytes(query) + _bytes(stepwise))
+            return stepwise
         scores = query.shape[:-1].numel() * key.shape[-2]
         flops = 2.0 * scores * (query.shape[-1] + value.shape[-1])
         out: Tensor = _Fused.apply(query, key, value, attn_mask)
@@ -240,14 +300,19 @@ class _Attention(TorchFunctionMode):
         return out
 
 
+def _in_steps(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+    """Attention without a fused kernel, each step of it an operator."""
+    out: Tensor = ATTENTION_IN_STEPS(query, key, value, *others, **options)[0]
+    return out
+
+
 class _Fused(torch.autograd.Function):
     """Keeps what a fused attention keeps: [batch, heads, queries, width] of each, and the scores' logarithm of sums."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        if out.dim() > 3:  # laid out token by token, so that what reads it by tokens needs no copy
-            out = out.new_empty(out.transpose(-3, -2).shape).transpose(-3, -2)
+        *batch, heads, queries, _ = query.shape  # laid out so that heads come together without a copy
+        out = query.new_empty((*batch, queries, heads, value.shape[-1])).transpose(-3, -2)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
         return out
@@ -255,6 +320,33 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise AssertionError("nothing runs backward on the meta device")
+
+
+def _used(model: nn.Module, output: Any) -> frozenset[str]:
+    """Names of the parameters that what a model returned depends on."""
+    waiting = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    seen, found = set(waiting), set[int]()
+    while waiting:
+        node: Any = waiting.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        for other, _ in node.next_functions:
+            if other is not None and other not in seen:
+                seen.add(other)
+                waiting.append(other)
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in found)
+
+
+def _by_name(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forward was given, by the names of its arguments; by number those that it has no name for."""
+    names = _names_of(type(module).forward)
+    return {**{names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}, **kwargs}
+
+
+@functools.cache
+def _names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(p.name for p in list(inspect.signature(forward).parameters.values())[1:] if p.kind not in several)
 
 
 def _bytes(tensor: Tensor) -> int:

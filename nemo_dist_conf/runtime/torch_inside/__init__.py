@@ -21,6 +21,7 @@ from nemo_dist_conf.runtime.torch_inside.groups import (
 )
 from nemo_dist_conf.runtime.torch_inside.kernels import (
     ASKED_VALUE,
+    ATTENTION_IN_STEPS,
     GROUPED_PRODUCT,
     flash_backward_on_cpu,
     flash_on_cpu,
@@ -100,6 +101,7 @@ from nemo_dist_conf.runtime.torch_inside.tensors import (
 
 __all__ = [
     "ASKED_VALUE",
+    "ATTENTION_IN_STEPS",
     "AsyncCollectiveTensor",
     "COLLECTIVE_NAMESPACES",
     "DECLARED_PLANS",

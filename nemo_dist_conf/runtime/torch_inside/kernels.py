@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "ASKED_VALUE",
+    "ATTENTION_IN_STEPS",
     "GROUPED_PRODUCT",
     "flash_backward_on_cpu",
     "flash_on_cpu",
@@ -30,6 +31,9 @@ _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_f
 #: Test: tests/plan/test_built.py, test_what_is_kept_is_what_torch_tracks.
 ASKED_VALUE: Any = torch.ops.aten._local_scalar_dense.default
 GROUPED_PRODUCT: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+#: torch 2.11 to 2.13: what scaled_dot_product_attention runs where no fused kernel takes its arguments, as on a CPU
+#: with dropout. Test: tests/plan/test_built.py, test_what_drops_out_is_kept_as_torch_tracks.
+ATTENTION_IN_STEPS: Any = torch.ops.aten._scaled_dot_product_attention_math
 
 
 def saved_by_selection() -> frozenset[Any]:

@@ -68,7 +68,7 @@ from nemo_dist_conf.runtime.techniques.context.whole_rows import TokenDims, toke
 from nemo_dist_conf.runtime.torch_inside import attention_of, is_hooked, name_attention, names_attention
 from nemo_dist_conf.schema.context import MASKLESS
 
-__all__ = ["try_context_parallel"]
+__all__ = ["try_context_parallel", "ways_on_paper"]
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,18 @@ def try_context_parallel(
     trial = _Trial(model, mesh, find_blocks(model) if blocks is None else blocks, device, method, tp)
     with keep_generators():
         return trial.run()
+
+
+def ways_on_paper(model: nn.Module, size: int, blocks: Blocks) -> Ways:
+    """What ``try_context_parallel`` would find, as far as one process can tell.
+
+    It does not run the model on parts of rows, in which more may show. model: plain, on meta or not; nothing of it
+    changes. size: ranks along cp. Raises ConfigError for a model that would be refused.
+    """
+    if _is_known(model):
+        return Ways()
+    with keep_generators():
+        return _Trial(model, None, blocks, torch.device("cpu"), size=size).run()
 
 
 def _is_known(model: nn.Module) -> bool:
@@ -141,14 +153,22 @@ class _Fault(Exception):
 
 
 class _Trial:
-    """The trial of one model, on rows of ``length`` tokens."""
+    """The trial of one model, on rows of ``length`` tokens. mesh None: on one process, without parts of rows."""
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh, blocks: Blocks, device: torch.device, method: str, tp: int
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh | None,
+        blocks: Blocks,
+        device: torch.device,
+        method: str = "auto",
+        tp: int = 1,
+        size: int = 1,
     ) -> None:
         self.model, self.mesh, self.blocks, self.device = model, mesh, blocks, device
         self.method, self.tp = method, tp
-        self.length = 2 * mesh.size() * max(1, 8 // mesh.size())
+        self.size = size if mesh is None else mesh.size()
+        self.length = 2 * self.size * max(1, 8 // self.size)
         self.name = type(model).__name__
         self.local: tuple[nn.Module, dict[str, Any]] | None = None
 
@@ -182,17 +202,21 @@ class _Trial:
             self._find_mixing(local, inputs, self.length, unmixed)
             self._find_mixing(local, longer, far_length, unmixed)
             counts, far = self._counts(local, (inputs, longer), whole, fills)
-        self._refuse_method(attended)
-        if self.device.type != "cpu":
-            local, inputs = self._twin(self.device)
-        else:
-            self.local = None  # it is changed
+        if self.mesh is not None:
+            self._refuse_method(attended, self.mesh)
         ways = Ways(counts, dict(whole), fills)
-        self._compare(local, inputs, ways, far)
+        if self.mesh is not None:
+            if self.device.type != "cpu":
+                local, inputs = self._twin(self.device)
+            else:
+                self.local = None  # it is changed
+            self._compare(local, inputs, ways, far, self.mesh)
         return dataclasses.replace(ways, whole_rows=self._outermost(whole))
 
     def _agreed(self, place: str) -> str:
         """The same on all ranks: of what they found, the last in the model, because one may see less than another."""
+        if self.mesh is None:
+            return place
         names = [name for name, _ in self.model.named_modules()]
         number = torch.tensor(names.index(place), device=self.device)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self.mesh.get_group())
@@ -203,7 +227,7 @@ class _Trial:
         problem = faults[0].refusal.problems[0]
         what = problem.what
         if len(faults) > 1:
-            last = faults[-1].refusal.problems[0].what.removeprefix(f"cp_size={self.mesh.size()}: ")
+            last = faults[-1].refusal.problems[0].what.removeprefix(f"cp_size={self.size}: ")
             what = f"{what}; with what it is in run on whole rows, {last}"
         if reason:
             what = f"{what} ({reason})"
@@ -254,10 +278,10 @@ class _Trial:
         return {kind: dims for kind, dims in whole.items() if kind in outer}
 
     def _refusal(self, what: str, allowed: str) -> ConfigError:
-        asked = f"parallelism.cp_size={self.mesh.size()}"
+        asked = f"parallelism.cp_size={self.size}"
         return ConfigError(
             Problem(
-                what=f"cp_size={self.mesh.size()}: {what}",
+                what=f"cp_size={self.size}: {what}",
                 asked=asked,
                 allowed=allowed,
                 instead="parallelism.cp_size=1",
@@ -322,16 +346,16 @@ class _Trial:
                 else:
                     module.forward = own
 
-    def _refuse_method(self, attended: Collection[tuple[type, int, int]]) -> None:
+    def _refuse_method(self, attended: Collection[tuple[type, int, int]], mesh: DeviceMesh) -> None:
         """Where ulysses is asked for and an attention has too few heads, or nothing attends that it could serve."""
         if self.method != "ulysses":
             return
         if not attended:
             what = f"context.method=ulysses: nothing of {self.name} asks the attention registry of transformers"
-            asked = f"context.method=ulysses parallelism.cp_size={self.mesh.size()}"
+            asked = f"context.method=ulysses parallelism.cp_size={self.size}"
             allowed = "context.method=gather: what mixes tokens in it is run on whole rows"
             raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="context.method=gather"))
-        exchange = Exchange(self.mesh, self.method, self.tp)
+        exchange = Exchange(mesh, self.method, self.tp)
         for kind, heads, kv_heads in sorted(attended, key=str):
             exchange.by_heads(kind, heads, kv_heads, has_bias=False)
 
@@ -345,7 +369,7 @@ class _Trial:
             kernels = {attention_of(value) for value in values if names_attention(value)}
             for kernel in sorted(filter(_is_kernel, kernels), key=str):
                 what = f"{name} ({type(module).__name__}) is run on whole rows, with a mask that {kernel} does not take"
-                asked = f"attn_implementation={kernel} with parallelism.cp_size={self.mesh.size()}"
+                asked = f"attn_implementation={kernel} with parallelism.cp_size={self.size}"
                 allowed, instead = "attn_implementation=eager, or cp_size=1", "parallelism.cp_size=1"
                 raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead=instead))
 
@@ -486,7 +510,7 @@ class _Trial:
         kinds = {kind: sites & matters for kind, sites in found.items()}
         return {kind: sites for kind, sites in kinds.items() if sites}, far
 
-    def _compare(self, tried: nn.Module, inputs: Mapping[str, Any], ways: Ways, far: bool) -> None:
+    def _compare(self, tried: nn.Module, inputs: Mapping[str, Any], ways: Ways, far: bool, mesh: DeviceMesh) -> None:
         """The twin on the ranks of the axis, against the plain one on whole rows; last, because it changes the twin.
 
         Raises _Fault where they differ.
@@ -500,19 +524,19 @@ class _Trial:
         tokens = tokens_of(inputs)
         assert tokens is not None
         name, whole = tokens
-        rows, length = whole.size(0), self.length // self.mesh.size()
+        rows, length = whole.size(0), self.length // mesh.size()
         wanted_gradients: list[Tensor] = []
         if ways.whole_rows:
             with self._running(tried):
                 wanted_gradients = gradients_of(tried, inputs, rows, self.length)
-        exchange = exchange_tokens(tried, self.mesh, ways, self.method, self.tp)
-        given = {**inputs, name: split_sequence(whole, self.mesh)}
+        exchange = exchange_tokens(tried, mesh, ways, self.method, self.tp)
+        given = {**inputs, name: split_sequence(whole, mesh)}
         for offset, seen in zip(offsets, plain):
             with counting_from(length, offset, sites), torch.no_grad(), self._running(tried):
                 found = [gathered(exchange, tensor, rows, length) for tensor in tensors_of(tried(**given))]
             wanted = seen[-1].outputs
             wrong = len(found) != len(wanted) or any(a.shape != b.shape or differ(a, b) for a, b in zip(wanted, found))
-            if not self._on_any_rank(wrong):
+            if not self._on_any_rank(wrong, mesh):
                 continue
             with counting_from(length, offset, sites):
                 other = observed(tried, given, lambda tensor: gathered(exchange, tensor, rows, length))
@@ -523,8 +547,8 @@ class _Trial:
             with self._running(tried):
                 gradients = gradients_of(tried, given, rows, length, exchange)
             for gradient in gradients:
-                dist.all_reduce(gradient, group=self.mesh.get_group())
-            if self._on_any_rank(gradients_differ(wanted_gradients, gradients)):
+                dist.all_reduce(gradient, group=mesh.get_group())
+            if self._on_any_rank(gradients_differ(wanted_gradients, gradients), mesh):
                 kinds = ", ".join(sorted(kind.__name__ for kind in ways.whole_rows))
                 what = (
                     f"{self.name} has other gradients on parts of a row than on whole rows, with {kinds} on whole ones"
@@ -544,7 +568,7 @@ class _Trial:
                     refusal = self._refusal(what, "cp_size=1")
                 raise _Fault(refusal, running[-1] if running else "") from error
 
-    def _on_any_rank(self, wrong: bool) -> bool:
+    def _on_any_rank(self, wrong: bool, mesh: DeviceMesh) -> bool:
         word = torch.tensor(wrong, dtype=torch.uint8, device=self.device)
-        dist.all_reduce(word, dist.ReduceOp.MAX, group=self.mesh.get_group())
+        dist.all_reduce(word, dist.ReduceOp.MAX, group=mesh.get_group())
         return bool(word)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nemo_dist_conf.runtime.techniques.context.exchange import Exchange, RowMask
 
-__all__ = ["COUNT", "Dims", "FLAT", "OnWholeRows", "TokenDims", "kept_tokens", "token_dims"]
+__all__ = ["COUNT", "Dims", "FLAT", "OnWholeRows", "TokenDims", "kept_tokens", "token_dims", "tokens_given"]
 
 #: What has tokens: (), nothing; (d,), dim d; (d, e), two dims, as in a mask; FLAT, dim 0 is rows times tokens; COUNT, a
 #: number that is how many tokens a row has.
@@ -191,6 +191,22 @@ class OnWholeRows:
             return exchange.own(leaf, dims[0])
         what = f"{self.kind.__name__}, which is run on whole rows, returned {place or 'a tensor'}"
         raise exchange.refuse(f"{what} of shape {tuple(leaf.shape)}", "what it returned when it was tried")
+
+
+def tokens_given(module: nn.Module, args: Any, kwargs: Mapping[str, Any], dims: TokenDims) -> list[Tensor]:
+    """Of what a module that is run on whole rows is given, the tensors that are gathered for it.
+
+    Without masks, of which every rank makes those for whole rows.
+    """
+    found: list[Tensor] = []
+
+    def look(leaf: Any, place: str) -> None:
+        token_dims = dims.given.get(place, ())
+        if isinstance(leaf, Tensor) and len(token_dims) == 1 and token_dims != COUNT:
+            found.append(leaf)
+
+    _mapped(_by_name(module, args, kwargs), look)
+    return found
 
 
 def kept_tokens(output: Any, before: Any, dims: TokenDims, rows: int, length: int, changed: int) -> Any:

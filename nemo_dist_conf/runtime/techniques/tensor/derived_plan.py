@@ -13,14 +13,14 @@ from typing import Callable, Iterator, Mapping
 
 from torch import nn
 
-from nemo_dist_conf.runtime.model.blocks import find_blocks
+from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
 from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.model.trial import small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.layer_rows import LayerRow, find_rows
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of
 from nemo_dist_conf.runtime.techniques.tensor.split_heads import head_counts
-from nemo_dist_conf.runtime.techniques.tensor.trial import Trial
+from nemo_dist_conf.runtime.techniques.tensor.trial import WHOLE_ELEMENTS, Trial
 
 __all__ = ["derived_plan", "likely_plan"]
 
@@ -67,9 +67,16 @@ def likely_plan(model: nn.Module) -> dict[str, str]:
 
     model: on meta, or with values; a small twin of it is run on the CPU. Raises what its forward raises there.
     """
-    tried, ends = twin(model, find_blocks(model)), list(_ends(model))
-    inputs = small_input(tried, _TOKENS)
-    kinds = _kinds_of(find_rows(tried, inputs), ends) if inputs is not None else []
+    ends, kinds = list(_ends(model)), list[list[LayerRow]]()
+    for blocks in (find_blocks(model), Blocks()):  # without blocks left out, where a forward reaches into them
+        tried = twin(model, blocks)
+        inputs = small_input(tried, _TOKENS)
+        try:
+            kinds = _kinds_of(find_rows(tried, inputs), ends) if inputs is not None else []
+            break
+        except Exception:  # the model's own code
+            if not blocks or sum(p.numel() for p in model.parameters()) > WHOLE_ELEMENTS:
+                raise
     return _merged([*(next(_ways(model, rows)) for rows in kinds), *ends[:1]]) if kinds else {}
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
+from nemo_dist_conf.families.found_styles import found_styles
 from nemo_dist_conf.families.model_rules import model_problems
 from nemo_dist_conf.families.plan_rules import style_names
 from nemo_dist_conf.families.plans import complete_plan, planned_families
@@ -26,12 +27,14 @@ from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, match_pattern, unalias
 from nemo_dist_conf.names import nearest
 from nemo_dist_conf.runtime.model.base_model import base_prefix
+from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.runtime.model.materialise import tied_names
+from nemo_dist_conf.runtime.model.trial import first_line, small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.adapted_layers import styles_inside
 from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan, likely_plan
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
-from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow
+from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow, refuse_shared_parameters, sequence_ways
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
 from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
@@ -44,6 +47,9 @@ log = logging.getLogger(__name__)
 
 #: Names of layers whose output features are heads.
 _OF_HEADS = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"})
+
+#: Of a small input.
+_TOKENS = 8
 
 _Plan = Mapping[str, Any]
 
@@ -162,13 +168,7 @@ def _with_sequence(
             why = found.text
     except CannotFollow as error:
         why = str(error)
-    what = (
-        "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence, and the residual stream of "
-    )
-    what += f"{type(model).__name__} cannot be followed: {why}"
-    asked = f"strategy.sequence_parallel=true{'' if declared else f' {_set(entries)}'}"
-    allowed = f"the plan without it, or one with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
-    return named, [Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false")]
+    return named, [_not_followed(model, why, "" if declared else _set(entries))]
 
 
 # From a plan's patterns to the model's modules.
@@ -239,11 +239,12 @@ def _with_tied(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     return {**tied, **plan}
 
 
-def known_plan(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str]:
+def known_plan(model: nn.Module, sequence_parallel: bool = False, follows: bool = True) -> dict[str, Any]:
     """Pattern -> style name for a model on paper: what it comes with, else what would be tried first.
 
-    Nothing is tried. sequence_parallel: where the family says nothing of it, each style's own twin.
-    Raises ConfigError for a model that has nothing to split.
+    Nothing is tried on ranks. sequence_parallel: where the family says nothing of it, the residual stream is followed
+    through a small twin on the CPU; follows False: each style's own twin is taken.
+    Raises ConfigError for a model that has nothing to split, or whose residual stream cannot be followed.
     """
     declared = _declared(model)
     if declared is not None:
@@ -251,16 +252,59 @@ def known_plan(model: nn.Module, sequence_parallel: bool = False) -> dict[str, s
     found = None if _is_adapted(model) else _family_plan(model, sequence_parallel)
     if found is None and sequence_parallel:
         plain = known_plan(model)
-        known = {pattern: find_style(style) for pattern, style in plain.items()}
-        return {pattern: (style and style.sequence_twin) or plain[pattern] for pattern, style in known.items()}
+        if not follows:
+            known = {pattern: find_style(style) for pattern, style in plain.items()}
+            return {pattern: (style and style.sequence_twin) or plain[pattern] for pattern, style in known.items()}
+        return _followed(model, plain)
     if found is not None:
-        return _with_tied(model, found)
-    found = likely_plan(model) if _is_transformers(model) else {}
+        return _as_found(model, _with_tied(model, found))
+    why = ""
+    try:
+        found = likely_plan(model) if _is_transformers(model) else {}
+    except Exception as error:  # the model's own code
+        found, why = {}, f": it does not run on a small input ({first_line(error)})"
     if not found:
-        what = f"nothing is known of how {type(model).__name__} would be split over ranks"
+        what = f"nothing is known of how {type(model).__name__} would be split over ranks{why}"
         allowed = "tp_size=1, a tp_plan here or as an attribute of the model"
         raise ConfigError(Problem(what=what, asked="parallelism.tp_size", allowed=allowed, instead=_WITHOUT))
-    return found
+    return _as_found(model, found)
+
+
+def _as_found(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """A plan on paper as trying one has changed it for a small model of the family."""
+    wrapper, inner = _unwrapped(model)
+    found = found_styles(_model_type(inner))
+    if wrapper:
+        found = {f"{wrapper}.{pattern}": style for pattern, style in found.items()}
+    return {**found, **{pattern: style for pattern, style in plan.items() if pattern not in found}}
+
+
+def _followed(model: nn.Module, plan: Mapping[str, str]) -> dict[str, Any]:
+    """Module name -> styles, the first way in which the residual stream of a model on paper can be split."""
+    blocks = find_blocks(model)
+    places = [*(name for name, _ in model.named_modules() if name), *(name for name, _ in model.named_parameters())]
+    patterns = [pattern for pattern in plan if _is_pattern(pattern)]
+    named: dict[str, str] = {}
+    for name in places:
+        meant = name if name in plan else next((p for p in patterns if match_pattern(p, name)), None)
+        named |= {name: unalias(plan[meant])} if meant is not None else {}
+    try:
+        refuse_shared_parameters(model, list(blocks))
+        tried = twin(model, blocks)
+        inputs = small_input(tried, _TOKENS)
+        if inputs is None:
+            raise CannotFollow("nobody says what its forward takes")
+        return dict(sequence_ways(tried, list(blocks), named, inputs)[0])
+    except CannotFollow as error:
+        raise ConfigError(_not_followed(model, str(error), "")) from None
+
+
+def _not_followed(model: nn.Module, why: str, typed_plan: str) -> Problem:
+    what = "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence, and the residual stream "
+    what += f"of {type(model).__name__} cannot be followed: {why}"
+    asked = f"strategy.sequence_parallel=true{f' {typed_plan}' if typed_plan else ''}"
+    allowed = f"the plan without it, or one with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
+    return Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false")
 
 
 def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist_conf.families.styles import sequence_twin
+from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.model.trial import differ, noted, standing_for, tensors_of
 from nemo_dist_conf.runtime.torch_inside import holds_experts
 
-__all__ = ["CannotFollow", "sequence_ways"]
+__all__ = ["CannotFollow", "refuse_shared_parameters", "sequence_ways"]
 
 #: Styles whose layers take a DTensor of any layout, so that they gather the stream for themselves.
 _TAKES_STREAM = frozenset({"colwise", "colwise_gather_output", "packed_colwise"})
@@ -81,6 +82,13 @@ def sequence_ways(
         if way not in ways:
             ways.append(way)
     return ways
+
+
+def refuse_shared_parameters(model: nn.Module, blocks: list[str]) -> None:
+    """CannotFollow for a parameter of several blocks: in each of them its gradients would be of another kind."""
+    for names in tied_names(model):
+        if len({block for name in names for block in blocks if name.startswith(f"{block}.")}) > 1:
+            raise CannotFollow(f"{names[0]} and {names[1]} are one parameter, of several blocks")
 
 
 def _refuse_shared(model: nn.Module, way: _Styles) -> None:

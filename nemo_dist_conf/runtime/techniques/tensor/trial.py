@@ -19,18 +19,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from nemo_dist_conf.runtime.model.blocks import Blocks, find_blocks
-from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.model.trial import Seen, first_line, keep_generators, observed, parted, small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.layer_rows import LayerRow, find_rows
-from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow, sequence_ways
+from nemo_dist_conf.runtime.techniques.tensor.stream import refuse_shared_parameters, sequence_ways
 from nemo_dist_conf.runtime.techniques.tensor.styles import apply_styles
 from nemo_dist_conf.runtime.torch_inside import tree_leaves
 
-__all__ = ["CannotTry", "Finding", "Trial"]
+__all__ = ["CannotTry", "Finding", "Trial", "WHOLE_ELEMENTS"]
 
 _TOKENS = 8
 #: Up to so many, 1 GiB in float32, a model whose blocks cannot be left out is tried whole.
-_WHOLE_ELEMENTS = 2**28
+WHOLE_ELEMENTS = 2**28
 #: Of a gradient's largest value, and of a thousandth of the model's largest, below which all is rounding.
 _TOLERANCE, _NOISE = 1e-3, 1e-3
 
@@ -78,7 +77,7 @@ class Trial:
         self._ran: set[str] = set()
         self._trained: list[Seen] | None = None
         why = self._run_plain(example)
-        if why is not None and self._blocks and sum(p.numel() for p in model.parameters()) <= _WHOLE_ELEMENTS:
+        if why is not None and self._blocks and sum(p.numel() for p in model.parameters()) <= WHOLE_ELEMENTS:
             self._blocks = {}  # its forward may reach into its blocks, so that none can be left out
             why = self._run_plain(example)
         if why is not None:
@@ -158,9 +157,7 @@ class Trial:
     def sequence_ways(self, styles: Mapping[str, Any]) -> list[dict[str, Any]]:
         """``sequence_ways`` of stream.py for styles that split features only. Raises CannotFollow."""
         blocks = list(find_blocks(self._model))
-        for names in tied_names(self._model):  # in each block its gradients would be of another kind
-            if len({block for name in names for block in blocks if name.startswith(f"{block}.")}) > 1:
-                raise CannotFollow(f"{names[0]} and {names[1]} are one parameter, of several blocks")
+        refuse_shared_parameters(self._model, blocks)
         with keep_generators():
             return sequence_ways(self._twin(), blocks, styles, self._inputs)
 
