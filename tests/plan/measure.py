@@ -128,8 +128,8 @@ def seen_of_rank(
     optimizer: Any,
     length: int,
     rows: int = ROWS,
-    trainable: dict[str, Any] | None = None,
     debugs: bool = True,
+    trainable: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """On a rank: bytes that rest there after a step, and the collectives of the step's forward and backward.
 
