@@ -22,7 +22,7 @@ SAMPLE: dict[str, tuple[str, ...]] = {
     # plain: the pairs, and what is done to blocks
     "llama": ("hsdp", "ac full", "ac selective", "compile", "fsdp2 x tp", "fsdp2 x pp", "tp x pp"),
     # query, key and value in one Conv1D, learned positions, tied embeddings
-    "gpt2": ("dp", "tp", "tp+sp", "cp", "pp", "megatron"),
+    "gpt2": ("dp", "tp", "tp+sp", "cp", "cp ulysses", "pp", "megatron"),
     # norms behind attention and MLP too, soft caps, scaled and tied embeddings, windows in turn
     "gemma2": ("tp", "tp+sp", "cp", "pp"),
     # attention and MLP beside each other, scaled logits
@@ -34,7 +34,7 @@ SAMPLE: dict[str, tuple[str, ...]] = {
     # latent attention, shared experts, groups of experts
     "deepseek_v3": ("tp", "ep", "fsdp2 x ep", "tp x ep", "megatron"),
     # sinks, biases of experts
-    "gpt_oss": ("tp", "cp", "ep", "cp x ep"),
+    "gpt_oss": ("tp", "cp", "cp ulysses", "ep", "cp x ep"),
     # a recurrence over the tokens and a convolution, in turn with attention
     "qwen3_next": ("fsdp2", "cp"),
     "mamba2": ("cp", "pp"),
@@ -42,12 +42,14 @@ SAMPLE: dict[str, tuple[str, ...]] = {
     "bloom": ("tp", "cp", "pp"),
     # a position for each token of the row, counted
     "roberta": ("cp", "tp"),
+    # adds in place to what selective checkpointing keeps
+    "gemma3n_text": ("ac selective",),
     # reversible blocks
     "reformer": ("fsdp2",),
-    "t5": ("fsdp2", "tp", "megatron"),
+    "t5": ("fsdp2", "tp", "megatron", "frozen tp"),
     "vit": ("fsdp2", "tp"),
     "whisper": ("fsdp2", "ac full"),
-    "qwen2_5_vl": ("fsdp2", "ac full"),
+    "qwen2_5_vl": ("fsdp2", "ac full", "ac vision", "frozen fsdp2", "frozen megatron"),
     "dit": ("fsdp2", "hsdp"),
     "unet": ("fsdp2",),
     "several_lists": ("dp", "megatron"),
