@@ -7,6 +7,7 @@ from typing import Iterable
 from torch import nn
 
 from nemo_dist_conf.runtime.engines.base import engine_of, unwrapped
+from nemo_dist_conf.runtime.torch_inside import own_children
 
 __all__ = ["own_named_parameters", "raw_names", "without_wrappers", "wrappers_in"]
 
@@ -38,7 +39,9 @@ def _own_name(model: nn.Module, raw: str, wrappers: Iterable[str]) -> str:
 
 def wrappers_in(model: nn.Module) -> list[str]:
     """Beginnings of names of what wrappers in a model hold; inner ones first, which have the outer ones' in them."""
-    found = [path for path, one in model.named_modules() if hasattr(one, "module") and unwrapped(one) is not one]
+    # Asking DDP for its module counts as a use of it beside forward.
+    holding = ((path, one) for path, one in model.named_modules() if "module" in own_children(one))
+    found = [path for path, one in holding if unwrapped(one) is not one]
     return [f"{path}.module." if path else "module." for path in reversed(found)]
 
 

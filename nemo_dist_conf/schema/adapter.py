@@ -37,8 +37,8 @@ class AdapterConf:
 
 
 def patterns_of(value: Any) -> tuple[str, ...]:
-    """The patterns in a field that takes one or several."""
-    return (value,) if isinstance(value, str) else tuple(value or ())
+    """The patterns in a field that takes one or several; none in what is neither."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else ()
 
 
 def idle_adapter(asked: Asked) -> Idle | None:

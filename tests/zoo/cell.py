@@ -49,7 +49,7 @@ TOLERANCE = 1e-5
 TOLERANCE_FLOAT64 = 1e-6
 #: The highest tolerance of a family whose rounding errors grow.
 MOST = 1e-3
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 
 #: Gates that stay nearly closed: wide open, the layers divide by sums near 0, and a step of one process in float32 is
 #: 1e-2 apart from one in float64.
