@@ -103,7 +103,7 @@ def of_kind(kind: str, *words: str) -> list[str]:
 SCOPES: dict[tuple[str, str], list[str]] = {
     ("qwen2_5_vl", "vision"): ["model.visual.blocks.0", "model.visual.blocks.1"],
     ("qwen2_5_vl", "language"): ["model.language_model.layers.0", "model.language_model.layers.1"],
-    ("whisper", "audio"): ["model.encoder.layers.0", "model.encoder.layers.1"],
+    ("whisper_for_speech", "audio"): ["model.encoder.layers.0", "model.encoder.layers.1"],
     ("t5", "decoder"): ["decoder.block.0", "decoder.block.1"],
     ("several_lists", "encoder"): ["encoder.0", "encoder.1"],
 }

@@ -48,7 +48,7 @@ SAMPLE: dict[str, tuple[str, ...]] = {
     "reformer": ("fsdp2",),
     "t5": ("fsdp2", "tp", "megatron", "frozen tp"),
     "vit": ("fsdp2", "tp"),
-    "whisper": ("fsdp2", "ac full"),
+    "whisper_for_speech": ("fsdp2", "ac full"),
     "qwen2_5_vl": ("fsdp2", "ac full", "ac vision", "frozen fsdp2", "frozen megatron"),
     "dit": ("fsdp2", "hsdp"),
     "unet": ("fsdp2",),

@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 
-from tests.dist import layouts
+from tests.dist import kinds, layouts
+from tests.tiny_configs import causal_families
 from tests.zoo.axes import AXES
 from tests.zoo.cell import TOLERANCE, measure, reference
 from tests.zoo.table import KINDS, Cell, page
@@ -58,6 +59,11 @@ def test_what_is_wrong_is_told() -> None:
 def test_the_reference_moves_every_weight_that_is_used() -> None:
     want = reference("llama")
     assert all(not want.before[name].equal(value) for name, value in want.after.items())
+
+
+def test_no_kind_is_called_like_a_family() -> None:
+    """Their cells are told by name."""
+    assert not set(kinds.KINDS) & set(causal_families())
 
 
 def test_the_page_counts_each_cell_and_names_each_reason_once() -> None:

@@ -156,7 +156,7 @@ def t5() -> Made:
 
 
 @of_towers(frozen="model.encoder")
-def whisper() -> Made:
+def whisper_for_speech() -> Made:
     from transformers import WhisperConfig
 
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}

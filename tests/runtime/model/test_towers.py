@@ -15,7 +15,7 @@ KNOWN: dict[str, dict[str, str]] = {
     "qwen2_5_vl": {"visual": "vision", "language_model": "language"},  # its class inherits what all of it takes in
     "gemma3_with_images": {"vision_tower": "vision", "language_model": "language"},
     "clip": {"text_model": "language", "vision_model": "vision"},
-    "whisper": {"encoder": "audio", "decoder": "language"},
+    "whisper_for_speech": {"encoder": "audio", "decoder": "language"},
     "t5": {"encoder": "language", "decoder": "language"},
     "wav2vec2": {"wav2vec2": "audio"},
     "vit": {"vit": "vision"},  # get_decoder gives it too
