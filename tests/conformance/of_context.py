@@ -360,7 +360,7 @@ WHOLE_ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 #: what is brought -> (family, its config, the class that builds it, text of the refusal)
 REFUSED_KINDS: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "bert, the first token of a row pooled": ("bert", {}, "AutoModel", "BertModel) computes something else"),
+    "bert, the first token of a row pooled": ("bert", {}, "AutoModel", "BertPooler) computes something else"),
     "llama, a class for a row": ("llama", {}, "AutoModelForSequenceClassification", "returns nothing for each"),
     "falcon, alibi": ("falcon", {"head_dim": None, "alibi": True}, CAUSAL, "FalconAttention) mixes the tokens"),
 }

@@ -180,8 +180,8 @@ class _Trial:
                 ways = self._tried(whole)
                 break
             except _Fault as fault:
-                faults.append(fault)
-                reason = self._run_on_whole_rows(self._agreed(fault.place), whole)
+                faults.append(self._agreed(fault))
+                reason = self._run_on_whole_rows(faults[-1].place, whole)
                 if reason is not None:
                     raise self._of_all(faults, reason) from fault.__cause__
         self._refuse_maskless(ways)
@@ -213,14 +213,15 @@ class _Trial:
             self._compare(local, inputs, ways, far, self.mesh)
         return dataclasses.replace(ways, whole_rows=self._outermost(whole))
 
-    def _agreed(self, place: str) -> str:
+    def _agreed(self, fault: _Fault) -> _Fault:
         """The same on all ranks: of what they found, the last in the model, because one may see less than another."""
         if self.mesh is None:
-            return place
+            return fault
         names = [name for name, _ in self.model.named_modules()]
-        number = torch.tensor(names.index(place), device=self.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.mesh.get_group())
-        return names[int(number)]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (names.index(fault.place), fault.refusal), group=self.mesh.get_group())
+        number, refusal = max(found, key=lambda each: each[0])
+        return _Fault(refusal, names[number])
 
     def _of_all(self, faults: list[_Fault], reason: str) -> ConfigError:
         """The refusal of the first fault, with what came of running modules on whole rows."""
