@@ -44,7 +44,7 @@ class GlobalBatches:
     ) -> None:
         """rows: R, the dataset's length. size: B. mesh: ``setup.mesh_context``. epochs: None: without end.
 
-        last: of a last batch with fewer rows than B; ``pad``: filled up with rows from the beginning of the order,
+        last: of a last batch with fewer rows than B; ``pad``: filled up with rows that come next in the order,
         which ``counted`` tells apart; ``drop``: left out.
         Raises ConfigError for a size that the data ranks do not divide and for what leaves no batch.
         """
@@ -131,10 +131,7 @@ class GlobalBatches:
         part = self.size // self.mesh.data_size
         begin = taken + self.mesh.data_rank * part
         counted = torch.arange(begin, begin + part) < (self._end if self._end is not None else begin + part)
-        ids = self._order.ids(begin, part)
-        # An epoch that is not asked for has an order, too, but a pad is to be found in what was read.
-        ids[~counted] = self._order.ids(0, int((~counted).sum()))
-        return ids, counted
+        return self._order.ids(begin, part), counted
 
     def loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
         """torch's DataLoader of this rank's rows, from the next unseen one on each time that it is iterated.

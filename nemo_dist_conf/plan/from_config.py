@@ -283,9 +283,13 @@ def model_config(cfg: Any) -> dict[str, Any]:
 
 
 def update_of(node: Any) -> Update:
-    """The optimizer of the node ``optimizer``: AdamW keeps two states and a step count, SGD one with momentum."""
+    """The optimizer of the node ``optimizer``.
+
+    AdamW keeps two states, three with amsgrad, and a step count, SGD one with momentum.
+    """
     name = (node or {}).get("name", "adamw")
     fused = bool((node or {}).get("fused"))
+    own = tuple(key for group in (node or {}).get("groups") or () for key in ("momentum", "amsgrad") if key in group)
     if name == "sgd":
-        return Update("sgd", 1 if (node or {}).get("momentum") else 0, 0, fused)
-    return Update("adamw", 2, 1, fused)
+        return Update("sgd", 1 if (node or {}).get("momentum") else 0, 0, fused, own)
+    return Update("adamw", 3 if (node or {}).get("amsgrad") else 2, 1, fused, own)

@@ -31,12 +31,16 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Update:
-    """The optimizer. states: float32 tensors that it keeps for each parameter; scalars: numbers of 4 bytes beside."""
+    """The optimizer. states: float32 tensors that it keeps for each parameter; scalars: numbers of 4 bytes beside.
+
+    of_groups: settings on which states depend that groups of parameters have of their own, which are not counted.
+    """
 
     name: str = "adamw"
     states: int = 2
     scalars: int = 1
     fused: bool = False
+    of_groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Plan:
             found.append(f"activations and FLOPs, which are estimates from the sizes of weights: {why}")
         if job.untrained:
             found.append("trainable: what forward and backward save where nothing before or in a layer is trained")
+        found += [f"optimizer.groups: states by the {key} of a group" for key in dict.fromkeys(job.update.of_groups)]
         policy = job.moe.get("mp_policy")
         changed = {
             "lm_head_precision": job.moe.get("lm_head_precision") is not None,

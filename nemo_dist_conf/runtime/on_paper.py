@@ -29,7 +29,7 @@ from nemo_dist_conf.runtime.techniques.context.on_paper import gathered_on_paper
 from nemo_dist_conf.runtime.techniques.context.parallel import Ways
 from nemo_dist_conf.runtime.techniques.context.trial import ways_on_paper
 from nemo_dist_conf.runtime.techniques.expert.parallel import find_experts
-from nemo_dist_conf.runtime.techniques.tensor.parallel import known_plan
+from nemo_dist_conf.runtime.techniques.tensor.plan_on_paper import known_plan
 from nemo_dist_conf.wording import assigned
 
 __all__ = ["read_model"]

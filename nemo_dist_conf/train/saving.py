@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 #: Sections that say how a run is executed; that they are others than before changes no number.
 _EXECUTION = (
     *("parallelism.", "strategy.", "pipeline.", "checkpoint.", "device", "activation_checkpointing", "recompute."),
+    "context.",
     *("train.micro_batch_size", "train.log_every", "train.tensorboard"),
 )
 #: What a run that is to go on is given another value of.

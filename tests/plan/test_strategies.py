@@ -15,6 +15,7 @@ from nemo_dist_conf.families.shapes import shape_of
 from nemo_dist_conf.names import STRATEGY_NAMES
 from nemo_dist_conf.plan import Job, make_plan, search, table
 from nemo_dist_conf.plan import strategy_costs as costs_module
+from nemo_dist_conf.plan.from_config import update_of
 from nemo_dist_conf.plan.text_report import found_table
 from nemo_dist_conf.schema.hardware import PROFILES, HardwareConf
 from nemo_dist_conf.strategies import STRATEGIES, Strategy
@@ -90,3 +91,17 @@ def test_a_search_plans_what_has_costs_and_says_what_has_none(monkeypatch: pytes
     found = search(composed(), 2, top=50)
     assert found.allowed == known.allowed + 1 and found.left_out == ()
     assert "strategy=toy" in [one.words for one in found.best]
+
+
+@pytest.mark.parametrize(
+    ("node", "states", "unsaid"),
+    [
+        ({"name": "adamw", "lr": 1.0}, 2, []),
+        ({"name": "adamw", "lr": 1.0, "amsgrad": True}, 3, []),
+        ({"name": "sgd", "lr": 1.0, "groups": [{"params": "head", "momentum": 0.9}]}, 0, ["momentum"]),
+        ({"name": "adam", "lr": 1.0, "groups": [{"params": "head", "amsgrad": True}, {"params": "*"}]}, 2, ["amsgrad"]),
+    ],
+)
+def test_states_of_an_optimizer_are_counted_and_those_of_a_group_alone_are_said(node, states, unsaid):
+    update = update_of(node)
+    assert update.states == states and list(update.of_groups) == unsaid

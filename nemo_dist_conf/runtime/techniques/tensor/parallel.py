@@ -19,37 +19,41 @@ from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 
 from nemo_dist_conf.errors import ConfigError, Problem
 from nemo_dist_conf.families.config_facts import facts_from_config, fields_of
-from nemo_dist_conf.families.found_styles import found_styles
 from nemo_dist_conf.families.model_rules import model_problems
 from nemo_dist_conf.families.plan_rules import style_names
-from nemo_dist_conf.families.plans import complete_plan, planned_families
+from nemo_dist_conf.families.plans import planned_families
 from nemo_dist_conf.families.registry import find_family
 from nemo_dist_conf.families.styles import SEQUENCE_STYLES, STYLES, find_style, match_pattern, unalias
 from nemo_dist_conf.names import nearest
-from nemo_dist_conf.runtime.model.base_model import base_prefix
-from nemo_dist_conf.runtime.model.blocks import find_blocks
 from nemo_dist_conf.runtime.model.materialise import tied_names
-from nemo_dist_conf.runtime.model.trial import first_line, small_input, twin
 from nemo_dist_conf.runtime.techniques.tensor.adapted_layers import styles_inside
-from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan, likely_plan
+from nemo_dist_conf.runtime.techniques.tensor.brought_plan import (
+    declared_plan,
+    family_plan,
+    has_other_adapters,
+    is_pattern,
+    is_transformers,
+    model_type,
+    with_tied,
+)
+from nemo_dist_conf.runtime.techniques.tensor.derived_plan import derived_plan
 from nemo_dist_conf.runtime.techniques.tensor.layer_kinds import layer_kind
 from nemo_dist_conf.runtime.techniques.tensor.repairs import pattern_of, repaired
-from nemo_dist_conf.runtime.techniques.tensor.stream import CannotFollow, refuse_shared_parameters, sequence_ways
+from nemo_dist_conf.runtime.techniques.tensor.stream import (
+    CannotFollow,
+    not_followed,
+)
 from nemo_dist_conf.runtime.techniques.tensor.styles import SEQUENCE_DIM, apply_styles
 from nemo_dist_conf.runtime.techniques.tensor.trial import CannotTry, Trial
-from nemo_dist_conf.runtime.torch_inside import DECLARED_PLANS, plan_of_head
 from nemo_dist_conf.topology.solve import divisors
 from nemo_dist_conf.wording import assigned
 
-__all__ = ["apply_tensor_parallel", "known_plan"]
+__all__ = ["apply_tensor_parallel"]
 
 log = logging.getLogger(__name__)
 
 #: Names of layers whose output features are heads.
 _OF_HEADS = frozenset({"q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"})
-
-#: Of a small input.
-_TOKENS = 8
 
 _Plan = Mapping[str, Any]
 
@@ -80,7 +84,7 @@ def apply_tensor_parallel(
     model split by the plan computes something else.
     """
     tp_size, ties = tp_mesh.size(), tied_names(model)
-    own = plan is None and _declared(model) is None
+    own = plan is None and declared_plan(model) is None
     offers = _Offers(model, tp_mesh, example)
     entries = _checked_plan(model, plan, offers) if plan is not None else _own_plan(model, offers)
     named, problems = _resolve(model, entries, own, offers)
@@ -107,7 +111,7 @@ def apply_tensor_parallel(
 
 def _is_proven(model: nn.Module) -> bool:
     """Whether a family's plan meets the family's own code, and not that of a class made of it."""
-    family = find_family(_model_type(model))
+    family = find_family(model_type(model))
     return family is not None and "tp" in family.proven and type(model).__module__.startswith("transformers.models.")
 
 
@@ -152,7 +156,7 @@ def _with_sequence(
     apart: modules that another axis splits; a family's own styles do not know of them, and what they are in sees whole
     rows, whose parameters are laid out over nothing here.
     """
-    known = _family_plan(model, sequence_parallel=True) if own and not apart else None
+    known = family_plan(model, sequence_parallel=True) if own and not apart else None
     if known is not None:
         of_family, _ = _resolve(model, known, own, offers)
         if _is_proven(model) or offers.trial().finding(of_family) is None:
@@ -168,55 +172,22 @@ def _with_sequence(
             why = found.text
     except CannotFollow as error:
         why = str(error)
-    return named, [_not_followed(model, why, "" if declared else _set(entries))]
+    return named, [not_followed(model, why, "" if declared else _set(entries))]
 
 
 # From a plan's patterns to the model's modules.
 
 
-def _is_transformers(model: nn.Module) -> bool:
-    return hasattr(getattr(model, "config", None), "base_model_tp_plan")
-
-
-def _model_type(model: nn.Module) -> object:
-    """What a model's config calls its family; None where it does not say."""
-    return getattr(getattr(model, "config", None), "model_type", None)
-
-
-def _declared(model: nn.Module) -> tuple[str, Any] | None:
-    """The attribute in which a model that is none of transformers brings a plan, and the plan; None without one."""
-    if _is_transformers(model):
-        return None
-    return next(((name, plan) for name in DECLARED_PLANS if (plan := getattr(model, name, None))), None)
-
-
-def _family_plan(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str] | None:
-    """The plan of the model's family and of what transformers says of it; None where nothing is known."""
-    base = head = prefix = None
-    wrapper, inner = _unwrapped(model)
-    if _is_transformers(model):
-        config: Any = model.config
-        base, head = config.base_model_tp_plan, plan_of_head(inner)
-        prefix = base_prefix(inner, base or ())
-        parts = {} if base else _plans_of_parts(inner)
-        if parts:
-            base, prefix = {**parts, **(head or {})}, ""
-    found = complete_plan(_model_type(model), base, head, prefix=prefix, sequence_parallel=sequence_parallel)
-    if found is not None and wrapper:
-        found = {f"{wrapper}.{pattern}": style for pattern, style in found.items()}
-    return found
-
-
 def _own_plan(model: nn.Module, offers: _Offers) -> _Plan:
     """The plan that a model comes with; ConfigError with the way out where it has none."""
-    declared, family = _declared(model), _model_type(model)
+    declared, family = declared_plan(model), model_type(model)
     if declared is not None:
         return _checked_plan(model, declared[1], offers, f"{type(model).__name__}.{declared[0]}")
-    if _is_adapted(model):
+    if has_other_adapters(model):
         raise ConfigError(_no_plan(model, offers))
-    row, found = find_family(family), _family_plan(model)
+    row, found = find_family(family), family_plan(model)
     if found is None:
-        found = offers.derived() if _is_transformers(model) else None
+        found = offers.derived() if is_transformers(model) else None
         if not found:
             raise ConfigError(_no_plan(model, offers))
         log.info("%s brings no tensor-parallel plan; found in its blocks and tried: %s", *offers.told())
@@ -227,119 +198,14 @@ def _own_plan(model: nn.Module, offers: _Offers) -> _Plan:
         asked = f"parallelism.tp_size={offers.mesh.size()}"
         allowed = f"tp_size=1, or the families {planned_families()}"
         raise ConfigError(Problem(what=what, asked=asked, allowed=allowed, instead="parallelism.tp_size=1"))
-    return found if row is not None and row.tensor_plan is not None else _with_tied(model, found)
-
-
-def _with_tied(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
-    """A plan with the embedding, which transformers leaves out; tied to a head in it, it has to be laid out alike."""
-    names = [name.rpartition(".")[0] for group in tied_names(model) for name in group]
-    if not any(match_pattern(pattern, name) for pattern in plan for name in names):
-        return plan
-    tied = {name: "embedding_rowwise" for name in names if isinstance(model.get_submodule(name), nn.Embedding)}
-    return {**tied, **plan}
-
-
-def known_plan(model: nn.Module, sequence_parallel: bool = False, follows: bool = True) -> dict[str, Any]:
-    """Pattern -> style name for a model on paper: what it comes with, else what would be tried first.
-
-    Nothing is tried on ranks. sequence_parallel: where the family says nothing of it, the residual stream is followed
-    through a small twin on the CPU; follows False: each style's own twin is taken.
-    Raises ConfigError for a model that has nothing to split, or whose residual stream cannot be followed.
-    """
-    declared = _declared(model)
-    if declared is not None:
-        return {str(pattern): style for pattern, style in dict(declared[1]).items() if isinstance(style, str)}
-    found = None if _is_adapted(model) else _family_plan(model, sequence_parallel)
-    if found is None and sequence_parallel:
-        plain = known_plan(model)
-        if not follows:
-            known = {pattern: find_style(style) for pattern, style in plain.items()}
-            return {pattern: (style and style.sequence_twin) or plain[pattern] for pattern, style in known.items()}
-        return _followed(model, plain)
-    if found is not None:
-        return _as_found(model, _with_tied(model, found))
-    why = ""
-    try:
-        found = likely_plan(model) if _is_transformers(model) else {}
-    except Exception as error:  # the model's own code
-        found, why = {}, f": it does not run on a small input ({first_line(error)})"
-    if not found:
-        what = f"nothing is known of how {type(model).__name__} would be split over ranks{why}"
-        allowed = "tp_size=1, a tp_plan here or as an attribute of the model"
-        raise ConfigError(Problem(what=what, asked="parallelism.tp_size", allowed=allowed, instead=_WITHOUT))
-    return _as_found(model, found)
-
-
-def _as_found(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
-    """A plan on paper as trying one has changed it for a small model of the family."""
-    wrapper, inner = _unwrapped(model)
-    found = found_styles(_model_type(inner))
-    if wrapper:
-        found = {f"{wrapper}.{pattern}": style for pattern, style in found.items()}
-    return {**found, **{pattern: style for pattern, style in plan.items() if pattern not in found}}
-
-
-def _followed(model: nn.Module, plan: Mapping[str, str]) -> dict[str, Any]:
-    """Module name -> styles, the first way in which the residual stream of a model on paper can be split."""
-    blocks = find_blocks(model)
-    places = [*(name for name, _ in model.named_modules() if name), *(name for name, _ in model.named_parameters())]
-    patterns = [pattern for pattern in plan if _is_pattern(pattern)]
-    named: dict[str, str] = {}
-    for name in places:
-        meant = name if name in plan else next((p for p in patterns if match_pattern(p, name)), None)
-        named |= {name: unalias(plan[meant])} if meant is not None else {}
-    try:
-        refuse_shared_parameters(model, list(blocks))
-        tried = twin(model, blocks)
-        inputs = small_input(tried, _TOKENS)
-        if inputs is None:
-            raise CannotFollow("nobody says what its forward takes")
-        return dict(sequence_ways(tried, list(blocks), named, inputs)[0])
-    except CannotFollow as error:
-        raise ConfigError(_not_followed(model, str(error), "")) from None
-
-
-def _not_followed(model: nn.Module, why: str, typed_plan: str) -> Problem:
-    what = "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence, and the residual stream "
-    what += f"of {type(model).__name__} cannot be followed: {why}"
-    asked = f"strategy.sequence_parallel=true{f' {typed_plan}' if typed_plan else ''}"
-    allowed = f"the plan without it, or one with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
-    return Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false")
-
-
-def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name, model) of the model of transformers inside of one that wraps it, as peft does; ("", the model) else."""
-    named = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "base_model_prefix"))
-    return next(named, ("", model))
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    """Whether layers have adapters of another kind than LoRA: no family's plan says what to do with these."""
-    wrapped = [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
-    return not all(hasattr(module, "lora_A") for module in wrapped)
-
-
-def _plans_of_parts(model: nn.Module) -> dict[str, str]:
-    """The plans of models inside of one that has none itself, as of a language model beside a vision tower."""
-    plans: dict[str, str] = {}
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        config: Any = getattr(module, "config", None)
-        if config is model.config or any(name.startswith(f"{other}.") for other in inside):
-            continue
-        plan = getattr(config, "base_model_tp_plan", None)
-        if plan and hasattr(module, "base_model_prefix"):  # a model, and no layer that keeps its config
-            inside.append(name)
-            base = base_prefix(module, plan)
-            plans |= {f"{name}.{f'{base}.' if base else ''}{pattern}": style for pattern, style in plan.items()}
-    return plans
+    return found if row is not None and row.tensor_plan is not None else with_tied(model, found)
 
 
 def _checked_plan(model: nn.Module, plan: Any, offers: _Offers, where: str = "strategy.tp_plan") -> _Plan:
     if isinstance(plan, Mapping) and plan:
         return {str(pattern): style for pattern, style in plan.items()}
     what = f"{where} is {'empty' if isinstance(plan, Mapping) else repr(plan)}, not styles by module name"
-    own = f"{where}=null" if _is_transformers(model) else offers.plan()
+    own = f"{where}=null" if is_transformers(model) else offers.plan()
     raise ConfigError(
         Problem(
             what=what,
@@ -359,7 +225,7 @@ def _resolve(model: nn.Module, plan: _Plan, own: bool, offers: _Offers) -> tuple
     """
     modules: dict[str, Any] = {name: module for name, module in model.named_modules() if name}
     first, parameters = _first_names(model), dict(model.named_parameters())
-    patterns = [pattern for pattern in plan if _is_pattern(pattern)]
+    patterns = [pattern for pattern in plan if is_pattern(pattern)]
     named: dict[str, Any] = {}
     single: dict[str, str] = {}
     wrong: list[tuple[str, str, str]] = []
@@ -418,10 +284,6 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     """The name of every place in the model -> the first name of the module that stands there."""
     first = {id(module): name for name, module in model.named_modules()}
     return {name: first[id(module)] for name, module in model.named_modules(remove_duplicate=False) if name}
-
-
-def _is_pattern(name: str) -> bool:
-    return any(sign in name for sign in "*?[")
 
 
 def _kinds(style: Any, place: nn.Module | nn.Parameter) -> str:
@@ -598,7 +460,7 @@ def _set(plan: Mapping[str, Any]) -> str:
 
 
 def _no_plan(model: nn.Module, offers: _Offers) -> Problem:
-    family = _model_type(model)
+    family = model_type(model)
     return Problem(
         what=f"no tensor-parallel plan is known for {type(model).__name__}" + (f" (family {family})" if family else ""),
         asked=f"parallelism.tp_size={offers.mesh.size()} strategy.tp_plan=null",

@@ -17,12 +17,13 @@ from typing import Any, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from nemo_dist_conf.families.styles import sequence_twin
+from nemo_dist_conf.errors import Problem
+from nemo_dist_conf.families.styles import SEQUENCE_STYLES, sequence_twin
 from nemo_dist_conf.runtime.model.materialise import tied_names
 from nemo_dist_conf.runtime.model.trial import differ, noted, standing_for, tensors_of
 from nemo_dist_conf.runtime.torch_inside import holds_experts
 
-__all__ = ["CannotFollow", "refuse_shared_parameters", "sequence_ways"]
+__all__ = ["CannotFollow", "not_followed", "refuse_shared_parameters", "sequence_ways"]
 
 #: Styles whose layers take a DTensor of any layout, so that they gather the stream for themselves.
 _TAKES_STREAM = frozenset({"colwise", "colwise_gather_output", "packed_colwise"})
@@ -282,3 +283,12 @@ def _outer_parts(module: nn.Module, prefix: str, made: Mapping[str, _Call], bloc
             yield from _outer_parts(child, f"{name}.", made, blocks)
         else:
             yield name
+
+
+def not_followed(model: nn.Module, why: str, typed_plan: str) -> Problem:
+    """The refusal of sequence parallelism where the residual stream ends. typed_plan: words of a plan, or none."""
+    what = "sequence_parallel is on, but no entry of the model's tp_plan splits the sequence, and the residual stream "
+    what += f"of {type(model).__name__} cannot be followed: {why}"
+    asked = f"strategy.sequence_parallel=true{f' {typed_plan}' if typed_plan else ''}"
+    allowed = f"the plan without it, or one with at least one of {', '.join(sorted(SEQUENCE_STYLES))}"
+    return Problem(what=what, asked=asked, allowed=allowed, instead="strategy.sequence_parallel=false")
